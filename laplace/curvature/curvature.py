@@ -1,0 +1,293 @@
+r"""The interface between Laplace approximations and whatever computes their curvature.
+
+A backend adds one batch to raw sums (:meth:`CurvatureInterface.accumulate`). Users' own backends may instead implement
+``full``, ``kron`` or ``diag`` for one batch; ``accumulate`` is then derived from these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace import likelihood as lik
+
+from laplace.curvature.capture import Capture, LastLayerCapture, eval_mode
+from laplace.curvature.coverage import find_layers, sums_spec
+from laplace.curvature.sums import CurvatureSums, SumsSpec
+from laplace.utils.enums import Likelihood, parse
+from laplace.utils.feature_extractor import FeatureExtractor
+from laplace.utils.matrix import Kron
+
+
+class CurvatureInterface:
+    """Access to curvature of a model under a likelihood.
+
+    Args:
+        model: The network, or a :class:`FeatureExtractor` around it for last-layer curvature.
+        likelihood: ``'classification'``, ``'regression'`` or ``'reward_modeling'``.
+        last_layer: Consider the parameters of the last layer only.
+        subnetwork_indices: Indices of the parameter vector to restrict dense curvature to.
+        dict_key_x: Key of the inputs in dict-like batches.
+        dict_key_y: Key of the targets in dict-like batches.
+
+    Attributes:
+        lossfunc: Loss whose sum, times ``factor``, is the negative log likelihood.
+        factor: 1 for classification; ½ for regression, since :class:`torch.nn.MSELoss` has no ½.
+        params: Parameters with ``requires_grad`` (of the last layer where ``last_layer``).
+    """
+
+    stochastic = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        last_layer: bool = False,
+        subnetwork_indices: torch.LongTensor | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+    ):
+        """See the class."""
+        likelihood = parse(Likelihood, likelihood, "likelihood")
+        regression = likelihood is Likelihood.REGRESSION
+        self.likelihood = Likelihood.REGRESSION if regression else Likelihood.CLASSIFICATION
+        self.model = model
+        self.last_layer = last_layer
+        self.subnetwork_indices = subnetwork_indices
+        self.dict_key_x = dict_key_x
+        self.dict_key_y = dict_key_y
+        self.lossfunc = nn.MSELoss(reduction="sum") if regression else nn.CrossEntropyLoss(reduction="sum")
+        self.factor = 0.5 if regression else 1.0
+        self.spec: SumsSpec | None = None
+
+    @property
+    def named_params(self) -> dict[str, nn.Parameter]:
+        """The parameters under consideration by name, in the order of the parameter vector."""
+        if self.last_layer:
+            assert isinstance(self.model, FeatureExtractor)
+            prefix = self.model.last_layer_name
+            return {f"{prefix}.{n}": p for n, p in self.model.last_layer.named_parameters() if p.requires_grad}
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """The parameters under consideration."""
+        return list(self.named_params.values())
+
+    @property
+    def sums_dtype(self) -> torch.dtype:
+        """Precision of the sums: that of the parameters, but float32 at least."""
+        return torch.promote_types(self.params[0].dtype, torch.float32)
+
+    def initialize(self, x: Tensor | MutableMapping[str, Any], structure: str) -> SumsSpec:
+        """Decide from one batch which parameter's curvature comes from where."""
+        named = self.named_params
+        shapes = {name: tuple(p.shape) for name, p in named.items()}
+        with eval_mode(self.model):
+            if self.last_layer:
+                layer = self.model.last_layer_name
+                found = dict.fromkeys(shapes, (layer, "last layer"))
+                n_outputs = self.model(x).shape[-1]
+            else:
+                found = find_layers(self.model, list(shapes), x)
+                with torch.no_grad():
+                    n_outputs = self.model(x).shape[-1]
+        self.spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs)
+        return self.spec
+
+    def capture(self, x: Tensor | MutableMapping[str, Any]) -> Capture | LastLayerCapture:
+        """One forward pass that remembers what every contraction needs."""
+        assert self.spec is not None, "initialize() comes first"
+        with eval_mode(self.model):
+            if self.last_layer:
+                with torch.no_grad():
+                    _, features = self.model.forward_with_features(x)
+                    name = self.model.last_layer_name
+                    return LastLayerCapture(features, self.model.last_layer, name, self.spec.torch_dtype)
+            layers = dict.fromkeys(block.layer for block in self.spec.blocks if block.layer is not None)
+            others = [block.parameter for block in self.spec.blocks if block.layer is None]
+            return Capture(self.model, x, layers, others, self.spec.torch_dtype)
+
+    def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
+        """Add one batch to raw sums in place, by way of this backend's ``full``, ``kron`` or ``diag``.
+
+        Args:
+            sums: The state to add to.
+            x: Inputs ``(batch, …)`` or a dict-like batch.
+            y: Targets.
+            offset: Index in the data set of the batch's first example.
+        """
+        n = len(y)
+        structure = sums.spec.structure
+        if structure == "kron":
+            loss, kron = self.kron(x, y, N=n)
+            self._add_kron(sums, kron, n)
+        else:
+            loss, curvature = getattr(self, structure)(x, y)
+            flat = curvature if structure == "full" else curvature.split([b.numel() for b in self.params])
+            for factor, value in zip(sums.spec.factors, [flat] if structure == "full" else flat, strict=True):
+                sums.tensors[factor] += value.detach().view(sums.spec.factors[factor].shape).to(sums.spec.torch_dtype)
+        sums.loss = sums.loss + torch.as_tensor(loss, dtype=torch.float64, device=sums.loss.device).detach()
+        sums.n_data += n
+
+    def _add_kron(self, sums: CurvatureSums, kron: Kron, n: int) -> None:
+        """Undo the division by the number of examples and add."""
+        done: set[str] = set()
+        for block, factors in zip(sums.spec.blocks, kron.kfacs, strict=True):
+            if len(factors) != len(block.factors):
+                raise ValueError(
+                    f"Backend {type(self).__name__} returned {len(factors)} Kronecker factor(s) for {block.parameter!r}, "
+                    f"expected {len(block.factors)} ({', '.join(block.factors)}). Use the native backend for this model."
+                )
+            for name, value, scale in zip(block.factors, factors, (1, n), strict=False):
+                if name not in done:
+                    sums.tensors[name] += value.detach().to(sums.spec.torch_dtype) * scale
+                    done.add(name)
+
+    def jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
+        """Dense Jacobians ``(batch, outputs, parameters)`` and outputs ``(batch, outputs)``."""
+        return self.functorch_jacobians(x, enable_backprop)
+
+    def functorch_jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
+        """Dense Jacobians by :mod:`torch.func`: reverse mode for each example."""
+        named = self.named_params
+        if self.last_layer:
+            return self.last_layer_jacobians(x, enable_backprop)
+
+        def outputs(parameters: dict[str, Tensor], example: Any) -> tuple[Tensor, Tensor]:
+            f = torch.func.functional_call(self.model, parameters, (_lead(example),))[0]
+            return f, f
+
+        with eval_mode(self.model):
+            jacobian = torch.func.jacrev(outputs, has_aux=True)
+            js, f = torch.func.vmap(jacobian, in_dims=(None, 0))({n: p.detach() for n, p in named.items()}, x)
+        flat = torch.cat([js[name].flatten(f.ndim) for name in named], -1)
+        flat = flat if self.subnetwork_indices is None else flat[..., self.subnetwork_indices]
+        return (flat, f) if enable_backprop else (flat.detach(), f.detach())
+
+    def last_layer_jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
+        """Dense Jacobians with respect to the last layer, ``(batch, outputs, last-layer parameters)``."""
+        with eval_mode(self.model), torch.set_grad_enabled(enable_backprop):
+            f, features = self.model.forward_with_features(x)
+        identity = torch.eye(f.shape[-1], device=f.device, dtype=f.dtype)
+        js = torch.einsum("ni,cd->ncdi", features, identity).flatten(2)
+        if self.model.last_layer.bias is not None:
+            js = torch.cat([js, identity.expand(len(f), -1, -1)], 2)
+        return (js, f) if enable_backprop else (js.detach(), f.detach())
+
+    def gradients(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Per-example gradients of the negative log likelihood ``(batch, parameters)``, and its sum."""
+        js, f = self.jacobians(x)
+        lik.check_targets(self.likelihood, f, y)
+        gradient = lik.gradient(self.likelihood, f, y)
+        return torch.einsum("ncp,nc->np", js, gradient), lik.loss_sum(self.likelihood, f, y)
+
+    def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Dense curvature of one batch ``(parameters, parameters)``."""
+        raise NotImplementedError(f"{type(self).__name__} has no dense curvature.")
+
+    def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
+        """Kronecker factors of one batch, their input side divided by ``N``."""
+        raise NotImplementedError(f"{type(self).__name__} has no Kronecker-factored curvature.")
+
+    def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Diagonal curvature of one batch ``(parameters,)``."""
+        raise NotImplementedError(f"{type(self).__name__} has no diagonal curvature.")
+
+
+class GGNInterface(CurvatureInterface):
+    """Generalised Gauss-Newton from dense Jacobians, or its Monte-Carlo Fisher estimate.
+
+    Args:
+        model: As for :class:`CurvatureInterface`, like all further arguments but the two below.
+        likelihood: See there.
+        last_layer: See there.
+        subnetwork_indices: See there.
+        dict_key_x: See there.
+        dict_key_y: See there.
+        stochastic: Sample labels from the model (Fisher) instead of summing over classes (GGN).
+        num_samples: Labels drawn per example if ``stochastic``.
+        seed: Seed of these draws. None draws a seed from torch's global generator at every batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        last_layer: bool = False,
+        subnetwork_indices: torch.LongTensor | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        stochastic: bool = False,
+        num_samples: int = 1,
+        seed: int | None = None,
+    ):
+        """See the class."""
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples} must be at least 1.")
+        self.stochastic = stochastic
+        self.num_samples = num_samples
+        self.seed = seed
+        super().__init__(model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y)
+
+    def directions(self, f: Tensor, y: Tensor, offset: int = 0):
+        """Output directions whose outer products sum to the output Hessian or its estimate."""
+        if not self.stochastic:
+            return lik.hessian_root(self.likelihood, f)
+        seed = int(torch.randint(1 << 60, ())) if self.seed is None else self.seed
+        return lik.sampled_gradients(self.likelihood, f, self.num_samples, seed, offset)
+
+    def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Dense GGN of one batch."""
+        return _full_from_jacobians(self, x, y)
+
+    def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Diagonal of the dense GGN of one batch."""
+        return _diag_from_jacobians(self, x, y)
+
+
+class EFInterface(CurvatureInterface):
+    r"""Empirical Fisher :math:`\sum_n \nabla\ell_n \nabla\ell_n^\top` at the data's own labels."""
+
+    def directions(self, f: Tensor, y: Tensor, offset: int = 0):
+        """The one gradient per example."""
+        return iter([lik.gradient(self.likelihood, f, y)])
+
+    def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Dense empirical Fisher of one batch."""
+        return _full_from_jacobians(self, x, y)
+
+    def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Diagonal of the dense empirical Fisher of one batch."""
+        return _diag_from_jacobians(self, x, y)
+
+
+def _rows(backend: GGNInterface | EFInterface, x: Any, y: Tensor):
+    js, f = backend.jacobians(x)
+    lik.check_targets(backend.likelihood, f, y)
+    loss = lik.loss_sum(backend.likelihood, f, y)
+    flat = js.flatten(1, -2)
+    return loss, (torch.bmm(v.reshape(len(f), 1, -1), flat)[:, 0] for v in backend.directions(f, y))
+
+
+def _full_from_jacobians(backend: GGNInterface | EFInterface, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+    loss, rows = _rows(backend, x, y)
+    return loss, sum(r.T @ r for r in rows)
+
+
+def _diag_from_jacobians(backend: GGNInterface | EFInterface, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+    loss, rows = _rows(backend, x, y)
+    return loss, sum(r.square().sum(0) for r in rows)
+
+
+def _lead(example: Any) -> Any:
+    """Put the batch dimension back that ``vmap`` took."""
+    if isinstance(example, MutableMapping):
+        return {key: value.unsqueeze(0) for key, value in example.items()}
+    return example.unsqueeze(0)
+
+
+__all__ = ["CurvatureInterface", "EFInterface", "GGNInterface"]

@@ -1,0 +1,150 @@
+"""Curvature by way of the curvlinops package (https://curvlinops.readthedocs.io)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    import curvlinops
+except ImportError as error:
+    raise ImportError(
+        "The curvlinops backend needs the package curvlinops-for-pytorch: pip install 'laplace-dist[curvlinops]'. "
+        f"It could not be imported: {error}"
+    ) from error
+
+from laplace import likelihood as lik
+from laplace.curvature.capture import eval_mode
+from laplace.curvature.curvature import CurvatureInterface, EFInterface, GGNInterface
+from laplace.curvature.sums import CurvatureSums
+from laplace.utils.matrix import Kron
+
+
+class CurvlinopsInterface(CurvatureInterface):
+    """Kronecker factors and dense matrices from curvlinops' linear operators; the diagonal from dense Jacobians."""
+
+    _kfac_type: str
+
+    def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
+        """Add one batch to raw sums in place; see :meth:`CurvatureInterface.accumulate`.
+
+        Raises:
+            NonFiniteError: If an output or target is NaN or Inf; names the examples. The sums are unchanged.
+            ValueError: If the targets do not fit the outputs, or a layer has no Kronecker factors here.
+        """
+        self.spec, self._offset = sums.spec, offset
+        with torch.no_grad(), eval_mode(self.model):
+            lik.check_targets(self.likelihood, self.model(x), y, offset)
+        super().accumulate(sums, x, y, offset)
+
+    def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
+        """Kronecker factors of one batch (KFAC-expand), their input side divided by ``N``.
+
+        Raises:
+            ValueError: If a parameter belongs to no Linear or Conv2d layer.
+        """
+        if self.spec is None or self.spec.structure != "kron":
+            self.initialize(x, "kron")
+        missing = [block.parameter for block in self.spec.blocks if block.layer is None]
+        if missing:
+            raise ValueError(
+                f"curvlinops has no Kronecker factors for {missing}. Use the native backend, which gives them a diagonal "
+                "block, or set requires_grad=False on them."
+            )
+        f, model, inputs = self._outputs(x)
+        with eval_mode(self.model):
+            operator = curvlinops.KFACLinearOperator(
+                model,
+                self.lossfunc,
+                self.params,
+                [(inputs, y)],
+                check_deterministic=False,
+                fisher_type=self._kfac_type,
+                mc_samples=getattr(self, "num_samples", 1),
+                seed=self._operator_seed(),
+                separate_weight_and_bias=True,
+                num_data=len(y),
+                batch_size_fn=lambda _: len(y),
+            )
+            operator.compute_kronecker_factors()
+        factors = operator.state_dict()
+        gradients, inputs = factors["gradient_covariances"], factors["input_covariances"]
+        kfacs = []
+        for block in self.spec.blocks:
+            key = "" if self.last_layer else block.layer
+            block_factors = [gradients[key] * self._scale]
+            if len(block.factors) == 2:
+                block_factors.append(inputs[key] * (len(y) / N))
+            kfacs.append(block_factors)
+        return lik.loss_sum(self.likelihood, f, y), Kron(kfacs)
+
+    def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Dense curvature of one batch by applying the operator to the identity."""
+        f, model, inputs = self._outputs(x)
+        with eval_mode(self.model):
+            operator = self._dense_operator(model, inputs, y)
+            size = sum(p.numel() for p in self.params)
+            dense = operator @ torch.eye(size, dtype=self.params[0].dtype, device=self.params[0].device)
+        if self.subnetwork_indices is not None:
+            dense = dense[self.subnetwork_indices][:, self.subnetwork_indices]
+        return lik.loss_sum(self.likelihood, f, y), dense * self._scale
+
+    @property
+    def _scale(self) -> float:
+        """From the curvature of the summed loss to that of the negative log likelihood."""
+        return self.factor
+
+    def _operator_seed(self) -> int:
+        seed = getattr(self, "seed", None)
+        if seed is None:
+            return int(torch.randint(1 << 31, ()))
+        return (seed * 1_000_003 + getattr(self, "_offset", 0)) % (1 << 31)
+
+    def _outputs(self, x: Any) -> tuple[Tensor, nn.Module, Any]:
+        """Outputs, and the module and inputs to differentiate: features and the last layer where that is all."""
+        with torch.no_grad(), eval_mode(self.model):
+            if self.last_layer:
+                f, features = self.model.forward_with_features(x)
+                return f, self.model.last_layer, features
+            return self.model(x), self.model, x
+
+
+class CurvlinopsGGN(CurvlinopsInterface, GGNInterface):
+    """Exact GGN, or its Monte-Carlo Fisher estimate, by curvlinops."""
+
+    @property
+    def _kfac_type(self) -> str:
+        return curvlinops.FisherType.MC if self.stochastic else curvlinops.FisherType.TYPE2
+
+    def _dense_operator(self, model: nn.Module, x: Any, y: Tensor):
+        arguments = (model, self.lossfunc, self.params, [(x, y)])
+        options = {"check_deterministic": False, "num_data": len(y), "batch_size_fn": lambda _: len(y)}
+        if self.stochastic:
+            return curvlinops.FisherMCLinearOperator(
+                *arguments, seed=self._operator_seed(), mc_samples=self.num_samples, **options
+            )
+        return curvlinops.GGNLinearOperator(*arguments, **options)
+
+
+class CurvlinopsEF(CurvlinopsInterface, EFInterface):
+    """Empirical Fisher by curvlinops."""
+
+    _kfac_type = curvlinops.FisherType.EMPIRICAL
+
+    @property
+    def _scale(self) -> float:
+        """A gradient appears twice in every outer product."""
+        return self.factor**2
+
+    def _dense_operator(self, model: nn.Module, x: Any, y: Tensor):
+        return curvlinops.EFLinearOperator(
+            model,
+            self.lossfunc,
+            self.params,
+            [(x, y)],
+            check_deterministic=False,
+            num_data=len(y),
+            batch_size_fn=lambda _: len(y),
+        )

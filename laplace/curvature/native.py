@@ -1,0 +1,89 @@
+"""The project's own backend: capture once, contract many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from laplace import likelihood as lik
+from laplace.curvature import contract
+from laplace.curvature.curvature import EFInterface, GGNInterface
+from laplace.curvature.sums import CurvatureSums
+from laplace.utils.matrix import Kron
+
+
+class _Native:
+    """Contractions in place of dense Jacobians; the estimator's directions come from the sibling class."""
+
+    def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
+        """Add one batch to raw sums in place.
+
+        Args:
+            sums: The state to add to.
+            x: Inputs ``(batch, …)`` or a dict-like batch.
+            y: Targets: class labels ``(batch, …)`` or values ``(batch, outputs)``.
+            offset: Index in the data set of the batch's first example; names examples in errors and seeds their noise.
+
+        Raises:
+            NonFiniteError: If an output or target is NaN or Inf; names the examples. The sums are unchanged.
+            ValueError: If the targets do not fit the outputs. The sums are unchanged.
+        """
+        self.spec = sums.spec
+        capture = self.capture(x)
+        y = y.to(capture.f.device)
+        lik.check_targets(self.likelihood, capture.f, y, offset)
+        f = capture.f.to(sums.spec.torch_dtype)
+        contract.add_curvature_(sums, capture, self.directions(f, y, offset))
+        sums.loss = sums.loss + lik.loss_sum(self.likelihood, f, y)
+        sums.n_data += len(y)
+
+    def _sums(self, structure: str, x: Any, y: Tensor) -> CurvatureSums:
+        if self.spec is None or self.spec.structure != structure:
+            self.initialize(x, structure)
+        sums = CurvatureSums.zero(self.spec, self.params[0].device)
+        self.accumulate(sums, x, y)
+        return sums
+
+    def jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
+        """Dense Jacobians ``(batch, outputs, parameters)`` and outputs."""
+        if enable_backprop:
+            return self.functorch_jacobians(x, enable_backprop)
+        if self.spec is None:
+            self.initialize(x, "diag")
+        capture = self.capture(x)
+        js = contract.jacobians(capture, self.spec.blocks)
+        return (js if self.subnetwork_indices is None else js[..., self.subnetwork_indices]), capture.f
+
+    def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Dense curvature of one batch ``(parameters, parameters)``."""
+        sums = self._sums("full", x, y)
+        h = sums.tensors["full"]
+        indices = self.subnetwork_indices
+        return sums.loss, h if indices is None else h[indices][:, indices]
+
+    def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
+        """Kronecker factors of one batch, their input side divided by ``N``."""
+        sums = self._sums("kron", x, y)
+        return sums.loss, Kron.from_sums(sums, N)
+
+    def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Diagonal curvature of one batch ``(parameters,)``."""
+        sums = self._sums("diag", x, y)
+        h = diag_vector(sums)
+        return sums.loss, h if self.subnetwork_indices is None else h[self.subnetwork_indices]
+
+
+class NativeGGN(_Native, GGNInterface):
+    """Exact GGN, or with ``stochastic=True`` its Monte-Carlo Fisher estimate."""
+
+
+class NativeEF(_Native, EFInterface):
+    """Empirical Fisher."""
+
+
+def diag_vector(sums: CurvatureSums) -> Tensor:
+    """The diagonal as one vector in the order of the parameters."""
+    from torch import cat
+
+    return cat([sums.tensors[block.factors[0]].flatten() for block in sums.spec.blocks])

@@ -1,0 +1,195 @@
+r"""Raw curvature sums: one commutative monoid for every structure.
+
+A Laplace approximation needs :math:`\sum_n J_n^\top \Lambda_n J_n` (or its diagonal, or :math:`\sum_n a_n a_n^\top` and
+:math:`\sum_n g_n g_n^\top` for each layer), the summed loss and the number of examples. All of these are sums over
+examples. Nothing is divided by the number of examples before :mod:`laplace.posterior` finalises the sum, so that batches,
+segments and whole data sets combine by addition alone, in any partition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Shape of one named sum; ``symmetric`` sums may be stored as one triangle."""
+
+    shape: tuple[int, ...]
+    symmetric: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """How one parameter's curvature is obtained.
+
+    Attributes:
+        parameter: Name of the parameter in the model.
+        shape: Its shape.
+        layer: Name of the module whose captured inputs and output gradients give its curvature, or None where per-example
+            automatic differentiation of this parameter does.
+        factors: Names of its sums, the factor over the outputs first.
+        reason: Why it is treated in this way; shown in the coverage report.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    layer: str | None
+    factors: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class SumsSpec:
+    """Names, shapes and precision of the sums of one structure for one model.
+
+    Attributes:
+        structure: ``'full'``, ``'kron'`` or ``'diag'``.
+        blocks: One per parameter, in the order of the parameter vector.
+        factors: Shape of every sum by name.
+        dtype: Name of the floating-point type of the sums, such as ``'float32'``.
+        n_outputs: Number of outputs (classes or regression targets) of the model.
+    """
+
+    structure: str
+    blocks: tuple[Block, ...]
+    factors: Mapping[str, Factor]
+    dtype: str
+    n_outputs: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The sums' floating-point type."""
+        return getattr(torch, self.dtype)
+
+    def to_json(self) -> dict:
+        """A plain dictionary that :meth:`from_json` turns back into an equal specification."""
+        return {
+            "structure": self.structure,
+            "dtype": self.dtype,
+            "n_outputs": self.n_outputs,
+            "blocks": [
+                {**asdict(block), "shape": list(block.shape), "factors": list(block.factors)} for block in self.blocks
+            ],
+            "factors": {
+                name: {"shape": list(factor.shape), "symmetric": factor.symmetric}
+                for name, factor in self.factors.items()
+            },
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping) -> SumsSpec:
+        """Inverse of :meth:`to_json`."""
+        blocks = tuple(
+            Block(b["parameter"], tuple(b["shape"]), b["layer"], tuple(b["factors"]), b["reason"])
+            for b in data["blocks"]
+        )
+        factors = {k: Factor(tuple(v["shape"]), bool(v["symmetric"])) for k, v in data["factors"].items()}
+        return cls(data["structure"], blocks, factors, data["dtype"], int(data["n_outputs"]))
+
+
+class CurvatureSums:
+    """The state of an accumulation: factors, summed loss, number of examples.
+
+    Addition over examples happens in a backend's ``accumulate``; this class is the algebra around it.
+
+    Attributes:
+        spec: What the sums are called and how they are shaped.
+        tensors: Every factor by name.
+        loss: Summed negative log likelihood, a float64 scalar.
+        n_data: Number of examples added so far.
+    """
+
+    def __init__(self, spec: SumsSpec, tensors: dict[str, Tensor], loss: Tensor, n_data: int):
+        """Wrap existing tensors; use :meth:`zero` or :meth:`from_tensors` instead."""
+        self.spec = spec
+        self.tensors = tensors
+        self.loss = loss
+        self.n_data = n_data
+
+    @classmethod
+    def zero(cls, spec: SumsSpec, device: torch.device | str = "cpu") -> CurvatureSums:
+        """The neutral element."""
+        tensors = {
+            name: torch.zeros(factor.shape, dtype=spec.torch_dtype, device=device)
+            for name, factor in spec.factors.items()
+        }
+        return cls(spec, tensors, torch.zeros((), dtype=torch.float64, device=device), 0)
+
+    def merge(self, other: CurvatureSums) -> CurvatureSums:
+        """Add another sum of the same specification in place.
+
+        Raises:
+            ValueError: If the two were not accumulated for the same model and structure.
+        """
+        if self.spec != other.spec:
+            raise ValueError(
+                "These sums belong to different models, structures or precisions and cannot be added: "
+                + "; ".join(_spec_differences(self.spec, other.spec))
+            )
+        for name, tensor in self.tensors.items():
+            tensor += other.tensors[name].to(tensor.device)
+        self.loss = self.loss + other.loss.to(self.loss.device)
+        self.n_data += other.n_data
+        return self
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Every factor by name plus ``"loss"``; the inverse of :meth:`from_tensors` together with ``n_data``."""
+        return {**self.tensors, "loss": self.loss}
+
+    @classmethod
+    def from_tensors(cls, spec: SumsSpec, tensors: Mapping[str, Tensor], n_data: int) -> CurvatureSums:
+        """Rebuild a sum from its tensors.
+
+        Raises:
+            ValueError: If a factor is missing, unknown or of the wrong shape.
+        """
+        wanted = set(spec.factors) | {"loss"}
+        if set(tensors) != wanted:
+            missing, unknown = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
+            raise ValueError(f"The tensors do not fit the specification: missing {missing}, unknown {unknown}.")
+        for name, factor in spec.factors.items():
+            if tuple(tensors[name].shape) != factor.shape:
+                raise ValueError(f"Factor {name!r} has shape {tuple(tensors[name].shape)}, expected {factor.shape}.")
+        factors = {name: tensors[name].to(spec.torch_dtype) for name in spec.factors}
+        return cls(spec, factors, tensors["loss"].double(), int(n_data))
+
+    def non_finite(self) -> list[str]:
+        """Names of the factors that hold NaN or Inf."""
+        return [name for name, value in self.to_tensors().items() if not bool(torch.isfinite(value).all())]
+
+
+def sum_in_order(tensors: Iterable[Tensor]) -> Tensor:
+    """Sum in float64 in the given order and round once to the type of the inputs.
+
+    Raises:
+        ValueError: If there is nothing to add.
+    """
+    total: Tensor | None = None
+    dtype = None
+    for tensor in tensors:
+        if total is None:
+            total, dtype = tensor.to(torch.float64, copy=True), tensor.dtype
+        else:
+            total += tensor
+    if total is None:
+        raise ValueError("There is nothing to add: the sequence of tensors is empty.")
+    return total.to(dtype)
+
+
+def _spec_differences(one: SumsSpec, two: SumsSpec) -> list[str]:
+    rows = [
+        f"{field} {getattr(one, field)!r} against {getattr(two, field)!r}"
+        for field in ("structure", "dtype", "n_outputs")
+        if getattr(one, field) != getattr(two, field)
+    ]
+    names = {block.parameter: block for block in one.blocks}
+    others = {block.parameter: block for block in two.blocks}
+    for name in sorted(names.keys() | others.keys()):
+        if names.get(name) != others.get(name):
+            rows.append(f"parameter {name!r} differs")
+    return rows[:8]

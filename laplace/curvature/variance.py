@@ -1,0 +1,119 @@
+r"""Predictive variance :math:`J \Sigma J^\top` of the linearised network, without a Jacobian.
+
+The covariance of one parameter is kept as :math:`\Sigma = (Q_B \otimes Q_A)\,\mathrm{diag}(w)\,(Q_B \otimes Q_A)^\top`
+(identity bases for a diagonal posterior). With one position per example,
+
+.. math:: (J \Sigma J^\top)_{cd} = \sum_o (Q_B^\top g_c)_o (Q_B^\top g_d)_o \sum_i w_{oi} (Q_A^\top a)_i^2 ,
+
+two small matrix products. The bases do not depend on a scalar or layerwise prior precision, so a sweep over many of them
+projects the batch once and repeats only the product with :math:`w`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laplace.curvature.contract import chunks, output_directions
+from laplace.curvature.sums import Block
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Orthonormal bases in which one parameter's covariance is diagonal; None stands for the identity."""
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+
+
+def block_variance(
+    capture,
+    blocks: Sequence[Block],
+    bases: Sequence[Basis],
+    weights: Sequence[Callable[[int], Tensor]],
+    n_priors: int,
+    diagonal: bool,
+) -> Tensor:
+    """Predictive variances for ``n_priors`` covariances that share their bases.
+
+    Args:
+        capture: One batch, from :mod:`laplace.curvature.capture`.
+        blocks: The parameters.
+        bases: Bases by block.
+        weights: By block, a function from the number of the prior to the variances in the basis.
+        n_priors: How many priors to evaluate.
+        diagonal: Return the variances of the outputs alone instead of their covariance.
+
+    Returns:
+        ``(priors, batch, outputs)`` if ``diagonal`` else ``(priors, batch, outputs, outputs)``.
+    """
+    outputs = capture.f[0].numel()
+    shape = (n_priors, capture.f.shape[0], outputs) + (() if diagonal else (outputs,))
+    total = torch.zeros(shape, dtype=capture.dtype, device=capture.f.device)
+    by_layer: dict[str, list[int]] = {}
+    for index, block in enumerate(blocks):
+        if block.layer is None:
+            _add_rows(total, capture.jacobians[block.parameter], weights[index], diagonal)
+        else:
+            by_layer.setdefault(block.layer, []).append(index)
+    directions = [capture.gradients(v) for v in output_directions(capture.f)] if by_layer else []
+    for layer, indices in by_layer.items():
+        g = torch.stack([gradients.pop(layer) for gradients in directions], 1)  # (batch, outputs, positions, out)
+        for index in indices:
+            _add_layer(total, capture, g, blocks[index], bases[index], weights[index], diagonal)
+    return total
+
+
+def _add_layer(total, capture, g: Tensor, block: Block, basis: Basis, weight, diagonal: bool) -> None:
+    if len(block.shape) == 1:
+        _add_rows(total, _project(g.sum(2), basis.left), weight, diagonal)
+        return
+    a = _project(capture.inputs(block.layer), basis.right)
+    if g.shape[2] == 1:
+        _add_outer(total, _project(g[:, :, 0], basis.left), a[:, 0].square(), weight, diagonal)
+        return
+    width = g.shape[1] * g.shape[3] * a.shape[2]
+    for start, stop in chunks(g.shape[0], width):
+        rows = torch.einsum("ncro,nri->ncoi", _project(g[start:stop], basis.left), a[start:stop])
+        _add_rows(total[:, start:stop], rows.flatten(2), weight, diagonal)
+
+
+def _add_outer(total: Tensor, g: Tensor, a_squared: Tensor, weight, diagonal: bool) -> None:
+    """Add the variance of rows ``g aᵀ``; ``g`` is ``(batch, outputs, out)``, ``a_squared`` ``(batch, in)``."""
+    squared = g.square() if diagonal else None
+    for t in range(total.shape[0]):
+        scale = a_squared @ weight(t).to(g.dtype).T
+        if diagonal:
+            total[t] += torch.bmm(squared, scale[:, :, None])[:, :, 0]
+        else:
+            total[t] += torch.bmm(g * scale[:, None], g.transpose(1, 2))
+
+
+def _add_rows(total: Tensor, rows: Tensor, weight, diagonal: bool) -> None:
+    """Add the variance of explicit rows ``(batch, outputs, size)``."""
+    squared = rows.square() if diagonal else None
+    for t in range(total.shape[0]):
+        w = weight(t).to(rows.dtype).flatten()
+        if diagonal:
+            total[t] += squared @ w
+        else:
+            total[t] += torch.bmm(rows * w, rows.transpose(1, 2))
+
+
+def _project(values: Tensor, basis: Tensor | None) -> Tensor:
+    return values if basis is None else values @ basis.to(values.dtype)
+
+
+def dense_variance(
+    rows: Tensor, basis: Tensor, weights: Sequence[Callable[[int], Tensor]], n_priors: int, diagonal: bool
+) -> Tensor:
+    """Predictive variances from dense Jacobians ``(batch, outputs, parameters)`` and one basis over all parameters."""
+    projected = rows @ basis.to(rows.dtype)
+    shape = (n_priors, rows.shape[0], rows.shape[1]) + (() if diagonal else (rows.shape[1],))
+    total = torch.zeros(shape, dtype=rows.dtype, device=rows.device)
+    _add_rows(total, projected, weights[0], diagonal)
+    return total

@@ -1,0 +1,38 @@
+"""Errors that the core library raises on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class NonFiniteError(ValueError):
+    """NaN or Inf met while curvature was accumulated.
+
+    Attributes:
+        examples: Indices of the offending examples, counted from the start of the data set (or of the pass over the
+            loader, where the caller gave no offset).
+    """
+
+    def __init__(self, what: str, examples: Sequence[int]):
+        """Describe the offence and remember which examples caused it."""
+        self.examples = list(examples)
+        shown = ", ".join(str(i) for i in self.examples[:10]) + (", …" if len(self.examples) > 10 else "")
+        super().__init__(
+            f"{what} is NaN or Inf for {len(self.examples)} example(s): indices {shown}. "
+            "Nothing was added to the sum for this batch; clean these examples or the model's weights and fit again."
+        )
+
+    def __reduce__(self):
+        """Survive a trip through pickle between processes."""
+        return _rebuild_non_finite, (str(self), self.examples)
+
+
+def _rebuild_non_finite(message: str, examples: list[int]) -> NonFiniteError:
+    error = NonFiniteError.__new__(NonFiniteError)
+    ValueError.__init__(error, message)
+    error.examples = examples
+    return error
+
+
+class NotFittedError(RuntimeError):
+    """A quantity of the posterior was asked for before ``fit``."""

@@ -1,0 +1,53 @@
+"""The factory: strings in, posterior class out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from laplace.posterior.diag import DiagLaplace
+from laplace.posterior.full import FullLaplace
+from laplace.posterior.kron import KronLaplace
+from laplace.posterior.last_layer import DiagLLLaplace, FullLLLaplace, KronLLLaplace
+from laplace.posterior.parametric import ParametricLaplace
+from laplace.utils.enums import HessianStructure, Likelihood, SubsetOfWeights, parse
+
+_CLASSES: dict[tuple[str, str], type[ParametricLaplace]] = {
+    ("all", "full"): FullLaplace,
+    ("all", "kron"): KronLaplace,
+    ("all", "diag"): DiagLaplace,
+    ("last_layer", "full"): FullLLLaplace,
+    ("last_layer", "kron"): KronLLLaplace,
+    ("last_layer", "diag"): DiagLLLaplace,
+}
+
+
+def Laplace(
+    model: nn.Module,
+    likelihood: Likelihood | str,
+    subset_of_weights: SubsetOfWeights | str = SubsetOfWeights.LAST_LAYER,
+    hessian_structure: HessianStructure | str = HessianStructure.KRON,
+    *args: Any,
+    **kwargs: Any,
+) -> ParametricLaplace:
+    """Make a Laplace approximation of a trained network.
+
+    Args:
+        model: Trained network that returns logits or regression means.
+        likelihood: ``'classification'``, ``'regression'`` or ``'reward_modeling'``.
+        subset_of_weights: ``'last_layer'`` or ``'all'``.
+        hessian_structure: ``'kron'``, ``'full'`` or ``'diag'``.
+        *args: Further arguments of the class, see :class:`laplace.BaseLaplace`.
+        **kwargs: Further arguments of the class.
+
+    Raises:
+        ValueError: On an unknown or unavailable combination; the message lists the valid ones.
+    """
+    subset = parse(SubsetOfWeights, subset_of_weights, "subset_of_weights")
+    structure = parse(HessianStructure, hessian_structure, "hessian_structure")
+    key = (subset.value, structure.value)
+    if key not in _CLASSES:
+        valid = ", ".join(f"{s} × {h}" for s, h in _CLASSES)
+        raise ValueError(f"There is no Laplace approximation for {key[0]} × {key[1]}; available are {valid}.")
+    return _CLASSES[key](model, likelihood, *args, **kwargs)

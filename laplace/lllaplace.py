@@ -1,0 +1,5 @@
+"""The last-layer posteriors, under their customary import path."""
+
+from laplace.posterior.last_layer import DiagLLLaplace, FullLLLaplace, KronLLLaplace, LLLaplace
+
+__all__ = ["DiagLLLaplace", "FullLLLaplace", "KronLLLaplace", "LLLaplace"]

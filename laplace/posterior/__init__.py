@@ -1,0 +1,1 @@
+"""Posteriors: the algebra of one Hessian structure per file."""

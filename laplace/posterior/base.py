@@ -1,0 +1,211 @@
+"""What every Laplace approximation has: a model, a likelihood, a Gaussian prior, a backend."""
+
+from __future__ import annotations
+
+from math import log, pi, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+
+from laplace.curvature.curvature import CurvatureInterface
+from laplace.utils.enums import Likelihood, PriorStructure, parse
+
+_LOG_SQRT_2PI = log(sqrt(2 * pi))
+
+
+class BaseLaplace:
+    r"""Model, likelihood :math:`p(y \mid f)`, prior :math:`\mathcal N(\mu_0, \mathrm{diag}(p_0)^{-1})` and backend.
+
+    Args:
+        model: Trained network; its parameters with ``requires_grad`` are the MAP estimate.
+        likelihood: ``'classification'``, ``'regression'`` or ``'reward_modeling'`` (fitted as classification, predicts as
+            regression).
+        sigma_noise: Standard deviation of the observation noise; 1 for classification.
+        prior_precision: Scalar, one value per parameter tensor, or one per parameter.
+        prior_mean: Scalar or one value per parameter.
+        temperature: Temperature of the likelihood; lower is more concentrated.
+        enable_backprop: Keep the graph from the inputs to the predictive.
+        dict_key_x: Key of the inputs in dict-like batches.
+        dict_key_y: Key of the targets in dict-like batches.
+        backend: Subclass of :class:`CurvatureInterface`; the native exact GGN if None.
+        backend_kwargs: Further arguments of the backend.
+        asdl_fisher_kwargs: Further arguments of the ASDL backend.
+
+    Raises:
+        ValueError: If an argument is unknown or out of range; the message lists what is valid.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        sigma_noise: float | Tensor = 1.0,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        temperature: float = 1.0,
+        enable_backprop: bool = False,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        backend: type[CurvatureInterface] | None = None,
+        backend_kwargs: dict[str, Any] | None = None,
+        asdl_fisher_kwargs: dict[str, Any] | None = None,
+    ):
+        """See the class."""
+        self.likelihood = parse(Likelihood, likelihood, "likelihood")
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature} must be positive.")
+        self.model = model
+        self.temperature = temperature
+        self.enable_backprop = enable_backprop
+        self.dict_key_x = dict_key_x
+        self.dict_key_y = dict_key_y
+        self._backend_cls = backend
+        self._backend_kwargs = dict(backend_kwargs or {})
+        self._backend: CurvatureInterface | None = None
+        self._asdl_fisher_kwargs = asdl_fisher_kwargs
+        self.loss: Tensor | float = 0.0
+        self.n_data = 0
+        self.n_outputs: int | None = None
+        self._prior_precision_argument = prior_precision
+        self._prior_mean_argument = prior_mean
+        self._find_params()
+        self.sigma_noise = sigma_noise
+
+    def _find_params(self) -> None:
+        """Take over the parameters and, now that their number is known, the prior."""
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
+        if not self.params:
+            raise ValueError("The model has no parameter with requires_grad=True, so there is nothing to infer.")
+        self._set_sizes()
+
+    def _set_sizes(self) -> None:
+        self.n_params = sum(p.numel() for p in self.params)
+        self.n_layers = len(self.params)
+        self.mean = parameters_to_vector(self.params).detach()
+        self.prior_precision = self._prior_precision_argument
+        self.prior_mean = self._prior_mean_argument
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
+
+    def _backend_arguments(self) -> dict[str, Any]:
+        return {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y, **self._backend_kwargs}
+
+    @property
+    def backend(self) -> CurvatureInterface:
+        """The curvature backend, made on first use."""
+        if self._backend is None:
+            from laplace.curvature.native import NativeGGN
+
+            cls = self._backend_cls or NativeGGN
+            likelihood = "classification" if self.likelihood is Likelihood.REWARD_MODELING else self.likelihood.value
+            self._backend = cls(self.model, likelihood, **self._backend_arguments())
+        return self._backend
+
+    @property
+    def prior_precision(self) -> Tensor:
+        """Precision of the prior: ``(1,)``, one per parameter tensor, or one per parameter."""
+        return self._prior_precision
+
+    @prior_precision.setter
+    def prior_precision(self, value: float | Tensor) -> None:
+        value = torch.as_tensor(value).to(self._device, self._dtype)
+        value = value.reshape(1) if value.ndim == 0 else value
+        if self.params and (value.ndim != 1 or len(value) not in (1, self.n_layers, self.n_params)):
+            raise ValueError(
+                f"prior_precision has shape {tuple(value.shape)}; valid are a scalar, {self.n_layers} values (one per "
+                f"parameter tensor) or {self.n_params} values (one per parameter)."
+            )
+        if not bool((value > 0).all() & torch.isfinite(value).all()):
+            wrong = value[~((value > 0) & torch.isfinite(value))][0]
+            raise ValueError(f"prior_precision must be positive and finite, but holds {wrong.item()}.")
+        if self.params:
+            self._check_prior_structure(value)
+        else:
+            self._prior_precision_argument = value
+        self._prior_precision = value
+        self._prior_changed()
+
+    def _check_prior_structure(self, value: Tensor) -> None:
+        """Structures that do not take every prior refuse it here."""
+
+    def _prior_changed(self) -> None:
+        """Structures that cache what depends on the prior drop it here."""
+
+    @property
+    def prior_mean(self) -> Tensor:
+        """Mean of the prior: a scalar or one value per parameter."""
+        return self._prior_mean
+
+    @prior_mean.setter
+    def prior_mean(self, value: float | Tensor) -> None:
+        value = torch.as_tensor(value).to(self._device, self._dtype)
+        if self.params and (value.ndim > 1 or value.numel() not in (1, self.n_params)):
+            raise ValueError(f"prior_mean has shape {tuple(value.shape)}; valid are a scalar or ({self.n_params},).")
+        self._prior_mean_argument = value
+        self._prior_mean = value
+
+    @property
+    def sigma_noise(self) -> Tensor:
+        """Standard deviation of the observation noise."""
+        return self._sigma_noise
+
+    @sigma_noise.setter
+    def sigma_noise(self, value: float | Tensor) -> None:
+        value = torch.as_tensor(value).to(self._device, self._dtype)
+        if value.numel() != 1:
+            raise ValueError(f"sigma_noise must be a scalar, but has shape {tuple(value.shape)}.")
+        if not bool(value > 0):
+            raise ValueError(f"sigma_noise must be positive, but is {value.item()}.")
+        if self.likelihood is not Likelihood.REGRESSION and float(value.detach()) != 1:
+            raise ValueError(
+                f"sigma_noise={float(value.detach())} has no meaning for {self.likelihood.value}; it must be 1 "
+                "(use temperature to scale the likelihood)."
+            )
+        self._sigma_noise = value
+        self._prior_changed()
+
+    @property
+    def _H_factor(self) -> Tensor:
+        """Scale of the summed curvature: ``1 / (σ² · temperature)``."""
+        return 1 / self.sigma_noise.square() / self.temperature
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """Log likelihood of the training data at the MAP, differentiable in ``sigma_noise``."""
+        self._check_fitted()
+        factor = -self._H_factor
+        loss = torch.as_tensor(self.loss, dtype=self._dtype, device=self._device)
+        if self.likelihood is not Likelihood.REGRESSION:
+            return factor * loss
+        constant = self.n_data * self.n_outputs * (self.sigma_noise.log() + _LOG_SQRT_2PI)
+        return factor * loss - constant
+
+    @property
+    def prior_precision_diag(self) -> Tensor:
+        """Precision of the prior, one value per parameter ``(parameters,)``."""
+        value = self.prior_precision
+        if len(value) == 1:
+            return value.expand(self.n_params)
+        if len(value) == self.n_params:
+            return value
+        return torch.cat([v.expand(p.numel()) for v, p in zip(value, self.params, strict=True)])
+
+    def initial_prior_precision(self, value: float | Tensor, structure: PriorStructure | str) -> Tensor:
+        """A prior precision of the given structure, filled with ``value`` where that is a scalar."""
+        structure = parse(PriorStructure, structure, "prior_structure")
+        value = torch.as_tensor(value, dtype=self._dtype, device=self._device)
+        if value.numel() > 1:
+            return value.clone()
+        sizes = {PriorStructure.SCALAR: 1, PriorStructure.LAYERWISE: self.n_layers, PriorStructure.DIAG: self.n_params}
+        return value.reshape(1).repeat(sizes[structure])
+
+    def _check_fitted(self) -> None:
+        raise NotImplementedError

@@ -1,0 +1,88 @@
+r"""Diagonal posterior: :math:`P = \mathrm{diag}(h / (\sigma^2 T) + p_0)`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace.curvature.native import diag_vector
+from laplace.curvature.sums import CurvatureSums
+from laplace.curvature.variance import Basis, block_variance
+from laplace.posterior.parametric import ParametricLaplace
+
+
+class DiagLaplace(ParametricLaplace):
+    """Laplace approximation with diagonal curvature.
+
+    Attributes:
+        H: Diagonal of the summed curvature ``(parameters,)``.
+    """
+
+    structure = "diag"
+
+    def _finalize(self, sums: CurvatureSums) -> None:
+        self.H = diag_vector(sums)
+
+    @property
+    def posterior_precision(self) -> Tensor:
+        """Diagonal of the posterior precision ``(parameters,)``."""
+        self._check_fitted()
+        return self._H_factor * self.H + self.prior_precision_diag
+
+    @property
+    def posterior_scale(self) -> Tensor:
+        """Posterior standard deviations ``(parameters,)``."""
+        return self.posterior_precision.rsqrt()
+
+    @property
+    def posterior_variance(self) -> Tensor:
+        """Posterior variances ``(parameters,)``."""
+        return self.posterior_precision.reciprocal()
+
+    @property
+    def log_det_posterior_precision(self) -> Tensor:
+        r"""Log determinant :math:`\log\det P`."""
+        return self.posterior_precision.log().sum()
+
+    def square_norm(self, value: Tensor) -> Tensor:
+        r""":math:`\Delta^\top P \Delta` with :math:`\Delta` = ``value - mean``."""
+        delta = value - self.mean
+        return (delta.square() * self.posterior_precision).sum(-1)
+
+    def functional_variance(self, Js: Tensor) -> Tensor:
+        r""":math:`J P^{-1} J^\top`, ``(batch, outputs, outputs)``."""
+        return (Js * self.posterior_variance) @ Js.transpose(-1, -2)
+
+    def functional_covariance(self, Js: Tensor) -> Tensor:
+        r""":math:`J P^{-1} J^\top` jointly, ``(batch · outputs, batch · outputs)``."""
+        return (Js * self.posterior_variance) @ Js.T
+
+    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+        """Draw parameter vectors ``(n_samples, parameters)``."""
+        self._check_fitted()
+        noise = torch.randn(n_samples, self.n_params, device=self._device, dtype=self._dtype, generator=generator)
+        return self.mean + noise * self.posterior_scale
+
+    def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor:
+        blocks = self.sums_spec().blocks
+        sizes = [p.numel() for p in self.params]
+        curvature = (self._H_factor * self.H).split(sizes)
+
+        def weight(index: int):
+            def variance(t: int) -> Tensor:
+                prior = self._prior_of_block(prior_precisions[t], index)
+                block = (curvature[index] + prior).reciprocal()
+                return block if len(blocks[index].shape) == 1 else block.view(blocks[index].shape[0], -1)
+
+            return variance
+
+        weights = [weight(i) for i in range(len(blocks))]
+        return block_variance(capture, blocks, [Basis()] * len(blocks), weights, len(prior_precisions), diagonal)
+
+    def _prior_of_block(self, prior_precision: Tensor, index: int) -> Tensor:
+        """Part of a scalar, layerwise or diagonal prior precision that belongs to one parameter tensor."""
+        if len(prior_precision) == self.n_params and self.n_params != self.n_layers:
+            return prior_precision.split([p.numel() for p in self.params])[index]
+        return prior_precision[index if len(prior_precision) > 1 else 0]

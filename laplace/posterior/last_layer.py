@@ -1,0 +1,86 @@
+"""Posteriors over the linear last layer alone; the structures' algebra is that of their siblings over all weights."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace.curvature.sums import SumsSpec
+from laplace.posterior.diag import DiagLaplace
+from laplace.posterior.full import FullLaplace
+from laplace.posterior.kron import KronLaplace
+from laplace.posterior.parametric import ParametricLaplace
+from laplace.utils.feature_extractor import FeatureExtractor, FeatureReduction
+
+
+class LLLaplace(ParametricLaplace):
+    """Base of the last-layer posteriors.
+
+    Args:
+        model: Network that ends in :class:`torch.nn.Linear`.
+        likelihood: As for :class:`laplace.BaseLaplace`.
+        *args: Further positional arguments of :class:`laplace.BaseLaplace`.
+        feature_reduction: How features with a position dimension are reduced, as the model itself does it.
+        last_layer_name: Name of the last layer; found by a forward pass if None.
+        **kwargs: Further keyword arguments of :class:`laplace.BaseLaplace`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str,
+        *args: Any,
+        feature_reduction: FeatureReduction | str | None = None,
+        last_layer_name: str | None = None,
+        **kwargs: Any,
+    ):
+        """See the class."""
+        extractor = FeatureExtractor(
+            model, last_layer_name, kwargs.get("enable_backprop", False), feature_reduction=feature_reduction
+        )
+        super().__init__(extractor, likelihood, *args, **kwargs)
+
+    def _find_params(self) -> None:
+        if self.model.last_layer_name is None:
+            self.params: list[nn.Parameter] = []
+            self.prior_precision, self.prior_mean = self._prior_precision_argument, self._prior_mean_argument
+            return
+        self.params = [p for p in self.model.last_layer.parameters() if p.requires_grad]
+        if not self.params:
+            raise ValueError(f"The last layer {self.model.last_layer_name!r} has no parameter with requires_grad=True.")
+        self._set_sizes()
+
+    def _backend_arguments(self) -> dict[str, Any]:
+        return {"last_layer": True, **super()._backend_arguments()}
+
+    def initialize(self, x: Tensor | MutableMapping[str, Any]) -> SumsSpec:
+        """Find the last layer and decide how its curvature is obtained."""
+        if self.model.last_layer_name is None:
+            training = [m for m in self.model.modules() if m.training]
+            self.model.eval()
+            with torch.no_grad():
+                self.model.find_last_layer(x)
+            for module in training:
+                module.training = True
+            self._find_params()
+        return super().initialize(x)
+
+    def _adopt_parameters(self, spec: SumsSpec) -> None:
+        if self.model.last_layer_name is None:
+            self.model.set_last_layer(spec.blocks[0].layer)
+            self._find_params()
+
+
+class FullLLLaplace(LLLaplace, FullLaplace):
+    """Dense posterior over the last layer."""
+
+
+class KronLLLaplace(LLLaplace, KronLaplace):
+    """Kronecker-factored posterior over the last layer."""
+
+
+class DiagLLLaplace(LLLaplace, DiagLaplace):
+    """Diagonal posterior over the last layer."""

@@ -1,0 +1,306 @@
+r"""Laplace approximations :math:`\mathcal N(\theta_{\mathrm{MAP}}, P^{-1})` over weights: fit, evidence, samples, state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from laplace import predictive, tuning
+from laplace.curvature.coverage import CoverageReport, coverage_report
+from laplace.curvature.sums import CurvatureSums, SumsSpec
+from laplace.errors import NotFittedError
+from laplace.posterior import state
+from laplace.posterior.base import BaseLaplace
+from laplace.utils.enums import LinkApprox, PredType, PriorStructure, TuningMethod
+
+
+class ParametricLaplace(BaseLaplace):
+    """Base of the structures full, kron and diag; each adds how its sums become a precision, and that precision's algebra.
+
+    Attributes:
+        mean: MAP estimate ``(parameters,)``.
+        H: Curvature of the summed loss in the structure's own form; None before ``fit``.
+        loss: Summed loss at the MAP.
+        n_data: Number of examples that were added up.
+        sums: The raw sums behind ``H``; what a further ``fit(override=False)`` adds to.
+    """
+
+    structure: str
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        """See :class:`BaseLaplace`."""
+        self.H: Any = None
+        self.sums: CurvatureSums | None = None
+        self._spec: SumsSpec | None = None
+        super().__init__(*args, **kwargs)
+
+    def _check_fitted(self) -> None:
+        if self.H is None:
+            raise NotFittedError(f"{type(self).__name__} has not been fitted: call fit(train_loader) first.")
+
+    # --- fitting -------------------------------------------------------------------------------------------------
+
+    def initialize(self, x: Tensor | MutableMapping[str, Any]) -> SumsSpec:
+        """Decide from one batch of inputs how every parameter's curvature is obtained.
+
+        ``fit`` does this with its first batch; call it directly only to use :meth:`accumulate`.
+        """
+        self._spec = self.backend.initialize(x, self.structure)
+        self.n_outputs = self._spec.n_outputs
+        return self._spec
+
+    def sums_spec(self) -> SumsSpec:
+        """Names, shapes and precision of the raw sums.
+
+        Raises:
+            NotFittedError: Before :meth:`initialize` or ``fit``.
+        """
+        if self._spec is None:
+            raise NotFittedError("The sums are not known yet: call initialize(x) or fit(train_loader) first.")
+        return self._spec
+
+    @property
+    def coverage(self) -> CoverageReport:
+        """For every parameter, the structure its curvature has and where it comes from."""
+        return coverage_report(self.sums_spec())
+
+    def zero_sums(self) -> CurvatureSums:
+        """Raw sums over no example."""
+        return CurvatureSums.zero(self.sums_spec(), self._device)
+
+    def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
+        """Add one batch to raw sums in place; ``offset`` is the index of its first example in the data set."""
+        self.backend.accumulate(sums, x, y.to(self._device), offset)
+
+    def set_sums(self, sums: CurvatureSums) -> None:
+        """Finalise raw sums: from here on this is a fitted posterior.
+
+        Raises:
+            ValueError: If the sums hold no example, NaN or Inf, or belong to other parameters.
+        """
+        if sums.n_data == 0:
+            raise ValueError("The sums hold no example: the data loader was empty. Nothing was changed.")
+        wrong = sums.non_finite()
+        if wrong:
+            raise ValueError(f"The summed curvature is NaN or Inf in {wrong}. Nothing was changed.")
+        shapes = [tuple(p.shape) for p in self.params]
+        if [block.shape for block in sums.spec.blocks] != shapes or sums.spec.structure != self.structure:
+            raise ValueError(
+                f"The sums are of structure {sums.spec.structure!r} for parameters {[b.parameter for b in sums.spec.blocks]} "
+                f"and do not fit this {self.structure!r} posterior over shapes {shapes}."
+            )
+        self._spec = self.backend.spec = sums.spec
+        self._finalize(sums)
+        self.sums = sums
+        self.loss, self.n_data, self.n_outputs = sums.loss, sums.n_data, sums.spec.n_outputs
+        self.mean = torch.nn.utils.parameters_to_vector(self.params).detach()
+        self._prior_changed()
+
+    def fit(self, train_loader: DataLoader, override: bool = True, progress_bar: bool = False) -> None:
+        """Add up curvature over a data loader and finalise it.
+
+        Args:
+            train_loader: Batches ``(x, y)``, or dict-like batches that hold ``dict_key_y``.
+            override: Start from zero; False adds to what was fitted before, as in online learning.
+            progress_bar: Show progress over batches.
+
+        Raises:
+            NonFiniteError: On NaN or Inf; names the examples. An earlier fit stays as it was.
+            ValueError: On an empty loader or targets that do not fit. An earlier fit stays as it was.
+        """
+        sums: CurvatureSums | None = None
+        for x, y in self._batches(train_loader, progress_bar):
+            if sums is None:
+                self._start_fit(x)
+                sums = self.zero_sums()
+            self.accumulate(sums, x, y, offset=sums.n_data)
+        if sums is None:
+            raise ValueError("The data loader is empty, so there is nothing to fit. An earlier fit stays as it was.")
+        if not override and self.sums is not None:
+            sums.merge(self.sums)
+        self.set_sums(sums)
+
+    def _start_fit(self, x: Any) -> None:
+        """Learn from the first batch what the sums look like."""
+        self.initialize(x)
+
+    def _batches(self, loader: DataLoader, progress_bar: bool = False) -> Iterator[tuple[Any, Tensor]]:
+        """Batches on the model's device, as inputs and targets."""
+        if progress_bar:
+            from tqdm.auto import tqdm
+
+            loader = tqdm(loader, desc="[Computing Hessian]")
+        for batch in loader:
+            if isinstance(batch, MutableMapping):
+                if self.dict_key_y not in batch:
+                    raise ValueError(
+                        f"Dict-like batches need the key {self.dict_key_y!r} (dict_key_y), got {sorted(batch)}."
+                    )
+                yield batch, batch[self.dict_key_y].to(self._device)
+            else:
+                x, y = batch
+                yield (x.to(self._device) if isinstance(x, Tensor) else x), y.to(self._device)
+
+    def _adopt_parameters(self, spec: SumsSpec) -> None:
+        """Subsets of weights that depend on the data find their parameters from a stored specification here."""
+
+    # --- what a structure provides -------------------------------------------------------------------------------
+
+    def _finalize(self, sums: CurvatureSums) -> None:
+        """Set ``H`` from raw sums."""
+        raise NotImplementedError
+
+    def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor:
+        """Predictive variances of one batch for several prior precisions; see :mod:`laplace.curvature.variance`."""
+        raise NotImplementedError
+
+    @property
+    def posterior_precision(self) -> Any:
+        """Posterior precision :math:`P` in the structure's own form."""
+        raise NotImplementedError
+
+    @property
+    def log_det_posterior_precision(self) -> Tensor:
+        r"""Log determinant :math:`\log\det P`."""
+        raise NotImplementedError
+
+    def square_norm(self, value: Tensor) -> Tensor:
+        r""":math:`\Delta^\top P \Delta` with :math:`\Delta` = ``value - mean``, per row of ``value``."""
+        raise NotImplementedError
+
+    def functional_variance(self, Js: Tensor) -> Tensor:
+        r""":math:`J P^{-1} J^\top` for ``(batch, outputs, parameters)``, giving ``(batch, outputs, outputs)``."""
+        raise NotImplementedError
+
+    def functional_covariance(self, Js: Tensor) -> Tensor:
+        r""":math:`J P^{-1} J^\top` jointly for ``(batch · outputs, parameters)``."""
+        raise NotImplementedError
+
+    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+        """Draw parameter vectors ``(n_samples, parameters)`` from the posterior."""
+        raise NotImplementedError
+
+    # --- evidence ------------------------------------------------------------------------------------------------
+
+    @property
+    def scatter(self) -> Tensor:
+        r""":math:`(\theta_{\mathrm{MAP}} - \mu_0)^\top P_0 (\theta_{\mathrm{MAP}} - \mu_0)`."""
+        delta = self.mean - self.prior_mean
+        return (delta * self.prior_precision_diag * delta).sum()
+
+    @property
+    def log_det_prior_precision(self) -> Tensor:
+        r"""Log determinant :math:`\log\det P_0`."""
+        return self.prior_precision_diag.log().sum()
+
+    @property
+    def log_det_ratio(self) -> Tensor:
+        r""":math:`\log\det P - \log\det P_0`."""
+        return self.log_det_posterior_precision - self.log_det_prior_precision
+
+    def log_marginal_likelihood(
+        self, prior_precision: Tensor | None = None, sigma_noise: Tensor | None = None
+    ) -> Tensor:
+        r"""Laplace approximation of the evidence, differentiable in both arguments.
+
+        .. math:: \log p(\mathcal D) \approx \log p(\mathcal D \mid \theta)
+            - \tfrac12 \left(\log\tfrac{\det P}{\det P_0} + (\theta - \mu_0)^\top P_0 (\theta - \mu_0)\right)
+
+        Args:
+            prior_precision: Replaces the current prior precision.
+            sigma_noise: Replaces the current observation noise (regression).
+
+        Raises:
+            NotFittedError: Before ``fit``.
+            ValueError: If ``sigma_noise`` is given for a likelihood without noise.
+        """
+        self._check_fitted()
+        if prior_precision is not None:
+            self.prior_precision = prior_precision
+        if sigma_noise is not None:
+            self.sigma_noise = sigma_noise
+        return self.log_likelihood - 0.5 * (self.log_det_ratio + self.scatter)
+
+    def log_prob(self, value: Tensor, normalized: bool = True) -> Tensor:
+        """Log density of the posterior at ``value``; without its constant if not ``normalized``."""
+        result = -self.square_norm(value) / 2
+        if normalized:
+            result = result - self.n_params / 2 * math.log(2 * math.pi) + self.log_det_posterior_precision / 2
+        return result
+
+    # --- predictive ----------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        x: Tensor | MutableMapping[str, Any],
+        pred_type: PredType | str = PredType.GLM,
+        joint: bool = False,
+        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+        fitting: bool = False,
+        **model_kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Posterior predictive; see :func:`laplace.predictive.predict`."""
+        return predictive.predict(
+            self,
+            x,
+            pred_type=pred_type,
+            joint=joint,
+            link_approx=link_approx,
+            n_samples=n_samples,
+            diagonal_output=diagonal_output,
+            generator=generator,
+            fitting=fitting,
+            **model_kwargs,
+        )
+
+    def predictive_samples(
+        self,
+        x: Tensor | MutableMapping[str, Any],
+        pred_type: PredType | str = PredType.GLM,
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draws from the predictive ``(n_samples, batch, outputs)``; see :func:`laplace.predictive.samples`."""
+        return predictive.samples(self, x, pred_type, n_samples, diagonal_output, generator)
+
+    def optimize_prior_precision(
+        self,
+        pred_type: PredType | str = PredType.GLM,
+        method: TuningMethod | str = TuningMethod.MARGLIK,
+        n_steps: int = 100,
+        lr: float = 0.1,
+        init_prior_prec: float | Tensor = 1.0,
+        prior_structure: PriorStructure | str = PriorStructure.SCALAR,
+        val_loader: DataLoader | None = None,
+        loss: Any = None,
+        log_prior_prec_min: float = -4,
+        log_prior_prec_max: float = 4,
+        grid_size: int = 100,
+        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        n_samples: int = 100,
+        verbose: bool = False,
+        progress_bar: bool = False,
+        log_prior_prec_base: float = 10.0,
+    ) -> None:
+        """Choose the prior precision after the fit; see :func:`laplace.tuning.optimize_prior_precision`."""
+        arguments = {k: v for k, v in locals().items() if k != "self"}
+        tuning.optimize_prior_precision(self, **arguments)
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the model, as tensors and plain values; loads with ``weights_only=True``."""
+        return state.state_dict(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state from :meth:`state_dict`; see :func:`laplace.posterior.state.load_state_dict`."""
+        state.load_state_dict(self, state_dict)

@@ -1,0 +1,196 @@
+r"""Posterior predictives: the linearised network's Gaussian over outputs, its links, and sampled networks.
+
+The GLM predictive linearises the network at the MAP, :math:`f(x) \sim \mathcal N(f_{\mathrm{MAP}}(x), J P^{-1} J^\top)`
+(Immer et al., "Improving predictions of Bayesian neural nets via local linearization", AISTATS 2021). Classification then
+integrates the softmax against that Gaussian: by samples, by MacKay's probit approximation, or by the Laplace bridge (Hobbhahn
+et al., "Fast predictive uncertainty for classification with Bayesian deep networks", UAI 2022).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from laplace.curvature.capture import eval_mode
+from laplace.utils.enums import LinkApprox, Likelihood, PredType, parse
+
+if TYPE_CHECKING:
+    from laplace.posterior.parametric import ParametricLaplace
+
+
+def predict(
+    la: ParametricLaplace,
+    x: Any,
+    pred_type: PredType | str = PredType.GLM,
+    joint: bool = False,
+    link_approx: LinkApprox | str = LinkApprox.PROBIT,
+    n_samples: int = 100,
+    diagonal_output: bool = False,
+    generator: torch.Generator | None = None,
+    fitting: bool = False,
+    **model_kwargs: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Posterior predictive for one batch.
+
+    Args:
+        la: A fitted posterior.
+        x: Inputs ``(batch, …)`` or a dict-like batch.
+        pred_type: ``'glm'`` or ``'nn'``.
+        joint: Regression only: one covariance over all examples and outputs of the batch.
+        link_approx: ``'probit'``, ``'mc'``, ``'bridge'`` or ``'bridge_norm'``; ``'nn'`` takes ``'mc'`` only.
+        n_samples: Number of samples, where samples are drawn.
+        diagonal_output: Ignore covariances between outputs.
+        generator: Source of the samples.
+        fitting: Reward models only: predict as the classifier that was fitted.
+        **model_kwargs: Refused; the model is called with ``x`` alone.
+
+    Returns:
+        Class probabilities ``(batch, …, classes)``; or for regression the mean ``(batch, outputs)`` and the covariance
+        ``(batch, outputs, outputs)`` of the outputs without observation noise (variances ``(batch, outputs)`` if
+        ``diagonal_output`` or for ``'nn'``; ``(batch · outputs, batch · outputs)`` if ``joint``).
+
+    Raises:
+        NotFittedError: Before ``fit``.
+        ValueError: On an unknown or impossible combination of arguments.
+    """
+    la._check_fitted()
+    pred_type = parse(PredType, pred_type, "pred_type")
+    link_approx = parse(LinkApprox, link_approx, "link_approx")
+    if model_kwargs:
+        raise ValueError(f"Unknown arguments {sorted(model_kwargs)}; the model is called with x alone.")
+    check_combination(pred_type, link_approx)
+    regression = la.likelihood is Likelihood.REGRESSION or (
+        la.likelihood is Likelihood.REWARD_MODELING and not fitting
+    )
+    if joint and not regression:
+        raise ValueError("joint=True is for regression; class probabilities have no joint Gaussian.")
+    if pred_type is PredType.NN:
+        outputs = sampled_outputs(la, x, n_samples, generator)
+        return (outputs.mean(0), outputs.var(0)) if regression else outputs.softmax(-1).mean(0)
+    if joint:
+        return _joint(la, x)
+    if regression:
+        return glm_distribution(la, x, diagonal_output)
+    need_covariance = link_approx is not LinkApprox.PROBIT and not diagonal_output
+    f, variance = glm_distribution(la, x, diagonal=not need_covariance)
+    return link(f, variance, link_approx, n_samples, generator)
+
+
+def check_combination(pred_type: PredType, link_approx: LinkApprox) -> None:
+    """Raise ValueError for predictives that do not exist."""
+    if pred_type is PredType.GP:
+        raise ValueError("pred_type='gp' belongs to functional (GP) posteriors; valid here are 'glm' and 'nn'.")
+    if pred_type is PredType.NN and link_approx is not LinkApprox.MC:
+        raise ValueError(
+            f"pred_type='nn' samples networks, so only link_approx='mc' is possible, not {link_approx.value!r}."
+        )
+
+
+def glm_distribution(la: ParametricLaplace, x: Any, diagonal: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean ``(batch, …, outputs)`` and covariance (or variances) of the linearised network's outputs."""
+    if la.enable_backprop:
+        js, f = la.backend.jacobians(x, enable_backprop=True)
+        covariance = la.functional_variance(js)
+        return f, covariance.diagonal(dim1=-2, dim2=-1) if diagonal else covariance
+    capture = la.backend.capture(x)
+    variance = la._glm_variance(capture, [la.prior_precision], diagonal)[0]
+    return capture.f, variance.detach()
+
+
+def _joint(la: ParametricLaplace, x: Any) -> tuple[Tensor, Tensor]:
+    js, f = la.backend.jacobians(x, enable_backprop=la.enable_backprop)
+    return f.flatten(), la.functional_covariance(js.flatten(0, 1))
+
+
+def link(
+    f: Tensor, variance: Tensor, link_approx: LinkApprox, n_samples: int = 100, generator: torch.Generator | None = None
+) -> Tensor:
+    """Class probabilities from a Gaussian over logits.
+
+    Args:
+        f: Means ``(batch, …, classes)``.
+        variance: ``(batch, outputs)`` variances or ``(batch, outputs, outputs)`` covariances over the flattened outputs.
+        link_approx: How to integrate.
+        n_samples: Number of samples for ``'mc'``.
+        generator: Source of the samples.
+    """
+    f = f.to(variance.dtype)
+    diagonal = variance if variance.ndim == 2 else variance.diagonal(dim1=1, dim2=2)
+    if link_approx is LinkApprox.PROBIT:
+        kappa = (1 + torch.pi / 8 * diagonal.reshape(f.shape)).rsqrt()
+        return (kappa * f).softmax(-1)
+    if link_approx is LinkApprox.MC:
+        draws = gaussian_samples(f.flatten(1), variance, n_samples, generator)
+        return draws.reshape(n_samples, *f.shape).softmax(-1).mean(0)
+    if f.ndim != 2:
+        raise ValueError(f"link_approx={link_approx.value!r} needs outputs (batch, classes), got {tuple(f.shape)}.")
+    covariance = variance if variance.ndim == 3 else torch.diag_embed(variance)
+    return _bridge(f, covariance, normalise=link_approx is LinkApprox.BRIDGE_NORM)
+
+
+def _bridge(f: Tensor, covariance: Tensor, normalise: bool) -> Tensor:
+    """Mean of the Dirichlet that the Laplace bridge maps the Gaussian to, after moving it to zero-sum logits."""
+    total = covariance.sum((1, 2))
+    f = f - covariance.sum(-1) * (f.sum(-1) / total)[:, None]
+    covariance = covariance - covariance.sum(-1)[:, :, None] * covariance.sum(-2)[:, None] / total[:, None, None]
+    variance = covariance.diagonal(dim1=1, dim2=2).clamp(min=torch.finfo(f.dtype).tiny)
+    classes = f.shape[-1]
+    if normalise:
+        scale = variance.mean(1, keepdim=True) / (classes / 2) ** 0.5
+        f, variance = f / scale.sqrt(), variance / scale
+    log_bracket = torch.logaddexp(
+        torch.full_like(f, 1 - 2 / classes).clamp(min=0).log(),
+        f + torch.logsumexp(-f, 1, keepdim=True) - 2 * torch.log(torch.tensor(float(classes))),
+    )
+    return (log_bracket - variance.log()).softmax(1)
+
+
+def gaussian_samples(
+    mean: Tensor, variance: Tensor, n_samples: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draws ``(n_samples, batch, outputs)`` from Gaussians with variances or covariances."""
+    noise = torch.randn(n_samples, *mean.shape, dtype=variance.dtype, device=mean.device, generator=generator)
+    if variance.ndim == 2:
+        return mean + noise * variance.sqrt()
+    values, vectors = torch.linalg.eigh(variance.double())
+    root = (vectors * values.clamp(min=0).sqrt()[:, None]).to(variance.dtype)
+    return mean + torch.einsum("boe,sbe->sbo", root, noise)
+
+
+def sampled_outputs(
+    la: ParametricLaplace, x: Any, n_samples: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Outputs ``(n_samples, batch, …, outputs)`` of networks drawn from the posterior; the model is left as it is."""
+    module, names, inputs = la.model, list(la.backend.named_params), x
+    with torch.no_grad(), eval_mode(la.model):
+        if la.backend.last_layer:
+            _, inputs = la.model.forward_with_features(x)
+            module, names = la.model.last_layer, [name.rsplit(".", 1)[1] for name in names]
+        outputs = []
+        for vector in la.sample(n_samples, generator):
+            parts = vector.to(la.params[0].dtype).split([p.numel() for p in la.params])
+            weights = {n: part.view_as(p) for n, part, p in zip(names, parts, la.params, strict=True)}
+            outputs.append(torch.func.functional_call(module, weights, (inputs,)))
+    return torch.stack(outputs)
+
+
+def samples(
+    la: ParametricLaplace,
+    x: Any,
+    pred_type: PredType | str = PredType.GLM,
+    n_samples: int = 100,
+    diagonal_output: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draws from the predictive ``(n_samples, batch, …, outputs)``: probabilities, or outputs for regression."""
+    la._check_fitted()
+    pred_type = parse(PredType, pred_type, "pred_type")
+    check_combination(pred_type, LinkApprox.MC)
+    if pred_type is PredType.GLM:
+        f, variance = glm_distribution(la, x, diagonal_output)
+        draws = gaussian_samples(f.flatten(1), variance, n_samples, generator).reshape(n_samples, *f.shape)
+    else:
+        draws = sampled_outputs(la, x, n_samples, generator)
+    return draws.softmax(-1) if la.likelihood is Likelihood.CLASSIFICATION else draws

@@ -1,0 +1,252 @@
+"""Choose the prior precision after the fit: by the evidence, or by a grid scored on validation data in one pass."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from laplace import predictive
+from laplace.utils.enums import LinkApprox, Likelihood, PredType, PriorStructure, TuningMethod, parse
+
+if TYPE_CHECKING:
+    from laplace.posterior.parametric import ParametricLaplace
+
+_SWEEP = 1 << 24  # elements of the variances of one sweep over priors
+
+
+def optimize_prior_precision(
+    la: ParametricLaplace,
+    pred_type: PredType | str = PredType.GLM,
+    method: TuningMethod | str = TuningMethod.MARGLIK,
+    n_steps: int = 100,
+    lr: float = 0.1,
+    init_prior_prec: float | Tensor = 1.0,
+    prior_structure: PriorStructure | str = PriorStructure.SCALAR,
+    val_loader: Iterable | None = None,
+    loss: Any = None,
+    log_prior_prec_min: float = -4,
+    log_prior_prec_max: float = 4,
+    grid_size: int = 100,
+    link_approx: LinkApprox | str = LinkApprox.PROBIT,
+    n_samples: int = 100,
+    verbose: bool = False,
+    progress_bar: bool = False,
+    log_prior_prec_base: float = 10.0,
+) -> None:
+    """Set ``la.prior_precision`` to the best value found.
+
+    Args:
+        la: A fitted posterior.
+        pred_type: Predictive to score a grid with, ``'glm'`` or ``'nn'``.
+        method: ``'marglik'`` (Adam on the log prior precision) or ``'gridsearch'``.
+        n_steps: Steps of Adam.
+        lr: Step size of Adam.
+        init_prior_prec: Where Adam starts; a tensor also fixes the structure.
+        prior_structure: ``'scalar'``, ``'layerwise'`` or ``'diag'``.
+        val_loader: Validation batches for the grid.
+        loss: A function of all predictions and targets, or a torchmetrics metric; each value of the grid gets its own.
+            None: negative log likelihood for classification, mean squared error for regression.
+        log_prior_prec_min: Lower end of the grid, as an exponent.
+        log_prior_prec_max: Upper end of the grid, as an exponent.
+        grid_size: Number of values on the grid.
+        link_approx: Link of the GLM predictive.
+        n_samples: Samples of predictives that draw any.
+        verbose: Print the chosen value.
+        progress_bar: Show progress.
+        log_prior_prec_base: Base of the grid's exponents.
+
+    Raises:
+        ValueError: On unknown arguments, a missing or empty ``val_loader``, or when no value has a finite score.
+    """
+    la._check_fitted()
+    method = parse(TuningMethod, method, "method")
+    if method is TuningMethod.MARGLIK:
+        start = la.initial_prior_precision(init_prior_prec, prior_structure)
+        la.prior_precision = maximize_evidence(la, start, n_steps, lr, progress_bar)
+    else:
+        if val_loader is None:
+            raise ValueError("method='gridsearch' needs val_loader; without validation data use method='marglik'.")
+        grid = prior_precision_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
+        if loss is None:
+            total, n = score_grid(la, val_loader, grid, link_approx, pred_type, n_samples)
+            scores = total / n
+        else:
+            scores = _score_with(la, val_loader, grid, loss, link_approx, pred_type, n_samples)
+        la.prior_precision = select_prior_precision(grid, scores)
+    if verbose:
+        print(f"Optimized prior precision is {la.prior_precision}.")
+
+
+def maximize_evidence(
+    la: ParametricLaplace, start: Tensor, n_steps: int = 100, lr: float = 0.1, progress_bar: bool = False
+) -> Tensor:
+    """Prior precision after ``n_steps`` of Adam on its logarithm; the evidence needs the factors alone, no data.
+
+    Raises:
+        ValueError: If the evidence becomes NaN or Inf.
+    """
+    log_prior = start.detach().log().requires_grad_(True)
+    optimizer = torch.optim.Adam([log_prior], lr=lr)
+    steps = range(n_steps)
+    if progress_bar:
+        from tqdm.auto import tqdm
+
+        steps = tqdm(steps, desc="[Optimizing marginal likelihood]")
+    before = la.prior_precision.detach()
+    try:
+        with torch.enable_grad():
+            for step in steps:
+                optimizer.zero_grad()
+                evidence = la.log_marginal_likelihood(log_prior.exp())
+                if not math.isfinite(evidence.item()):
+                    raise ValueError(
+                        f"The log marginal likelihood is {evidence.item()} at step {step}. Lower lr={lr}, or start nearer."
+                    )
+                (-evidence).backward()
+                optimizer.step()
+    finally:
+        la.prior_precision = before
+    return log_prior.detach().exp()
+
+
+def prior_precision_grid(log_min: float = -4, log_max: float = 4, size: int = 100, base: float = 10.0) -> Tensor:
+    """Values ``base ** linspace(log_min, log_max, size)`` in float64.
+
+    Raises:
+        ValueError: If the grid would be empty or inverted.
+    """
+    if size < 1 or log_min > log_max:
+        raise ValueError(f"A grid from {log_min} to {log_max} with {size} values is empty; give size >= 1 and min <= max.")
+    return torch.logspace(log_min, log_max, size, base=base, dtype=torch.float64)
+
+
+def score_grid(
+    la: ParametricLaplace,
+    loader: Iterable,
+    grid: Tensor,
+    link_approx: LinkApprox | str = LinkApprox.PROBIT,
+    pred_type: PredType | str = PredType.GLM,
+    n_samples: int = 100,
+    seed: int = 0,
+) -> tuple[Tensor, int]:
+    """Summed loss of every prior precision on the grid, each by itself, in one pass over the data.
+
+    Args:
+        la: A fitted posterior; left as it is.
+        loader: Validation batches.
+        grid: Scalar prior precisions.
+        link_approx: Link of the GLM predictive.
+        pred_type: ``'glm'`` or ``'nn'``.
+        n_samples: Samples of predictives that draw any.
+        seed: Seed of these samples; all values of the grid see the same draws.
+
+    Returns:
+        Negative log likelihoods (squared errors for regression) summed over examples, ``(len(grid),)`` float64, and the
+        number of terms (examples, or examples times outputs for regression). Both add up over shards of the data.
+
+    Raises:
+        ValueError: If the loader is empty.
+    """
+    total, n = torch.zeros(len(grid), dtype=torch.float64), 0
+    for x, y in la._batches(loader):
+        for index, prediction in _sweep(la, x, grid, link_approx, pred_type, n_samples, seed):
+            total[index] += _summed_loss(la, prediction, y)
+        n += y.numel()
+    if n == 0:
+        raise ValueError("The validation data is empty.")
+    return total, n
+
+
+def _summed_loss(la: ParametricLaplace, prediction: Tensor, y: Tensor) -> float:
+    if la.likelihood is Likelihood.REGRESSION:
+        return float((prediction.double() - y.double()).square().sum())
+    picked = prediction.double().gather(-1, y.long()[..., None])
+    return float(-picked.clamp(min=torch.finfo(torch.float64).tiny).log().sum())
+
+
+def _sweep(la, x: Any, grid: Tensor, link_approx, pred_type, n_samples: int, seed: int):
+    """Predictions (probabilities or means) for every value of the grid, one forward and backward pass in all."""
+    pred_type, link_approx = parse(PredType, pred_type, "pred_type"), parse(LinkApprox, link_approx, "link_approx")
+    predictive.check_combination(pred_type, link_approx)
+    regression = la.likelihood is Likelihood.REGRESSION
+    priors = [value.reshape(1).to(la._device, la._dtype) for value in grid]
+    if pred_type is PredType.NN:
+        yield from _sweep_networks(la, x, priors, n_samples, seed)
+        return
+    capture = la.backend.capture(x)
+    if regression:  # the mean of the linearised network does not depend on the prior
+        yield from ((index, capture.f) for index in range(len(grid)))
+        return
+    diagonal = link_approx is LinkApprox.PROBIT
+    outputs = capture.f[0].numel()
+    step = max(1, _SWEEP // (len(capture.f) * outputs * (1 if diagonal else outputs)))
+    for start in range(0, len(priors), step):
+        variances = la._glm_variance(capture, priors[start : start + step], diagonal)
+        for index, variance in enumerate(variances.detach(), start):
+            generator = torch.Generator(la._device).manual_seed(seed)
+            yield index, predictive.link(capture.f, variance, link_approx, n_samples, generator)
+
+
+def _sweep_networks(la, x: Any, priors: list[Tensor], n_samples: int, seed: int):
+    before = la.prior_precision
+    try:
+        for index, prior in enumerate(priors):
+            la.prior_precision = prior
+            generator = torch.Generator(la._device).manual_seed(seed)
+            outputs = predictive.sampled_outputs(la, x, n_samples, generator)
+            yield index, (outputs if la.likelihood is Likelihood.REGRESSION else outputs.softmax(-1)).mean(0)
+    finally:
+        la.prior_precision = before
+
+
+def _score_with(la, loader, grid: Tensor, loss: Any, link_approx, pred_type, n_samples: int) -> Tensor:
+    """Scores under a user's loss: a metric of its own per value, or a function of all predictions."""
+    running = hasattr(loss, "update") and hasattr(loss, "compute")
+    metrics = [copy.deepcopy(loss).to(la._device) for _ in grid] if running else []
+    for metric in metrics:
+        metric.reset()
+    predictions: list[list[Tensor]] = [[] for _ in grid]
+    targets: list[Tensor] = []
+    for x, y in la._batches(loader):
+        for index, prediction in _sweep(la, x, grid, link_approx, pred_type, n_samples, seed=0):
+            if running:
+                metrics[index].update(prediction, y)
+            else:
+                predictions[index].append(prediction)
+        targets.append(y)
+    if not targets:
+        raise ValueError("The validation data is empty.")
+    score: Callable[[int], Any] = (
+        (lambda i: metrics[i].compute()) if running else (lambda i: loss(torch.cat(predictions[i]), torch.cat(targets)))
+    )
+    return torch.tensor([float(score(i)) for i in range(len(grid))], dtype=torch.float64)
+
+
+def select_prior_precision(grid: Tensor, scores: Tensor) -> Tensor:
+    """The value of the grid with the lowest finite score; of equal scores, the middle one.
+
+    Warns:
+        UserWarning: If it lies on the edge of the grid, so that the optimum may lie outside.
+
+    Raises:
+        ValueError: If no score is finite.
+    """
+    finite = torch.isfinite(scores)
+    if not bool(finite.any()):
+        raise ValueError("No prior precision on the grid has a finite score; look at the predictions and the targets.")
+    usable = torch.where(finite, scores, torch.full_like(scores, math.inf))
+    ties = (usable == usable.min()).nonzero().flatten()
+    best = int(ties[len(ties) // 2])
+    if len(grid) > 1 and len(ties) < len(grid) and best in (0, len(grid) - 1):
+        warnings.warn(
+            f"The best prior precision {float(grid[best]):.3g} lies on the edge of the grid "
+            f"[{float(grid[0]):.3g}, {float(grid[-1]):.3g}]; widen it.",
+            stacklevel=2,
+        )
+    return grid[best]
