@@ -134,7 +134,8 @@ def sampled_gradients(likelihood: Likelihood, f: Tensor, num_samples: int, seed:
         return
     positions = f[0, ..., 0].numel()
     draws = noise.uniform(seed, examples, num_samples * positions).reshape(f.shape[0], num_samples, *f.shape[1:-1])
+    probabilities = f.softmax(-1)
     cumulative = f.double().softmax(-1).cumsum(-1)
     for s in draws.unbind(1):
         label = (s[..., None] >= cumulative).sum(-1).clamp_(max=f.shape[-1] - 1)
-        yield gradient(Likelihood.CLASSIFICATION, f, label) * scale
+        yield (probabilities - torch.nn.functional.one_hot(label, f.shape[-1]).to(f.dtype)) * scale

@@ -68,7 +68,7 @@ def optimize_prior_precision(
     method = parse(TuningMethod, method, "method")
     if method is TuningMethod.MARGLIK:
         start = la.initial_prior_precision(init_prior_prec, prior_structure)
-        la.prior_precision = maximize_evidence(la, start, n_steps, lr, progress_bar)
+        la.prior_precision, _ = maximize_evidence(la, start, None, n_steps, lr, progress_bar)
     else:
         if val_loader is None:
             raise ValueError("method='gridsearch' needs val_loader; without validation data use method='marglik'.")
@@ -84,26 +84,38 @@ def optimize_prior_precision(
 
 
 def maximize_evidence(
-    la: ParametricLaplace, start: Tensor, n_steps: int = 100, lr: float = 0.1, progress_bar: bool = False
-) -> Tensor:
-    """Prior precision after ``n_steps`` of Adam on its logarithm; the evidence needs the factors alone, no data.
+    la: ParametricLaplace,
+    prior_precision: Tensor,
+    sigma_noise: Tensor | float | None = None,
+    n_steps: int = 100,
+    lr: float = 0.1,
+    progress_bar: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Climb the log marginal likelihood by Adam on logarithms; it needs the factors alone, no data.
+
+    Args:
+        la: A fitted posterior; left as it is.
+        prior_precision: Where the prior precision starts; its length is the prior's structure.
+        sigma_noise: Where the observation noise starts, or None to keep the posterior's own.
+        n_steps: Steps of Adam.
+        lr: Step size of Adam.
+        progress_bar: Show progress over steps.
+
+    Returns:
+        Prior precision and observation noise (None where it was kept).
 
     Raises:
         ValueError: If the evidence becomes NaN or Inf.
     """
-    log_prior = start.detach().log().requires_grad_(True)
-    optimizer = torch.optim.Adam([log_prior], lr=lr)
-    steps = range(n_steps)
-    if progress_bar:
-        from tqdm.auto import tqdm
-
-        steps = tqdm(steps, desc="[Optimizing marginal likelihood]")
-    before = la.prior_precision.detach()
+    start = [prior_precision] if sigma_noise is None else [prior_precision, torch.as_tensor(sigma_noise)]
+    logs = [value.detach().to(la._device, la._dtype).log().requires_grad_(True) for value in start]
+    optimizer = torch.optim.Adam(logs, lr=lr)
+    before = la.prior_precision.detach(), la.sigma_noise.detach()
     try:
         with torch.enable_grad():
-            for step in steps:
+            for step in _steps(n_steps, progress_bar):
                 optimizer.zero_grad()
-                evidence = la.log_marginal_likelihood(log_prior.exp())
+                evidence = la.log_marginal_likelihood(*[log.exp() for log in logs])
                 if not math.isfinite(evidence.item()):
                     raise ValueError(
                         f"The log marginal likelihood is {evidence.item()} at step {step}. Lower lr={lr}, or start nearer."
@@ -111,8 +123,17 @@ def maximize_evidence(
                 (-evidence).backward()
                 optimizer.step()
     finally:
-        la.prior_precision = before
-    return log_prior.detach().exp()
+        la.prior_precision, la.sigma_noise = before
+    best = [log.detach().exp() for log in logs]
+    return best[0], best[1] if len(best) > 1 else None
+
+
+def _steps(n_steps: int, progress_bar: bool) -> Iterable[int]:
+    if not progress_bar:
+        return range(n_steps)
+    from tqdm.auto import tqdm
+
+    return tqdm(range(n_steps), desc="[Optimizing marginal likelihood]")
 
 
 def prior_precision_grid(log_min: float = -4, log_max: float = 4, size: int = 100, base: float = 10.0) -> Tensor:

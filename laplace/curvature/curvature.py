@@ -62,6 +62,7 @@ class CurvatureInterface:
         self.lossfunc = nn.MSELoss(reduction="sum") if regression else nn.CrossEntropyLoss(reduction="sum")
         self.factor = 0.5 if regression else 1.0
         self.spec: SumsSpec | None = None
+        self._offset = 0  # index in the data set of the first example of the batch that is being added
 
     @property
     def named_params(self) -> dict[str, nn.Parameter]:
@@ -122,11 +123,14 @@ class CurvatureInterface:
         """
         n = len(y)
         structure = sums.spec.structure
+        self._offset = offset
+        try:
+            loss, curvature = self.kron(x, y, N=n) if structure == "kron" else getattr(self, structure)(x, y)
+        finally:
+            self._offset = 0
         if structure == "kron":
-            loss, kron = self.kron(x, y, N=n)
-            self._add_kron(sums, kron, n)
+            self._add_kron(sums, curvature, n)
         else:
-            loss, curvature = getattr(self, structure)(x, y)
             flat = curvature if structure == "full" else curvature.split([b.numel() for b in self.params])
             for factor, value in zip(sums.spec.factors, [flat] if structure == "full" else flat, strict=True):
                 sums.tensors[factor] += value.detach().view(sums.spec.factors[factor].shape).to(sums.spec.torch_dtype)
@@ -173,9 +177,12 @@ class CurvatureInterface:
         with eval_mode(self.model), torch.set_grad_enabled(enable_backprop):
             f, features = self.model.forward_with_features(x)
         identity = torch.eye(f.shape[-1], device=f.device, dtype=f.dtype)
-        js = torch.einsum("ni,cd->ncdi", features, identity).flatten(2)
-        if self.model.last_layer.bias is not None:
-            js = torch.cat([js, identity.expand(len(f), -1, -1)], 2)
+        layer, parts = self.model.last_layer, []
+        if layer.weight.requires_grad:
+            parts.append(torch.einsum("n...i,cd->n...cdi", features, identity).flatten(-2))
+        if layer.bias is not None and layer.bias.requires_grad:
+            parts.append(identity.expand(*f.shape, -1))
+        js = torch.cat(parts, -1)
         return (js, f) if enable_backprop else (js.detach(), f.detach())
 
     def gradients(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,10 +274,11 @@ class EFInterface(CurvatureInterface):
 
 def _rows(backend: GGNInterface | EFInterface, x: Any, y: Tensor):
     js, f = backend.jacobians(x)
-    lik.check_targets(backend.likelihood, f, y)
+    lik.check_targets(backend.likelihood, f, y, backend._offset)
     loss = lik.loss_sum(backend.likelihood, f, y)
     flat = js.flatten(1, -2)
-    return loss, (torch.bmm(v.reshape(len(f), 1, -1), flat)[:, 0] for v in backend.directions(f, y))
+    directions = backend.directions(f, y, backend._offset)
+    return loss, (torch.bmm(v.reshape(len(f), 1, -1), flat)[:, 0] for v in directions)
 
 
 def _full_from_jacobians(backend: GGNInterface | EFInterface, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,7 +37,7 @@ class CurvlinopsInterface(CurvatureInterface):
             NonFiniteError: If an output or target is NaN or Inf; names the examples. The sums are unchanged.
             ValueError: If the targets do not fit the outputs, or a layer has no Kronecker factors here.
         """
-        self.spec, self._offset = sums.spec, offset
+        self.spec = sums.spec
         with torch.no_grad(), eval_mode(self.model):
             lik.check_targets(self.likelihood, self.model(x), y, offset)
         super().accumulate(sums, x, y, offset)
@@ -43,7 +46,7 @@ class CurvlinopsInterface(CurvatureInterface):
         """Kronecker factors of one batch (KFAC-expand), their input side divided by ``N``.
 
         Raises:
-            ValueError: If a parameter belongs to no Linear or Conv2d layer.
+            ValueError: If a parameter belongs to no Linear or Conv2d layer, or curvlinops has no factors for a layer's use.
         """
         if self.spec is None or self.spec.structure != "kron":
             self.initialize(x, "kron")
@@ -53,7 +56,9 @@ class CurvlinopsInterface(CurvatureInterface):
                 f"curvlinops has no Kronecker factors for {missing}. Use the native backend, which gives them a diagonal "
                 "block, or set requires_grad=False on them."
             )
-        f, model, inputs = self._outputs(x)
+        with self._counted_calls() as calls:
+            f, model, inputs = self._outputs(x)
+        self._check_layers(calls)
         with eval_mode(self.model):
             operator = curvlinops.KFACLinearOperator(
                 model,
@@ -100,15 +105,52 @@ class CurvlinopsInterface(CurvatureInterface):
         seed = getattr(self, "seed", None)
         if seed is None:
             return int(torch.randint(1 << 31, ()))
-        return (seed * 1_000_003 + getattr(self, "_offset", 0)) % (1 << 31)
+        return (seed * 1_000_003 + self._offset) % (1 << 31)
+
+    @contextmanager
+    def _counted_calls(self) -> Iterator[Counter[str]]:
+        """Count inside the block how often every covered layer runs."""
+        calls: Counter[str] = Counter()
+        names = [] if self.last_layer else dict.fromkeys(block.layer for block in self.spec.blocks)
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.update([name]))
+            for name in names
+        ]
+        try:
+            yield calls
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_layers(self, calls: Counter[str]) -> None:
+        """Refuse what curvlinops would compute without complaint, but not as the factors that are meant here."""
+        for name, count in calls.items():
+            padding_mode = getattr(self.model.get_submodule(name), "padding_mode", "zeros")
+            if padding_mode != "zeros":
+                raise ValueError(
+                    f"curvlinops takes the padding of layer {name!r} for zeros, but it is {padding_mode!r}. "
+                    "Use the native backend."
+                )
+            if count > 1:
+                raise ValueError(
+                    f"Layer {name!r} runs {count} times in one forward pass; curvlinops scales its input factor by that "
+                    "number. Use the native backend."
+                )
 
     def _outputs(self, x: Any) -> tuple[Tensor, nn.Module, Any]:
         """Outputs, and the module and inputs to differentiate: features and the last layer where that is all."""
         with torch.no_grad(), eval_mode(self.model):
             if self.last_layer:
                 f, features = self.model.forward_with_features(x)
-                return f, self.model.last_layer, features
-            return self.model(x), self.model, x
+                model, x = self.model.last_layer, features
+            else:
+                f, model = self.model(x), self.model
+        if f.ndim != 2:
+            raise ValueError(
+                f"curvlinops takes outputs (batch, outputs) here, not {tuple(f.shape)}. Use the native backend, which "
+                "takes positions between the two."
+            )
+        return f, model, x
 
 
 class CurvlinopsGGN(CurvlinopsInterface, GGNInterface):

@@ -54,8 +54,6 @@ class BaseLaplace:
     ):
         """See the class."""
         self.likelihood = parse(Likelihood, likelihood, "likelihood")
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature} must be positive.")
         self.model = model
         self.temperature = temperature
         self.enable_backprop = enable_backprop
@@ -162,6 +160,7 @@ class BaseLaplace:
         value = torch.as_tensor(value).to(self._device, self._dtype)
         if value.numel() != 1:
             raise ValueError(f"sigma_noise must be a scalar, but has shape {tuple(value.shape)}.")
+        value = value.reshape(())
         if not bool(value > 0):
             raise ValueError(f"sigma_noise must be positive, but is {value.item()}.")
         if self.likelihood is not Likelihood.REGRESSION and float(value.detach()) != 1:
@@ -170,6 +169,18 @@ class BaseLaplace:
                 "(use temperature to scale the likelihood)."
             )
         self._sigma_noise = value
+        self._prior_changed()
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the likelihood."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        if not value > 0:
+            raise ValueError(f"temperature={value} must be positive.")
+        self._temperature = value
         self._prior_changed()
 
     @property

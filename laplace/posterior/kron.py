@@ -28,7 +28,7 @@ class KronLaplace(ParametricLaplace):
 
     Attributes:
         H_facs: Kronecker factors of the summed curvature, :class:`laplace.utils.matrix.Kron`.
-        H: Their eigendecomposition, :class:`laplace.utils.matrix.KronDecomposed`.
+        H: Their eigendecomposition, :class:`laplace.utils.matrix.KronDecomposed`, made on first use.
     """
 
     structure = "kron"
@@ -37,12 +37,19 @@ class KronLaplace(ParametricLaplace):
         """See the class."""
         self.damping = damping
         self.H_facs: Kron | None = None
+        self._decomposed: KronDecomposed | None = None
         super().__init__(*args, **kwargs)
 
     def _finalize(self, sums: CurvatureSums) -> None:
-        facs = Kron.from_sums(sums, sums.n_data)
-        self.H = facs.decompose(damping=self.damping)
-        self.H_facs = facs
+        self.H_facs = Kron.from_sums(sums, sums.n_data)
+        self._decomposed = None
+
+    @property
+    def H(self) -> KronDecomposed | None:
+        """Eigendecomposition of the summed curvature; None before ``fit``."""
+        if self._decomposed is None and self.H_facs is not None:
+            self._decomposed = self.H_facs.decompose(damping=self.damping)
+        return self._decomposed
 
     def _check_prior_structure(self, value: Tensor) -> None:
         if len(value) not in (1, self.n_layers):

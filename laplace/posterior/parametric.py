@@ -31,16 +31,16 @@ class ParametricLaplace(BaseLaplace):
     """
 
     structure: str
+    H: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         """See :class:`BaseLaplace`."""
-        self.H: Any = None
         self.sums: CurvatureSums | None = None
         self._spec: SumsSpec | None = None
         super().__init__(*args, **kwargs)
 
     def _check_fitted(self) -> None:
-        if self.H is None:
+        if self.sums is None:
             raise NotFittedError(f"{type(self).__name__} has not been fitted: call fit(train_loader) first.")
 
     # --- fitting -------------------------------------------------------------------------------------------------

@@ -1,0 +1,37 @@
+# Two commands do everything on a machine that has Python 3.11 to 3.13 and nothing else:
+#   make fit     the whole job on the bundled demo, with Ray workers on this machine
+#   make test    the test suite
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INPUTS := pyproject.toml cluster/constraints.txt
+
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: fit test lint clean
+
+fit: $(VENV)/.installed
+	$(BIN)/python jobs/fit_kron.py
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11 to 3.13 is needed, but $(PYTHON) is " + sys.version.split()[0] + ": set PYTHON=python3.12 or the like")'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp per extra: nothing is installed again until one of the two files that say what to install has changed.
+$(VENV)/.installed: $(INPUTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint cluster/constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-%: $(INPUTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint cluster/constraints.txt --editable ".[$*]"
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,23 @@
+"""Distributed, resumable batch jobs that fit Laplace approximations."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "fit", "load_posterior", "status"]
+
+_LAZY = {"fit": "driver", "load_posterior": "posterior", "status": "resume"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module behind a public name on first use, so that `import laplace_dist` stays cheap."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the lazy names too."""
+    return sorted({*globals(), *__all__})

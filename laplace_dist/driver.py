@@ -1,0 +1,300 @@
+"""A job from settings to result: plan, then map, reduce, tune and evaluate, each through the one loop of `loop.py`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from laplace_dist import data, evaluate, posterior, reduce, resume, tune
+from laplace_dist.cluster import Cluster
+from laplace_dist.config import Config
+from laplace_dist.errors import MissingObjectError, SettingsError
+from laplace_dist.loop import Task, run_tasks
+from laplace_dist.plan import Plan, Segment, build_plan, default_segment_size, open_json, plan_segments
+from laplace_dist.pool import Pool
+from laplace_dist.progress import Progress
+from laplace_dist.store import Store
+from laplace_dist.worker import initialized, open_store, plain
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job leaves behind.
+
+    Attributes:
+        checkpoint: Directory or URL of the run.
+        version: Posterior version, or None.
+        tuning: Key of the tuning in force, or None.
+        metrics: For `map` and `laplace` the metrics by name, or None if not evaluated.
+    """
+
+    checkpoint: str
+    version: str | None = None
+    tuning: str | None = None
+    metrics: dict[str, dict[str, float]] | None = None
+
+
+# ------------------------------------------------------------------ jobs
+
+
+def fit(config: Config) -> Result:
+    """Fit a Laplace approximation; then tune its prior and evaluate it, unless the settings say not to.
+
+    What is already committed under the checkpoint is kept: running it again continues, or changes nothing.
+
+    Raises:
+        SettingsError: The settings or the state are refused; nothing was changed.
+        RunFailed: The run cannot go on; everything committed is kept.
+        CheckpointError: An object of the checkpoint is missing, truncated or altered.
+    """
+    with Job(config) as job:
+        job.open()
+        job.map()
+        version = job.reduce()
+        return _follow_on(job, version, tuning=not config.skip_tune, evaluation=not config.skip_evaluate)
+
+
+def tune_posterior(config: Config) -> Result:
+    """Tune the prior precision of a run's current posterior; raises as `fit`."""
+    with Job(config) as job:
+        return _follow_on(job, job.current_version(), tuning=True, evaluation=False)
+
+
+def evaluate_posterior(config: Config) -> Result:
+    """Evaluate a run's current posterior with the tuning in force; raises as `fit`."""
+    with Job(config) as job:
+        return _follow_on(job, job.current_version(), tuning=False, evaluation=True)
+
+
+def _follow_on(job: Job, version: str, *, tuning: bool, evaluation: bool) -> Result:
+    key = job.tune(version) if tuning else posterior.read_current(job.store)["tuning"]
+    metrics = job.evaluate(version, key) if evaluation else None
+    return Result(job.store.url, version, key, metrics)
+
+
+@dataclass
+class Job:
+    """The stages of a job over one checkpoint. A stage asks the store what is done and submits tasks for the rest.
+
+    Nothing here holds a factor: tasks return small receipts, and Ray is joined when the first task is submitted.
+
+    Attributes:
+        given: The settings as given; relative paths are made absolute, since workers may have another directory.
+        say: Where lines for people go.
+    """
+
+    given: Config
+    say: Callable[[str], None] = lambda text: print(text, flush=True)
+    _pool: Pool | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.config = _absolute(self.given)
+        self.store: Store = open_store(self.config)
+        self.cluster = Cluster(self.config, self.say)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan of the run at the checkpoint."""
+        return resume.read_plan(self.store)
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.close()
+        self.cluster.close()
+
+    def current_version(self) -> str:
+        """Return the posterior version that a follow-on job works on.
+
+        Raises:
+            SettingsError: The run has none yet.
+        """
+        try:
+            return posterior.read_current(self.store)["version"]
+        except MissingObjectError as error:
+            raise SettingsError(f"--checkpoint: got {self.given.checkpoint!r}; {error}") from error
+
+    # -------------------------------------------------------------- the stages of fit
+
+    def open(self) -> None:
+        """Resolve model, data and factors once, and start the run or continue the one that is there."""
+        config = self.config
+        _check_predictive(config)
+        train = data.load_split(config, "train")
+        model = data.load_model(config)
+        try:
+            la = initialized(config, model, train)
+        except (ValueError, ImportError) as error:
+            raise error if isinstance(error, SettingsError) else SettingsError(str(error)) from error
+        plan = build_plan(
+            config.bits(device_type=self.cluster.device_type()),
+            data=data.fingerprint(train),
+            weights=data.weights_digest(model),
+            model={"path": config.model, "args": config.model_args},
+            spec=plain(la.sums_spec()),
+        )
+        snapshot = config.model_copy(update={"weights": f"{self.store.url}/{resume.WEIGHTS}"}).to_yaml()
+        continued = resume.open_run(
+            self.store, plan, weights=lambda: data.dump_weights(model), config_yaml=snapshot, fresh=config.fresh
+        )
+        self.say(f"{'continuing' if continued else 'starting'} the run at {self.store.url}")
+        if not continued:
+            self.say(str(la.coverage))
+
+    def map(self) -> None:
+        """Accumulate the segments that have no committed partial."""
+        done = resume.committed(self.store, self.plan, arrays=False)
+        left = resume.remaining(self.plan, done)
+        progress = Progress("map", "segments", len(self.plan.segments), len(done))
+        tasks = (_shard_task("worker:map_segment", "segment", segment, "segment") for segment in left)
+        self._run(tasks, progress, timeout=self.config.segment_timeout)
+
+    def reduce(self) -> str:
+        """Sum the partials to a posterior version, if that is not done yet, and make it current."""
+        version = reduce.version_of(self.store, self.plan)
+        if not self.store.exists(reduce.version_key(version)):
+            groups = reduce.groups(self.plan.spec)
+            tasks = (
+                Task("laplace_dist.reduce:reduce_group", {"version": version, "names": names}, f"sum of {names[0]}, …")
+                for names in groups
+            )
+            receipts = self._run(tasks, Progress("reduce", "groups of factors", len(groups)), keep=True)
+            reduce.commit_version(self.store, self.plan, version, receipts)
+        try:
+            current = posterior.read_current(self.store)
+        except MissingObjectError:
+            current = {"version": None}
+        if current["version"] != version:
+            posterior.write_current(self.store, version, None)
+        return version
+
+    # -------------------------------------------------------------- the follow-on stages
+
+    def tune(self, version: str) -> str:
+        """Tune the prior precision of a posterior version, put it in force, and return the key of the tuning."""
+        config = self.config
+        _check_predictive(config)
+        grid = config.tune_method == "gridsearch"
+        validation = data.load_split(config, "val") if grid else None
+        chosen = tune.settings(config, data.fingerprint(validation) if grid else None)
+        key = tune.tuning_key(version, chosen)
+        common = {"version": version, "key": key}
+        if not self.store.exists(key):
+            last = {**common, "chosen": chosen}
+            if grid:
+                shards = _shards(len(validation), config.batch_size)
+                todo = [s for s in shards if not self.store.exists(tune.shard_key(key, s.id))]
+                tasks = (_shard_task("tune:score_shard", "validation shard", s, "shard", common) for s in todo)
+                self._run(tasks, Progress("tune", "shards", len(shards), len(shards) - len(todo)))
+                last["shards"] = [asdict(shard) for shard in shards]
+            target = f"laplace_dist.tune:{'merge_grid' if grid else 'tune_marglik'}"
+            self._run([Task(target, last, "tuning of the prior precision")], None)
+        posterior.write_current(self.store, version, key)
+        manifest, value = posterior.read_tuning(self.store, key)
+        shown = (
+            f"{value.item():.4g}"
+            if value.numel() == 1
+            else f"{value.numel()} values, {value.min():.4g} to {value.max():.4g}"
+        )
+        noise = "" if manifest["sigma_noise"] is None else f", observation noise {manifest['sigma_noise']:.4g}"
+        self.say(f"tune: prior precision {shown}{noise} ({config.tune_method})")
+        return key
+
+    def evaluate(self, version: str, tuning: str | None) -> dict[str, dict[str, float]]:
+        """Evaluate MAP and Laplace on the test and out-of-distribution splits and return the metrics of both."""
+        config = self.config
+        _check_predictive(config)
+        splits = {name: data.load_split(config, name) for name in ("test", *self._ood())}
+        chosen = evaluate.settings(config, tuning, {name: data.fingerprint(split) for name, split in splits.items()})
+        key = evaluate.evaluation_key(version, chosen)
+        if not self.store.exists(key):
+            shards = [(name, s) for name, split in splits.items() for s in _shards(len(split), config.batch_size)]
+            todo = [(name, s) for name, s in shards if not self.store.exists(evaluate.shard_key(key, name, s.id))]
+            common = {"version": version, "tuning": tuning, "key": key}
+            tasks = (
+                _shard_task("evaluate:evaluate_shard", f"{name} shard", s, "shard", {**common, "split": name})
+                for name, s in todo
+            )
+            self._run(tasks, Progress("evaluate", "shards", len(shards), len(shards) - len(todo)))
+            ids = {name: [s.id for other, s in shards if other == name] for name in splits}
+            arguments = {"key": key, "chosen": chosen, "shards": ids}
+            self._run([Task("laplace_dist.evaluate:summarize", arguments, "summary of the scores")], None)
+        metrics = open_json(self.store.read(key), key)["metrics"]
+        self.store.replace(evaluate.METRICS, evaluate.metrics_json(version, tuning, metrics))
+        return metrics
+
+    def _ood(self) -> list[str]:
+        return self.config.ood if self.config.likelihood == "classification" else []
+
+    def _run(
+        self, tasks: Any, progress: Progress | None, timeout: float | None = None, keep: bool = False
+    ) -> list[Any]:
+        """Carry out tasks; returns the receipts if they are to be kept."""
+        kept: list[Any] = []
+        tasks = iter(tasks)
+        first = next(tasks, None)
+        if first is None:
+            return kept
+        if self._pool is None:
+            self._pool = self.cluster.pool()
+
+        def on_done(_: Task, receipt: Mapping[str, Any]) -> None:
+            if progress is not None:
+                progress.done(receipt.get("examples", 0))
+            if keep:
+                kept.append(receipt)
+
+        def with_first() -> Any:
+            yield first
+            yield from tasks
+
+        def tick() -> None:
+            if progress is not None:
+                progress.tick(self._pool.busy)
+
+        run_tasks(self._pool, with_first(), on_done, timeout=timeout, tick=tick)
+        return kept
+
+
+def _shards(n: int, batch_size: int) -> list[Segment]:
+    return plan_segments(n, default_segment_size(n, batch_size), batch_size)
+
+
+def _shard_task(target: str, noun: str, shard: Segment, argument: str, common: Mapping[str, Any] | None = None) -> Task:
+    """Return a task over a range of examples, named after it."""
+    what = f"{noun} {shard.id} (examples {shard.start} to {shard.stop - 1})"
+    return Task(f"laplace_dist.{target}", {**(common or {}), argument: asdict(shard)}, what)
+
+
+def _absolute(config: Config) -> Config:
+    """Return the settings with relative paths made absolute."""
+    paths = {"checkpoint": config.checkpoint, "weights": config.weights}
+    return config.model_copy(
+        update={name: os.path.abspath(path) for name, path in paths.items() if path and "://" not in path}
+    )
+
+
+def _check_predictive(config: Config) -> None:
+    """Refuse combinations of settings that would fail, or mean nothing, only after the fit.
+
+    Raises:
+        SettingsError: Naming the fields.
+    """
+    if config.pred_type == "nn" and config.likelihood == "classification" and config.link_approx != "mc":
+        raise SettingsError(
+            f"--link-approx: got {config.link_approx!r} with --pred-type nn, which samples networks; expected mc"
+        )
+    if config.tune_method == "gridsearch" and config.likelihood == "regression" and config.pred_type == "glm":
+        raise SettingsError(
+            "--tune-method: got 'gridsearch' for regression, where the mean of the linearised network does not depend "
+            "on the prior; expected marglik, or --pred-type nn"
+        )
+    if config.tune_method == "gridsearch" and config.prior_structure != "scalar":
+        raise SettingsError(
+            f"--prior-structure: got {config.prior_structure!r} with --tune-method gridsearch; expected scalar"
+        )

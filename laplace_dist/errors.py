@@ -1,0 +1,42 @@
+"""The errors that a job reports to its user, one class per way to act on them."""
+
+from __future__ import annotations
+
+
+class SettingsError(ValueError):
+    """The settings, or the state that they meet, are refused before any work is done (exit status 2).
+
+    Attributes:
+        problems: `(field, text)` pairs where the error comes from validating settings, else empty.
+    """
+
+    def __init__(self, message: str, problems: tuple[tuple[str, str], ...] = ()) -> None:
+        super().__init__(message)
+        self.problems = problems
+
+
+class CheckpointError(RuntimeError):
+    """An object of the checkpoint is missing, truncated, altered or foreign (exit status 1).
+
+    The message names the object by its key and says what to do.
+    """
+
+
+class MissingObjectError(CheckpointError):
+    """An object that should be in the checkpoint is not there."""
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on: no space left, a budget is exhausted, or a segment fails every time (exit status 1)."""
+
+
+class ExampleError(RuntimeError):
+    """The data set raised an error while one example was read.
+
+    Attributes:
+        examples: indices of the examples concerned.
+    """
+
+    def __init__(self, message: str, examples: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.examples = list(examples)

@@ -1,0 +1,144 @@
+"""From a committed posterior version to an object of the core library that behaves as if fitted in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace import Laplace
+from laplace.curvature import backend_class
+from laplace.curvature.sums import CurvatureSums, SumsSpec
+from laplace_dist.data import weights_digest
+from laplace_dist.errors import MissingObjectError, SettingsError
+from laplace_dist.plan import FORMAT_VERSION, Plan, open_json, seal_json
+from laplace_dist.reduce import read_version
+from laplace_dist.resume import CURRENT, read_plan
+from laplace_dist.store import Store
+
+
+def load_posterior(
+    url: str,
+    model: nn.Module,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    version: str | None = None,
+    tuned: bool = True,
+) -> Any:
+    """Load a posterior that a job has fitted.
+
+    Args:
+        url: Checkpoint directory or URL.
+        model: The network with the weights that the run was fitted at; its device is kept.
+        storage_options: For the file system of the URL.
+        version: Posterior version; the current one if not given.
+        tuned: Take over the tuned prior precision, if there is one for the current version.
+
+    Returns:
+        A `laplace.KronLaplace` or its sibling, fitted.
+
+    Raises:
+        SettingsError: The model is not the one of the run.
+        MissingObjectError: There is no run, or it has no posterior yet.
+        CheckpointError: Something is truncated or altered; the message names the object.
+    """
+    store = Store(url, storage_options)
+    plan = read_plan(store)
+    if not isinstance(model, nn.Module):
+        raise SettingsError(f"model: got a {type(model).__name__}; expected the torch.nn.Module that the run fitted")
+    if weights_digest(model) != plan.weights:
+        raise SettingsError(
+            f"model: its weights are not those of the run at {store.url!r}. Load {store.url}/weights.safetensors into "
+            f"the model that {plan.model['path']} builds with the arguments {plan.model['args']}."
+        )
+    current = read_current(store)
+    name = version or current["version"]
+    la = build(store, plan, model, name)
+    if tuned and name == current["version"] and current["tuning"] is not None:
+        apply_tuning(store, la, current["tuning"])
+    return la
+
+
+def read_current(store: Store) -> dict[str, Any]:
+    """Return which posterior version is current, under `version`, and the key of its tuning or None, under `tuning`.
+
+    Raises:
+        MissingObjectError: No posterior version has been committed.
+    """
+    try:
+        return open_json(store.read(CURRENT), CURRENT)
+    except MissingObjectError as error:
+        raise MissingObjectError(
+            f"{store.url}/{CURRENT} is missing: this run has no posterior yet. Run its fit job to the end."
+        ) from error
+
+
+def write_current(store: Store, version: str, tuning: str | None) -> None:
+    """Make a posterior version current, with the tuning that belongs to it."""
+    store.replace(CURRENT, seal_json({"format_version": FORMAT_VERSION, "version": version, "tuning": tuning}))
+
+
+def build(store: Store, plan: Plan, model: nn.Module, version: str) -> Any:
+    """Return the fitted object of a posterior version, with the default prior, around a model with the run's weights.
+
+    Raises:
+        CheckpointError: A factor is missing, truncated or altered.
+    """
+    spec = SumsSpec.from_json(plan.spec)
+    la = new_laplace(plan.settings, model, spec)
+    manifest = read_version(store, plan, version)
+    device = next(model.parameters()).device
+    tensors = {
+        name: torch.from_numpy(store.read_array(place["prefix"], name, place["entry"])).to(device)
+        for name, place in manifest["factors"].items()
+    }
+    la.set_sums(CurvatureSums.from_tensors(spec, tensors, manifest["n_data"]))
+    return la
+
+
+def new_laplace(settings: Mapping[str, Any], model: nn.Module, spec: SumsSpec | None = None) -> Any:
+    """Return an object of the core library that has seen no data.
+
+    Args:
+        settings: By field name: those of the plan, or all of a job.
+        model: The network.
+        spec: What the plan says of the sums, which includes the last layer's name; None while it is being found out.
+
+    Raises:
+        ValueError: The core library does not have this combination.
+    """
+    backend, arguments = backend_class(settings["backend"], settings["estimator"])
+    if settings["estimator"] == "mc":
+        arguments = {**arguments, "seed": settings["seed"]}
+    subset = settings["subset_of_weights"]
+    extra = {"last_layer_name": spec.blocks[0].layer} if spec is not None and subset == "last_layer" else {}
+    return Laplace(
+        model,
+        settings["likelihood"],
+        subset_of_weights=subset,
+        hessian_structure=settings["hessian_structure"],
+        backend=backend,
+        backend_kwargs=arguments,
+        **extra,
+    )
+
+
+def read_tuning(store: Store, key: str) -> tuple[dict[str, Any], Tensor]:
+    """Return a tuning's manifest and its prior precision.
+
+    Raises:
+        CheckpointError: It is missing, truncated or altered.
+    """
+    manifest = open_json(store.read(key), key)
+    value = store.read_array(manifest["prefix"], "prior_precision", manifest["arrays"]["prior_precision"])
+    return manifest, torch.from_numpy(value)
+
+
+def apply_tuning(store: Store, la: Any, key: str) -> None:
+    """Give a fitted object the prior precision, and for regression the observation noise, of a tuning."""
+    manifest, prior_precision = read_tuning(store, key)
+    la.prior_precision = prior_precision
+    if manifest["sigma_noise"] is not None:
+        la.sigma_noise = manifest["sigma_noise"]

@@ -1,0 +1,138 @@
+"""Choose the prior precision of a posterior version: by the evidence in one task, or over shards of validation data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from laplace.tuning import prior_precision_grid, score_grid, select_prior_precision
+from laplace_dist.config import Config
+from laplace_dist.partials import new_attempt
+from laplace_dist.plan import FORMAT_VERSION, Segment, open_json, seal_json
+from laplace_dist.store import Store
+
+STEPS, RATE = 100, 0.1  # of Adam on the logarithm of what is tuned
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Return a short name for settings: results under it were made with exactly these."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
+
+
+def settings(config: Config, validation: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what the result of tuning depends on beside the posterior version.
+
+    Args:
+        config: The job's settings.
+        validation: Fingerprint of the validation split, for the grid search.
+    """
+    if config.tune_method == "marglik":
+        return {"method": "marglik", "structure": config.prior_structure, "steps": STEPS, "rate": RATE}
+    names = ("grid_size", "link_approx", "pred_type", "batch_size", "seed")
+    return {"method": "gridsearch", **{name: getattr(config, name) for name in names}, "data": validation}
+
+
+def tuning_key(version: str, chosen: Mapping[str, Any]) -> str:
+    """Return the key of the manifest of a tuning."""
+    return f"tuning/{version}-{digest(chosen)}.json"
+
+
+def shard_key(key: str, shard: str) -> str:
+    """Return the key of one shard's scores."""
+    return f"{key.removesuffix('.json')}/{shard}.json"
+
+
+def tune_marglik(context: Any, version: str, key: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Maximise the log marginal likelihood, for regression together with the observation noise, and commit the result.
+
+    Args:
+        context: The worker's model and store.
+        version: Posterior version.
+        key: Where the manifest goes.
+        chosen: `settings(...)`.
+    """
+    la = context.posterior(version)
+    la.prior_precision = 1.0
+    if context.config.likelihood == "regression":
+        _maximise_with_noise(la, chosen["structure"])
+    else:
+        la.optimize_prior_precision(method="marglik", prior_structure=chosen["structure"], n_steps=STEPS, lr=RATE)
+    return commit(context.store, key, chosen, la)
+
+
+def _maximise_with_noise(la: Any, structure: str) -> None:
+    """Maximise the evidence over prior precision and observation noise together."""
+    log_prior = la.initial_prior_precision(1.0, structure).log().requires_grad_(True)
+    log_noise = torch.zeros(1, dtype=log_prior.dtype, device=log_prior.device, requires_grad=True)
+    optimizer = torch.optim.Adam([log_prior, log_noise], lr=RATE)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        (-la.log_marginal_likelihood(log_prior.exp(), log_noise.exp())).backward()
+        optimizer.step()
+    la.prior_precision, la.sigma_noise = log_prior.detach().exp(), log_noise.detach().exp()
+
+
+def score_shard(context: Any, version: str, key: str, shard: dict[str, Any]) -> dict[str, Any]:
+    """Score every value of the grid on one shard of the validation split and commit the sums.
+
+    Args:
+        context: The worker's model, data and store.
+        version: Posterior version.
+        key: Key of the tuning's manifest.
+        shard: `id`, `start` and `stop`.
+    """
+    part, config = Segment(**shard), context.config
+    batches = ((x, y) for _, x, y in context.batches("val", part.start, part.stop))
+    totals, n = score_grid(
+        context.posterior(version),
+        batches,
+        prior_precision_grid(size=config.grid_size),
+        link_approx=config.link_approx,
+        pred_type=config.pred_type,
+        seed=config.seed + part.start,
+    )
+    scores = {"totals": totals.tolist(), "n": n}
+    text = json.dumps(scores)  # scores may be infinite where the sealed JSON of manifests allows numbers only
+    context.store.create(shard_key(key, part.id), seal_json({"scores": text}))
+    return {"examples": n}
+
+
+def merge_grid(
+    context: Any, version: str, key: str, chosen: dict[str, Any], shards: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Add the shards' scores in order, choose the prior precision, and commit it."""
+    total, count = None, 0
+    for shard in shards:
+        name = shard_key(key, shard["id"])
+        scores = json.loads(open_json(context.store.read(name), name)["scores"])
+        part = torch.tensor(scores["totals"], dtype=torch.float64)
+        total, count = part if total is None else total + part, count + scores["n"]
+    grid = prior_precision_grid(size=context.config.grid_size)
+    la = context.posterior(version)
+    la.prior_precision = select_prior_precision(grid, total / count)
+    return commit(context.store, key, chosen, la)
+
+
+def commit(store: Store, key: str, chosen: Mapping[str, Any], la: Any) -> dict[str, Any]:
+    """Create the manifest of a tuning with the prior precision that the object has now, unless it exists."""
+    prefix = f"{key.removesuffix('.json')}/{new_attempt()}"
+    values = np.ascontiguousarray(la.prior_precision.detach().cpu().numpy())
+    noise = float(la.sigma_noise) if la.likelihood == "regression" else None
+    with torch.no_grad():
+        evidence = float(la.log_marginal_likelihood())
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "settings": dict(chosen),
+        "prefix": prefix,
+        "arrays": store.write_arrays(prefix, {"prior_precision": values}),
+        "sigma_noise": noise,
+        "log_marginal_likelihood": evidence,
+    }
+    if not store.create(key, seal_json(manifest)):
+        store.delete_tree(prefix)
+    return {"log_marginal_likelihood": evidence}

@@ -1,0 +1,180 @@
+"""Starting, continuing, refusing and clearing a run: what is left is the plan minus what is committed."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from test_partials import PLAN, commit, make_plan
+from torch import nn
+
+from laplace_dist import status
+from laplace_dist.data import dump_weights, weights_digest
+from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
+from laplace_dist.plan import FORMAT_VERSION, open_json, seal_json
+from laplace_dist.resume import clear, committed, load_run_weights, open_run, read_plan, remaining
+from laplace_dist.store import Store
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(str(tmp_path / "run"))
+
+
+def start(store, plan=PLAN, fresh=False, weights=b"weights"):
+    return open_run(store, plan, weights=lambda: weights, config_yaml="seed: 0\n", fresh=fresh)
+
+
+def test_a_run_starts_once_and_continues_afterwards(store):
+    assert start(store) is False
+    assert store.list() == ["config.yaml", "plan.json", "weights.safetensors"]
+    assert read_plan(store) == PLAN
+    commit(store)
+    assert start(store) is True
+    assert set(committed(store, PLAN)) == {"000001"}
+
+
+def test_what_is_left_is_the_plan_minus_what_is_committed(store):
+    start(store)
+    assert committed(store, PLAN) == {}
+    assert remaining(PLAN, {}) == list(PLAN.segments)
+    for number, segment in enumerate(PLAN.segments):
+        commit(store, segment=segment)
+        done = committed(store, PLAN)
+        assert list(done) == [s.id for s in PLAN.segments[: number + 1]]
+        assert remaining(PLAN, done) == list(PLAN.segments[number + 1 :])
+    assert all(manifest["arrays"] for manifest in done.values())
+    light = committed(store, PLAN, arrays=False)
+    assert [m["n_data"] for m in light.values()] == [8, 8, 4]
+    assert not any("arrays" in manifest for manifest in light.values())
+
+
+def test_arrays_without_a_manifest_do_not_count(store):
+    start(store)
+    commit(store)
+    store.delete_tree("partials/000001.json")
+    assert committed(store, PLAN) == {}
+
+
+def test_a_run_that_lost_its_weights_before_they_were_written_gets_them(store):
+    start(store)
+    store.delete_tree("weights.safetensors")
+    assert start(store) is True
+    assert store.read("weights.safetensors") == b"weights"
+
+
+def test_another_plan_is_refused_with_both_values_and_changes_nothing(store):
+    start(store)
+    before = {key: store.read(key) for key in store.list()}
+    with pytest.raises(SettingsError) as caught:
+        start(store, make_plan(length=19, weights="w2"), weights=b"other")
+    message = str(caught.value)
+    assert "--data: the train split's length changed: stored 20 examples, now 19" in message
+    assert "--weights (values, as sha256): stored 'w', now 'w2'" in message
+    assert "--fresh" in message
+    assert {key: store.read(key) for key in store.list()} == before
+
+
+def test_a_newer_run_is_refused(store):
+    start(store)
+    values = open_json(store.read("plan.json"), "plan.json")
+    store.replace("plan.json", seal_json({**values, "format_version": FORMAT_VERSION + 1}))
+    for call in (start, read_plan):
+        with pytest.raises(SettingsError, match=r"plan.json has format_version 2.*reads up to 1"):
+            call(store)
+
+
+def test_a_truncated_plan_is_refused(store):
+    start(store)
+    store.replace("plan.json", store.read("plan.json")[:-9])
+    with pytest.raises(CheckpointError, match="plan.json is truncated or altered"):
+        start(store)
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match=r"--checkpoint .*file/run': cannot write"):
+        start(Store(str(tmp_path / "file" / "run")))
+
+
+def test_a_manifest_of_no_segment_is_refused(store):
+    start(store)
+    store.create("partials/000009.json", b"{}")
+    with pytest.raises(CheckpointError, match=r"partials/000009.json is of no segment of this plan \(3 segments\)"):
+        committed(store, PLAN)
+
+
+def test_partials_of_another_plan_are_refused(store):
+    start(store)
+    commit(store, plan=make_plan(weights="other"))
+    with pytest.raises(CheckpointError, match="partials/000001.json does not belong to this run"):
+        committed(store, PLAN)
+
+
+def fill(store):
+    """Make a finished run, with a user's file beside it."""
+    start(store)
+    commit(store)
+    for key in ("posteriors/v1/x", "posteriors/v1.json", "CURRENT.json", "tuning/a", "evaluation/b", "report.html"):
+        store.create(key, b"x")
+    store.create("notes.txt", b"mine")
+
+
+def test_fresh_deletes_the_run_and_nothing_else(store):
+    fill(store)
+    assert start(store, make_plan(length=19), fresh=True) is False
+    assert store.list() == ["config.yaml", "notes.txt", "plan.json", "weights.safetensors"]
+    assert read_plan(store).n_examples == 19
+
+
+def test_clearing_can_be_interrupted_anywhere(store, monkeypatch):
+    """Whatever is deleted so far, no reader is left with a name whose bytes are gone, and the plan goes last."""
+    fill(store)
+    delete, seen = Store.delete_tree, []
+
+    def watched(self, key):
+        keys = set(self.list())
+        seen.append("plan.json" in keys)
+        assert "CURRENT.json" not in keys or "posteriors/v1.json" in keys
+        for manifest, arrays in (
+            ("posteriors/v1.json", "posteriors/v1/"),
+            ("partials/000001.json", "partials/000001/"),
+        ):
+            assert manifest not in keys or any(k.startswith(arrays) for k in keys)
+        delete(self, key)
+
+    monkeypatch.setattr(Store, "delete_tree", watched)
+    clear(store)
+    assert len(seen) > 8
+    assert all(seen)
+    assert store.list() == ["notes.txt"]
+
+
+def test_status(store):
+    with pytest.raises(MissingObjectError, match="plan.json is missing"):
+        status(store.url)
+    start(store)
+    commit(store)
+    found = status(store.url)
+    assert (found["segments"], found["segments_committed"], found["examples_committed"]) == (3, 1, 8)
+    assert (found["complete"], found["posterior"]) == (False, False)
+
+
+def test_the_runs_own_weights_are_verified(store):
+    torch.manual_seed(0)
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    plan = make_plan(weights=weights_digest(model))
+    start(store, plan, weights=dump_weights(model))
+    load_run_weights(store, plan, other)
+    assert weights_digest(other) == weights_digest(model)
+    good = store.read("weights.safetensors")
+    path = os.path.join(store.url, "weights.safetensors")
+    for bad in (good[:-4], good[:4], b"", good[:-1] + bytes([good[-1] ^ 1])):
+        with open(path, "wb") as file:
+            file.write(bad)
+        with pytest.raises(CheckpointError, match=r"weights.safetensors"):
+            load_run_weights(store, plan, other)
+    os.unlink(path)
+    with pytest.raises(MissingObjectError, match=r"weights.safetensors is missing"):
+        load_run_weights(store, plan, other)

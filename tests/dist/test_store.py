@@ -1,0 +1,438 @@
+"""Objects and arrays: create-only commits, every bad byte noticed, nothing outside the checkpoint, no secrets shown."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import threading
+import uuid
+import zipfile
+
+import numpy as np
+import pytest
+import zarr
+from fsspec.implementations.memory import MemoryFileSystem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from laplace_dist import store as store_module
+from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError
+from laplace_dist.packing import pack, unpack
+from laplace_dist.store import Store
+
+ARRAYS = {
+    "features.0.weight/A": np.array([[2.0, 1.0], [1.0, 3.0]], np.float32),
+    "features.0.weight/B": np.arange(6, dtype=np.float64).reshape(2, 3),
+    "H": np.zeros((4, 4), np.float32),
+    "loss": np.array(1.5),
+    "nothing": np.empty((0, 3), np.float32),
+}
+SYMMETRIC = {"features.0.weight/A", "H"}
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request, tmp_path):
+    return Store(str(tmp_path / "run") if request.param == "local" else f"memory://{uuid.uuid4().hex}/run")
+
+
+@pytest.fixture
+def local(tmp_path):
+    return Store(str(tmp_path / "run"))
+
+
+# ------------------------------------------------------------------ triangles
+
+
+def symmetric(seed, shape, dtype):
+    value = np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+    return value + value.swapaxes(-1, -2)
+
+
+@given(
+    seed=st.integers(0, 99),
+    lead=st.lists(st.integers(0, 3), max_size=2),
+    size=st.integers(0, 12),
+    block=st.integers(1, 14),
+    dtype=st.sampled_from([np.float32, np.float64]),
+)
+def test_packing_a_symmetric_matrix_loses_nothing(seed, lead, size, block, dtype):
+    value = symmetric(seed, (*lead, size, size), dtype)
+    packed = pack(value, block)
+    assert packed.shape == (*lead, size * (size + 1) // 2)
+    assert packed.dtype == value.dtype
+    back = unpack(packed, block)
+    assert back.tobytes() == value.tobytes()
+    rows, columns = np.tril_indices(size)
+    assert np.array_equal(packed, value[..., rows, columns])
+
+
+def test_packing_symmetrises_rounding_and_refuses_more():
+    value = np.array([[1.0, 2.0], [2.03125, 5.0]])
+    assert pack(value).tolist() == [1.0, 2.015625, 5.0]
+    with pytest.raises(AssertionError, match="declared symmetric is not"):
+        pack(np.array([[1.0, 2.0], [3.0, 4.0]]))
+
+
+# ------------------------------------------------------------------ objects
+
+
+def test_objects_are_created_once_and_replaced_whole(store):
+    assert not store.exists("a/b.json")
+    assert store.create("a/b.json", b"one")
+    assert not store.create("a/b.json", b"two")
+    assert store.read("a/b.json") == b"one"
+    store.replace("a/b.json", b"three")
+    store.replace("a/c.json", b"new")
+    assert (store.read("a/b.json"), store.read("a/c.json"), store.size("a/b.json")) == (b"three", b"new", 5)
+    assert store.exists("a/b.json")
+    assert not store.exists("a")
+
+
+def test_listing_and_deleting(store):
+    for key in ("p/1.json", "p/1/x", "p/1/y/z", "pp/2", "top"):
+        store.create(key, b"")
+    assert store.list() == ["p/1.json", "p/1/x", "p/1/y/z", "pp/2", "top"]
+    assert store.list("p") == ["p/1.json", "p/1/x", "p/1/y/z"]
+    assert store.list("p", recursive=False) == ["p/1.json"]
+    assert store.list("none") == []
+    assert dict(store.read_many(["top", "p/1/x"])) == {"top": b"", "p/1/x": b""}
+    store.delete_tree("p/1")
+    store.delete_tree("p/none")
+    assert store.list("p") == ["p/1.json"]
+
+
+def test_a_missing_object_is_named_with_what_to_do(store):
+    store.check_writable()
+    for call in (store.read, store.size, lambda key: list(store.read_many([key, key]))):
+        with pytest.raises(MissingObjectError, match=r"partials/000001.json is missing.*delete partials/000001.json"):
+            call("partials/000001.json")
+
+
+def test_a_relative_directory_is_a_url_like_any_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Store("./runs/x/").create("k", b"v")
+    assert Store(f"file://{tmp_path}/runs/x").read("k") == b"v"
+    assert sorted(os.listdir(tmp_path / "runs" / "x")) == ["k"]
+
+
+def test_one_of_many_concurrent_creators_wins(local):
+    start, won = threading.Barrier(8), []
+
+    def race(number):
+        start.wait()
+        won.append((local.create("m.json", b"%d" % number), b"%d" % number))
+
+    threads = [threading.Thread(target=race, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winners = [data for created, data in won if created]
+    assert len(won) == 8
+    assert winners == [local.read("m.json")]
+    assert local.list() == ["m.json"]
+
+
+def test_a_commit_is_flushed_before_it_is_linked_and_its_directory_after(local, monkeypatch):
+    local.check_writable()
+    events, fsync, link = [], os.fsync, os.link
+
+    def traced_fsync(handle):
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def traced_link(source, target):
+        events.append("link")
+        link(source, target)
+
+    monkeypatch.setattr(os, "fsync", traced_fsync)
+    monkeypatch.setattr(os, "link", traced_link)
+    local.create("m.json", b"x")
+    assert events[0].startswith(".tmp-")
+    assert events[1:] == ["link", "run"]
+
+
+def test_arrays_are_flushed_with_all_their_directories(local, monkeypatch):
+    seen, fsync = set(), os.fsync
+
+    def traced(handle):
+        seen.add(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", traced)
+    local.write_arrays("p/1", {"a/b": np.ones(2)})
+    written = {os.path.join(top, name) for top, folders, files in os.walk(local.url) for name in folders + files}
+    assert len(written) >= 6
+    assert written | {local.url, os.path.dirname(local.url)} <= seen
+
+
+@pytest.mark.parametrize("place", ["file/run", "file", "proc"])
+def test_a_place_that_cannot_be_written_is_refused(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    url = "/proc/nowhere/run" if place == "proc" else str(tmp_path / place)
+    with pytest.raises(SettingsError, match=r"--checkpoint .*cannot write .*may write to"):
+        Store(url).check_writable()
+
+
+def test_a_file_system_without_create_only_writes_is_refused(tmp_path):
+    zipfile.ZipFile(tmp_path / "x.zip", "w").close()
+    with pytest.raises(SettingsError, match=r"--checkpoint 'zip.*has no create-only write.*s3://"):
+        Store(f"zip://run::{tmp_path}/x.zip").check_writable()
+
+
+def test_an_unknown_protocol_is_refused():
+    with pytest.raises(SettingsError, match=r"--checkpoint 'nosuch://x/y': cannot be opened"):
+        Store("nosuch://x/y").check_writable()
+
+
+BAD_KEYS = ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/.", "a\\b", "a\nb", "a/"]
+
+
+@pytest.mark.parametrize("key", BAD_KEYS)
+def test_no_key_leaves_the_checkpoint(local, key):
+    calls = [local.read, local.exists, local.size, local.delete_tree]
+    calls += [lambda k: local.create(k, b""), lambda k: local.replace(k, b"")]
+    calls += [lambda k: local.read_array("p", k, {}), lambda k: local.write_arrays("p", {k: np.ones(1)})]
+    for call in calls:
+        with pytest.raises(CheckpointError, match="not a key inside the checkpoint"):
+            call(key)
+
+
+@pytest.mark.parametrize("names", [["a", "a/b"], ["a/b/c", "a/b"], ["zarr.json"], ["__x/a"], ["a/..."], ["x" * 256]])
+def test_names_that_zarr_cannot_hold_are_refused(local, names):
+    with pytest.raises(CheckpointError, match="factor name"):
+        local.write_arrays("p", {name: np.ones(1) for name in names})
+    assert local.list() == []
+
+
+# ------------------------------------------------------------------ object stores
+
+
+class Scripted(MemoryFileSystem):
+    """A file system in memory whose conditional writes answer as scripted, before or after they have their effect."""
+
+    store, pseudo_dirs, cachable = {}, [""], False
+
+    def pipe_file(self, path, value, mode="overwrite", **kwargs):
+        if mode == "create" and self.script:
+            stored, error = self.script.pop(0)
+            if stored is not None:
+                super().pipe_file(path, stored)
+            raise error
+        super().pipe_file(path, value, mode=mode)
+
+
+CONFLICT = OSError(errno.EIO, "ConditionalRequestConflict")
+ANSWERS = [
+    ("own write met by its retry", [(b"mine", FileExistsError())], True),
+    ("own write, answer lost", [(b"mine", TimeoutError())], True),
+    ("other's write", [(b"other", FileExistsError())], False),
+    ("other's write, unnamed precondition", [(b"other", OSError(errno.EINVAL, "PreconditionFailed"))], False),
+    ("conflict, then free", [(None, CONFLICT), (None, CONFLICT)], True),
+    ("conflict, then other's", [(None, CONFLICT), (b"other", CONFLICT)], False),
+]
+
+
+@pytest.mark.parametrize(("script", "created"), [a[1:] for a in ANSWERS], ids=[a[0] for a in ANSWERS])
+def test_what_is_stored_decides_who_created(monkeypatch, script, created):
+    monkeypatch.setattr(store_module.time, "sleep", lambda seconds: None)
+    store = Store("memory://scripted")
+    fs = Scripted()
+    fs.store, fs.script = {}, list(script)
+    store._opened = fs, "/scripted"
+    assert store.create("m", b"mine") is created
+    assert store.read("m") == (b"mine" if created else b"other")
+    assert fs.script == []
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "words"),
+    [
+        (PermissionError("denied for sekrit-key"), SettingsError, "cannot write 'm'"),
+        (FileNotFoundError("no bucket sekrit-key"), SettingsError, "cannot write 'm'"),
+        (OSError(errno.EIO, "always sekrit-key"), CheckpointError, "could not write it"),
+    ],
+)
+def test_a_store_that_refuses_is_reported_without_secrets(monkeypatch, error, expected, words):
+    monkeypatch.setattr(store_module.time, "sleep", lambda seconds: None)
+    store = Store("memory://scripted", {"client_kwargs": {"key": "sekrit-key"}})
+    fs = Scripted()
+    fs.store, fs.script = {}, [(None, error)] * 9
+    store._opened = fs, "/scripted"
+    with pytest.raises(expected, match=words) as caught:
+        store.create("m", b"mine")
+    assert "sekrit" not in str(caught.value)
+    assert "***" in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert "sekrit" not in repr(store)
+
+
+def test_a_pickled_store_opens_for_itself():
+    store = Store("memory://pickled", {"key": "abc"})
+    store.exists("x")
+    again = pickle.loads(pickle.dumps(store))
+    assert again._opened is None
+    assert (again.url, again._options) == (store.url, store._options)
+
+
+# ------------------------------------------------------------------ arrays
+
+
+def test_arrays_come_back_bit_for_bit(store):
+    entries = store.write_arrays("p/0/a", ARRAYS, SYMMETRIC)
+    for name, value in ARRAYS.items():
+        back = store.read_array("p/0/a", name, entries[name])
+        assert (back.dtype, back.shape, back.tobytes()) == (value.dtype, value.shape, value.tobytes())
+    assert {name for name, entry in entries.items() if entry["packed"]} == SYMMETRIC
+    stored = sum(store.size(k) for k in store.list("p/0/a/H"))
+    assert entries["H"]["stored_bytes"] == stored
+
+
+def test_a_chunk_that_equals_the_fill_value_is_written(local):
+    entries = local.write_arrays("p", {"x": np.full(3, np.nan)})
+    assert local.exists("p/x/c/0")
+    assert np.isnan(local.read_array("p", "x", entries["x"])).all()
+
+
+def test_arrays_of_several_chunks_come_back(store, monkeypatch):
+    monkeypatch.setattr(store_module, "CHUNK_BYTES", 64)
+    arrays = {"flat": np.arange(100.0), "rows": np.arange(60, dtype=np.float32).reshape(20, 3, 1), "s": np.eye(9)}
+    entries = store.write_arrays("p", arrays, {"s"})
+    assert sum(key.startswith("p/flat/c/") for key in store.list("p")) == 13
+    for name, value in arrays.items():
+        assert np.array_equal(store.read_array("p", name, entries[name]), value)
+
+
+def test_arrays_are_plain_zarr(local):
+    local.write_arrays("p/0", ARRAYS, SYMMETRIC)
+    group = zarr.open_group(f"{local.url}/p/0", mode="r")
+    assert sorted(group.keys()) == ["H", "features.0.weight", "loss", "nothing"]
+    assert sorted(group["features.0.weight"].keys()) == ["A", "B"]
+    assert group["features.0.weight/A"][:].tolist() == [2.0, 1.0, 3.0]
+    assert "triangle" in group["features.0.weight/A"].attrs["packed"]
+    assert group["loss"][()] == 1.5
+    metadata = group["H"].metadata
+    names = [codec["name"] for codec in metadata.to_dict()["codecs"]]
+    assert names == ["bytes", "blosc", "crc32c"]
+    blosc = metadata.to_dict()["codecs"][1]["configuration"]
+    assert (blosc["cname"], blosc["clevel"], blosc["shuffle"]) == ("zstd", 1, "bitshuffle")
+    assert np.isnan(metadata.fill_value)
+    assert (group["H"][:] == 0).all()  # a chunk of zeros is there
+    assert local.exists("p/0/H/c/0")
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float16, object])
+def test_other_dtypes_are_refused(local, dtype):
+    with pytest.raises(CheckpointError, match=r"p/x has dtype .*; factors are float32 or float64"):
+        local.write_arrays("p", {"x": np.ones(2).astype(dtype)})
+
+
+def bad_copies(data):
+    """Yield every truncation and every single altered byte of a file."""
+    yield from (data[:length] for length in range(len(data)))
+    yield data + b"\0"
+    for position in range(len(data)):
+        yield data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :]
+
+
+@pytest.mark.parametrize("name", ["features.0.weight/A", "features.0.weight/B", "loss"])
+def test_no_truncated_or_altered_byte_goes_unnoticed(local, name):
+    entries = local.write_arrays("partials/000000/a", ARRAYS, SYMMETRIC)
+    for key in local.list(f"partials/000000/a/{name}"):
+        path = os.path.join(local.url, key)
+        with open(path, "rb") as file:
+            good = file.read()
+        for bad in bad_copies(good):
+            with open(path, "wb") as file:
+                file.write(bad)
+            with pytest.raises(CheckpointError, match=f"{key} is truncated or altered.*partials/000000.json"):
+                local.read_array("partials/000000/a", name, entries[name])
+        with open(path, "wb") as file:
+            file.write(good)
+        local.read_array("partials/000000/a", name, entries[name])
+
+
+def test_deleted_objects_are_errors_not_zeros(store):
+    entries = store.write_arrays("partials/000000/a", ARRAYS, SYMMETRIC)
+    for key in store.list("partials/000000/a/H"):
+        data = store.read(key)
+        store.delete_tree(key)
+        with pytest.raises(MissingObjectError, match=f"{key} is missing"):
+            store.read_array("partials/000000/a", "H", entries["H"])
+        store.create(key, data)
+
+
+@pytest.mark.parametrize("field", ["sha256", "shape", "dtype", "packed", "metadata_sha256"])
+def test_an_entry_that_says_something_else_is_noticed(local, field):
+    entries = local.write_arrays("p", ARRAYS, SYMMETRIC)
+    wrong = {"sha256": "0" * 64, "shape": [5, 5], "dtype": "float64", "packed": False, "metadata_sha256": "0" * 64}
+    with pytest.raises(CheckpointError, match="p/H.*altered"):
+        local.read_array("p", "H", {**entries["H"], field: wrong[field]})
+
+
+def test_valid_bytes_of_another_array_are_noticed(local):
+    entries = local.write_arrays("p", {"x": np.ones(4), "y": np.full(4, 2.0)})
+    os.replace(f"{local.url}/p/y/c/0", f"{local.url}/p/x/c/0")
+    with pytest.raises(CheckpointError, match="p/x.*sha256"):
+        local.read_array("p", "x", entries["x"])
+
+
+def test_bytes_that_change_while_they_are_written_are_noticed_before_the_commit(local, monkeypatch):
+    put = Store._put
+    monkeypatch.setattr(Store, "_put", lambda self, k, data: put(self, k, data[:-1] if "/c/" in k else data))
+    with pytest.raises(CheckpointError, match="p/x/c/0 is truncated or altered"):
+        local.write_arrays("p", {"x": np.ones(4)})
+
+
+# ------------------------------------------------------------------ no space left
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_leaves_the_old_state(local, monkeypatch, code):
+    local.create("old.json", b"old")
+
+    def full(handle):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for call in (lambda: local.create("new.json", b"new"), lambda: local.replace("old.json", b"newer")):
+        with pytest.raises(RunFailed, match=r"json: no space left.*nothing of it is committed.*Run the same command"):
+            call()
+    with pytest.raises(RunFailed, match="no space left"):
+        local.write_arrays("p", {"x": np.ones(3)})
+    monkeypatch.undo()
+    assert [key for key in local.list() if not key.startswith("p/")] == ["old.json"]
+    assert local.read("old.json") == b"old"
+    assert not any(name.startswith(".tmp-") for name in os.listdir(local.url))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 30))
+def test_a_crash_at_any_moment_of_a_commit_shows_nothing_or_all(tmp_path_factory, step):
+    store = Store(str(tmp_path_factory.mktemp("crash") / "run"))
+    calls = {"n": 0}
+
+    class Crash(BaseException):
+        pass
+
+    def crashing(original):
+        def call(*args, **kwargs):
+            calls["n"] += 1
+            if calls["n"] == step:
+                raise Crash
+            return original(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fsync", "link", "unlink", "open", "makedirs"):
+            patch.setattr(os, name, crashing(getattr(os, name)))
+        try:
+            store.create("a/m.json", b"whole")
+            finished = True
+        except Crash:
+            finished = False
+    assert not finished or store.list() == ["a/m.json"]
+    assert store.list() in ([], ["a/m.json"])
+    assert all(store.read(key) == b"whole" for key in store.list())
