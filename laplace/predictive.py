@@ -8,6 +8,7 @@ et al., "Fast predictive uncertainty for classification with Bayesian deep netwo
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -142,7 +143,7 @@ def _bridge(f: Tensor, covariance: Tensor, normalise: bool) -> Tensor:
         f, variance = f / scale.sqrt(), variance / scale
     log_bracket = torch.logaddexp(
         torch.full_like(f, 1 - 2 / classes).clamp(min=0).log(),
-        f + torch.logsumexp(-f, 1, keepdim=True) - 2 * torch.log(torch.tensor(float(classes))),
+        f + torch.logsumexp(-f, 1, keepdim=True) - 2 * math.log(classes),
     )
     return (log_bracket - variance.log()).softmax(1)
 

@@ -49,11 +49,20 @@ def _running_here() -> str | None:
     """Return the address that the last `ray start` on this machine left behind, if something still answers there."""
     note = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
     try:
-        host, _, port = note.read_text().strip().rpartition(":")
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=2):
-            return f"{host}:{port}"
-    except (OSError, ValueError):
+        address = note.read_text().strip()
+    except OSError:
         return None
+    return address if _answers(address) is None else None
+
+
+def _answers(address: str) -> str | None:
+    """Return None if something listens at `host:port`, else why not; Ray itself would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+            return None
+    except (OSError, ValueError) as error:
+        return str(error)
 
 
 # ------------------------------------------------------------------ who may talk to it
@@ -166,13 +175,17 @@ class Cluster:
             ray.init("local", num_cpus=cores, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
         else:
             self.say(f"Ray: the cluster at {address} ({why})")
+            refusal = _answers(address)
             try:
-                ray.init(address, **common)
+                if refusal is None:
+                    ray.init(address, **common)
             except (ConnectionError, ray.exceptions.RayError, ValueError) as error:
+                refusal = str(error)
+            if refusal is not None:
                 raise SettingsError(
-                    f"ray_address: cannot connect to {address!r} ({why}): {error}. Give the address of a running "
+                    f"--ray-address: cannot connect to {address!r} ({why}): {refusal}. Give host:port of a running "
                     "cluster, or 'local' for a private one; if the cluster asks for a token, set RAY_AUTH_MODE=token."
-                ) from error
+                )
         stack.callback(ray.shutdown)
 
     def close(self) -> None:

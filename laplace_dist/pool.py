@@ -1,4 +1,4 @@
-"""The Ray actors that carry out tasks: started, given one task at a time, dropped when anything went wrong with them."""
+"""The Ray actors that carry out tasks: started, given one task at a time, dropped when anything goes wrong with them."""
 
 from __future__ import annotations
 
@@ -97,11 +97,16 @@ class Pool:
             return Event(task, failure=f"{type(cause).__name__}: {cause}")
         except errors.RayError as error:
             self._ray.kill(actor, no_restart=True)
-            memory = isinstance(error, errors.OutOfMemoryError) or "OOM" in str(error)
-            why = "the worker ran out of memory" if memory else "the worker's process or node died"
-            return Event(task, failure=why)
+            return Event(task, failure=self._why_it_died(error))
         self._idle.append(actor)
         return Event(task, receipt=receipt) if task is not None else None
+
+    def _why_it_died(self, error: Exception) -> str:
+        if getattr(error, "actor_init_failed", False):
+            return f"a worker could not be set up: {str(error).strip().splitlines()[-1]}"
+        if isinstance(error, self._ray.exceptions.OutOfMemoryError) or "running low on memory" in str(error):
+            return "Ray ended the worker because its node ran low on memory"
+        return "the worker's process or node died (killed, out of memory, or a crash in native code)"
 
     def _hint(self, now: float) -> None:
         """Say from time to time that workers wait for resources, since Ray itself says nothing here."""

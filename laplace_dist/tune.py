@@ -99,7 +99,7 @@ def score_shard(context: Any, version: str, key: str, shard: dict[str, Any]) -> 
     scores = {"totals": totals.tolist(), "n": n}
     text = json.dumps(scores)  # scores may be infinite where the sealed JSON of manifests allows numbers only
     context.store.create(shard_key(key, part.id), seal_json({"scores": text}))
-    return {"examples": n}
+    return {"examples": part.stop - part.start}
 
 
 def merge_grid(

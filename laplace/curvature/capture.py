@@ -112,6 +112,15 @@ class Capture:
             self._inputs[layer] = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return self._inputs[layer]
 
+    def input_chunks(self, layer: str, elements: int) -> Iterator[Tensor]:
+        """Inputs of a layer as :meth:`inputs`, in chunks of examples of about so many elements."""
+        module = self.modules[layer]
+        calls = [value for name, value, _ in self._calls if name == layer]
+        one = sum(inputs_by_position(module, value[:1]).numel() for value in calls)
+        for start, stop in ranges(len(self.f), one, elements):
+            parts = [inputs_by_position(module, value[start:stop]).to(self.dtype) for value in calls]
+            yield parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
     def gradients(self, v: Tensor, last: bool = False) -> dict[str, Tensor]:
         """Output gradients of every layer for one direction.
 
@@ -155,6 +164,10 @@ class LastLayerCapture:
         """Features, ``(batch, positions, in)``."""
         return inputs_by_position(self.modules[layer], self._features).to(self.dtype)
 
+    def input_chunks(self, layer: str, elements: int) -> Iterator[Tensor]:
+        """All features at once; they exist already."""
+        yield self.inputs(layer)
+
     def gradients(self, v: Tensor, last: bool = False) -> dict[str, Tensor]:
         """The direction itself, ``(batch, positions, out)``."""
         return {self._name: gradients_by_position(self.modules[self._name], v).to(self.dtype)}
@@ -176,6 +189,13 @@ def per_example_jacobians(
     in_dims = (None, _map_tensors(x, lambda _: 0))
     jacobians = torch.func.vmap(torch.func.jacrev(outputs), in_dims=in_dims)(chosen, x)
     return {name: value.detach().flatten(2).to(dtype) for name, value in jacobians.items()}
+
+
+def ranges(n: int, each: int, elements: int) -> Iterator[tuple[int, int]]:
+    """Ranges that cover ``n`` items of ``each`` elements in steps of about ``elements`` elements."""
+    step = max(1, elements // max(1, each))
+    for start in range(0, n, step):
+        yield start, min(start + step, n)
 
 
 def _map_tensors(x: Any, function: Any) -> Any:

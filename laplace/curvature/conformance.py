@@ -1,14 +1,14 @@
 """Laws that a backend's sums have to satisfy, as tests to inherit.
 
-Whatever distributes, resumes or reorders the accumulation of curvature relies on these laws and on nothing else. A backend
-proves them for itself by a subclass in its test suite::
+Whatever distributes, resumes or reorders the accumulation of curvature relies on these laws and on nothing else. A
+backend proves them for itself by a subclass in its test suite::
 
     class TestMyBackend(SumsConformance):
         backend = MyBackend
         hessian_structure = "kron"
 
-which pytest collects. A backend that draws random numbers passes if its draws depend on the seed and on the example's index
-in the data set alone; give it a seed in ``backend_kwargs``.
+which pytest collects. A backend that draws random numbers passes if its draws depend on the seed and on the example's
+index in the data set alone; give it a seed in ``backend_kwargs``.
 """
 
 from __future__ import annotations

@@ -14,10 +14,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from laplace.curvature.capture import ranges
 from laplace.curvature.sums import Block, CurvatureSums
 
 _CHUNK = 1 << 22  # elements of a temporary of per-example rows
-_TRIANGLE = 256  # symmetric sums at least twice this wide are computed as block triangles
+_PATCHES = 1 << 20  # elements of a chunk of layer inputs: small enough to stay in a cache
+_NARROW = 64  # width up to which per-example Gram matrices are cheaper than a transposed copy
+_TRIANGLE = 128  # symmetric sums at least twice this wide are computed as block triangles
 
 
 def add_gram_(total: Tensor, rows: Tensor, scale: float = 1.0) -> None:
@@ -32,6 +35,17 @@ def add_gram_(total: Tensor, rows: Tensor, scale: float = 1.0) -> None:
     for start in range(0, width, _TRIANGLE):
         stop = min(start + _TRIANGLE, width)
         total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:], alpha=scale)
+
+
+def _add_gram_of_positions(total: Tensor, values: Tensor, scale: float = 1.0) -> None:
+    """Add the Gram matrix of ``(batch, positions, width)``; channels-first memory of convolutions is not transposed."""
+    width = values.shape[2]
+    if values.stride(2) == 1:
+        add_gram_(total, values.reshape(-1, width), scale)
+    elif width <= _NARROW:
+        total.add_(torch.bmm(values.transpose(1, 2), values).sum(0), alpha=scale)
+    else:
+        add_gram_(total, values.permute(2, 0, 1).reshape(width, -1).T, scale)
 
 
 def mirror_(total: Tensor) -> None:
@@ -60,12 +74,12 @@ def _add_kron(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> Non
     layers = _layer_blocks(sums.spec.blocks)
     for name, blocks in layers.items():
         if 2 in blocks:
-            a = capture.inputs(name)
-            add_gram_(sums.tensors[blocks[2].factors[1]], a.reshape(-1, a.shape[-1]), 1.0 / a.shape[1])
+            for a in capture.input_chunks(name, _PATCHES):
+                _add_gram_of_positions(sums.tensors[blocks[2].factors[1]], a, 1.0 / a.shape[1])
     for v in directions:
         for name, g in capture.gradients(v).items():
             block = next(iter(layers[name].values()))
-            add_gram_(sums.tensors[block.factors[0]], g.reshape(-1, g.shape[-1]))
+            _add_gram_of_positions(sums.tensors[block.factors[0]], g)
         _add_diagonal_of_others(sums, capture, v)
     for name, factor in sums.spec.factors.items():
         if factor.symmetric:
@@ -150,6 +164,4 @@ def jacobians(capture, blocks: tuple[Block, ...]) -> Tensor:
 
 def chunks(n: int, width: int) -> Iterator[tuple[int, int]]:
     """Ranges of examples whose per-example rows of ``width`` elements stay within the chunk size."""
-    step = max(1, _CHUNK // max(1, width))
-    for start in range(0, n, step):
-        yield start, min(start + step, n)
+    return ranges(n, width, _CHUNK)

@@ -46,7 +46,7 @@ class CurvlinopsInterface(CurvatureInterface):
         """Kronecker factors of one batch (KFAC-expand), their input side divided by ``N``.
 
         Raises:
-            ValueError: If a parameter belongs to no Linear or Conv2d layer, or curvlinops has no factors for a layer's use.
+            ValueError: If a parameter belongs to no Linear or Conv2d layer, or curvlinops does not take a layer's use.
         """
         if self.spec is None or self.spec.structure != "kron":
             self.initialize(x, "kron")
@@ -133,8 +133,8 @@ class CurvlinopsInterface(CurvatureInterface):
                 )
             if count > 1:
                 raise ValueError(
-                    f"Layer {name!r} runs {count} times in one forward pass; curvlinops scales its input factor by that "
-                    "number. Use the native backend."
+                    f"Layer {name!r} runs {count} times in one forward pass; curvlinops scales its input factor by "
+                    "that number. Use the native backend."
                 )
 
     def _outputs(self, x: Any) -> tuple[Tensor, nn.Module, Any]:

@@ -95,13 +95,14 @@ def _add_outer(total: Tensor, g: Tensor, a_squared: Tensor, weight, diagonal: bo
 
 def _add_rows(total: Tensor, rows: Tensor, weight, diagonal: bool) -> None:
     """Add the variance of explicit rows ``(batch, outputs, size)``."""
-    squared = rows.square() if diagonal else None
-    for t in range(total.shape[0]):
-        w = weight(t).to(rows.dtype).flatten()
-        if diagonal:
-            total[t] += squared @ w
-        else:
-            total[t] += torch.bmm(rows * w, rows.transpose(1, 2))
+    if not diagonal:
+        for t in range(total.shape[0]):
+            total[t] += torch.bmm(rows * weight(t).to(rows.dtype).flatten(), rows.transpose(1, 2))
+        return
+    squared = rows.square()
+    for start, stop in chunks(total.shape[0], rows.shape[-1]):  # several priors share one product
+        weights = torch.stack([weight(t).to(rows.dtype).flatten() for t in range(start, stop)], 1)
+        total[start:stop] += (squared @ weights).permute(2, 0, 1)
 
 
 def _project(values: Tensor, basis: Tensor | None) -> Tensor:

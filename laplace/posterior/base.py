@@ -114,7 +114,7 @@ class BaseLaplace:
 
     @prior_precision.setter
     def prior_precision(self, value: float | Tensor) -> None:
-        value = torch.as_tensor(value).to(self._device, self._dtype)
+        value = torch.as_tensor(value, dtype=self._dtype, device=self._device)
         value = value.reshape(1) if value.ndim == 0 else value
         if self.params and (value.ndim != 1 or len(value) not in (1, self.n_layers, self.n_params)):
             raise ValueError(
@@ -144,7 +144,7 @@ class BaseLaplace:
 
     @prior_mean.setter
     def prior_mean(self, value: float | Tensor) -> None:
-        value = torch.as_tensor(value).to(self._device, self._dtype)
+        value = torch.as_tensor(value, dtype=self._dtype, device=self._device)
         if self.params and (value.ndim > 1 or value.numel() not in (1, self.n_params)):
             raise ValueError(f"prior_mean has shape {tuple(value.shape)}; valid are a scalar or ({self.n_params},).")
         self._prior_mean_argument = value
@@ -157,7 +157,7 @@ class BaseLaplace:
 
     @sigma_noise.setter
     def sigma_noise(self, value: float | Tensor) -> None:
-        value = torch.as_tensor(value).to(self._device, self._dtype)
+        value = torch.as_tensor(value, dtype=self._dtype, device=self._device)
         if value.numel() != 1:
             raise ValueError(f"sigma_noise must be a scalar, but has shape {tuple(value.shape)}.")
         value = value.reshape(())

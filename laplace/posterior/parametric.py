@@ -113,6 +113,17 @@ class ParametricLaplace(BaseLaplace):
             NonFiniteError: On NaN or Inf; names the examples. An earlier fit stays as it was.
             ValueError: On an empty loader or targets that do not fit. An earlier fit stays as it was.
         """
+        try:
+            sums = self._sum_over(train_loader, progress_bar)
+            if not override and self.sums is not None:
+                sums.merge(self.sums)
+            self.set_sums(sums)
+        finally:
+            if self.sums is not None:  # after a failure, what an earlier fit knew about the layers
+                self._spec = self.backend.spec = self.sums.spec
+                self.n_outputs = self.sums.spec.n_outputs
+
+    def _sum_over(self, train_loader: DataLoader, progress_bar: bool) -> CurvatureSums:
         sums: CurvatureSums | None = None
         for x, y in self._batches(train_loader, progress_bar):
             if sums is None:
@@ -121,9 +132,7 @@ class ParametricLaplace(BaseLaplace):
             self.accumulate(sums, x, y, offset=sums.n_data)
         if sums is None:
             raise ValueError("The data loader is empty, so there is nothing to fit. An earlier fit stays as it was.")
-        if not override and self.sums is not None:
-            sums.merge(self.sums)
-        self.set_sums(sums)
+        return sums
 
     def _start_fit(self, x: Any) -> None:
         """Learn from the first batch what the sums look like."""

@@ -1,0 +1,56 @@
+"""One private Ray cluster for all tests that need one; it ends with the session."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+# Ray reads these when it is imported. A token of the session's own keeps other users of the machine out and leaves
+# the user's home directory alone.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """Join a fresh cluster of four (nominal) CPUs and return its address."""
+    import ray
+
+    context = ray.init(
+        "local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=80 * 2**20,
+        namespace="laplace-dist-tests",
+        _node_name="laplace-dist-tests",
+        logging_level="error",
+        log_to_driver=False,
+    )
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Compute in this process with as many threads as a worker has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def environment():
+    """Return the environment of a job that runs as a process of its own."""
+    path = os.pathsep.join([str(ROOT), str(HERE)])
+    return {**os.environ, "PYTHONPATH": path, "PYTHON": sys.executable}

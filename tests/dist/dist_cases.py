@@ -1,0 +1,186 @@
+"""Models, data sets that misbehave on demand, and a pool without Ray, for the tests of whole runs.
+
+Workers import this module, so the data sets here act only in a Ray worker and talk to the test through files.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from laplace_dist.config import Config
+from laplace_dist.driver import Job
+from laplace_dist.loop import Event
+from laplace_dist.worker import Worker
+
+N = 44
+
+
+def convnet(dtype: str = "float32") -> nn.Module:
+    torch.manual_seed(1)
+    layers = nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(27, 3)
+    return nn.Sequential(*layers).to(getattr(torch, dtype)).eval()
+
+
+def tensors(split: str, dtype: str = "float32") -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed({"train": 0, "val": 1, "test": 2}.get(split, 3))
+    n = N if split == "train" else 20
+    x = torch.randn(n, 1, 6, 6, generator=generator, dtype=torch.float64)
+    y = (x.mean((1, 2, 3)) * 8 + 1.5).long().clamp(0, 2)
+    return x.to(getattr(torch, dtype)), y
+
+
+def blobs(split: str, dtype: str = "float32") -> TensorDataset:
+    return TensorDataset(*tensors(split, dtype))
+
+
+def regression_data(split: str) -> TensorDataset:
+    x, _ = tensors(split)
+    return TensorDataset(x, torch.stack([x.sum((1, 2, 3)), x.std((1, 2, 3)), x[:, 0, 0, 0]], dim=1))
+
+
+def with_nan(split: str, at: int) -> TensorDataset:
+    x, y = tensors(split)
+    if split == "train":
+        x[at] = float("nan")
+    return TensorDataset(x, y)
+
+
+def in_worker() -> bool:
+    return os.path.basename(sys.argv[0]) == "default_worker.py"
+
+
+class Watched(Dataset):
+    """Notes which examples workers read, and calls `at_trap` when they read the example `trap`."""
+
+    def __init__(self, split: str, folder: str, trap: int = -1) -> None:
+        self.folder, self.trap = Path(folder), trap
+        self.x, self.y = tensors(split)
+        self.watch = split == "train"
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if self.watch and in_worker():
+            with open(self.folder / f"reads-{os.getpid()}", "a") as file:
+                file.write(f"{index}\n")
+            if index == self.trap:
+                self.at_trap()
+        return self.x[index], self.y[index]
+
+    def at_trap(self) -> None:
+        pass
+
+
+class Blocking(Watched):
+    """At the trap, says which process is there and waits until the test says `go`."""
+
+    def at_trap(self) -> None:
+        (self.folder / f"waiting-{os.getpid()}").touch()
+        while not (self.folder / "go").exists():
+            time.sleep(0.01)
+
+
+class BlockingOnce(Watched):
+    """The first process to reach the trap stays there; later ones pass."""
+
+    def at_trap(self) -> None:
+        try:
+            (self.folder / "held").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        while True:
+            time.sleep(1)
+
+
+class Deadly(Watched):
+    """Kills the process that reads the trap."""
+
+    def at_trap(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Failing(Watched):
+    """Raises an error at the trap."""
+
+    def at_trap(self) -> None:
+        raise OSError("the disk of this data set is gone")
+
+
+def wait_for(folder: Path, pattern: str, seconds: float = 120.0) -> Path:
+    """Wait until a file of this pattern exists, and return it."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for path in folder.glob(pattern):
+            return path
+        time.sleep(0.01)
+    raise AssertionError(f"no file {pattern} in {folder} after {seconds} s")
+
+
+class InlinePool:
+    """The workers of `loop.run_tasks` without Ray: tasks are carried out in this process, by real workers."""
+
+    def __init__(self, config: Config, size: int = 1) -> None:
+        self.size, self._config = size, config
+        self._idle: deque[Worker] = deque()
+        self._events: deque[Event] = deque()
+
+    @property
+    def idle(self) -> int:
+        return len(self._idle)
+
+    @property
+    def busy(self) -> int:
+        return len(self._events)
+
+    def top_up(self, wanted: int) -> None:
+        while len(self._idle) + len(self._events) < min(wanted, self.size):
+            worker = Worker(self._config, [], os.getcwd(), False)
+            worker.start()
+            self._idle.append(worker)
+
+    def submit(self, task, timeout) -> None:
+        worker = self._idle.popleft()
+        try:
+            self._events.append(Event(task, receipt=worker.run(task.target, dict(task.kwargs))))
+        except ValueError as error:
+            self._events.append(Event(task, refusal=error))
+        self._idle.append(worker)
+
+    def wait(self, seconds: float) -> list[Event]:
+        return [self._events.popleft()] if self._events else []
+
+    def close(self) -> None:
+        self._idle.clear()
+
+
+def config(checkpoint, **changes) -> Config:
+    values = {
+        "model": "dist_cases:convnet",
+        "data": "dist_cases:blobs",
+        "batch_size": 4,
+        "segment_size": 8,
+        "gpus_per_worker": 0.0,
+        "checkpoint": str(checkpoint),
+        "skip_tune": True,
+        "skip_evaluate": True,
+    }
+    return Config(**{**values, **changes})
+
+
+def inline_job(chosen: Config, size: int = 1) -> Job:
+    """Return a job whose tasks are carried out in this process."""
+    job = Job(chosen, say=lambda text: None)
+    job._pool = InlinePool(job.config, size)
+    return job

@@ -1,0 +1,146 @@
+"""The loop alone, with a pool that does as it is told."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+
+import pytest
+
+from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
+from laplace_dist.loop import Event, Task, run_tasks
+
+
+class Script:
+    """A pool that answers each attempt with what `answer(task, attempt)` returns: None, a failure, or an error."""
+
+    def __init__(self, answer=lambda task, attempt: None, size=2):
+        self.size, self.answer = size, answer
+        self.idle, self.alive, self.started = 0, 0, 0
+        self.flight, self.attempts, self.most = deque(), Counter(), 0
+
+    @property
+    def busy(self):
+        return len(self.flight)
+
+    def top_up(self, wanted):
+        new = max(0, min(wanted, self.size) - self.alive)
+        self.idle, self.alive, self.started = self.idle + new, self.alive + new, self.started + new
+
+    def submit(self, task, timeout):
+        assert self.idle > 0, "one task in flight per worker"
+        self.idle -= 1
+        self.flight.append(task)
+        self.most = max(self.most, len(self.flight))
+
+    def wait(self, seconds):
+        task = self.flight.pop()  # the last first: the order of finishing is not the order of the plan
+        self.attempts[task.what] += 1
+        answer = self.answer(task, self.attempts[task.what])
+        if answer is None:
+            self.idle += 1
+            return [Event(task, receipt={"of": task.what})]
+        self.alive -= 1
+        return [Event(task, failure=answer) if isinstance(answer, str) else Event(task, refusal=answer)]
+
+
+def tasks(n):
+    return [Task("m:f", {}, f"task {i}") for i in range(n)]
+
+
+def run(pool, todo):
+    done = []
+    run_tasks(pool, todo, lambda task, receipt: done.append((task.what, receipt["of"])))
+    return done
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_every_task_is_done_once_when_nothing_fails(size):
+    pool = Script(size=size)
+    done = run(pool, tasks(7))
+    assert sorted(done) == [(f"task {i}", f"task {i}") for i in range(7)]
+    assert pool.most <= size
+    assert set(pool.attempts.values()) == {1}
+
+
+def test_no_more_workers_are_started_than_there_are_tasks():
+    pool = Script(size=9)
+    run(pool, tasks(2))
+    assert pool.started == 2
+
+
+def test_nothing_is_started_for_no_tasks():
+    pool = Script()
+    assert run(pool, []) == []
+    assert pool.started == 0
+
+
+def test_tasks_are_drawn_only_as_workers_become_free():
+    drawn = []
+    pool = Script(size=2)
+
+    def generate():
+        for i, task in enumerate(tasks(50)):
+            drawn.append(i)
+            yield task
+
+    run_tasks(pool, generate(), lambda task, receipt: drawn.append("done"))
+    held = [drawn[:i].count("done") for i, entry in enumerate(drawn) if entry == 49]
+    assert held[0] >= 50 - 2 * pool.size - 1
+
+
+def test_a_failed_task_is_done_again_by_another_worker():
+    pool = Script(lambda task, attempt: "gone" if task.what == "task 3" and attempt < 3 else None)
+    assert len(run(pool, tasks(6))) == 6
+    assert pool.attempts["task 3"] == 3
+    assert pool.started == pool.size + 2
+
+
+def test_the_same_failure_three_times_stops_the_run_and_names_the_task():
+    pool = Script(lambda task, attempt: "it hurts" if task.what == "task 1" else None)
+    with pytest.raises(RunFailed, match=r"task 1 failed 3 times, the last time because it hurts.*same command again"):
+        run(pool, tasks(4))
+    assert pool.attempts["task 1"] == 3
+
+
+def test_different_failures_of_one_task_stop_the_run_too():
+    pool = Script(lambda task, attempt: f"reason {attempt}" if task.what == "task 0" else None, size=1)
+    with pytest.raises(RunFailed, match="task 0 failed 6 times, the last time because reason 6"):
+        run(pool, tasks(30))
+
+
+def test_failures_all_over_the_place_stop_the_run():
+    pool = Script(lambda task, attempt: f"{task.what} {attempt}", size=40)
+    with pytest.raises(RunFailed, match="120 failures in a row"):
+        run(pool, tasks(100))
+
+
+def test_many_failures_with_progress_in_between_do_not_stop_the_run():
+    pool = Script(lambda task, attempt: "preempted" if attempt == 1 else None, size=1)
+    assert len(run(pool, tasks(40))) == 40
+
+
+@pytest.mark.parametrize("error", [SettingsError("--x: no"), CheckpointError("a/b is altered"), RunFailed("disk full")])
+def test_an_error_that_would_come_again_stops_the_run_as_it_is(error):
+    pool = Script(lambda task, attempt: error if task.what == "task 0" else None)
+    with pytest.raises(type(error)) as caught:
+        run(pool, tasks(3))
+    assert caught.value is error
+    assert pool.attempts["task 0"] == 1
+
+
+def test_an_error_of_the_core_library_gets_the_name_of_the_task():
+    pool = Script(lambda task, attempt: ValueError("labels run to 9, but there are 3 outputs"))
+    with pytest.raises(RunFailed, match=r"task \d: labels run to 9"):
+        run(pool, tasks(1))
+
+
+def test_workers_that_cannot_start_stop_the_run():
+    class Broken(Script):
+        def top_up(self, wanted):
+            self.started += 1
+
+        def wait(self, seconds):
+            return [Event(None, failure="ImportError: no such module")]
+
+    with pytest.raises(RunFailed, match="starting a worker failed 3 times.*no such module"):
+        run(Broken(), tasks(2))

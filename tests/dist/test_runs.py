@@ -1,0 +1,250 @@
+"""Whole runs without Ray: every stage with real workers in this process, against one `fit` of the core library."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import dist_cases
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from laplace import Laplace
+from laplace.curvature import backend_class
+from laplace_dist import load_posterior, posterior, reduce, resume
+from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError
+from laplace_dist.store import Store
+
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
+
+
+def one_process(config, dtype="float32"):
+    """Fit the same posterior with the core library alone."""
+    backend, arguments = backend_class(config.backend, config.estimator)
+    if config.estimator == "mc":
+        arguments = {**arguments, "seed": config.seed}
+    la = Laplace(
+        dist_cases.convnet(dtype),
+        config.likelihood,
+        subset_of_weights=config.subset_of_weights,
+        hessian_structure=config.hessian_structure,
+        backend=backend,
+        backend_kwargs=arguments,
+    )
+    la.fit(DataLoader(dist_cases.blobs("train", dtype), batch_size=config.batch_size))
+    return la
+
+
+def distance(one, two):
+    return float((one.double() - two.double()).norm() / two.double().norm())
+
+
+def run(config, size=1):
+    """Carry out the stages that the settings ask for, without Ray; returns the posterior version and the metrics."""
+    with dist_cases.inline_job(config, size) as job:
+        job.open()
+        job.map()
+        version = job.reduce()
+        tuning = None if config.skip_tune else job.tune(version)
+        return version, None if config.skip_evaluate else job.evaluate(version, tuning)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("estimator", ["ggn", "mc", "ef"])
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+@pytest.mark.parametrize("structure", ["full", "kron", "diag"])
+def test_the_posterior_equals_a_fit_in_one_process(tmp_path, structure, subset, estimator, dtype):
+    config = dist_cases.config(
+        tmp_path,
+        hessian_structure=structure,
+        subset_of_weights=subset,
+        estimator=estimator,
+        model_args={"dtype": dtype},
+        data_args={"dtype": dtype},
+        seed=5,
+    )
+    run(config)
+    ours, alone = load_posterior(str(tmp_path), dist_cases.convnet(dtype)), one_process(config, dtype)
+    assert type(ours) is type(alone)
+    tensors = alone.sums.to_tensors()
+    assert set(ours.sums.to_tensors()) == set(tensors)
+    for name, value in ours.sums.to_tensors().items():
+        assert distance(value, tensors[name]) <= TOLERANCE[dtype], name
+    x, _ = dist_cases.tensors("test", dtype)
+    assert distance(ours(x), alone(x)) <= TOLERANCE[dtype]
+    js, f = alone.backend.jacobians(x)
+    assert distance(ours.functional_variance(js), alone.functional_variance(js)) <= TOLERANCE[dtype]
+    assert distance(ours.log_marginal_likelihood(), alone.log_marginal_likelihood()) <= TOLERANCE[dtype]
+
+
+def test_the_second_backend_gives_the_same_posterior(tmp_path):
+    found = {}
+    for backend in ("native", "curvlinops"):
+        config = dist_cases.config(
+            tmp_path / backend, backend=backend, model_args={"dtype": "float64"}, data_args={"dtype": "float64"}
+        )
+        run(config)
+        found[backend] = load_posterior(str(tmp_path / backend), dist_cases.convnet("float64")).sums.to_tensors()
+    for name, value in found["native"].items():
+        assert distance(found["curvlinops"][name], value) < 1e-10, name
+
+
+def test_running_again_changes_nothing(tmp_path):
+    config = dist_cases.config(tmp_path, skip_tune=False, skip_evaluate=False, ood=["other"])
+    first = run(config)
+    store = Store(str(tmp_path))
+    before = {key: store.read(key) for key in store.list()}
+    assert run(config, size=2) == first
+    assert {key: store.read(key) for key in store.list()} == before
+
+
+def test_a_lost_posterior_version_is_reduced_to_the_same_name_and_bytes(tmp_path):
+    config = dist_cases.config(tmp_path)
+    version, _ = run(config)
+    store = Store(str(tmp_path))
+    plan = resume.read_plan(store)
+
+    def hashes():
+        factors = reduce.read_version(store, plan, version)["factors"]
+        return {name: place["entry"]["sha256"] for name, place in factors.items()}
+
+    before = hashes()
+    store.delete_tree(reduce.version_key(version))
+    assert run(config) == (version, None)
+    assert hashes() == before
+
+
+def test_large_factors_get_a_task_of_their_own(monkeypatch, tmp_path):
+    whole = run(dist_cases.config(tmp_path / "one"))
+    monkeypatch.setattr(reduce, "GROUP_BYTES", 40)
+    plan = resume.read_plan(Store(str(tmp_path / "one")))
+    names = [name for group in reduce.groups(plan.spec) for name in group]
+    assert names == ["loss", *plan.spec["factors"]]
+    assert len(reduce.groups(plan.spec)) > 3
+    assert run(dist_cases.config(tmp_path / "many")) == whole
+
+
+# ------------------------------------------------------------------ tuning and evaluation
+
+
+@pytest.mark.parametrize("structure", ["scalar", "layerwise", "diag"])
+def test_marglik_tuning_is_that_of_the_core_library(tmp_path, structure):
+    config = dist_cases.config(tmp_path, skip_tune=False, prior_structure=structure, hessian_structure="diag")
+    run(config)
+    alone = one_process(config)
+    alone.optimize_prior_precision(method="marglik", prior_structure=structure)
+    ours = load_posterior(str(tmp_path), dist_cases.convnet())
+    assert ours.prior_precision.shape == alone.prior_precision.shape
+    assert distance(ours.prior_precision, alone.prior_precision) < 1e-4
+    assert load_posterior(str(tmp_path), dist_cases.convnet(), tuned=False).prior_precision.tolist() == [1.0]
+
+
+def test_grid_search_over_shards_is_that_of_the_core_library(tmp_path):
+    config = dist_cases.config(tmp_path, skip_tune=False, tune_method="gridsearch", grid_size=21)
+    run(config)
+    alone = one_process(config)
+    loader = DataLoader(dist_cases.blobs("val"), batch_size=config.batch_size)
+    alone.optimize_prior_precision(method="gridsearch", val_loader=loader, grid_size=21)
+    ours = load_posterior(str(tmp_path), dist_cases.convnet())
+    assert ours.prior_precision.tolist() == alone.prior_precision.tolist()
+
+
+def test_metrics_are_those_of_the_whole_splits(tmp_path):
+    config = dist_cases.config(tmp_path, skip_evaluate=False, ood=["other"])
+    version, metrics = run(config)
+    x, y = dist_cases.tensors("test")
+    model, la = dist_cases.convnet(), load_posterior(str(tmp_path), dist_cases.convnet())
+    for name, probs in (("map", model(x).softmax(-1)), ("laplace", la(x))):
+        assert metrics[name]["accuracy"] == pytest.approx(float((probs.argmax(-1) == y).double().mean()))
+        nll = -probs.double()[torch.arange(len(y)), y].log().mean()
+        assert metrics[name]["nll"] == pytest.approx(float(nll), rel=1e-5)
+        assert 0 <= metrics[name]["ood_auroc/other"] <= 1
+    stored = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert stored == {"version": version, "tuning": None, **metrics}
+
+
+def test_regression_tunes_the_noise_and_reports_coverage(tmp_path):
+    config = dist_cases.config(
+        tmp_path, data="dist_cases:regression_data", likelihood="regression", skip_tune=False, skip_evaluate=False
+    )
+    _, metrics = run(config)
+    la = load_posterior(str(tmp_path), dist_cases.convnet())
+    assert la.sigma_noise.item() != 1.0
+    assert set(metrics["map"]) == set(metrics["laplace"]) == {"nll", "rmse", "coverage_90"}
+    assert all(math.isfinite(value) for values in metrics.values() for value in values.values())
+
+
+def test_an_interrupted_evaluation_keeps_its_finished_shards(tmp_path):
+    config = dist_cases.config(tmp_path, skip_evaluate=False)
+    _, metrics = run(config)
+    folder = next(path for path in (tmp_path / "evaluation").iterdir() if path.is_dir())
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    (folder / "test-000001.json").unlink()
+    folder.with_suffix(".json").unlink()
+    assert run(config)[1] == metrics
+    now = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    assert {name for name in kept if kept[name] != now[name]} == {"test-000001.json"}
+
+
+# ------------------------------------------------------------------ refusals
+
+
+def test_settings_that_differ_from_the_plan_are_named(tmp_path):
+    run(dist_cases.config(tmp_path))
+    with pytest.raises(SettingsError, match=r"--estimator: stored 'ggn', now 'ef'"):
+        run(dist_cases.config(tmp_path, estimator="ef"))
+    assert run(dist_cases.config(tmp_path, estimator="ef", fresh=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pred_type": "nn"}, "--link-approx: got 'probit' with --pred-type nn.*expected mc"),
+        ({"tune_method": "gridsearch", "likelihood": "regression"}, "--tune-method: got 'gridsearch' for regression"),
+        ({"tune_method": "gridsearch", "prior_structure": "diag"}, "--prior-structure: got 'diag'.*expected scalar"),
+    ],
+)
+def test_settings_that_mean_nothing_together_are_refused_before_the_fit(tmp_path, changes, message):
+    with pytest.raises(SettingsError, match=message):
+        run(dist_cases.config(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_nan_names_the_example_and_commits_nothing_of_its_segment(tmp_path):
+    config = dist_cases.config(tmp_path, data="dist_cases:with_nan", data_args={"at": 21})
+    with pytest.raises(RunFailed, match=r"segment 000002 \(examples 16 to 23\).*NaN or Inf.*indices 21"):
+        run(config)
+    assert sorted(path.name for path in (tmp_path / "partials").glob("*.json")) == ["000000.json", "000001.json"]
+
+
+def test_follow_on_jobs_need_a_run(tmp_path):
+    from laplace_dist import driver
+
+    with pytest.raises(SettingsError, match="has no posterior yet"):
+        driver.evaluate_posterior(dist_cases.config(tmp_path / "nothing"))
+
+
+def test_loading_refuses_another_model_and_names_what_is_missing(tmp_path):
+    with pytest.raises(MissingObjectError, match="plan.json"):
+        load_posterior(str(tmp_path), dist_cases.convnet())
+    version, _ = run(dist_cases.config(tmp_path))
+    model = dist_cases.convnet()
+    model[0].bias.data += 1
+    with pytest.raises(SettingsError, match="weights are not those of the run"):
+        load_posterior(str(tmp_path), model)
+    with pytest.raises(SettingsError, match="got a str"):
+        load_posterior(str(tmp_path), "dist_cases:convnet")
+    with pytest.raises(MissingObjectError, match="posteriors/0123.json"):
+        load_posterior(str(tmp_path), dist_cases.convnet(), version="0123")
+    assert posterior.read_current(Store(str(tmp_path)))["version"] == version
+
+
+def test_an_altered_byte_of_a_factor_is_found(tmp_path):
+    version, _ = run(dist_cases.config(tmp_path))
+    chunk = sorted(path for path in (tmp_path / "posteriors" / version).rglob("c/*") if path.is_file())[-1]
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"posteriors/{version}/.*altered"):
+        load_posterior(str(tmp_path), dist_cases.convnet())
