@@ -61,9 +61,11 @@ class Config(BaseModel):
     )
     ray_address: Annotated[str, Field(min_length=1)] = Field("auto", description="auto, local, or an address")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of everything that is sampled")
-    tune_method: Literal["marglik", "gridsearch"] = Field("marglik", description="how the prior precision is chosen")
+    tune_method: Literal["marglik", "gridsearch"] | None = Field(
+        None, description="gridsearch for classification with a scalar prior, else marglik"
+    )
     prior_structure: Literal["scalar", "layerwise", "diag"] = Field("scalar", description="of the prior precision")
-    grid_size: Annotated[int, Field(ge=2)] = Field(100, description="values of the grid search")
+    grid_size: Annotated[int, Field(ge=2)] = Field(41, description="values of the grid search")
     link_approx: Literal["probit", "mc", "bridge"] = Field("probit", description="approximation of the predictive")
     pred_type: Literal["glm", "nn"] = Field("glm", description="linearised, or by sampling networks")
     segment_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
@@ -108,6 +110,19 @@ class Config(BaseModel):
     def threads_per_worker(self) -> int:
         """Threads that a worker computes with: the CPUs that it is given, since their number changes bits."""
         return self.cpus_per_worker
+
+    @property
+    def tuning(self) -> str:
+        """How the prior precision is chosen.
+
+        The evidence of a Kron or diagonal posterior over all weights often favours priors that blur a classifier, so
+        classification is tuned by the validation loss; the mean of a regression does not depend on the prior, so there it
+        is the evidence, and it alone can tell the values of a layerwise or diagonal prior apart.
+        """
+        if self.tune_method is not None:
+            return self.tune_method
+        scalar = self.likelihood == "classification" and self.prior_structure == "scalar"
+        return "gridsearch" if scalar else "marglik"
 
     def bits(self, *, device_type: str = "cpu") -> dict[str, Any]:
         """Return the settings that change the bits of the result; two runs that agree on them may share partials.
@@ -286,8 +301,10 @@ def _message(problems: Sequence[tuple[str, str]], labels: Mapping[str, str]) -> 
 
 
 def _choices(name: str) -> tuple[str, ...]:
+    """Return the words that a setting takes, whether or not it may be left out."""
     annotation = Config.model_fields[name].annotation
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if get_origin(kind) is Literal]
+    return get_args(kinds[0]) if kinds else ()
 
 
 def _plain_types(annotation: Any) -> set[Any]:

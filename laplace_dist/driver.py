@@ -126,6 +126,7 @@ class Job:
         config = self.config
         _check_predictive(config)
         train = data.load_split(config, "train")
+        self._check_splits()
         model = data.load_model(config)
         try:
             la = initialized(config, model, train)
@@ -179,7 +180,7 @@ class Job:
         """Tune the prior precision of a posterior version, put it in force, and return the key of the tuning."""
         config = self.config
         _check_predictive(config)
-        grid = config.tune_method == "gridsearch"
+        grid = config.tuning == "gridsearch"
         validation = data.load_split(config, "val") if grid else None
         chosen = tune.settings(config, data.fingerprint(validation) if grid else None)
         key = tune.tuning_key(version, chosen)
@@ -202,7 +203,7 @@ class Job:
             else f"{value.numel()} values, {value.min():.4g} to {value.max():.4g}"
         )
         noise = "" if manifest["sigma_noise"] is None else f", observation noise {manifest['sigma_noise']:.4g}"
-        self.say(f"tune: prior precision {shown}{noise} ({config.tune_method})")
+        self.say(f"tune: prior precision {shown}{noise} ({config.tuning})")
         return key
 
     def evaluate(self, version: str, tuning: str | None) -> dict[str, dict[str, float]]:
@@ -227,6 +228,22 @@ class Job:
         metrics = open_json(self.store.read(key), key)["metrics"]
         self.store.replace(evaluate.METRICS, evaluate.metrics_json(version, tuning, metrics))
         return metrics
+
+    def _check_splits(self) -> None:
+        """Refuse, before the fit, data that lacks a split which tuning or evaluation will ask for."""
+        config = self.config
+        tuning = ["val"] if not config.skip_tune and config.tuning == "gridsearch" else []
+        for name in tuning + ([] if config.skip_evaluate else ["test", *self._ood()]):
+            try:
+                data.load_split(config, name)
+            except (ValueError, KeyError) as error:
+                if isinstance(error, SettingsError):
+                    raise
+                remedy = "--tune-method marglik or --skip-tune" if name == "val" else "--skip-evaluate"
+                raise SettingsError(
+                    f"--data: {config.data!r} gives no split {name!r} ({type(error).__name__}: {error}); provide it, or "
+                    f"use {remedy}"
+                ) from error
 
     def _ood(self) -> list[str]:
         return self.config.ood if self.config.likelihood == "classification" else []
@@ -289,12 +306,17 @@ def _check_predictive(config: Config) -> None:
         raise SettingsError(
             f"--link-approx: got {config.link_approx!r} with --pred-type nn, which samples networks; expected mc"
         )
-    if config.tune_method == "gridsearch" and config.likelihood == "regression" and config.pred_type == "glm":
+    if config.tuning == "gridsearch" and config.likelihood == "regression" and config.pred_type == "glm":
         raise SettingsError(
             "--tune-method: got 'gridsearch' for regression, where the mean of the linearised network does not depend "
             "on the prior; expected marglik, or --pred-type nn"
         )
-    if config.tune_method == "gridsearch" and config.prior_structure != "scalar":
+    if config.prior_structure == "diag" and config.hessian_structure == "kron":
+        raise SettingsError(
+            "--prior-structure: got 'diag' for a kron posterior, whose factors do not commute with a diagonal; expected "
+            "scalar or layerwise, or a diag or full fit"
+        )
+    if config.tuning == "gridsearch" and config.prior_structure != "scalar":
         raise SettingsError(
             f"--prior-structure: got {config.prior_structure!r} with --tune-method gridsearch; expected scalar"
         )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from laplace.tuning import prior_precision_grid, score_grid, select_prior_precision
+from laplace.tuning import maximize_evidence, prior_precision_grid, score_grid, select_prior_precision
 from laplace_dist.config import Config
 from laplace_dist.partials import new_attempt
 from laplace_dist.plan import FORMAT_VERSION, Segment, open_json, seal_json
@@ -31,7 +31,7 @@ def settings(config: Config, validation: Mapping[str, Any] | None) -> dict[str, 
         config: The job's settings.
         validation: Fingerprint of the validation split, for the grid search.
     """
-    if config.tune_method == "marglik":
+    if config.tuning == "marglik":
         return {"method": "marglik", "structure": config.prior_structure, "steps": STEPS, "rate": RATE}
     names = ("grid_size", "link_approx", "pred_type", "batch_size", "seed")
     return {"method": "gridsearch", **{name: getattr(config, name) for name in names}, "data": validation}
@@ -57,24 +57,13 @@ def tune_marglik(context: Any, version: str, key: str, chosen: dict[str, Any]) -
         chosen: `settings(...)`.
     """
     la = context.posterior(version)
-    la.prior_precision = 1.0
-    if context.config.likelihood == "regression":
-        _maximise_with_noise(la, chosen["structure"])
-    else:
-        la.optimize_prior_precision(method="marglik", prior_structure=chosen["structure"], n_steps=STEPS, lr=RATE)
+    start = la.initial_prior_precision(1.0, chosen["structure"])
+    noise = 1.0 if context.config.likelihood == "regression" else None
+    prior_precision, noise = maximize_evidence(la, start, noise, n_steps=STEPS, lr=RATE)
+    la.prior_precision = prior_precision
+    if noise is not None:
+        la.sigma_noise = noise
     return commit(context.store, key, chosen, la)
-
-
-def _maximise_with_noise(la: Any, structure: str) -> None:
-    """Maximise the evidence over prior precision and observation noise together."""
-    log_prior = la.initial_prior_precision(1.0, structure).log().requires_grad_(True)
-    log_noise = torch.zeros(1, dtype=log_prior.dtype, device=log_prior.device, requires_grad=True)
-    optimizer = torch.optim.Adam([log_prior, log_noise], lr=RATE)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        (-la.log_marginal_likelihood(log_prior.exp(), log_noise.exp())).backward()
-        optimizer.step()
-    la.prior_precision, la.sigma_noise = log_prior.detach().exp(), log_noise.detach().exp()
 
 
 def score_shard(context: Any, version: str, key: str, shard: dict[str, Any]) -> dict[str, Any]:

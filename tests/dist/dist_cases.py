@@ -47,6 +47,12 @@ def regression_data(split: str) -> TensorDataset:
     return TensorDataset(x, torch.stack([x.sum((1, 2, 3)), x.std((1, 2, 3)), x[:, 0, 0, 0]], dim=1))
 
 
+def train_only(split: str) -> TensorDataset:
+    if split != "train":
+        raise ValueError(f"there is no split {split!r}")
+    return blobs(split)
+
+
 def with_nan(split: str, at: int) -> TensorDataset:
     x, y = tensors(split)
     if split == "train":

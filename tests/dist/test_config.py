@@ -172,3 +172,23 @@ def test_help_lists_every_field(capsys):
     assert caught.value.code == 0
     for name in Config.model_fields:
         assert f"--{name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "gridsearch"),
+        ({"likelihood": "regression"}, "marglik"),
+        ({"prior_structure": "layerwise"}, "marglik"),
+        ({"tune_method": "marglik"}, "marglik"),
+        ({"likelihood": "regression", "tune_method": "gridsearch"}, "gridsearch"),
+    ],
+)
+def test_the_way_of_tuning_follows_the_likelihood_and_the_prior(changes, expected):
+    config = Config(model="m:f", data="d:f", checkpoint="run", **changes)
+    assert config.tuning == expected
+
+
+def test_a_wrong_word_for_an_optional_setting_lists_the_valid_ones():
+    with pytest.raises(SettingsError, match="expected one of marglik, gridsearch"):
+        load_config(["--model", "m:f", "--data", "d:f", "--checkpoint", "run", "--tune-method", "guess"])

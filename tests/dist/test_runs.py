@@ -130,7 +130,9 @@ def test_large_factors_get_a_task_of_their_own(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("structure", ["scalar", "layerwise", "diag"])
 def test_marglik_tuning_is_that_of_the_core_library(tmp_path, structure):
-    config = dist_cases.config(tmp_path, skip_tune=False, prior_structure=structure, hessian_structure="diag")
+    config = dist_cases.config(
+        tmp_path, skip_tune=False, tune_method="marglik", prior_structure=structure, hessian_structure="diag"
+    )
     run(config)
     alone = one_process(config)
     alone.optimize_prior_precision(method="marglik", prior_structure=structure)
@@ -202,7 +204,12 @@ def test_settings_that_differ_from_the_plan_are_named(tmp_path):
     [
         ({"pred_type": "nn"}, "--link-approx: got 'probit' with --pred-type nn.*expected mc"),
         ({"tune_method": "gridsearch", "likelihood": "regression"}, "--tune-method: got 'gridsearch' for regression"),
-        ({"tune_method": "gridsearch", "prior_structure": "diag"}, "--prior-structure: got 'diag'.*expected scalar"),
+        (
+            {"tune_method": "gridsearch", "prior_structure": "layerwise"},
+            "--prior-structure: got 'layerwise'.*expected scalar",
+        ),
+        ({"prior_structure": "diag"}, "--prior-structure: got 'diag' for a kron posterior"),
+        ({"data": "dist_cases:train_only", "skip_tune": False}, "gives no split 'val'.*--tune-method marglik"),
     ],
 )
 def test_settings_that_mean_nothing_together_are_refused_before_the_fit(tmp_path, changes, message):

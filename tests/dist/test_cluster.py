@@ -1,0 +1,91 @@
+"""Which cluster a job joins, and what it does to Ray's authentication."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from laplace_dist import cluster as module
+from laplace_dist.cluster import find_address
+
+
+@pytest.fixture
+def listening():
+    """Return the address of something that accepts connections."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def clean(monkeypatch, tmp_path):
+    """A process of a user without tokens or clusters, whose Ray is not touched."""
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(module, "_process_token", None)
+    monkeypatch.setattr(module, "_reread_authentication", lambda: None)
+    return tmp_path
+
+
+def note(folder, address):
+    """Leave behind what `ray start` leaves."""
+    (folder / "ray").mkdir()
+    (folder / "ray" / "ray_current_cluster").write_text(address)
+
+
+def test_an_address_in_the_settings_wins(clean, monkeypatch, listening):
+    note(clean, listening)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
+    assert find_address("10.0.0.1:6379") == ("10.0.0.1:6379", "as asked")
+    assert find_address("local") == (None, "as asked")
+
+
+def test_auto_is_ray_address_then_a_running_cluster_then_a_private_one(clean, monkeypatch, listening):
+    assert find_address("auto")[0] is None
+    note(clean, listening)
+    assert find_address("auto") == (listening, "already running on this machine")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
+    assert find_address("auto") == ("10.0.0.9:6379", "from RAY_ADDRESS")
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert find_address("auto") == (None, "from RAY_ADDRESS")
+
+
+def test_a_note_of_a_cluster_that_is_gone_is_ignored(clean):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    note(clean, f"127.0.0.1:{port}")
+    assert find_address("auto")[0] is None
+
+
+def inside(local):
+    with module._authentication(local):
+        return {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+
+
+def test_a_private_cluster_gets_a_token_of_the_process_and_nothing_is_left(clean):
+    before = dict(os.environ)
+    first = inside(local=True)
+    assert first["RAY_AUTH_MODE"] == "token" and len(first["RAY_AUTH_TOKEN"]) == 64
+    assert dict(os.environ) == before
+    assert inside(local=True) == first, "Ray reads it once per process"
+    assert list(clean.iterdir()) == [], "a token in the home directory would change the user's later clusters"
+
+
+def test_a_users_own_token_is_used(clean):
+    (clean / ".ray").mkdir()
+    (clean / ".ray" / "auth_token").write_text("0" * 64)
+    assert inside(local=True) == {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": None}
+    assert inside(local=False) == {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": None}
+
+
+def test_without_a_token_a_running_cluster_is_joined_without(clean):
+    assert inside(local=False) == {"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN": None}
+
+
+@pytest.mark.parametrize("mode", ["disabled", "token"])
+def test_a_mode_that_the_user_has_chosen_is_left_alone(clean, monkeypatch, mode):
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    assert inside(local=True) == {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": None}
