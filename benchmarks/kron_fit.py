@@ -49,7 +49,9 @@ def main() -> None:
     for what in ("fit", "fit+evidence"):
         best = [min(m[what][i] for (w, _), m in times.items() if w == "theirs") for i in range(arguments.turns)]
         ratios = [b / o for b, o in zip(best, times["ours", "native"][what], strict=True)]
-        print(f"{what}: fastest peer / native = {statistics.median(ratios):.2f} (min {min(ratios):.2f}, max {max(ratios):.2f})")
+        print(
+            f"{what}: fastest peer / native = {statistics.median(ratios):.2f} (min {min(ratios):.2f}, max {max(ratios):.2f})"
+        )
 
 
 if __name__ == "__main__":

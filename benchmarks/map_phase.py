@@ -43,9 +43,7 @@ def network() -> nn.Module:
 def examples(split: str, n: int = EXAMPLES) -> TensorDataset:
     """Random images and labels, the same on every call."""
     generator = torch.Generator().manual_seed(0)
-    return TensorDataset(
-        torch.rand(n, 1, 28, 28, generator=generator), torch.randint(0, 10, (n,), generator=generator)
-    )
+    return TensorDataset(torch.rand(n, 1, 28, 28, generator=generator), torch.randint(0, 10, (n,), generator=generator))
 
 
 def bare_fit(n: int, queue: multiprocessing.Queue) -> None:

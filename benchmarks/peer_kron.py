@@ -19,9 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 def problem() -> tuple[nn.Module, DataLoader]:
     """MLP 784-1024-1024-10 with random weights, 4,096 random examples, batches of 256."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)
-    )
+    model = nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
     data = TensorDataset(torch.rand(4096, 784), torch.randint(0, 10, (4096,)))
     return model, DataLoader(data, batch_size=256)
 

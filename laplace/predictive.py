@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from laplace.curvature.capture import eval_mode
-from laplace.utils.enums import LinkApprox, Likelihood, PredType, parse
+from laplace.utils.enums import Likelihood, LinkApprox, PredType, parse
 
 if TYPE_CHECKING:
     from laplace.posterior.parametric import ParametricLaplace

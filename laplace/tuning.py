@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from laplace import predictive
-from laplace.utils.enums import LinkApprox, Likelihood, PredType, PriorStructure, TuningMethod, parse
+from laplace.utils.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, parse
 
 if TYPE_CHECKING:
     from laplace.posterior.parametric import ParametricLaplace
@@ -143,7 +143,9 @@ def prior_precision_grid(log_min: float = -4, log_max: float = 4, size: int = 10
         ValueError: If the grid would be empty or inverted.
     """
     if size < 1 or log_min > log_max:
-        raise ValueError(f"A grid from {log_min} to {log_max} with {size} values is empty; give size >= 1 and min <= max.")
+        raise ValueError(
+            f"A grid from {log_min} to {log_max} with {size} values is empty; give size >= 1 and min <= max."
+        )
     return torch.logspace(log_min, log_max, size, base=base, dtype=torch.float64)
 
 

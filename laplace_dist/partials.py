@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from laplace_dist.errors import CheckpointError, RunFailed
-from laplace_dist.plan import FORMAT_VERSION, Plan, Segment, open_json, seal_json
 from laplace_dist.packing import check_key
+from laplace_dist.plan import FORMAT_VERSION, Plan, Segment, open_json, seal_json
 from laplace_dist.store import Store
 
 LOSS = "loss"

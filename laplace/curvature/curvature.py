@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from laplace import likelihood as lik
-
 from laplace.curvature.capture import Capture, LastLayerCapture, eval_mode
 from laplace.curvature.coverage import find_layers, sums_spec
 from laplace.curvature.sums import CurvatureSums, SumsSpec
 from laplace.utils.enums import Likelihood, parse
 from laplace.utils.feature_extractor import FeatureExtractor
 from laplace.utils.matrix import Kron
-
 
 _FEW = 8  # examples that are enough to compare captured gradients with automatic differentiation
 
@@ -172,7 +170,7 @@ class CurvatureInterface:
         with eval_mode(self.model):
             jacobian = torch.func.jacrev(outputs, has_aux=True)
             js, f = torch.func.vmap(jacobian, in_dims=(None, 0))({n: p.detach() for n, p in named.items()}, x)
-        flat = torch.cat([js[name].flatten(f.ndim) for name in named], -1)
+        flat = torch.cat([js[name].flatten(f.ndim) for name in named], -1).to(self.sums_dtype)
         flat = flat if self.subnetwork_indices is None else flat[..., self.subnetwork_indices]
         return (flat, f) if enable_backprop else (flat.detach(), f.detach())
 
@@ -186,14 +184,14 @@ class CurvatureInterface:
             parts.append(torch.einsum("n...i,cd->n...cdi", features, identity).flatten(-2))
         if layer.bias is not None and layer.bias.requires_grad:
             parts.append(identity.expand(*f.shape, -1))
-        js = torch.cat(parts, -1)
+        js = torch.cat(parts, -1).to(self.sums_dtype)
         return (js, f) if enable_backprop else (js.detach(), f.detach())
 
     def gradients(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
         """Per-example gradients of the negative log likelihood ``(batch, parameters)``, and its sum."""
         js, f = self.jacobians(x)
         lik.check_targets(self.likelihood, f, y)
-        gradient = lik.gradient(self.likelihood, f, y)
+        gradient = lik.gradient(self.likelihood, f.to(js.dtype), y)
         return torch.einsum("ncp,nc->np", js, gradient), lik.loss_sum(self.likelihood, f, y)
 
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -281,7 +279,7 @@ def _rows(backend: GGNInterface | EFInterface, x: Any, y: Tensor):
     lik.check_targets(backend.likelihood, f, y, backend._offset)
     loss = lik.loss_sum(backend.likelihood, f, y)
     flat = js.flatten(1, -2)
-    directions = backend.directions(f, y, backend._offset)
+    directions = backend.directions(f.to(js.dtype), y, backend._offset)
     return loss, (torch.bmm(v.reshape(len(f), 1, -1), flat)[:, 0] for v in directions)
 
 

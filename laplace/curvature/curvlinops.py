@@ -22,6 +22,7 @@ from laplace import likelihood as lik
 from laplace.curvature.capture import eval_mode
 from laplace.curvature.curvature import CurvatureInterface, EFInterface, GGNInterface
 from laplace.curvature.sums import CurvatureSums
+from laplace.utils.enums import Likelihood
 from laplace.utils.matrix import Kron
 
 
@@ -64,7 +65,7 @@ class CurvlinopsInterface(CurvatureInterface):
                 model,
                 self.lossfunc,
                 self.params,
-                [(inputs, y)],
+                [(inputs, self._targets(y))],
                 check_deterministic=False,
                 fisher_type=self._kfac_type,
                 mc_samples=getattr(self, "num_samples", 1),
@@ -89,12 +90,16 @@ class CurvlinopsInterface(CurvatureInterface):
         """Dense curvature of one batch by applying the operator to the identity."""
         f, model, inputs = self._outputs(x)
         with eval_mode(self.model):
-            operator = self._dense_operator(model, inputs, y)
+            operator = self._dense_operator(model, inputs, self._targets(y))
             size = sum(p.numel() for p in self.params)
             dense = operator @ torch.eye(size, dtype=self.params[0].dtype, device=self.params[0].device)
         if self.subnetwork_indices is not None:
             dense = dense[self.subnetwork_indices][:, self.subnetwork_indices]
         return lik.loss_sum(self.likelihood, f, y), dense * self._scale
+
+    def _targets(self, y: Tensor) -> Tensor:
+        """Targets of the type that torch's losses insist on."""
+        return y if self.likelihood is Likelihood.REGRESSION else y.long()
 
     @property
     def _scale(self) -> float:

@@ -55,7 +55,7 @@ class FullLaplace(ParametricLaplace):
 
     @property
     def posterior_scale(self) -> Tensor:
-        """Lower triangular root :math:`L` of the covariance, :math:`LL^\top = P^{-1}`."""
+        r"""Lower triangular root :math:`L` of the covariance, :math:`LL^\top = P^{-1}`."""
         if self._scale is None or self._scale.requires_grad:
             self._scale = invsqrt_precision(self.posterior_precision)
         return self._scale

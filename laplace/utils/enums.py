@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import TypeVar
 
 
-class SubsetOfWeights(str, Enum):
+class SubsetOfWeights(StrEnum):
     """Which weights are treated probabilistically."""
 
     ALL = "all"
@@ -14,7 +14,7 @@ class SubsetOfWeights(str, Enum):
     SUBNETWORK = "subnetwork"
 
 
-class HessianStructure(str, Enum):
+class HessianStructure(StrEnum):
     """Sparsity of the Hessian approximation."""
 
     FULL = "full"
@@ -24,7 +24,7 @@ class HessianStructure(str, Enum):
     GP = "gp"
 
 
-class Likelihood(str, Enum):
+class Likelihood(StrEnum):
     """Likelihood of the targets given the network's outputs."""
 
     REGRESSION = "regression"
@@ -32,7 +32,7 @@ class Likelihood(str, Enum):
     REWARD_MODELING = "reward_modeling"
 
 
-class PredType(str, Enum):
+class PredType(StrEnum):
     """Type of posterior predictive."""
 
     GLM = "glm"
@@ -40,7 +40,7 @@ class PredType(str, Enum):
     GP = "gp"
 
 
-class LinkApprox(str, Enum):
+class LinkApprox(StrEnum):
     """How the classification link is integrated against the Gaussian over the outputs."""
 
     MC = "mc"
@@ -49,14 +49,14 @@ class LinkApprox(str, Enum):
     BRIDGE_NORM = "bridge_norm"
 
 
-class TuningMethod(str, Enum):
+class TuningMethod(StrEnum):
     """How the prior precision is chosen after the fit."""
 
     MARGLIK = "marglik"
     GRIDSEARCH = "gridsearch"
 
 
-class PriorStructure(str, Enum):
+class PriorStructure(StrEnum):
     """Structure of the Gaussian prior's precision."""
 
     SCALAR = "scalar"

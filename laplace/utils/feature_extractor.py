@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from laplace.utils.enums import parse
 
 
-class FeatureReduction(str, Enum):
+class FeatureReduction(StrEnum):
     """How features ``(batch, positions, in)`` become ``(batch, in)``; it has to repeat what the model does."""
 
     PICK_FIRST = "pick_first"

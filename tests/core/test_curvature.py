@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -71,6 +74,24 @@ def test_coverage_names_what_falls_back(name):
     assert tuple(row[0] for row in la.coverage if row[1] == "diag") == case.fallback
     assert all("per-example autograd" in row[2] for row in la.coverage if row[0] in case.fallback)
     assert all(row[0] in str(la.coverage) for row in la.coverage)
+
+
+@pytest.mark.parametrize(
+    "name, parameter, reason",
+    [
+        ("tied", "one.weight", r"tied weight \(one.weight, two.weight\)"),
+        ("used-outside", "one.weight", "used outside its module's calls"),
+        ("normed", "ln.weight", "LayerNorm"),
+        ("embedding", "table.weight", "Embedding"),
+        ("mlp", "0.weight", "Linear"),
+    ],
+)
+def test_coverage_says_why(name, parameter, reason):
+    model, x, _ = CASES[name].make()
+    la = Laplace(model, "classification", "all", "kron")
+    la.initialize(x)
+    (row,) = [row for row in la.coverage if row[0] == parameter]
+    assert re.search(reason, row[2])
 
 
 @pytest.mark.parametrize("name", ["mlp", "stride-padding", "sequence", "tied", "normed", "frozen", "sequence-output"])
@@ -339,6 +360,54 @@ def test_low_precision_models_have_float32_sums(name, structure, dtype, toleranc
         y.double() if case.likelihood == "regression" else y,
     )
     assert naive.relative_error(curvature(la), curvature(exact)) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("backend", ["native", "curvlinops"])
+def test_labels_of_any_integer_type(backend, structure, dtype):
+    case = CASES["mlp"]
+    model, x, y = case.make()
+    expected = fit(model, "classification", structure, x, y)
+    la = fit(model, "classification", structure, x, y.to(dtype), backend=(backend, "ggn"))
+    assert naive.relative_error(curvature(la), curvature(expected)) < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:The best prior precision")
+@pytest.mark.parametrize("name", ["mlp", "regression", "stride-padding"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("backend", ["native", "curvlinops"])
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_everything_works_in_bfloat16(subset, backend, structure, name):
+    """Weights stay bfloat16; posterior, evidence and predictions are float32, and near those of float64."""
+    case = CASES[name]
+    model, x, y = case.make(n=6, dtype=torch.bfloat16)
+    la = fit(model, case.likelihood, structure, x, y, subset, (backend, "ggn"))
+    la.optimize_prior_precision(n_steps=2)
+    predictions = [
+        la(x),
+        la(x, pred_type="nn", link_approx="mc"),
+        la.predictive_samples(x),
+        la.predictive_samples(x, pred_type="nn"),
+        la(x, joint=True) if case.likelihood == "regression" else la(x, link_approx="bridge"),
+        la.functional_variance(la.backend.jacobians(x)[0]),
+        la.log_prob(la.sample(2)),
+        la.log_marginal_likelihood(),
+    ]
+    for prediction in predictions:
+        for value in prediction if isinstance(prediction, tuple) else (prediction,):
+            assert torch.isfinite(value).all()
+    la.optimize_prior_precision(method="gridsearch", val_loader=loader(x, y), grid_size=3, log_prior_prec_max=1)
+    la.prior_precision = 1.0
+    again = Laplace(model, case.likelihood, subset, structure)
+    again.load_state_dict(la.state_dict())
+    y = y.double() if case.likelihood == "regression" else y
+    exact = fit(copy.deepcopy(model).double(), case.likelihood, structure, x.double(), y, subset)
+    ours, theirs = la(x), exact(x.double())
+    if case.likelihood == "regression":
+        ours, theirs = ours[1], theirs[1]
+    assert ours.dtype == torch.float32
+    assert naive.relative_error(ours, theirs) < 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

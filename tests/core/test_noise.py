@@ -5,9 +5,12 @@ Statistics of fixed seeds are numbers, so that these tests cannot flicker; the b
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from laplace.curvature.noise import normal, uniform
+from laplace.likelihood import sampled_gradients
+from laplace.utils.enums import Likelihood
 
 N, DRAWS = 4000, 10
 
@@ -85,6 +88,46 @@ def test_normal_moments():
     assert abs(float(values.square().mean()) - 1) < 4 * (2 / n) ** 0.5
     assert abs(float(values.pow(4).mean()) - 3) < 4 * (96 / n) ** 0.5
     assert torch.allclose(torch.special.ndtr(values), uniform(3, torch.arange(N), DRAWS))
+
+
+@pytest.mark.parametrize("what", ["example", "seed"])
+def test_every_bit_of_the_coordinates_reaches_every_bit_of_the_number(what):
+    """Avalanche: one flipped input bit flips each output bit in half of n cases, to 6 standard deviations 1/2sqrt(n).
+
+    There are about 1500 pairs of bits; the most extreme of so many independent ones lies below 4.5.
+    """
+    n = 4000
+    examples = torch.arange(n) * 1_000_003
+
+    def bits(seed, indices):
+        return (uniform(seed, indices, 1)[:, 0] * (1 << 52)).long()
+
+    for position in range(30):
+        changed = bits(0, examples ^ (1 << position)) if what == "example" else bits(1 << position, examples)
+        difference = bits(0, examples) ^ changed
+        flips = torch.stack([((difference >> k) & 1).double().mean() for k in range(52)])
+        assert float((flips - 0.5).abs().max()) < 6 * 0.5 / n**0.5, position
+
+
+def test_sampled_labels_follow_the_model():
+    """Frequencies of n draws have standard deviation sqrt(p (1 - p) / n); gradients' second moment is the Hessian."""
+    n, p = 40000, torch.tensor([0.05, 0.25, 0.1, 0.6], dtype=torch.float64)
+    f = p.log().expand(n, 4)
+    for offset in (0, 10**6):
+        (gradients,) = sampled_gradients(Likelihood.CLASSIFICATION, f, 1, seed=0, offset=offset)
+        frequencies = (p - gradients).round().mean(0)
+        assert float(((frequencies - p).abs() / (p * (1 - p) / n).sqrt()).max()) < 4
+        assert torch.allclose(gradients.T @ gradients / n, torch.diag(p) - torch.outer(p, p), atol=4 * 0.5 / n**0.5)
+
+
+def test_sampled_regression_gradients_are_standard_normal():
+    """Entries of the second moment of n draws have standard deviation at most sqrt(2 / n)."""
+    n = 10000
+    draws = list(sampled_gradients(Likelihood.REGRESSION, torch.zeros(n, 3, dtype=torch.float64), 4, seed=0, offset=0))
+    assert len(draws) == 4
+    moment = sum(g.T @ g for g in draws) / n  # each scaled by 1 / sqrt(4)
+    assert torch.allclose(moment, torch.eye(3, dtype=torch.float64), atol=4 * (2 / (4 * n)) ** 0.5)
+    assert all(abs(correlation(a, b)) < 4 / (3 * n) ** 0.5 for a, b in zip(draws, draws[1:], strict=False))
 
 
 def test_large_indices_do_not_collide():

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 from laplace import FullLaplace, Laplace
+from laplace.tuning import score_grid
 
 from . import naive
 from .models import CASES, loader, mlp
@@ -348,6 +349,29 @@ def test_fit_without_override_adds(subset, structure):
     parts.fit(loader(x, y))
     assert parts.n_data == 7
     assert torch.equal(dense_curvature(parts), dense_curvature(whole))
+
+
+@pytest.mark.parametrize("subset, structure", SIX)
+def test_a_second_fit_forgets_the_first(subset, structure):
+    """Whatever is cached from the first fit must not survive the second, nor an addition to it."""
+    model, x, y = CASES["mlp"].make(n=7)
+    la = Laplace(model, "classification", subset, structure)
+    for first, override, data in (
+        ((x[:3], y[:3]), True, (x[3:], y[3:])),
+        ((x[:3], y[:3]), False, (x, y)),
+    ):
+        la.fit(loader(*first))
+        used = la.log_marginal_likelihood(), la(x), la.sample(1), score_grid(la, loader(x, y), torch.ones(2))
+        assert used[1].shape == (7, 3)
+        la.fit(loader(x[3:], y[3:]), override=override)
+        fresh = Laplace(model, "classification", subset, structure)
+        fresh.fit(loader(*data))
+        close(la.log_marginal_likelihood(), fresh.log_marginal_likelihood())
+        close(la(x), fresh(x))
+        close(score_grid(la, loader(x, y), torch.ones(2))[0], score_grid(fresh, loader(x, y), torch.ones(2))[0])
+        draws = [posterior.sample(2, torch.Generator().manual_seed(0)) for posterior in (la, fresh)]
+        truth = dense_precision(fresh)
+        close(*[((d - fresh.mean) @ truth * (d - fresh.mean)).sum(1) for d in draws])
 
 
 @pytest.mark.parametrize("subset, structure", SIX)
