@@ -14,6 +14,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ def examples(split: str, n: int = EXAMPLES) -> TensorDataset:
     return TensorDataset(torch.rand(n, 1, 28, 28, generator=generator), torch.randint(0, 10, (n,), generator=generator))
 
 
-def bare_fit(n: int, queue: multiprocessing.Queue) -> None:
+def bare_fit(n: int) -> float:
     """Seconds of ``la.fit`` in this process, from an existing data set, with one thread."""
     from laplace import Laplace
 
@@ -55,7 +56,7 @@ def bare_fit(n: int, queue: multiprocessing.Queue) -> None:
     start = time.perf_counter()
     la = Laplace(network().eval(), "classification", "all", "kron")
     la.fit(DataLoader(data, batch_size=BATCH))
-    queue.put(time.perf_counter() - start)
+    return time.perf_counter() - start
 
 
 def map_phase(n: int, workers: int) -> float:
@@ -83,13 +84,8 @@ def map_phase(n: int, workers: int) -> float:
 
 def bare(n: int) -> float:
     """Run :func:`bare_fit` in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=bare_fit, args=(n, queue))
-    process.start()
-    seconds = queue.get()
-    process.join()
-    return seconds
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(bare_fit, n).result()
 
 
 def main() -> None:

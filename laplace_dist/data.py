@@ -252,7 +252,7 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
         digest.update(_example_digest(dataset, index))
     if _example_digest(dataset, 0) != _example_digest(dataset, 0):
         raise SettingsError(
-            "--data: example 0 of the train split differs between two readings; switch random augmentation off, "
+            "--data: example 0 of a split differs between two readings; switch random augmentation off, "
             "since a run that is resumed must meet the same examples"
         )
     return {"length": length, "sha256": digest.hexdigest()}

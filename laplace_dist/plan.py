@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from laplace_dist.errors import CheckpointError, SettingsError
@@ -45,7 +46,7 @@ class Plan:
     spec: dict[str, Any]
     format_version: int = FORMAT_VERSION
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Return the sha256 of everything in the plan."""
         return hashlib.sha256(_canonical(asdict(self))).hexdigest()

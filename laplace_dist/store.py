@@ -378,6 +378,8 @@ def _remedy(key: str) -> str:
     if parts[0] in does and len(parts) > 1:
         manifest = f"{parts[0]}/{parts[1].removesuffix('.json')}.json"
         return f"Restore it from a copy, or delete {manifest} and run the same command again: {does[parts[0]]}."
+    if parts[0] in ("tuning", "evaluation") and len(parts) > 1:
+        return f"Restore it from a copy, or delete everything under {parts[0]}/ and run the same command again."
     return "Restore it from a copy, or start again with --fresh."
 
 

@@ -61,24 +61,19 @@ class Capture:
         """
         self.dtype = dtype
         self.modules = {name: model.get_submodule(name) for name in layers}
-        self._forward(model, x, clone=False)
-        if self._overwritten():
-            self._forward(model, x, clone=True)
+        self._forward(model, x)
         self.f = self._output.detach()
         self.jacobians = per_example_jacobians(model, x, list(others), dtype)
         self._inputs: dict[str, Tensor] = {}
 
-    def _forward(self, model: nn.Module, x: Any, clone: bool) -> None:
+    def _forward(self, model: nn.Module, x: Any) -> None:
         self._calls: list[tuple[str, Tensor, Any]] = []
-        self._versions: list[int] = []
 
         def remember(name: str):
             def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
                 value = (args[0] if args else kwargs["input"]).detach()
-                value = value.clone() if clone else value
-                edge = torch.autograd.graph.get_gradient_edge(output)
-                self._calls.append((name, value, edge))
-                self._versions.append(value._version)
+                # The edge, not the tensor: a later in-place operation may change what the tensor stands for.
+                self._calls.append((name, value, torch.autograd.graph.get_gradient_edge(output)))
 
             return hook
 
@@ -89,12 +84,6 @@ class Capture:
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _overwritten(self) -> bool:
-        """Whether a later in-place operation changed an input that was remembered."""
-        return any(
-            value._version != version for (_, value, _), version in zip(self._calls, self._versions, strict=True)
-        )
 
     @property
     def called(self) -> set[str]:

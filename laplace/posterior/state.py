@@ -55,8 +55,13 @@ def load_state_dict(la: ParametricLaplace, state: dict[str, Any]) -> None:
         raise ValueError(
             "The state was fitted at other parameters than the model has now. Load the model's own state dict first."
         )
-    la.set_sums(sums)
-    la.temperature = state["temperature"]
-    la.sigma_noise = state["sigma_noise"]
-    la.prior_mean = state["prior_mean"]
-    la.prior_precision = state["prior_precision"]
+    names = ("temperature", "sigma_noise", "prior_mean", "prior_precision")
+    before = {name: getattr(la, name) for name in names}
+    try:
+        for name in names:
+            setattr(la, name, state[name])
+        la.set_sums(sums)
+    except ValueError:
+        for name, value in before.items():
+            setattr(la, name, value)
+        raise

@@ -31,6 +31,25 @@ def test_row_depends_on_seed_and_example_alone():
     assert torch.equal(uniform(0, torch.arange(7, 9, dtype=torch.int32), DRAWS), whole[7:9])
 
 
+def test_numbers_are_those_of_splitmix64():
+    """The generator written in unbounded integers; fixes the bits, which stored partial sums depend on."""
+    golden, mask = 0x9E3779B97F4A7C15, (1 << 64) - 1
+
+    def mix(z):
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        return z ^ (z >> 31)
+
+    def number(seed, example, draw):
+        row = mix((example * golden + mix((seed + golden) & mask)) & mask)
+        return ((mix((row + (draw + 1) * golden) & mask) >> 12) + 0.5) / 2**52
+
+    for seed in (0, 5, 2**40):
+        for example in (0, 1, 999, 10**9):
+            expected = [number(seed, example, draw) for draw in range(4)]
+            assert uniform(seed, torch.tensor([example]), 4).tolist() == [expected]
+
+
 def test_open_interval_and_float64():
     values = draws()
     assert values.dtype == torch.float64
