@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from laplace.errors import NonFiniteError, NotFittedError
+from laplace import _clash as _clash
+from laplace.errors import NonFiniteError, NotEnoughMemoryError, NotFittedError
 from laplace.laplace import Laplace
+from laplace.marglik_training import marglik_training
 from laplace.posterior.base import BaseLaplace
 from laplace.posterior.diag import DiagLaplace
 from laplace.posterior.full import FullLaplace
+from laplace.posterior.functional import FunctionalLaplace, FunctionalLLLaplace
 from laplace.posterior.kron import KronLaplace
 from laplace.posterior.last_layer import DiagLLLaplace, FullLLLaplace, KronLLLaplace, LLLaplace
+from laplace.posterior.lowrank import LowRankLaplace
 from laplace.posterior.parametric import ParametricLaplace
+from laplace.posterior.subnet import DiagSubnetLaplace, FullSubnetLaplace, SubnetLaplace
 from laplace.utils.enums import (
     HessianStructure,
     Likelihood,
@@ -24,8 +29,12 @@ __all__ = [
     "BaseLaplace",
     "DiagLLLaplace",
     "DiagLaplace",
+    "DiagSubnetLaplace",
     "FullLLLaplace",
     "FullLaplace",
+    "FullSubnetLaplace",
+    "FunctionalLLLaplace",
+    "FunctionalLaplace",
     "HessianStructure",
     "KronLLLaplace",
     "KronLaplace",
@@ -33,11 +42,15 @@ __all__ = [
     "Laplace",
     "Likelihood",
     "LinkApprox",
+    "LowRankLaplace",
     "NonFiniteError",
+    "NotEnoughMemoryError",
     "NotFittedError",
     "ParametricLaplace",
     "PredType",
     "PriorStructure",
+    "SubnetLaplace",
     "SubsetOfWeights",
     "TuningMethod",
+    "marglik_training",
 ]

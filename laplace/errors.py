@@ -34,5 +34,9 @@ def _rebuild_non_finite(message: str, examples: list[int]) -> NonFiniteError:
     return error
 
 
+class NotEnoughMemoryError(MemoryError, ValueError):
+    """A request that cannot fit into the free memory; raised before anything is allocated."""
+
+
 class NotFittedError(RuntimeError):
     """A quantity of the posterior was asked for before ``fit``."""

@@ -8,18 +8,26 @@ from torch import nn
 
 from laplace.posterior.diag import DiagLaplace
 from laplace.posterior.full import FullLaplace
+from laplace.posterior.functional import FunctionalLaplace, FunctionalLLLaplace
 from laplace.posterior.kron import KronLaplace
 from laplace.posterior.last_layer import DiagLLLaplace, FullLLLaplace, KronLLLaplace
+from laplace.posterior.lowrank import LowRankLaplace
 from laplace.posterior.parametric import ParametricLaplace
+from laplace.posterior.subnet import DiagSubnetLaplace, FullSubnetLaplace
 from laplace.utils.enums import HessianStructure, Likelihood, SubsetOfWeights, parse
 
 _CLASSES: dict[tuple[str, str], type[ParametricLaplace]] = {
     ("all", "full"): FullLaplace,
     ("all", "kron"): KronLaplace,
     ("all", "diag"): DiagLaplace,
+    ("all", "lowrank"): LowRankLaplace,
+    ("all", "gp"): FunctionalLaplace,
     ("last_layer", "full"): FullLLLaplace,
     ("last_layer", "kron"): KronLLLaplace,
     ("last_layer", "diag"): DiagLLLaplace,
+    ("last_layer", "gp"): FunctionalLLLaplace,
+    ("subnetwork", "full"): FullSubnetLaplace,
+    ("subnetwork", "diag"): DiagSubnetLaplace,
 }
 
 
@@ -36,8 +44,8 @@ def Laplace(
     Args:
         model: Trained network that returns logits or regression means.
         likelihood: ``'classification'``, ``'regression'`` or ``'reward_modeling'``.
-        subset_of_weights: ``'last_layer'`` or ``'all'``.
-        hessian_structure: ``'kron'``, ``'full'`` or ``'diag'``.
+        subset_of_weights: ``'last_layer'``, ``'all'`` or ``'subnetwork'`` (which needs ``subnetwork_indices``).
+        hessian_structure: ``'kron'``, ``'full'``, ``'diag'``, ``'gp'``, or ``'lowrank'`` (over all weights).
         *args: Further arguments of the class, see :class:`laplace.BaseLaplace`.
         **kwargs: Further arguments of the class.
 

@@ -38,7 +38,7 @@ def predict(
     Args:
         la: A fitted posterior.
         x: Inputs ``(batch, …)`` or a dict-like batch.
-        pred_type: ``'glm'`` or ``'nn'``.
+        pred_type: ``'glm'`` or ``'nn'``; functional (GP) posteriors take ``'gp'`` alone.
         joint: Regression only: one covariance over all examples and outputs of the batch.
         link_approx: ``'probit'``, ``'mc'``, ``'bridge'`` or ``'bridge_norm'``; ``'nn'`` takes ``'mc'`` only.
         n_samples: Number of samples, where samples are drawn.
@@ -61,7 +61,7 @@ def predict(
     link_approx = parse(LinkApprox, link_approx, "link_approx")
     if model_kwargs:
         raise ValueError(f"Unknown arguments {sorted(model_kwargs)}; the model is called with x alone.")
-    check_combination(pred_type, link_approx)
+    check_combination(la, pred_type, link_approx)
     regression = la.likelihood is Likelihood.REGRESSION or (
         la.likelihood is Likelihood.REWARD_MODELING and not fitting
     )
@@ -79,10 +79,12 @@ def predict(
     return link(f, variance, link_approx, n_samples, generator)
 
 
-def check_combination(pred_type: PredType, link_approx: LinkApprox) -> None:
+def check_combination(la: ParametricLaplace, pred_type: PredType, link_approx: LinkApprox) -> None:
     """Raise ValueError for predictives that do not exist."""
-    if pred_type is PredType.GP:
-        raise ValueError("pred_type='gp' belongs to functional (GP) posteriors; valid here are 'glm' and 'nn'.")
+    if pred_type not in la.pred_types:
+        valid = ("is " if len(la.pred_types) == 1 else "are ") + " and ".join(repr(t.value) for t in la.pred_types)
+        owner = "functional (GP)" if pred_type is PredType.GP else "parametric"
+        raise ValueError(f"pred_type={pred_type.value!r} belongs to {owner} posteriors; valid here {valid}.")
     if pred_type is PredType.NN and link_approx is not LinkApprox.MC:
         raise ValueError(
             f"pred_type='nn' samples networks, so only link_approx='mc' is possible, not {link_approx.value!r}."
@@ -155,9 +157,20 @@ def gaussian_samples(
     noise = torch.randn(n_samples, *mean.shape, dtype=variance.dtype, device=mean.device, generator=generator)
     if variance.ndim == 2:
         return mean + noise * variance.sqrt()
-    values, vectors = torch.linalg.eigh(variance.double())
-    root = (vectors * values.clamp(min=0).sqrt()[:, None]).to(variance.dtype)
-    return mean + torch.einsum("boe,sbe->sbo", root, noise)
+    return mean + torch.einsum("boe,sbe->sbo", _root(variance), noise)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """``R`` with ``R Rᵀ = covariance``, ``(batch, outputs, outputs)``.
+
+    From eigenvectors, which stand singular covariances; but these have no derivative where eigenvalues repeat (as in the
+    last layer of a regression), so gradients pass through the Cholesky factor.
+    """
+    if covariance.requires_grad:
+        jitter = 100 * torch.finfo(covariance.dtype).eps * covariance.detach().diagonal(dim1=1, dim2=2)
+        return torch.linalg.cholesky(covariance + torch.diag_embed(jitter))
+    values, vectors = torch.linalg.eigh(covariance.double())
+    return (vectors * values.clamp(min=0).sqrt()[:, None]).to(covariance.dtype)
 
 
 def sampled_outputs(
@@ -165,7 +178,7 @@ def sampled_outputs(
 ) -> Tensor:
     """Outputs ``(n_samples, batch, …, outputs)`` of networks drawn from the posterior; the model is left as it is."""
     module, names, inputs = la.model, list(la.backend.named_params), x
-    with torch.no_grad(), eval_mode(la.model):
+    with torch.set_grad_enabled(la.enable_backprop), eval_mode(la.model):
         if la.backend.last_layer:
             _, inputs = la.model.forward_with_features(x)
             module, names = la.model.last_layer, [name.rsplit(".", 1)[1] for name in names]
@@ -188,10 +201,10 @@ def samples(
     """Draws from the predictive ``(n_samples, batch, …, outputs)``: probabilities, or outputs for regression."""
     la._check_fitted()
     pred_type = parse(PredType, pred_type, "pred_type")
-    check_combination(pred_type, LinkApprox.MC)
-    if pred_type is PredType.GLM:
-        f, variance = glm_distribution(la, x, diagonal_output)
-        draws = gaussian_samples(f.flatten(1), variance, n_samples, generator).reshape(n_samples, *f.shape)
-    else:
+    check_combination(la, pred_type, LinkApprox.MC)
+    if pred_type is PredType.NN:
         draws = sampled_outputs(la, x, n_samples, generator)
+    else:
+        f, variance = glm_distribution(la, x, diagonal_output)
+        draws = la.functional_samples(f, variance, n_samples, generator=generator)
     return draws.softmax(-1) if la.likelihood is Likelihood.CLASSIFICATION else draws

@@ -196,7 +196,7 @@ def _summed_loss(la: ParametricLaplace, prediction: Tensor, y: Tensor) -> float:
 def _sweep(la, x: Any, grid: Tensor, link_approx, pred_type, n_samples: int, seed: int):
     """Predictions (probabilities or means) for every value of the grid, one forward and backward pass in all."""
     pred_type, link_approx = parse(PredType, pred_type, "pred_type"), parse(LinkApprox, link_approx, "link_approx")
-    predictive.check_combination(pred_type, link_approx)
+    predictive.check_combination(la, pred_type, link_approx)
     regression = la.likelihood is Likelihood.REGRESSION
     priors = [value.reshape(1).to(la._device, la._dtype) for value in grid]
     if pred_type is PredType.NN:

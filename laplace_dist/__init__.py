@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "fit", "load_posterior", "status"]
+__all__ = ["__version__", "fit", "load_posterior", "status", "verify"]
 
-_LAZY = {"fit": "driver", "load_posterior": "posterior", "status": "resume"}
+_LAZY = {"fit": "driver", "load_posterior": "posterior", "status": "resume", "verify": "verification"}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -13,6 +14,7 @@ from laplace_dist.config import Config, load_config
 from laplace_dist.driver import Result, evaluate_posterior, fit, tune_posterior
 from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError
 from laplace_dist.progress import show_result
+from laplace_dist.verification import Report, verify
 from laplace_dist.worker import open_store
 
 JOBS = {"fit": fit, "tune": tune_posterior, "evaluate": evaluate_posterior}
@@ -41,6 +43,45 @@ def main(job: str, argv: Sequence[str] | None = None, **defaults: Any) -> int:
         return 1
     show_result(result, _loading(config, result))
     return 0
+
+
+def verify_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
+    """Verify a run from the command line.
+
+    Args:
+        argv: Arguments without the program's name; those of this process if not given.
+        **defaults: The job's own settings, by field name.
+
+    Returns:
+        The exit status: 0 everything is whole; 1 something is bad; 2 the settings or the state refuse.
+    """
+    parser = argparse.ArgumentParser(description="Check every object of a run.", allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="the settings of the run's jobs; flags win")
+    parser.add_argument("--checkpoint", help=f"directory or URL of the run ({defaults.get('checkpoint')})")
+    parser.add_argument("--storage-options", help="endpoint and credentials, as JSON or YAML")
+    parser.add_argument(
+        "--collect-orphans-older-than", type=float, metavar="HOURS", help="delete attempts that no manifest names"
+    )
+    given, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
+    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(given).items()}
+    hours = flags.pop("--collect-orphans-older-than")
+    typed = [f"{flag}={value}" for flag, value in flags.items() if value is not None]
+    try:
+        config = load_config([*typed, *rest], defaults={"model": "-", "data": "-", **defaults})
+        if hours is not None and not 0 <= hours < float("inf"):
+            raise SettingsError(f"--collect-orphans-older-than: got {hours}; expected hours, at least 0")
+        report = verify(config.checkpoint, config.storage_options, collect_orphans_older_than=hours)
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(_lines(report)))
+    return 0 if report.ok else 1
+
+
+# ------------------------------------------------------------------ helpers of the jobs above
 
 
 def _settings(job: str, argv: Sequence[str], defaults: Mapping[str, Any]) -> Config:
@@ -77,6 +118,14 @@ def _loading(config: Config, result: Result) -> str:
     """Return the Python lines that load the posterior."""
     module, _, attribute = config.model.partition(":")
     arguments = ", ".join(f"{name}={value!r}" for name, value in config.model_args.items())
+    if "://" in result.checkpoint:
+        options = ", storage_options=storage_options" if config.storage_options else ""
+        return (
+            f"from {module} import {attribute}\n"
+            "from laplace_dist import load_posterior\n"
+            f"model = {attribute}({arguments})\n"
+            f"la = load_posterior({result.checkpoint!r}, model.eval(), load_weights=True{options})"
+        )
     return (
         f"from {module} import {attribute}\n"
         "from laplace_dist import load_posterior\n"
@@ -84,4 +133,17 @@ def _loading(config: Config, result: Result) -> str:
         f"model = {attribute}({arguments})\n"
         f"model.load_state_dict(load_file({result.checkpoint + '/' + resume.WEIGHTS!r}))\n"
         f"la = load_posterior({result.checkpoint!r}, model.eval())"
+    )
+
+
+def _lines(report: Report) -> Iterator[str]:
+    """Yield the lines of a report for people, one per bad object and orphan."""
+    yield from (f"bad     {key}: {text}" for key, text in report.problems)
+    for place, age in report.orphans.items():
+        done = "deleted" if place in report.collected else "orphan "
+        yield f"{done} {place}: no manifest names it; last written {age:.1f} hours ago"
+    state = "every one of them is whole" if report.ok else f"{len(report.problems)} problem(s)"
+    yield (
+        f"{report.url}: {report.objects} objects, {state}; {report.committed} of {report.segments} segments committed, "
+        f"{len(report.versions)} posterior version(s), {len(report.orphans)} orphan(s), {len(report.collected)} deleted"
     )

@@ -50,7 +50,9 @@ class Config(BaseModel):
     likelihood: Literal["classification", "regression"] = Field("classification", description="of the model")
     subset_of_weights: Literal["all", "last_layer"] = Field("all", description="the weights to be uncertain about")
     hessian_structure: Literal["kron", "diag", "full"] = Field("kron", description="structure of the curvature")
-    backend: Literal["native", "curvlinops"] = Field("native", description="what computes the curvature")
+    backend: Literal["native", "curvlinops", "asdl", "backpack"] = Field(
+        "native", description="what computes the curvature"
+    )
     estimator: Literal["ggn", "mc", "ef"] = Field("ggn", description="exact GGN, sampled Fisher or empirical Fisher")
     batch_size: Count = Field(256, description="examples per batch")
     segment_size: Count | None = Field(None, description="examples per segment, the unit of work and of loss")

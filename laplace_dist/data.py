@@ -6,10 +6,11 @@ import hashlib
 import importlib
 import inspect
 import io
+import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pickle import UnpicklingError
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
 from laplace_dist.config import Config
-from laplace_dist.errors import ExampleError, SettingsError
+from laplace_dist.errors import CheckpointError, ExampleError, SettingsError
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _SAMPLE = 64
@@ -105,9 +106,38 @@ def load_model(config: Config) -> nn.Module:
 
 
 def dump_weights(model: nn.Module) -> bytes:
-    """Return the model's state dict as a safetensors file; tied tensors are stored under each of their names."""
+    """Return the model's state dict as a safetensors file; tied tensors are stored under each of their names.
+
+    Its metadata holds a sha256 of the tensors and the model's digest, which also covers what no state dict holds, so
+    that the file can be checked without the model: see `check_weights`.
+    """
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    return safetensors.torch.save(state)
+    seal = {"tensors_sha256": _digest(state.items()), "model_digest": weights_digest(model)}
+    return safetensors.torch.save(state, metadata={"seal": json.dumps(seal)})
+
+
+def check_weights(content: bytes, digest: str, label: str) -> None:
+    """Check what `dump_weights` returned, without the model.
+
+    Args:
+        content: The file's bytes.
+        digest: `weights_digest` of the model, as the plan has it.
+        label: What to call the file in messages.
+
+    Raises:
+        CheckpointError: It is truncated, altered, or of another model.
+    """
+    state = _parse_weights(content, label, CheckpointError)
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        seal = json.loads(header["__metadata__"]["seal"])
+        tensors, model = seal["tensors_sha256"], seal["model_digest"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{label} is altered: it carries no digest. Restore it from a copy.") from error
+    if tensors != _digest(state.items()):
+        raise CheckpointError(f"{label} is altered: its tensors do not have the sha256 in it. Restore it from a copy.")
+    if model != digest:
+        raise CheckpointError(f"{label} holds the weights of another model than the plan's. Restore it from a copy.")
 
 
 def load_weights(model: nn.Module, content: bytes, label: str, broken: type[Exception] = SettingsError) -> None:
@@ -157,8 +187,11 @@ def _parse_weights(content: bytes, label: str, broken: type[Exception]) -> dict[
 
 def weights_digest(model: nn.Module) -> str:
     """Return the sha256 over names, dtypes, shapes and bytes of all parameters and buffers."""
+    return _digest(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
+
+
+def _digest(named: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
-    named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     for name, tensor in sorted(named, key=lambda item: item[0]):
         _feed(digest, name)
         _feed(digest, tensor)

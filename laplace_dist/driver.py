@@ -194,7 +194,9 @@ class Job:
                 self._run(tasks, Progress("tune", "shards", len(shards), len(shards) - len(todo)))
                 last["shards"] = [asdict(shard) for shard in shards]
             target = f"laplace_dist.tune:{'merge_grid' if grid else 'tune_marglik'}"
-            self._run([Task(target, last, "tuning of the prior precision")], None)
+            receipts = self._run([Task(target, last, "tuning of the prior precision")], None, keep=True)
+            for warning in receipts[0].get("warnings", []):
+                self.say(f"tune: warning: {warning}")
         posterior.write_current(self.store, version, key)
         manifest, value = posterior.read_tuning(self.store, key)
         shown = (

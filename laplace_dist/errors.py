@@ -26,6 +26,10 @@ class MissingObjectError(CheckpointError):
     """An object that should be in the checkpoint is not there."""
 
 
+class StorageError(CheckpointError):
+    """The storage did not answer, or answered with a failure, often enough: another attempt may succeed."""
+
+
 class RunFailed(RuntimeError):
     """The run cannot go on: no space left, a budget is exhausted, or a segment fails every time (exit status 1)."""
 

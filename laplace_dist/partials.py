@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from laplace.curvature.sums import is_finite
 from laplace_dist.errors import CheckpointError, RunFailed
 from laplace_dist.packing import check_key
 from laplace_dist.plan import FORMAT_VERSION, Plan, Segment, open_json, seal_json
@@ -162,7 +163,7 @@ def _arrays(plan: Plan, segment: Segment, tensors: Mapping[str, torch.Tensor]) -
     given = {name: list(tensor.shape) for name, tensor in tensors.items() if name in planned or name != LOSS}
     assert given == planned, f"sums hold {given}, the plan says {planned}"
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise RunFailed(
                 f"segment {segment.id} (examples {segment.start} to {segment.stop - 1}): the sum {name!r} is not "
                 "finite, so nothing was committed. Values this large overflow: scale the data, or compute in float64."

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from laplace_dist.config import Config
-from laplace_dist.errors import CheckpointError, RunFailed
+from laplace_dist.errors import CheckpointError, RunFailed, StorageError
 from laplace_dist.loop import Event, Task
 from laplace_dist.worker import Worker
 
@@ -92,7 +92,8 @@ class Pool:
         except errors.RayTaskError as error:
             self._ray.kill(actor, no_restart=True)
             cause = error.cause if isinstance(error.cause, Exception) else error
-            if isinstance(cause, (ValueError, CheckpointError, RunFailed)):
+            lasting = isinstance(cause, (ValueError, CheckpointError, RunFailed))
+            if lasting and not isinstance(cause, StorageError):
                 return Event(task, refusal=cause)
             return Event(task, failure=f"{type(cause).__name__}: {cause}")
         except errors.RayError as error:

@@ -15,7 +15,7 @@ from laplace_dist.data import weights_digest
 from laplace_dist.errors import MissingObjectError, SettingsError
 from laplace_dist.plan import FORMAT_VERSION, Plan, open_json, seal_json
 from laplace_dist.reduce import read_version
-from laplace_dist.resume import CURRENT, read_plan
+from laplace_dist.resume import CURRENT, load_run_weights, read_plan
 from laplace_dist.store import Store
 
 
@@ -26,6 +26,7 @@ def load_posterior(
     storage_options: Mapping[str, Any] | None = None,
     version: str | None = None,
     tuned: bool = True,
+    load_weights: bool = False,
 ) -> Any:
     """Load a posterior that a job has fitted.
 
@@ -35,6 +36,7 @@ def load_posterior(
         storage_options: For the file system of the URL.
         version: Posterior version; the current one if not given.
         tuned: Take over the tuned prior precision, if there is one for the current version.
+        load_weights: Load the run's own weights into the model first, from wherever the run is.
 
     Returns:
         A `laplace.KronLaplace` or its sibling, fitted.
@@ -48,9 +50,11 @@ def load_posterior(
     plan = read_plan(store)
     if not isinstance(model, nn.Module):
         raise SettingsError(f"model: got a {type(model).__name__}; expected the torch.nn.Module that the run fitted")
+    if load_weights:
+        load_run_weights(store, plan, model)
     if weights_digest(model) != plan.weights:
         raise SettingsError(
-            f"model: its weights are not those of the run at {store.url!r}. Load {store.url}/weights.safetensors into "
+            f"model: its weights are not those of the run at {store.url!r}. Give load_weights=True, with "
             f"the model that {plan.model['path']} builds with the arguments {plan.model['args']}."
         )
     current = read_current(store)

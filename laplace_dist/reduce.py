@@ -33,8 +33,18 @@ def manifests(store: Store, plan: Plan) -> Iterator[dict[str, Any]]:
 
 def version_of(store: Store, plan: Plan) -> str:
     """Return the posterior version that the committed partials make, a pure function of the plan and their bytes."""
+    return version_name(plan, manifests(store, plan))
+
+
+def version_name(plan: Plan, manifests: Iterable[Mapping[str, Any]]) -> str:
+    """Return the name of the posterior version that partials make.
+
+    Args:
+        plan: Plan of the run.
+        manifests: Of every segment, in plan order.
+    """
     digest = hashlib.sha256(plan.digest.encode())
-    for manifest in manifests(store, plan):
+    for manifest in manifests:
         arrays = {name: entry["sha256"] for name, entry in sorted(manifest["arrays"].items())}
         digest.update(json.dumps([manifest["segment"], manifest["n_data"], arrays]).encode())
     return digest.hexdigest()[:16]

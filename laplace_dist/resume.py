@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from laplace_dist.store import Store
 PLAN, WEIGHTS, CONFIG, CURRENT = "plan.json", "weights.safetensors", "config.yaml", "CURRENT.json"
 # Readers follow CURRENT to manifests to arrays, so `clear` deletes in that order and the plan last: if it is
 # interrupted, what remains is still a run.
+_SEAL = "# sha256 of the above: "
 _FOLLOW_ON = ("report.html", "evaluation", "tuning")
 _VERSIONED = ("posteriors", "partials")
 
@@ -61,8 +63,27 @@ def open_run(store: Store, plan: Plan, *, weights: Callable[[], bytes], config_y
         )
     if not store.exists(WEIGHTS):
         store.create(WEIGHTS, weights())
-    store.replace(CONFIG, config_yaml.encode())
+    store.replace(CONFIG, _seal_yaml(config_yaml))
     return not created
+
+
+def _seal_yaml(text: str) -> bytes:
+    """Return YAML with its own sha256 in a comment at the end."""
+    return f"{text}{_SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n".encode()
+
+
+def check_yaml(content: bytes) -> None:
+    """Check the snapshot of the settings.
+
+    Raises:
+        CheckpointError: It was truncated or altered.
+    """
+    text, mark, _ = content.decode(errors="replace").rpartition(_SEAL)
+    if not mark or _seal_yaml(text) != content:
+        raise CheckpointError(
+            f"{CONFIG} is truncated or altered: its content does not have the sha256 in it. Run the fit job again: it "
+            "writes it anew."
+        )
 
 
 def load_run_weights(store: Store, plan: Plan, model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,8 +104,10 @@ def merge_grid(
         total, count = part if total is None else total + part, count + scores["n"]
     grid = prior_precision_grid(size=context.config.grid_size)
     la = context.posterior(version)
-    la.prior_precision = select_prior_precision(grid, total / count)
-    return commit(context.store, key, chosen, la)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        la.prior_precision = select_prior_precision(grid, total / count)
+    return {**commit(context.store, key, chosen, la), "warnings": [str(warning.message) for warning in caught]}
 
 
 def commit(store: Store, key: str, chosen: Mapping[str, Any], la: Any) -> dict[str, Any]:

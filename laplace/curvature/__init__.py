@@ -14,11 +14,27 @@ _WHERE = {
     "CurvlinopsInterface": "laplace.curvature.curvlinops",
     "CurvlinopsGGN": "laplace.curvature.curvlinops",
     "CurvlinopsEF": "laplace.curvature.curvlinops",
+    "CurvlinopsHessian": "laplace.curvature.curvlinops",
+    "HessianInterface": "laplace.curvature.hessian",
+    "NativeHessian": "laplace.curvature.hessian",
+    "AsdlInterface": "laplace.curvature.asdl",
+    "AsdlGGN": "laplace.curvature.asdl",
+    "AsdlEF": "laplace.curvature.asdl",
+    "AsdlHessian": "laplace.curvature.asdl",
+    "AsdfghjklInterface": "laplace.curvature.asdfghjkl",
+    "AsdfghjklGGN": "laplace.curvature.asdfghjkl",
+    "AsdfghjklEF": "laplace.curvature.asdfghjkl",
+    "AsdfghjklHessian": "laplace.curvature.asdfghjkl",
+    "BackPackInterface": "laplace.curvature.backpack",
+    "BackPackGGN": "laplace.curvature.backpack",
+    "BackPackEF": "laplace.curvature.backpack",
 }
 
 _BACKENDS = {
     "native": ("NativeGGN", "NativeEF"),
     "curvlinops": ("CurvlinopsGGN", "CurvlinopsEF"),
+    "asdl": ("AsdlGGN", "AsdlEF"),
+    "backpack": ("BackPackGGN", "BackPackEF"),
 }
 
 ESTIMATORS = ("ggn", "mc", "ef")
@@ -40,12 +56,14 @@ def backend_class(name: str, estimator: str = "ggn") -> tuple[type, dict[str, An
 
     Raises:
         ValueError: On an unknown name or estimator.
-        ImportError: If the backend's package is missing; says what to install.
+        ImportError: If the backend's package is missing or broken; says what to install or how to mend it.
     """
     if name not in _BACKENDS:
         raise ValueError(f"backend={name!r} is unknown; valid backends are {', '.join(map(repr, _BACKENDS))}.")
     if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator={estimator!r} is unknown; valid estimators are {', '.join(map(repr, ESTIMATORS))}.")
+        raise ValueError(
+            f"estimator={estimator!r} is unknown; valid estimators are {', '.join(map(repr, ESTIMATORS))}."
+        )
     ggn, ef = _BACKENDS[name]
     if estimator == "ef":
         return __getattr__(ef), {}

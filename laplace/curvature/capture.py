@@ -11,13 +11,15 @@ order of magnitude slower, for linear layers the two are equal, and memory stays
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from laplace.curvature.backprop import plain_jacobians
 from laplace.curvature.layers import gradients_by_position, inputs_by_position
 
 
@@ -93,22 +95,29 @@ class Capture:
     def inputs(self, layer: str) -> Tensor:
         """Inputs of a layer over all its calls, ``(batch, positions, in)``."""
         if layer not in self._inputs:
-            parts = [
-                inputs_by_position(self.modules[layer], value).to(self.dtype)
-                for name, value, _ in self._calls
-                if name == layer
-            ]
-            self._inputs[layer] = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            self._inputs[layer] = next(self.input_chunks(layer, sys.maxsize))
         return self._inputs[layer]
 
     def input_chunks(self, layer: str, elements: int) -> Iterator[Tensor]:
         """Inputs of a layer as :meth:`inputs`, in chunks of examples of about so many elements."""
-        module = self.modules[layer]
-        calls = [value for name, value, _ in self._calls if name == layer]
-        one = sum(inputs_by_position(module, value[:1]).numel() for value in calls)
-        for start, stop in ranges(len(self.f), one, elements):
-            parts = [inputs_by_position(module, value[start:stop]).to(self.dtype) for value in calls]
+        module, n = self.modules[layer], len(self.f)
+        calls = [self._by_example(value) for name, value, _ in self._calls if name == layer]
+        one = sum(inputs_by_position(module, value[:1].flatten(0, 1)).numel() for value in calls)
+        for start, stop in ranges(n, one, elements):
+            parts = []
+            for value in calls:
+                a = inputs_by_position(module, value[start:stop].flatten(0, 1)).to(self.dtype)
+                parts.append(_join_positions(a, stop - start))
             yield parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _by_example(self, value: Tensor) -> Tensor:
+        """A layer's input or output as ``(batch, parts, …)``.
+
+        Models may fold positions into the batch, as ``x.flatten(0, 1)`` does; then every example has several parts. Where
+        the fold is of another order, the check against automatic differentiation finds out.
+        """
+        n = len(self.f)
+        return value.unflatten(0, (n, len(value) // n)) if len(value) % n == 0 else value[None]
 
     def gradients(self, v: Tensor, last: bool = False) -> dict[str, Tensor]:
         """Output gradients of every layer for one direction.
@@ -133,7 +142,8 @@ class Capture:
                     f"The output of layer {name!r} does not influence the model's output, so its curvature is zero. "
                     "Set requires_grad=False on its parameters to leave them out."
                 )
-            found.setdefault(name, []).append(gradients_by_position(self.modules[name], g).to(self.dtype))
+            g = gradients_by_position(self.modules[name], g).to(self.dtype)
+            found.setdefault(name, []).append(_join_positions(g, len(self.f)))
         return {name: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for name, parts in found.items()}
 
 
@@ -172,12 +182,29 @@ def per_example_jacobians(
     chosen = {name: known[name].detach() for name in names}
 
     def outputs(parameters: dict[str, Tensor], example: Any) -> Tensor:
-        batch = _map_tensors(example, lambda t: t.unsqueeze(0))
+        batch = rebuild_inputs(x, example, lambda t: t.unsqueeze(0))
         return torch.func.functional_call(model, parameters, (batch,)).flatten()
 
-    in_dims = (None, _map_tensors(x, lambda _: 0))
-    jacobians = torch.func.vmap(torch.func.jacrev(outputs), in_dims=in_dims)(chosen, x)
+    try:
+        jacobians = torch.func.vmap(torch.func.jacrev(outputs), in_dims=(None, 0))(chosen, input_tensors(x))
+    except RuntimeError as error:
+        if not refuses_vmap(error):
+            raise
+        found, f = plain_jacobians(model, x, names)
+        jacobians = {name: value.flatten(1, f.ndim - 1) for name, value in found.items()}
     return {name: value.detach().flatten(2).to(dtype) for name, value in jacobians.items()}
+
+
+def refuses_vmap(error: RuntimeError) -> bool:
+    """Whether a model cannot run under ``vmap``: its control flow looks at values, as that of attention masks does."""
+    return str(error).startswith("vmap: It looks like you're")
+
+
+def _join_positions(values: Tensor, n: int) -> Tensor:
+    """``(batch · parts, positions, width)`` as ``(batch, parts · positions, width)``."""
+    if len(values) == n or len(values) % n != 0:
+        return values
+    return values.reshape(n, -1, values.shape[-1])
 
 
 def ranges(n: int, each: int, elements: int) -> Iterator[tuple[int, int]]:
@@ -187,7 +214,15 @@ def ranges(n: int, each: int, elements: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, n)
 
 
-def _map_tensors(x: Any, function: Any) -> Any:
+def input_tensors(x: Any) -> Any:
+    """The tensors of a batch of inputs, as :mod:`torch.func` takes them: a tensor, or a plain dictionary of tensors."""
     if isinstance(x, Mapping):
-        return {key: function(value) if isinstance(value, Tensor) else value for key, value in x.items()}
-    return function(x)
+        return {key: value for key, value in x.items() if isinstance(value, Tensor)}
+    return x
+
+
+def rebuild_inputs(x: Any, tensors: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Inputs like ``x`` whose tensors are a function of others; what is no tensor stays."""
+    if isinstance(x, Mapping):
+        return {**x, **{key: function(value) for key, value in tensors.items()}}
+    return function(tensors)

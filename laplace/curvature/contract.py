@@ -10,12 +10,15 @@ row: their squared row is :math:`g^2 (a^2)^\top`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from laplace.curvature.capture import ranges
-from laplace.curvature.sums import Block, CurvatureSums
+from laplace.curvature.layers import is_outer, is_transposed, weight_rows
+from laplace.curvature.sums import Block, CurvatureSums, Factor
+from laplace.utils import memory
 
 _CHUNK = 1 << 22  # elements of a temporary of per-example rows
 _PATCHES = 1 << 20  # elements of a chunk of layer inputs: small enough to stay in a cache
@@ -61,70 +64,105 @@ def add_curvature_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -
     {"kron": _add_kron, "diag": _add_diag, "full": _add_full}[sums.spec.structure](sums, capture, directions)
 
 
-def _layer_blocks(blocks: tuple[Block, ...]) -> dict[str, dict[int, Block]]:
-    """Blocks of covered layers by layer and number of dimensions (1 for the bias)."""
-    layers: dict[str, dict[int, Block]] = {}
-    for block in blocks:
-        if block.layer is not None:
-            layers.setdefault(block.layer, {})[1 if len(block.shape) == 1 else 2] = block
-    return layers
+def is_bias(block: Block) -> bool:
+    """Whether this is the bias of a covered layer."""
+    return block.layer is not None and block.parameter.rpartition(".")[2] == "bias"
+
+
+def is_outer_weight(block: Block, capture) -> bool:
+    """Whether the parameter's rows are sums of outer products of output gradients and inputs."""
+    return block.layer is not None and not is_bias(block) and is_outer(capture.modules[block.layer])
 
 
 def _add_kron(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
-    layers = _layer_blocks(sums.spec.blocks)
-    for name, blocks in layers.items():
-        if 2 in blocks:
-            for a in capture.input_chunks(name, _PATCHES):
-                _add_gram_of_positions(sums.tensors[blocks[2].factors[1]], a, 1.0 / a.shape[1])
+    factored = [block for block in sums.spec.blocks if block.has_factors]
+    inputs = {name: block.layer for block in factored for name in block.factors if name.endswith("/A")}
+    outputs = {name: block.layer for block in factored for name in block.factors if name.endswith("/B")}
+    for name, layer in inputs.items():
+        for a in capture.input_chunks(layer, _PATCHES):
+            _add_gram_of_positions(sums.tensors[name], a, 1.0 / a.shape[1])
     for v in directions:
-        for name, g in capture.gradients(v).items():
-            block = next(iter(layers[name].values()))
-            _add_gram_of_positions(sums.tensors[block.factors[0]], g)
-        _add_diagonal_of_others(sums, capture, v)
+        gradients = capture.gradients(v)
+        for name, layer in outputs.items():
+            _add_gram_of_positions(sums.tensors[name], gradients[layer])
+        for block in sums.spec.blocks:
+            if not block.has_factors:
+                _add_square_of_row(sums, block, gradients, capture, v)
     for name, factor in sums.spec.factors.items():
         if factor.symmetric:
             mirror_(sums.tensors[name])
 
 
 def _add_diag(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
-    layers = _layer_blocks(sums.spec.blocks)
+    if any(block.chosen is not None for block in sums.spec.blocks):
+        _add_chosen_diag(sums, capture, directions)
+        return
     squared: dict[str, Tensor] = {}
     for v in directions:
-        for name, g in capture.gradients(v).items():
-            blocks = layers[name]
-            if g.shape[1] == 1:
+        gradients = capture.gradients(v)
+        for name, g in gradients.items():
+            if g.shape[1] == 1 and is_outer(capture.modules[name]):
                 square = g[:, 0].square()
                 squared[name] = squared[name] + square if name in squared else square
+        for block in sums.spec.blocks:
+            if block.layer in squared:
                 continue
-            if 1 in blocks:
-                sums.tensors[blocks[1].factors[0]] += g.sum(1).square().sum(0)
-            if 2 in blocks:
-                _add_squared_rows(sums.tensors[blocks[2].factors[0]], g, capture.inputs(name))
-        _add_diagonal_of_others(sums, capture, v)
-    for name, square in squared.items():
-        if 1 in layers[name]:
-            sums.tensors[layers[name][1].factors[0]] += square.sum(0)
-        if 2 in layers[name]:
-            total = sums.tensors[layers[name][2].factors[0]]
-            total.view(square.shape[-1], -1).addmm_(square.T, capture.inputs(name)[:, 0].square())
-
-
-def _add_squared_rows(total: Tensor, g: Tensor, a: Tensor) -> None:
-    total = total.view(g.shape[-1], -1)
-    for start, stop in chunks(g.shape[0], g.shape[-1] * a.shape[-1]):
-        total += torch.bmm(g[start:stop].transpose(1, 2), a[start:stop]).square_().sum(0)
-
-
-def _add_diagonal_of_others(sums: CurvatureSums, capture, v: Tensor) -> None:
+            if is_outer_weight(block, capture):
+                left, right = _sides(capture, block.layer, gradients[block.layer])
+                _add_squared_rows(sums.tensors[block.factors[0]], left, right)
+            else:
+                _add_square_of_row(sums, block, gradients, capture, v)
     for block in sums.spec.blocks:
-        if block.layer is None:
-            row = _row_of_other(capture, block.parameter, v)
-            sums.tensors[block.factors[0]] += row.square().sum(0).view(block.shape)
+        if block.layer in squared and is_bias(block):
+            sums.tensors[block.factors[0]] += squared[block.layer].sum(0)
+        elif block.layer in squared:
+            square = squared[block.layer][:, None], capture.inputs(block.layer).square()
+            left, right = reversed(square) if is_transposed(capture.modules[block.layer]) else square
+            sums.tensors[block.factors[0]].view(left.shape[-1], -1).addmm_(left[:, 0].T, right[:, 0])
 
 
-def _row_of_other(capture, parameter: str, v: Tensor) -> Tensor:
-    jacobian = capture.jacobians[parameter]
-    return torch.bmm(v.to(jacobian.dtype).reshape(v.shape[0], 1, -1), jacobian)[:, 0]
+def _add_chosen_diag(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
+    """Diagonals of whole tensors cost no more than the tensors; add the chosen entries of these."""
+    blocks = tuple(replace(block, chosen=None) for block in sums.spec.blocks)
+    factors = {block.factors[0]: Factor(block.shape) for block in blocks}
+    whole = CurvatureSums.zero(replace(sums.spec, blocks=blocks, factors=factors), capture.f.device)
+    _add_diag(whole, capture, directions)
+    for block in sums.spec.blocks:
+        value = whole.tensors[block.factors[0]]
+        kept = value if block.chosen is None else value.flatten()[block.indices.to(value.device)]
+        sums.tensors[block.factors[0]] += kept
+
+
+def _sides(capture, layer: str, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Output gradients and inputs of an outer layer, that of the weight's first dimension first."""
+    a = capture.inputs(layer)
+    return (a, g) if is_transposed(capture.modules[layer]) else (g, a)
+
+
+def _add_squared_rows(total: Tensor, left: Tensor, right: Tensor) -> None:
+    total = total.view(left.shape[-1], -1)
+    for start, stop in chunks(left.shape[0], left.shape[-1] * right.shape[-1]):
+        total += torch.bmm(left[start:stop].transpose(1, 2), right[start:stop]).square_().sum(0)
+
+
+def _add_square_of_row(sums: CurvatureSums, block: Block, gradients: dict[str, Tensor], capture, v: Tensor) -> None:
+    total = sums.tensors[block.factors[0]]
+    for start, stop in chunks(v.shape[0], block.size):
+        row = row_of_block(block, gradients, capture, v, start, stop)
+        total += row.square().sum(0).view(block.shape)
+
+
+def row_of_block(
+    block: Block, gradients: dict[str, Tensor], capture, v: Tensor, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """Per-example gradients of one parameter along a direction, ``(batch, kept entries)``; of a range of examples."""
+    part = slice(start, stop)
+    if block.layer is not None:
+        a = None if is_bias(block) else capture.inputs(block.layer)[part]
+        return row_of_layer(block, capture.modules[block.layer], a, gradients[block.layer][part])
+    jacobian = capture.jacobians[block.parameter][part]
+    row = torch.bmm(v[part].to(jacobian.dtype).reshape(len(jacobian), 1, -1), jacobian)[:, 0]
+    return row if block.chosen is None else row[:, block.indices.to(row.device)]
 
 
 def _add_full(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
@@ -139,13 +177,33 @@ def jacobian_rows(capture, blocks: tuple[Block, ...], v: Tensor) -> Tensor:
     gradients = capture.gradients(v)
     parts = []
     for block in blocks:
-        if block.layer is None:
-            parts.append(_row_of_other(capture, block.parameter, v))
-        elif len(block.shape) == 1:
-            parts.append(gradients[block.layer].sum(1))
-        else:
-            parts.append(torch.bmm(gradients[block.layer].transpose(1, 2), capture.inputs(block.layer)).flatten(1))
+        parts.append(row_of_block(block, gradients, capture, v))
     return torch.cat(parts, 1)
+
+
+def row_of_layer(block: Block, module: torch.nn.Module, a: Tensor | None, g: Tensor) -> Tensor:
+    """Per-example gradients of a covered layer's parameter, ``(batch, kept entries)``.
+
+    Of ``Σᵣ gᵣ aᵣᵀ``, few entries are computed one by one, without the whole row.
+
+    Args:
+        block: The parameter.
+        module: The layer.
+        a: Its inputs ``(batch, positions, in)``; not needed for a bias.
+        g: Output gradients ``(batch, positions, out)``.
+    """
+    chosen = None if block.chosen is None else block.indices.to(g.device)
+    if is_bias(block):
+        row = g.sum(1)
+    elif not is_outer(module):
+        row = weight_rows(module, a, g)
+    else:
+        left, right = (a, g) if is_transposed(module) else (g, a)
+        width = right.shape[2]
+        if chosen is not None and len(chosen) * g.shape[1] < left.shape[2] * width:
+            return (left[:, :, chosen // width] * right[:, :, chosen % width]).sum(1)
+        row = torch.bmm(left.transpose(1, 2), right).flatten(1)
+    return row if chosen is None else row[:, chosen]
 
 
 def output_directions(f: Tensor) -> Iterator[Tensor]:
@@ -158,8 +216,23 @@ def output_directions(f: Tensor) -> Iterator[Tensor]:
 
 
 def jacobians(capture, blocks: tuple[Block, ...]) -> Tensor:
-    """Dense Jacobians ``(batch, outputs, parameters)``; for public functions that return them, and small subsets."""
+    """Dense Jacobians ``(batch, outputs, parameters)``; for public functions that return them, and small subsets.
+
+    Raises:
+        NotEnoughMemoryError: If they and one copy are larger than the free memory.
+    """
+    require_jacobians(len(capture.f), capture.f[0].numel(), sum(b.size for b in blocks), capture.dtype, capture.f.device)
     return torch.stack([jacobian_rows(capture, blocks, v) for v in output_directions(capture.f)], 1)
+
+
+def require_jacobians(n: int, outputs: int, parameters: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Stop before dense Jacobians, and the rows that they are stacked from, exceed the free memory."""
+    memory.require(
+        2 * memory.tensor_bytes(n, outputs, parameters, dtype=dtype),
+        device,
+        f"Dense Jacobians of {n} examples x {outputs} outputs x {parameters:,} parameters",
+        "Pass fewer examples at once, or use a posterior that needs no Jacobian: hessian_structure='kron' or 'diag'.",
+    )
 
 
 def chunks(n: int, width: int) -> Iterator[tuple[int, int]]:

@@ -8,15 +8,30 @@ was decided for every parameter and why.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from laplace.curvature import contract
 from laplace.curvature.capture import Capture
-from laplace.curvature.layers import is_covered, weight_shape_2d
+from laplace.curvature.layers import is_covered, is_outer, is_transposed, weight_shape_2d
 from laplace.curvature.sums import Block, Factor, SumsSpec
+
+
+class Source(NamedTuple):
+    """Where a parameter's curvature comes from.
+
+    Attributes:
+        layer: Name of the module whose capture gives it, or None.
+        reason: In words.
+        kind: ``'outer'``, ``'transposed'`` or ``'rows'``; see :mod:`laplace.curvature.layers`.
+    """
+
+    layer: str | None
+    reason: str
+    kind: str = "outer"
 
 
 class CoverageReport(list):
@@ -35,13 +50,13 @@ def coverage_report(spec: SumsSpec) -> CoverageReport:
     rows = CoverageReport()
     for block in spec.blocks:
         kind = spec.structure
-        if kind == "kron" and block.layer is None and block.factors[0].endswith("/diag"):
+        if kind == "kron" and not block.has_factors:
             kind = "diag"
         rows.append((block.parameter, kind, block.reason))
     return rows
 
 
-def find_layers(model: nn.Module, names: Sequence[str], x: Any) -> dict[str, tuple[str | None, str]]:
+def find_layers(model: nn.Module, names: Sequence[str], x: Any) -> dict[str, Source]:
     """Decide for each parameter which module covers it.
 
     Args:
@@ -50,72 +65,88 @@ def find_layers(model: nn.Module, names: Sequence[str], x: Any) -> dict[str, tup
         x: One batch, used to compare captured gradients with automatic differentiation.
 
     Returns:
-        ``(module name or None, reason)`` by parameter.
+        The source of every parameter's curvature by name.
     """
     owners: dict[int, list[tuple[str, str]]] = {}
     for module_name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append((module_name, key))
     known = dict(model.named_parameters())
-    found: dict[str, tuple[str | None, str]] = {}
+    found: dict[str, Source] = {}
     for name in names:
         places = owners[id(known[name])]
         module = model.get_submodule(places[0][0])
         if len(places) > 1:
             tied = ", ".join(".".join(p) for p in places)
-            found[name] = (None, f"per-example autograd: tied weight ({tied})")
+            found[name] = Source(None, f"per-example autograd: tied weight ({tied})")
         elif not is_covered(module) or places[0][1] not in ("weight", "bias"):
-            found[name] = (None, f"per-example autograd: {type(module).__name__}")
+            found[name] = Source(None, f"per-example autograd: {type(module).__name__}")
         else:
-            found[name] = (places[0][0], type(module).__name__)
+            kind = "transposed" if is_transposed(module) else "outer" if is_outer(module) else "rows"
+            found[name] = Source(places[0][0], type(module).__name__, kind)
     return _verified(model, found, x)
 
 
-def _verified(model: nn.Module, found: dict[str, tuple[str | None, str]], x: Any) -> dict[str, tuple[str | None, str]]:
-    """Take out parameters whose captured gradient is not their gradient."""
-    layers = list(dict.fromkeys(layer for layer, _ in found.values() if layer is not None))
+def _verified(model: nn.Module, found: dict[str, Source], x: Any) -> dict[str, Source]:
+    """Take out parameters whose captured gradient is not their gradient.
+
+    The direction is zero but for one example, and only that example's row of the capture may answer for it. So a layer that
+    sees the batch in another dimension than the first fails as well.
+    """
+    layers = list(dict.fromkeys(source.layer for source in found.values() if source.layer is not None))
     if not layers:
         return found
-    names = [name for name, (layer, _) in found.items() if layer is not None]
+    names = [name for name, source in found.items() if source.layer is not None]
     known = dict(model.named_parameters())
     capture = Capture(model, x, layers, dtype=torch.float64)
     if not capture._output.requires_grad:
         raise ValueError("The model's output does not depend on any of its parameters with requires_grad=True.")
     v = torch.randn(capture.f.shape, generator=torch.Generator().manual_seed(0)).to(capture.f)
-    truth = torch.autograd.grad(
-        capture._output, [known[n] for n in names], v, retain_graph=True, allow_unused=True
-    )
+    v[:-1] = 0
+    truth = torch.autograd.grad(capture._output, [known[n] for n in names], v, retain_graph=True, allow_unused=True)
     gradients = capture.gradients(v)
     result = dict(found)
     for name, expected in zip(names, truth, strict=True):
-        layer, _ = found[name]
-        if expected is None:
-            expected = torch.zeros_like(known[name])
-        if layer in capture.called:
-            g = gradients[layer]
-            ours = g.sum((0, 1)) if known[name].ndim == 1 else torch.einsum("nro,nri->oi", g, capture.inputs(layer))
-        else:
-            ours = torch.zeros(())
-        error = (expected.detach().double().flatten() - ours.flatten()).norm()
-        relative = min(1e3 * torch.finfo(known[name].dtype).eps, 0.05)
-        tolerance = relative * (expected.double().norm() + 1e-30)
-        if error > tolerance:
-            result[name] = (None, "per-example autograd: used outside its module's calls")
-        elif layer not in capture.called:
-            result[name] = (None, "per-example autograd: its module did not run")
+        layer = found[name].layer
+        expected = torch.zeros_like(known[name]) if expected is None else expected.detach()
+        if layer not in capture.called:
+            result[name] = Source(None, "per-example autograd: its module did not run")
+        elif not _is_row(
+            capture, Block(name, tuple(expected.shape), layer, (), ""), gradients[layer], expected, len(v)
+        ):
+            reason = "per-example autograd: used outside its module's calls, or batch not in the first dimension"
+            result[name] = Source(None, reason)
     return result
+
+
+def _is_row(capture: Capture, block: Block, g: torch.Tensor, expected: torch.Tensor, n: int) -> bool:
+    """Whether the last example's inputs and output gradients give this parameter's gradient."""
+    a = None if contract.is_bias(block) else capture.inputs(block.layer)
+    if len(g) != n or (a is not None and a.shape[:2] != g.shape[:2]):
+        return False
+    module, a, g = capture.modules[block.layer], None if a is None else a[-1:], g[-1:]
+    ours = contract.row_of_layer(block, module, a, g)
+    terms = contract.row_of_layer(block, module, None if a is None else a.abs(), g.abs())  # what may cancel in the sum
+    error = (expected.double().flatten() - ours.flatten()).norm()
+    tolerance = min(1e3 * torch.finfo(expected.dtype).eps, 0.05)
+    return bool(error <= tolerance * (torch.maximum(expected.double().norm(), terms.norm()) + 1e-30))
 
 
 def sums_spec(
     structure: str,
     shapes: dict[str, tuple[int, ...]],
-    found: dict[str, tuple[str | None, str]],
+    found: Mapping[str, tuple[str | None, str]],
     dtype: torch.dtype,
     n_outputs: int,
+    kept: dict[str, tuple[int, ...] | None] | None = None,
 ) -> SumsSpec:
-    """Names and shapes of the sums of one structure."""
-    build = {"full": _full_blocks, "diag": _diag_blocks, "kron": _kron_blocks}[structure]
-    blocks, factors = build(shapes, found)
+    """Names and shapes of the sums of one structure; ``kept`` are the entries of every parameter, None for all."""
+    found = {name: Source(*source) for name, source in found.items()}
+    if any(chosen is not None for chosen in (kept or {}).values()):
+        blocks, factors = _subnetwork_blocks(structure, shapes, found, kept)
+    else:
+        build = {"full": _full_blocks, "diag": _diag_blocks, "kron": _kron_blocks}[structure]
+        blocks, factors = build(shapes, found)
     return SumsSpec(structure, tuple(blocks), factors, str(dtype).removeprefix("torch."), n_outputs)
 
 
@@ -130,24 +161,41 @@ def _diag_blocks(shapes, found):
     return blocks, {f"{n}/diag": Factor(s) for n, s in shapes.items()}
 
 
+def _subnetwork_blocks(structure, shapes, found, kept):
+    """Sums over the chosen entries alone."""
+    blocks = []
+    for name, shape in shapes.items():
+        layer, reason, _ = found[name]
+        if kept[name] is not None:
+            reason += f"; {len(kept[name])} of {torch.Size(shape).numel()} entries"
+        factor = "full" if structure == "full" else f"{name}/diag"
+        blocks.append(Block(name, shape, layer, (factor,), reason, kept[name]))
+    if structure == "full":
+        size = sum(block.size for block in blocks)
+        return blocks, {"full": Factor((size, size), symmetric=True)}
+    return blocks, {b.factors[0]: Factor(b.shape if b.chosen is None else (b.size,)) for b in blocks}
+
+
 def _kron_blocks(shapes, found):
     """The bias of a layer shares the output factor of its weight: both are the sum of the same outer products."""
     blocks: list[Block] = []
     factors: dict[str, Factor] = {}
     left: dict[str, str] = {}
     for name, shape in shapes.items():
-        layer, reason = found[name]
-        if layer is None:
-            blocks.append(Block(name, shape, None, (f"{name}/diag",), reason + "; diagonal block"))
+        layer, reason, kind = found[name]
+        if layer is None or kind == "rows":
+            blocks.append(Block(name, shape, layer, (f"{name}/diag",), reason + "; diagonal block"))
             factors[f"{name}/diag"] = Factor(shape)
             continue
-        out, rest = weight_shape_2d(shape)
+        out, rest = weight_shape_2d(shape) if kind == "outer" else reversed(weight_shape_2d(shape))
+        if len(shape) == 1:
+            out = shape[0]
         if layer not in left:
             left[layer] = f"{name}/B"
             factors[left[layer]] = Factor((out, out), symmetric=True)
         names = (left[layer],)
         if len(shape) > 1:
-            names += (f"{name}/A",)
+            names = (f"{name}/A", *names) if kind == "transposed" else (*names, f"{name}/A")
             factors[f"{name}/A"] = Factor((rest, rest), symmetric=True)
         blocks.append(Block(name, shape, layer, names, reason))
     return blocks, factors

@@ -6,15 +6,19 @@ A backend adds one batch to raw sums (:meth:`CurvatureInterface.accumulate`). Us
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from laplace import likelihood as lik
-from laplace.curvature.capture import Capture, LastLayerCapture, eval_mode
+from laplace.curvature import lowrank
+from laplace.curvature.backprop import calls_layer_norm, plain_jacobians
+from laplace.curvature.capture import Capture, LastLayerCapture, eval_mode, input_tensors, rebuild_inputs, refuses_vmap
+from laplace.curvature.contract import require_jacobians
 from laplace.curvature.coverage import find_layers, sums_spec
+from laplace.curvature.subnetwork import check_subnetwork_indices, split_indices
 from laplace.curvature.sums import CurvatureSums, SumsSpec
 from laplace.utils.enums import Likelihood, parse
 from laplace.utils.feature_extractor import FeatureExtractor
@@ -33,6 +37,7 @@ class CurvatureInterface:
         subnetwork_indices: Indices of the parameter vector to restrict dense curvature to.
         dict_key_x: Key of the inputs in dict-like batches.
         dict_key_y: Key of the targets in dict-like batches.
+        low_rank: How many eigenpairs :meth:`eig_lowrank` finds at most.
 
     Attributes:
         lossfunc: Loss whose sum, times ``factor``, is the negative log likelihood.
@@ -50,6 +55,7 @@ class CurvatureInterface:
         subnetwork_indices: torch.LongTensor | None = None,
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
+        low_rank: int = 10,
     ):
         """See the class."""
         likelihood = parse(Likelihood, likelihood, "likelihood")
@@ -60,6 +66,7 @@ class CurvatureInterface:
         self.subnetwork_indices = subnetwork_indices
         self.dict_key_x = dict_key_x
         self.dict_key_y = dict_key_y
+        self.low_rank = low_rank
         self.lossfunc = nn.MSELoss(reduction="sum") if regression else nn.CrossEntropyLoss(reduction="sum")
         self.factor = 0.5 if regression else 1.0
         self.spec: SumsSpec | None = None
@@ -74,6 +81,17 @@ class CurvatureInterface:
             return {f"{prefix}.{n}": p for n, p in self.model.last_layer.named_parameters() if p.requires_grad}
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
+    def kept_entries(self) -> dict[str, tuple[int, ...] | None]:
+        """Parameters that have to be differentiated, and which of their entries are kept (None for all).
+
+        Without a subnetwork these are all of :attr:`named_params`. With one, tensors that hold none of it are missing:
+        curvature is then computed for the others alone, and reduced to the chosen entries.
+        """
+        sizes = {name: p.numel() for name, p in self.named_params.items()}
+        if self.subnetwork_indices is None:
+            return dict.fromkeys(sizes)
+        return split_indices(check_subnetwork_indices(self.subnetwork_indices, sum(sizes.values())), sizes)
+
     @property
     def params(self) -> list[nn.Parameter]:
         """The parameters under consideration."""
@@ -85,10 +103,16 @@ class CurvatureInterface:
         return torch.promote_types(self.params[0].dtype, torch.float32)
 
     def initialize(self, x: Tensor | MutableMapping[str, Any], structure: str) -> SumsSpec:
-        """Decide from one batch which parameter's curvature comes from where."""
-        named = self.named_params
-        shapes = {name: tuple(p.shape) for name, p in named.items()}
-        x = x[:_FEW] if isinstance(x, Tensor) else x
+        """Decide from one batch which parameter's curvature comes from where.
+
+        Raises:
+            ValueError: If a subnetwork is to be Kronecker-factored.
+        """
+        if structure == "kron" and self.subnetwork_indices is not None:
+            raise ValueError("Single entries of a weight have no Kronecker factors; subnetworks take 'full' or 'diag'.")
+        named, kept = self.named_params, self.kept_entries()
+        shapes = {name: tuple(named[name].shape) for name in kept}
+        x = _few(x)
         with eval_mode(self.model):
             if self.last_layer:
                 layer = self.model.last_layer_name
@@ -98,7 +122,7 @@ class CurvatureInterface:
                 found = find_layers(self.model, list(shapes), x)
                 with torch.no_grad():
                     n_outputs = self.model(x).shape[-1]
-        self.spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs)
+        self.spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs, kept)
         return self.spec
 
     def capture(self, x: Tensor | MutableMapping[str, Any]) -> Capture | LastLayerCapture:
@@ -133,7 +157,7 @@ class CurvatureInterface:
         if structure == "kron":
             self._add_kron(sums, curvature, n)
         else:
-            flat = curvature if structure == "full" else curvature.split([b.numel() for b in self.params])
+            flat = curvature if structure == "full" else curvature.split([block.size for block in sums.spec.blocks])
             for factor, value in zip(sums.spec.factors, [flat] if structure == "full" else flat, strict=True):
                 sums.tensors[factor] += value.detach().view(sums.spec.factors[factor].shape).to(sums.spec.torch_dtype)
         sums.loss = sums.loss + torch.as_tensor(loss, dtype=torch.float64, device=sums.loss.device).detach()
@@ -148,8 +172,9 @@ class CurvatureInterface:
                     f"Backend {type(self).__name__} returned {len(factors)} Kronecker factor(s) for {block.parameter!r}, "
                     f"expected {len(block.factors)} ({', '.join(block.factors)}). Use the native backend for this model."
                 )
-            for name, value, scale in zip(block.factors, factors, (1, n), strict=False):
+            for name, value in zip(block.factors, factors, strict=True):
                 if name not in done:
+                    scale = n if name.endswith("/A") else 1
                     sums.tensors[name] += value.detach().to(sums.spec.torch_dtype) * scale
                     done.add(name)
 
@@ -159,19 +184,32 @@ class CurvatureInterface:
 
     def functorch_jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         """Dense Jacobians by :mod:`torch.func`: reverse mode for each example."""
-        named = self.named_params
         if self.last_layer:
             return self.last_layer_jacobians(x, enable_backprop)
+        named, kept = self.named_params, self.kept_entries()
+        if self.spec is not None:
+            n, kept_sizes = _length(x), [block.size for block in self.spec.blocks]
+            require_jacobians(n, self.spec.n_outputs, sum(kept_sizes), self.sums_dtype, self.params[0].device)
 
         def outputs(parameters: dict[str, Tensor], example: Any) -> tuple[Tensor, Tensor]:
-            f = torch.func.functional_call(self.model, parameters, (_lead(example),))[0]
+            batch = rebuild_inputs(x, example, lambda t: t.unsqueeze(0))
+            f = torch.func.functional_call(self.model, parameters, (batch,))[0]
             return f, f
 
         with eval_mode(self.model):
-            jacobian = torch.func.jacrev(outputs, has_aux=True)
-            js, f = torch.func.vmap(jacobian, in_dims=(None, 0))({n: p.detach() for n, p in named.items()}, x)
-        flat = torch.cat([js[name].flatten(f.ndim) for name in named], -1).to(self.sums_dtype)
-        flat = flat if self.subnetwork_indices is None else flat[..., self.subnetwork_indices]
+            js, f = None, None
+            if not (enable_backprop and calls_layer_norm(self.model, x)):
+                jacobian = torch.func.vmap(torch.func.jacrev(outputs, has_aux=True), in_dims=(None, 0))
+                try:
+                    js, f = jacobian({n: named[n].detach() for n in kept}, input_tensors(x))
+                except RuntimeError as error:
+                    if not refuses_vmap(error):
+                        raise
+            if js is None:
+                js, f = plain_jacobians(self.model, x, kept)
+        rows = [js[name].flatten(f.ndim) for name in kept]
+        rows = [r if own is None else r[..., list(own)] for r, own in zip(rows, kept.values(), strict=True)]
+        flat = torch.cat(rows, -1).to(self.sums_dtype)
         return (flat, f) if enable_backprop else (flat.detach(), f.detach())
 
     def last_layer_jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
@@ -206,6 +244,22 @@ class CurvatureInterface:
         """Diagonal curvature of one batch ``(parameters,)``."""
         raise NotImplementedError(f"{type(self).__name__} has no diagonal curvature.")
 
+    def curvature_product(self, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
+        """Summed loss of one batch, and its curvature times ``vectors`` ``(parameters, k)``."""
+        raise NotImplementedError(f"{type(self).__name__} has no products of its curvature with vectors.")
+
+    def eig_lowrank(self, data_loader: Iterable) -> tuple[Tensor, Tensor, Tensor]:
+        """Leading eigenpairs of the curvature summed over a data set, in several passes over it.
+
+        Returns:
+            Eigenvectors ``(parameters, k)`` with ``k`` at most ``low_rank``, positive eigenvalues ``(k,)`` in falling order,
+            and the summed loss.
+
+        Raises:
+            ValueError: See :func:`laplace.curvature.lowrank.eigenpairs`.
+        """
+        return lowrank.eigenpairs(self, data_loader, self.low_rank)
+
 
 class GGNInterface(CurvatureInterface):
     """Generalised Gauss-Newton from dense Jacobians, or its Monte-Carlo Fisher estimate.
@@ -217,6 +271,7 @@ class GGNInterface(CurvatureInterface):
         subnetwork_indices: See there.
         dict_key_x: See there.
         dict_key_y: See there.
+        low_rank: See there.
         stochastic: Sample labels from the model (Fisher) instead of summing over classes (GGN).
         num_samples: Labels drawn per example if ``stochastic``.
         seed: Seed of these draws. None draws a seed from torch's global generator at every batch.
@@ -233,6 +288,7 @@ class GGNInterface(CurvatureInterface):
         stochastic: bool = False,
         num_samples: int = 1,
         seed: int | None = None,
+        low_rank: int = 10,
     ):
         """See the class."""
         if num_samples < 1:
@@ -240,7 +296,7 @@ class GGNInterface(CurvatureInterface):
         self.stochastic = stochastic
         self.num_samples = num_samples
         self.seed = seed
-        super().__init__(model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y)
+        super().__init__(model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, low_rank)
 
     def directions(self, f: Tensor, y: Tensor, offset: int = 0):
         """Output directions whose outer products sum to the output Hessian or its estimate."""
@@ -257,6 +313,10 @@ class GGNInterface(CurvatureInterface):
         """Diagonal of the dense GGN of one batch."""
         return _diag_from_jacobians(self, x, y)
 
+    def curvature_product(self, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
+        """Summed loss of one batch, and its GGN times ``vectors`` ``(parameters, k)``."""
+        return lowrank.gauss_newton_product(self, x, y, vectors, offset)
+
 
 class EFInterface(CurvatureInterface):
     r"""Empirical Fisher :math:`\sum_n \nabla\ell_n \nabla\ell_n^\top` at the data's own labels."""
@@ -272,6 +332,10 @@ class EFInterface(CurvatureInterface):
     def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Diagonal of the dense empirical Fisher of one batch."""
         return _diag_from_jacobians(self, x, y)
+
+    def curvature_product(self, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
+        """Summed loss of one batch, and its empirical Fisher times ``vectors`` ``(parameters, k)``."""
+        return lowrank.gauss_newton_product(self, x, y, vectors, offset)
 
 
 def _rows(backend: GGNInterface | EFInterface, x: Any, y: Tensor):
@@ -293,11 +357,19 @@ def _diag_from_jacobians(backend: GGNInterface | EFInterface, x: Any, y: Tensor)
     return loss, sum(r.square().sum(0) for r in rows)
 
 
-def _lead(example: Any) -> Any:
-    """Put the batch dimension back that ``vmap`` took."""
-    if isinstance(example, MutableMapping):
-        return {key: value.unsqueeze(0) for key, value in example.items()}
-    return example.unsqueeze(0)
+def _length(x: Any) -> int:
+    """Number of examples of a batch of inputs."""
+    return len(next(v for v in x.values() if isinstance(v, Tensor)) if isinstance(x, MutableMapping) else x)
+
+
+def _few(x: Any) -> Any:
+    """A few examples of a batch, but at least two, so that the batch can be told from other dimensions."""
+    if isinstance(x, MutableMapping):
+        sizes = {len(value) for value in x.values() if isinstance(value, Tensor) and value.ndim > 0}
+        if sizes != {1}:
+            return x
+        return {key: torch.cat([value, value]) if isinstance(value, Tensor) else value for key, value in x.items()}
+    return torch.cat([x, x]) if len(x) == 1 else x[:_FEW]
 
 
 __all__ = ["CurvatureInterface", "EFInterface", "GGNInterface"]

@@ -10,20 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-try:
-    import curvlinops
-except ImportError as error:
-    raise ImportError(
-        "The curvlinops backend needs the package curvlinops-for-pytorch: pip install 'laplace-dist[curvlinops]'. "
-        f"It could not be imported: {error}"
-    ) from error
-
 from laplace import likelihood as lik
+from laplace.curvature import lowrank
 from laplace.curvature.capture import eval_mode
 from laplace.curvature.curvature import CurvatureInterface, EFInterface, GGNInterface
+from laplace.curvature.hessian import HessianInterface
+from laplace.curvature.optional import import_optional
 from laplace.curvature.sums import CurvatureSums
 from laplace.utils.enums import Likelihood
 from laplace.utils.matrix import Kron
+
+curvlinops = import_optional("curvlinops", "curvlinops-for-pytorch", "curvlinops")
 
 
 class CurvlinopsInterface(CurvatureInterface):
@@ -51,7 +48,7 @@ class CurvlinopsInterface(CurvatureInterface):
         """
         if self.spec is None or self.spec.structure != "kron":
             self.initialize(x, "kron")
-        missing = [block.parameter for block in self.spec.blocks if block.layer is None]
+        missing = [block.parameter for block in self.spec.blocks if not block.has_factors]
         if missing:
             raise ValueError(
                 f"curvlinops has no Kronecker factors for {missing}. Use the native backend, which gives them a diagonal "
@@ -130,7 +127,12 @@ class CurvlinopsInterface(CurvatureInterface):
     def _check_layers(self, calls: Counter[str]) -> None:
         """Refuse what curvlinops would compute without complaint, but not as the factors that are meant here."""
         for name, count in calls.items():
-            padding_mode = getattr(self.model.get_submodule(name), "padding_mode", "zeros")
+            layer = self.model.get_submodule(name)
+            if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+                raise ValueError(
+                    f"curvlinops has no Kronecker factors for {name!r} ({type(layer).__name__}). Use the native backend."
+                )
+            padding_mode = getattr(layer, "padding_mode", "zeros")
             if padding_mode != "zeros":
                 raise ValueError(
                     f"curvlinops takes the padding of layer {name!r} for zeros, but it is {padding_mode!r}. "
@@ -195,3 +197,41 @@ class CurvlinopsEF(CurvlinopsInterface, EFInterface):
             num_data=len(y),
             batch_size_fn=lambda _: len(y),
         )
+
+
+class CurvlinopsHessian(HessianInterface, CurvlinopsInterface):
+    """Dense Hessian, and its eigenpairs from Hessian-vector products, by curvlinops.
+
+    curvlinops differentiates gradients in forward mode, for which some layers of torch have wrong formulas (LayerNorm in
+    torch 2.14). So one more product is compared with that of reverse mode.
+    """
+
+    def curvature_product(self, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
+        """Summed loss of one batch, and its Hessian times ``vectors`` ``(parameters, k)``.
+
+        Raises:
+            ValueError: If forward and reverse mode disagree about this model.
+        """
+        f, model, inputs = self._outputs(x)
+        lik.check_targets(self.likelihood, f, y, offset)
+        with eval_mode(self.model):
+            operator = curvlinops.HessianLinearOperator(
+                model,
+                self.lossfunc,
+                self.params,
+                [(inputs, self._targets(y))],
+                check_deterministic=False,
+                num_data=len(y),
+                batch_size_fn=lambda _: len(y),
+            )
+            probe = torch.randn(len(vectors), 1, generator=torch.Generator().manual_seed(0)).to(vectors)
+            product = operator @ torch.cat([vectors, probe], 1).to(self.params[0].dtype)
+        product = product.to(vectors.dtype) * self._scale
+        truth = lowrank.hessian_product(self, x, y, probe, offset)[1]
+        relative = min(1e3 * torch.finfo(self.params[0].dtype).eps, 0.05)
+        if not float((product[:, -1:] - truth).norm()) <= relative * float(truth.norm()):
+            raise ValueError(
+                "curvlinops' Hessian of this model, by forward-mode differentiation, is not that of reverse mode; in torch "
+                "2.14 LayerNorm is such a layer. Use NativeHessian."
+            )
+        return lik.loss_sum(self.likelihood, f, y), product[:, :-1]

@@ -52,15 +52,12 @@ class _Native:
         if self.spec is None:
             self.initialize(x, "diag")
         capture = self.capture(x)
-        js = contract.jacobians(capture, self.spec.blocks)
-        return (js if self.subnetwork_indices is None else js[..., self.subnetwork_indices]), capture.f
+        return contract.jacobians(capture, self.spec.blocks), capture.f
 
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Dense curvature of one batch ``(parameters, parameters)``."""
         sums = self._sums("full", x, y)
-        h = sums.tensors["full"]
-        indices = self.subnetwork_indices
-        return sums.loss, h if indices is None else h[indices][:, indices]
+        return sums.loss, sums.tensors["full"]
 
     def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """Kronecker factors of one batch, their input side divided by ``N``."""
@@ -70,8 +67,7 @@ class _Native:
     def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Diagonal curvature of one batch ``(parameters,)``."""
         sums = self._sums("diag", x, y)
-        h = diag_vector(sums)
-        return sums.loss, h if self.subnetwork_indices is None else h[self.subnetwork_indices]
+        return sums.loss, diag_vector(sums)
 
 
 class NativeGGN(_Native, GGNInterface):

@@ -10,9 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from laplace.utils import memory
+
+_SMALLER = {
+    "full": "Use hessian_structure='kron', 'diag' or 'gp', subset_of_weights='last_layer', or a smaller subnetwork.",
+    "kron": "Use hessian_structure='diag', subset_of_weights='last_layer', or set requires_grad=False on wide layers.",
+    "diag": "Use subset_of_weights='last_layer', or set requires_grad=False on parameters to leave out.",
+}
 
 
 @dataclass(frozen=True)
@@ -32,8 +41,9 @@ class Block:
         shape: Its shape.
         layer: Name of the module whose captured inputs and output gradients give its curvature, or None where per-example
             automatic differentiation of this parameter does.
-        factors: Names of its sums, the factor over the outputs first.
+        factors: Names of its sums; of Kronecker factors, that over the weight's first dimension first.
         reason: Why it is treated in this way; shown in the coverage report.
+        chosen: Flat indices of the entries that a subnetwork keeps; None for all.
     """
 
     parameter: str
@@ -41,6 +51,22 @@ class Block:
     layer: str | None
     factors: tuple[str, ...]
     reason: str
+    chosen: tuple[int, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of entries that are kept."""
+        return torch.Size(self.shape).numel() if self.chosen is None else len(self.chosen)
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether its sums are Kronecker factors."""
+        return self.factors[0].endswith(("/A", "/B"))
+
+    @cached_property
+    def indices(self) -> Tensor:
+        """``chosen`` as a tensor."""
+        return torch.tensor(self.chosen)
 
 
 @dataclass(frozen=True)
@@ -72,9 +98,7 @@ class SumsSpec:
             "structure": self.structure,
             "dtype": self.dtype,
             "n_outputs": self.n_outputs,
-            "blocks": [
-                {**asdict(block), "shape": list(block.shape), "factors": list(block.factors)} for block in self.blocks
-            ],
+            "blocks": [_block_to_json(block) for block in self.blocks],
             "factors": {
                 name: {"shape": list(factor.shape), "symmetric": factor.symmetric}
                 for name, factor in self.factors.items()
@@ -85,7 +109,7 @@ class SumsSpec:
     def from_json(cls, data: Mapping) -> SumsSpec:
         """Inverse of :meth:`to_json`."""
         blocks = tuple(
-            Block(b["parameter"], tuple(b["shape"]), b["layer"], tuple(b["factors"]), b["reason"])
+            Block(b["parameter"], tuple(b["shape"]), b["layer"], tuple(b["factors"]), b["reason"], _chosen(b))
             for b in data["blocks"]
         )
         factors = {k: Factor(tuple(v["shape"]), bool(v["symmetric"])) for k, v in data["factors"].items()}
@@ -113,7 +137,17 @@ class CurvatureSums:
 
     @classmethod
     def zero(cls, spec: SumsSpec, device: torch.device | str = "cpu") -> CurvatureSums:
-        """The neutral element."""
+        """The neutral element.
+
+        Raises:
+            NotEnoughMemoryError: If it is larger than the free memory; says what to use instead.
+        """
+        memory.require(
+            sum(memory.tensor_bytes(*factor.shape, dtype=spec.torch_dtype) for factor in spec.factors.values()),
+            device,
+            f"The sums of a {spec.structure!r} posterior over {sum(block.size for block in spec.blocks):,} parameters",
+            _SMALLER.get(spec.structure, ""),
+        )
         tensors = {
             name: torch.zeros(factor.shape, dtype=spec.torch_dtype, device=device)
             for name, factor in spec.factors.items()
@@ -124,8 +158,10 @@ class CurvatureSums:
         """Add another sum of the same specification in place.
 
         Raises:
-            ValueError: If the two were not accumulated for the same model and structure.
+            ValueError: If the two were not accumulated for the same model and structure, or hold eigenpairs.
         """
+        if self.spec.structure == "lowrank":
+            raise ValueError("Low-rank eigenpairs of parts of the data do not add up; fit once over all of it.")
         if self.spec != other.spec:
             raise ValueError(
                 "These sums belong to different models, structures or precisions and cannot be added: "
@@ -160,7 +196,12 @@ class CurvatureSums:
 
     def non_finite(self) -> list[str]:
         """Names of the factors that hold NaN or Inf."""
-        return [name for name, value in self.to_tensors().items() if not bool(torch.isfinite(value).all())]
+        return [name for name, value in self.to_tensors().items() if not is_finite(value)]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or Inf; looked at in parts, so that no temporary of the tensor's size is made."""
+    return all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(1 << 22))
 
 
 def sum_in_order(tensors: Iterable[Tensor]) -> Tensor:
@@ -179,6 +220,16 @@ def sum_in_order(tensors: Iterable[Tensor]) -> Tensor:
     if total is None:
         raise ValueError("There is nothing to add: the sequence of tensors is empty.")
     return total.to(dtype)
+
+
+def _block_to_json(block: Block) -> dict:
+    data = {**asdict(block), "shape": list(block.shape), "factors": list(block.factors)}
+    chosen = data.pop("chosen")
+    return data if chosen is None else {**data, "chosen": list(chosen)}
+
+
+def _chosen(data: Mapping) -> tuple[int, ...] | None:
+    return tuple(data["chosen"]) if "chosen" in data else None
 
 
 def _spec_differences(one: SumsSpec, two: SumsSpec) -> list[str]:

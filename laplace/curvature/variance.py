@@ -12,12 +12,13 @@ projects the batch once and repeats only the product with :math:`w`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from laplace.curvature.contract import chunks, output_directions
+from laplace.curvature.contract import chunks, is_bias, output_directions, row_of_layer
+from laplace.curvature.layers import is_outer, is_transposed
 from laplace.curvature.sums import Block
 
 
@@ -27,7 +28,6 @@ class Basis:
 
     left: Tensor | None = None
     right: Tensor | None = None
-
 
 
 def block_variance(
@@ -69,9 +69,16 @@ def block_variance(
 
 
 def _add_layer(total, capture, g: Tensor, block: Block, basis: Basis, weight, diagonal: bool) -> None:
-    if len(block.shape) == 1:
+    module = capture.modules[block.layer]
+    if is_bias(block):
         _add_rows(total, _project(g.sum(2), basis.left), weight, diagonal)
         return
+    if not is_outer(module):
+        _add_row_layer(total, capture, g, block, weight, diagonal)
+        return
+    if is_transposed(module):
+        basis, weight_in_out = Basis(basis.right, basis.left), weight
+        weight = lambda t: weight_in_out(t).T  # noqa: E731
     a = _project(capture.inputs(block.layer), basis.right)
     if g.shape[2] == 1:
         _add_outer(total, _project(g[:, :, 0], basis.left), a[:, 0].square(), weight, diagonal)
@@ -80,6 +87,15 @@ def _add_layer(total, capture, g: Tensor, block: Block, basis: Basis, weight, di
     for start, stop in chunks(g.shape[0], width):
         rows = torch.einsum("ncro,nri->ncoi", _project(g[start:stop], basis.left), a[start:stop])
         _add_rows(total[:, start:stop], rows.flatten(2), weight, diagonal)
+
+
+def _add_row_layer(total, capture, g: Tensor, block: Block, weight, diagonal: bool) -> None:
+    """Add the variance of a layer whose rows are neither outer products nor sums of them; their covariance is diagonal."""
+    module, a = capture.modules[block.layer], capture.inputs(block.layer)
+    whole = replace(block, chosen=None)
+    for start, stop in chunks(g.shape[0], g.shape[1] * torch.Size(block.shape).numel()):
+        rows = [row_of_layer(whole, module, a[start:stop], g[start:stop, c]) for c in range(g.shape[1])]
+        _add_rows(total[:, start:stop], torch.stack(rows, 1), weight, diagonal)
 
 
 def _add_outer(total: Tensor, g: Tensor, a_squared: Tensor, weight, diagonal: bool) -> None:

@@ -31,7 +31,7 @@ class BaseLaplace:
         dict_key_y: Key of the targets in dict-like batches.
         backend: Subclass of :class:`CurvatureInterface`; the native exact GGN if None.
         backend_kwargs: Further arguments of the backend.
-        asdl_fisher_kwargs: Further arguments of the ASDL backend.
+        asdl_fisher_kwargs: Further arguments of :class:`laplace.curvature.AsdlGGN` under ASDL's names.
 
     Raises:
         ValueError: If an argument is unknown or out of range; the message lists what is valid.
@@ -94,7 +94,14 @@ class BaseLaplace:
         return torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
 
     def _backend_arguments(self) -> dict[str, Any]:
-        return {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y, **self._backend_kwargs}
+        arguments = {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y, **self._backend_kwargs}
+        if self._asdl_fisher_kwargs:
+            if not getattr(self._backend_cls, "takes_fisher_kwargs", False):
+                raise ValueError(
+                    "asdl_fisher_kwargs are for backend=AsdlGGN alone; give other backends backend_kwargs."
+                )
+            arguments["asdl_fisher_kwargs"] = self._asdl_fisher_kwargs
+        return arguments
 
     @property
     def backend(self) -> CurvatureInterface:
@@ -116,10 +123,11 @@ class BaseLaplace:
     def prior_precision(self, value: float | Tensor) -> None:
         value = torch.as_tensor(value, dtype=self._dtype, device=self._device)
         value = value.reshape(1) if value.ndim == 0 else value
-        if self.params and (value.ndim != 1 or len(value) not in (1, self.n_layers, self.n_params)):
+        if self.params and (value.ndim != 1 or len(value) not in self._prior_sizes.values()):
+            kinds = {PriorStructure.LAYERWISE: "(one per parameter tensor)", PriorStructure.DIAG: "(one per parameter)"}
+            valid = [f"{size} values {kinds[kind]}" for kind, size in self._prior_sizes.items() if kind in kinds]
             raise ValueError(
-                f"prior_precision has shape {tuple(value.shape)}; valid are a scalar, {self.n_layers} values (one per "
-                f"parameter tensor) or {self.n_params} values (one per parameter)."
+                f"prior_precision has shape {tuple(value.shape)}; valid are a scalar, {' or '.join(valid)}."
             )
         if not bool((value > 0).all() & torch.isfinite(value).all()):
             wrong = value[~((value > 0) & torch.isfinite(value))][0]
@@ -130,6 +138,16 @@ class BaseLaplace:
             self._prior_precision_argument = value
         self._prior_precision = value
         self._prior_changed()
+
+    @property
+    def _prior_sizes(self) -> dict[PriorStructure, int]:
+        """Number of values of the prior precision by structure."""
+        return {PriorStructure.SCALAR: 1, PriorStructure.LAYERWISE: self.n_layers, PriorStructure.DIAG: self.n_params}
+
+    @property
+    def _mean_inferred(self) -> Tensor:
+        """MAP estimate of the parameters that have a distribution; subnetworks keep the others fixed."""
+        return self.mean
 
     def _check_prior_structure(self, value: Tensor) -> None:
         """Structures that do not take every prior refuse it here."""
@@ -145,8 +163,10 @@ class BaseLaplace:
     @prior_mean.setter
     def prior_mean(self, value: float | Tensor) -> None:
         value = torch.as_tensor(value, dtype=self._dtype, device=self._device)
-        if self.params and (value.ndim > 1 or value.numel() not in (1, self.n_params)):
-            raise ValueError(f"prior_mean has shape {tuple(value.shape)}; valid are a scalar or ({self.n_params},).")
+        sizes = {self.n_params, self._prior_sizes[PriorStructure.DIAG]} if self.params else set()
+        if self.params and (value.ndim > 1 or value.numel() not in {1, *sizes}):
+            valid = " or ".join(f"({size},)" for size in sorted(sizes))
+            raise ValueError(f"prior_mean has shape {tuple(value.shape)}; valid are a scalar or {valid}.")
         self._prior_mean_argument = value
         self._prior_mean = value
 
@@ -215,8 +235,12 @@ class BaseLaplace:
         value = torch.as_tensor(value, dtype=self._dtype, device=self._device)
         if value.numel() > 1:
             return value.clone()
-        sizes = {PriorStructure.SCALAR: 1, PriorStructure.LAYERWISE: self.n_layers, PriorStructure.DIAG: self.n_params}
-        return value.reshape(1).repeat(sizes[structure])
+        if structure not in self._prior_sizes:
+            valid = ", ".join(repr(kind.value) for kind in self._prior_sizes)
+            raise ValueError(
+                f"{type(self).__name__} has no {structure.value!r} prior; valid prior_structures are {valid}."
+            )
+        return value.reshape(1).repeat(self._prior_sizes[structure])
 
     def _check_fitted(self) -> None:
         raise NotImplementedError

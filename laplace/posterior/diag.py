@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from laplace.curvature.native import diag_vector
-from laplace.curvature.sums import CurvatureSums
+from laplace.curvature.sums import Block, CurvatureSums
 from laplace.curvature.variance import Basis, block_variance
 from laplace.posterior.parametric import ParametricLaplace
 
@@ -48,7 +48,7 @@ class DiagLaplace(ParametricLaplace):
 
     def square_norm(self, value: Tensor) -> Tensor:
         r""":math:`\Delta^\top P \Delta` with :math:`\Delta` = ``value - mean``."""
-        delta = value - self.mean
+        delta = value - self._mean_inferred
         return (delta.square() * self.posterior_precision).sum(-1)
 
     def functional_variance(self, Js: Tensor) -> Tensor:
@@ -62,19 +62,18 @@ class DiagLaplace(ParametricLaplace):
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Draw parameter vectors ``(n_samples, parameters)``."""
         self._check_fitted()
-        noise = torch.randn(n_samples, self.n_params, device=self._device, dtype=self._dtype, generator=generator)
-        return self.mean + noise * self.posterior_scale
+        scale = self.posterior_scale
+        noise = torch.randn(n_samples, len(scale), device=self._device, dtype=self._dtype, generator=generator)
+        return self._mean_inferred + noise * scale
 
     def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor:
         blocks = self.sums_spec().blocks
-        sizes = [p.numel() for p in self.params]
-        curvature = (self._H_factor * self.H).split(sizes)
+        curvature = (self._H_factor * self.H).split([block.size for block in blocks])
 
         def weight(index: int):
             def variance(t: int) -> Tensor:
                 prior = self._prior_of_block(prior_precisions[t], index)
-                block = (curvature[index] + prior).reciprocal()
-                return block if len(blocks[index].shape) == 1 else block.view(blocks[index].shape[0], -1)
+                return _whole(blocks[index], (curvature[index] + prior).reciprocal())
 
             return variance
 
@@ -83,6 +82,15 @@ class DiagLaplace(ParametricLaplace):
 
     def _prior_of_block(self, prior_precision: Tensor, index: int) -> Tensor:
         """Part of a scalar, layerwise or diagonal prior precision that belongs to one parameter tensor."""
-        if len(prior_precision) == self.n_params and self.n_params != self.n_layers:
-            return prior_precision.split([p.numel() for p in self.params])[index]
-        return prior_precision[index if len(prior_precision) > 1 else 0]
+        sizes = [block.size for block in self.sums_spec().blocks]
+        if len(prior_precision) == 1:
+            return prior_precision[0]
+        return prior_precision.split(sizes)[index] if len(prior_precision) == sum(sizes) else prior_precision[index]
+
+
+def _whole(block: Block, variances: Tensor) -> Tensor:
+    """Variances of a whole tensor, ``(out, in)`` or ``(out,)``; entries outside a subnetwork have none."""
+    if block.chosen is not None:
+        whole = torch.zeros(torch.Size(block.shape).numel(), dtype=variances.dtype, device=variances.device)
+        variances = whole.index_put((block.indices.to(whole.device),), variances)
+    return variances if len(block.shape) == 1 else variances.view(block.shape[0], -1)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from laplace.curvature import contract
+from laplace.curvature.curvature import EFInterface, GGNInterface
 from laplace.curvature.sums import CurvatureSums
 from laplace.curvature.variance import dense_variance
 from laplace.posterior.parametric import ParametricLaplace
-from laplace.utils.matrix import symeig
+from laplace.utils import memory
 
 
 class FullLaplace(ParametricLaplace):
@@ -41,11 +42,24 @@ class FullLaplace(ParametricLaplace):
 
     @property
     def _spectrum(self) -> tuple[Tensor, Tensor]:
-        """Eigenvectors and eigenvalues of ``H``."""
+        """Eigenvectors and eigenvalues of ``H``; that of a GGN or Fisher has negative ones by rounding alone."""
         self._check_fitted()
         if self._eigen is None:
-            self._eigen = symeig(self.H)
+            self._require(4, "The eigendecomposition", torch.float64)
+            symmetric = (self.H.double() + self.H.double().T) / 2
+            values, vectors = torch.linalg.eigh(symmetric)
+            semidefinite = isinstance(self.backend, (GGNInterface, EFInterface))
+            rounding = len(values) * torch.finfo(self.params[0].dtype).eps * values.abs().max()
+            values = values.clamp(min=0) if semidefinite else values.where(values < -rounding, values.clamp(min=0))
+            self._eigen = vectors.to(self.H.dtype), values.to(self.H.dtype)
         return self._eigen
+
+    def _shifted(self, prior_precision: Tensor) -> Tensor:
+        """Eigenvalues of the posterior precision for a scalar prior precision."""
+        values = self._H_factor * self._spectrum[1] + prior_precision
+        if not bool((values > 0).all()):
+            raise _not_positive_definite()
+        return values
 
     @property
     def posterior_precision(self) -> Tensor:
@@ -57,8 +71,20 @@ class FullLaplace(ParametricLaplace):
     def posterior_scale(self) -> Tensor:
         r"""Lower triangular root :math:`L` of the covariance, :math:`LL^\top = P^{-1}`."""
         if self._scale is None or self._scale.requires_grad:
+            self._check_fitted()
+            self._require(4, "The Cholesky factor", self.H.dtype)
             self._scale = invsqrt_precision(self.posterior_precision)
         return self._scale
+
+    def _require(self, copies: int, what: str, dtype: torch.dtype) -> None:
+        """Stop before a factorisation that cannot fit into memory."""
+        size = len(self.H)
+        memory.require(
+            copies * memory.tensor_bytes(size, size, dtype=dtype),
+            self.H.device,
+            f"{what} of a dense posterior precision over {size:,} parameters",
+            "Use hessian_structure='kron' or 'diag', subset_of_weights='last_layer', or a smaller subnetwork.",
+        )
 
     @property
     def posterior_covariance(self) -> Tensor:
@@ -70,12 +96,15 @@ class FullLaplace(ParametricLaplace):
     def log_det_posterior_precision(self) -> Tensor:
         r"""Log determinant :math:`\log\det P`."""
         if len(self.prior_precision) == 1:
-            return (self._H_factor * self._spectrum[1] + self.prior_precision).log().sum()
-        return 2 * torch.linalg.cholesky(self.posterior_precision).diagonal().log().sum()
+            return self._shifted(self.prior_precision).log().sum()
+        factor, info = torch.linalg.cholesky_ex(self.posterior_precision)
+        if int(info) != 0:
+            raise _not_positive_definite()
+        return 2 * factor.diagonal().log().sum()
 
     def square_norm(self, value: Tensor) -> Tensor:
         r""":math:`\Delta^\top P \Delta` with :math:`\Delta` = ``value - mean``."""
-        delta = value - self.mean
+        delta = value - self._mean_inferred
         return ((delta @ self.posterior_precision) * delta).sum(-1)
 
     def functional_variance(self, Js: Tensor) -> Tensor:
@@ -91,21 +120,19 @@ class FullLaplace(ParametricLaplace):
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Draw parameter vectors ``(n_samples, parameters)``."""
         scale = self.posterior_scale
-        noise = torch.randn(n_samples, self.n_params, device=self._device, dtype=self._dtype, generator=generator)
-        return self.mean + noise @ scale.T
+        noise = torch.randn(n_samples, len(scale), device=self._device, dtype=self._dtype, generator=generator)
+        return self._mean_inferred + noise @ scale.T
 
     def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor:
         blocks = self.sums_spec().blocks
         rows = contract.jacobians(capture, blocks)
         if len(prior_precisions) == 1 and self._scale_is_cheaper(prior_precisions[0]):
-            ones = torch.ones(self.n_params, dtype=rows.dtype, device=rows.device)
+            ones = torch.ones(rows.shape[-1], dtype=rows.dtype, device=rows.device)
             return dense_variance(rows, self.posterior_scale, [lambda t: ones], 1, diagonal)
         if any(len(p) > 1 for p in prior_precisions):
             raise ValueError("A sweep over prior precisions of a full posterior takes scalars only.")
-        vectors, values = self._spectrum
-        values = values * self._H_factor
-        weights = [lambda t: (values + prior_precisions[t]).reciprocal()]
-        return dense_variance(rows, vectors, weights, len(prior_precisions), diagonal)
+        weights = [lambda t: self._shifted(prior_precisions[t]).reciprocal()]
+        return dense_variance(rows, self._spectrum[0], weights, len(prior_precisions), diagonal)
 
     def _scale_is_cheaper(self, prior_precision: Tensor) -> bool:
         return prior_precision is self.prior_precision and (self._eigen is None or len(prior_precision) > 1)
@@ -119,10 +146,15 @@ def invsqrt_precision(M: Tensor) -> Tensor:
     """
     reversed_factor, info = torch.linalg.cholesky_ex(M.flip(-1, -2))
     if int(info) != 0:
-        raise ValueError(
-            "The posterior precision is not positive definite in this floating-point type; raise the prior precision or "
-            "convert the model to float64."
-        )
+        raise _not_positive_definite()
     inverse = reversed_factor.flip(-1, -2).transpose(-1, -2)
     identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
     return torch.linalg.solve_triangular(inverse, identity, upper=False)
+
+
+def _not_positive_definite() -> ValueError:
+    return ValueError(
+        "The posterior precision is not positive definite in this floating-point type; raise the prior precision or "
+        "convert the model to float64. The Hessian of a model that is not at a minimum may have large negative eigenvalues: "
+        "use a GGN backend, or hessian_structure='lowrank'."
+    )

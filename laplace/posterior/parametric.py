@@ -16,7 +16,8 @@ from laplace.curvature.sums import CurvatureSums, SumsSpec
 from laplace.errors import NotFittedError
 from laplace.posterior import state
 from laplace.posterior.base import BaseLaplace
-from laplace.utils.enums import LinkApprox, PredType, PriorStructure, TuningMethod
+from laplace.utils.batches import batches
+from laplace.utils.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod
 
 
 class ParametricLaplace(BaseLaplace):
@@ -31,6 +32,7 @@ class ParametricLaplace(BaseLaplace):
     """
 
     structure: str
+    pred_types = (PredType.GLM, PredType.NN)
     H: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -38,6 +40,11 @@ class ParametricLaplace(BaseLaplace):
         self.sums: CurvatureSums | None = None
         self._spec: SumsSpec | None = None
         super().__init__(*args, **kwargs)
+        if self.likelihood is Likelihood.REWARD_MODELING and self.structure not in ("kron", "diag"):
+            raise ValueError(
+                f"likelihood='reward_modeling' has no {self.structure!r} posterior; valid hessian_structures are 'kron' and "
+                "'diag'."
+            )
 
     def _check_fitted(self) -> None:
         if self.sums is None:
@@ -78,7 +85,7 @@ class ParametricLaplace(BaseLaplace):
         self.backend.accumulate(sums, x, y.to(self._device), offset)
 
     def set_sums(self, sums: CurvatureSums) -> None:
-        """Finalise raw sums: from here on this is a fitted posterior.
+        """Finalise raw sums: from here on this is a fitted posterior, and the sums belong to it.
 
         Raises:
             ValueError: If the sums hold no example, NaN or Inf, or belong to other parameters.
@@ -88,11 +95,12 @@ class ParametricLaplace(BaseLaplace):
         wrong = sums.non_finite()
         if wrong:
             raise ValueError(f"The summed curvature is NaN or Inf in {wrong}. Nothing was changed.")
-        shapes = [tuple(p.shape) for p in self.params]
-        if [block.shape for block in sums.spec.blocks] != shapes or sums.spec.structure != self.structure:
+        kept = self._kept_shapes()
+        if [(b.shape, b.chosen) for b in sums.spec.blocks] != kept or sums.spec.structure != self.structure:
             raise ValueError(
                 f"The sums are of structure {sums.spec.structure!r} for parameters {[b.parameter for b in sums.spec.blocks]} "
-                f"and do not fit this {self.structure!r} posterior over shapes {shapes}."
+                f"and do not fit this {self.structure!r} posterior over shapes {[shape for shape, _ in kept]}"
+                f"{', or are of another subnetwork' if any(chosen for _, chosen in kept) else ''}."
             )
         self._spec = self.backend.spec = sums.spec
         self._finalize(sums)
@@ -144,21 +152,16 @@ class ParametricLaplace(BaseLaplace):
             from tqdm.auto import tqdm
 
             loader = tqdm(loader, desc="[Computing Hessian]")
-        for batch in loader:
-            if isinstance(batch, MutableMapping):
-                if self.dict_key_y not in batch:
-                    raise ValueError(
-                        f"Dict-like batches need the key {self.dict_key_y!r} (dict_key_y), got {sorted(batch)}."
-                    )
-                yield batch, batch[self.dict_key_y].to(self._device)
-            else:
-                x, y = batch
-                yield (x.to(self._device) if isinstance(x, Tensor) else x), y.to(self._device)
+        yield from batches(loader, self._device, self.dict_key_y)
 
     def _adopt_parameters(self, spec: SumsSpec) -> None:
         """Subsets of weights that depend on the data find their parameters from a stored specification here."""
 
     # --- what a structure provides -------------------------------------------------------------------------------
+
+    def _kept_shapes(self) -> list[tuple[tuple[int, ...], tuple[int, ...] | None]]:
+        """Shape of every parameter tensor with a distribution, and which of its entries have one (None for all)."""
+        return [(tuple(p.shape), None) for p in self.params]
 
     def _finalize(self, sums: CurvatureSums) -> None:
         """Set ``H`` from raw sums."""
@@ -239,7 +242,9 @@ class ParametricLaplace(BaseLaplace):
         """Log density of the posterior at ``value``; without its constant if not ``normalized``."""
         result = -self.square_norm(value) / 2
         if normalized:
-            result = result - self.n_params / 2 * math.log(2 * math.pi) + self.log_det_posterior_precision / 2
+            result = (
+                result - len(self._mean_inferred) / 2 * math.log(2 * math.pi) + self.log_det_posterior_precision / 2
+            )
         return result
 
     # --- predictive ----------------------------------------------------------------------------------------------
@@ -281,6 +286,28 @@ class ParametricLaplace(BaseLaplace):
         """Draws from the predictive ``(n_samples, batch, outputs)``; see :func:`laplace.predictive.samples`."""
         return predictive.samples(self, x, pred_type, n_samples, diagonal_output, generator)
 
+    def functional_samples(
+        self,
+        f_mu: Tensor,
+        f_var: Tensor,
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draws ``(n_samples, batch, …, outputs)`` from the Gaussian over the outputs.
+
+        Args:
+            f_mu: Means ``(batch, …, outputs)``.
+            f_var: Covariances ``(batch, outputs, outputs)`` over the flattened outputs, or variances ``(batch, outputs)``.
+            n_samples: Number of draws.
+            diagonal_output: Ignore covariances between outputs.
+            generator: Source of the draws.
+        """
+        if diagonal_output and f_var.ndim == 3:
+            f_var = f_var.diagonal(dim1=1, dim2=2)
+        draws = predictive.gaussian_samples(f_mu.flatten(1), f_var, n_samples, generator)
+        return draws.reshape(n_samples, *f_mu.shape)
+
     def optimize_prior_precision(
         self,
         pred_type: PredType | str = PredType.GLM,
@@ -309,6 +336,18 @@ class ParametricLaplace(BaseLaplace):
     def state_dict(self) -> dict[str, Any]:
         """Everything but the model, as tensors and plain values; loads with ``weights_only=True``."""
         return state.state_dict(self)
+
+    def _state(self) -> dict[str, Any]:
+        """The structure's own part of the state: ``spec`` and what it describes."""
+        return {"spec": self.sums.spec.to_json(), "sums": self.sums.to_tensors()}
+
+    def _read_state(self, state: dict[str, Any]) -> Any:
+        """Check the structure's own part of a state, and prepare it for :meth:`_take_state`."""
+        tensors = {name: tensor.to(self._device) for name, tensor in state["sums"].items()}
+        return CurvatureSums.from_tensors(SumsSpec.from_json(state["spec"]), tensors, state["n_data"])
+
+    def _take_state(self, content: Any) -> None:
+        self.set_sums(content)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state from :meth:`state_dict`; see :func:`laplace.posterior.state.load_state_dict`."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from laplace.curvature.sums import CurvatureSums, SumsSpec
+from laplace.curvature.sums import SumsSpec
 
 if TYPE_CHECKING:
     from laplace.posterior.parametric import ParametricLaplace
@@ -15,7 +15,7 @@ SCHEMA_VERSION = 1
 
 
 def state_dict(la: ParametricLaplace) -> dict[str, Any]:
-    """Raw sums, prior, noise and mean; with the model's own state dict this is the whole posterior."""
+    """The structure's own part, prior, noise and mean; with the model's own state dict this is the whole posterior."""
     la._check_fitted()
     return {
         "schema_version": SCHEMA_VERSION,
@@ -28,8 +28,7 @@ def state_dict(la: ParametricLaplace) -> dict[str, Any]:
         "sigma_noise": la.sigma_noise.detach(),
         "n_data": la.n_data,
         "n_outputs": la.n_outputs,
-        "spec": la.sums.spec.to_json(),
-        "sums": la.sums.to_tensors(),
+        **la._state(),
     }
 
 
@@ -46,8 +45,7 @@ def load_state_dict(la: ParametricLaplace, state: dict[str, Any]) -> None:
         if state[key] != ours:
             raise ValueError(f"The state's {key} is {state[key]!r}, but this is {ours!r}.")
     spec = SumsSpec.from_json(state["spec"])
-    tensors = {name: tensor.to(la._device) for name, tensor in state["sums"].items()}
-    sums = CurvatureSums.from_tensors(spec, tensors, state["n_data"])
+    content = la._read_state(state)
     la._adopt_parameters(spec)
     mean = state["mean"].to(la._device)
     now = torch.nn.utils.parameters_to_vector(la.params).detach()
@@ -60,7 +58,7 @@ def load_state_dict(la: ParametricLaplace, state: dict[str, Any]) -> None:
     try:
         for name in names:
             setattr(la, name, state[name])
-        la.set_sums(sums)
+        la._take_state(content)
     except ValueError:
         for name, value in before.items():
             setattr(la, name, value)

@@ -13,7 +13,11 @@ from laplace.utils.enums import parse
 
 
 class FeatureReduction(StrEnum):
-    """How features ``(batch, positions, in)`` become ``(batch, in)``; it has to repeat what the model does."""
+    """How features ``(batch, positions, in)`` become ``(batch, in)``; it has to repeat what the model does.
+
+    Models that pick the last position that is not padding pick another one for every example: the position whose logits are
+    the model's output is then taken instead.
+    """
 
     PICK_FIRST = "pick_first"
     PICK_LAST = "pick_last"
@@ -84,13 +88,13 @@ class FeatureExtractor(nn.Module):
         """Outputs and (reduced) inputs of the last layer."""
         if self.last_layer_name is None:
             self.find_last_layer(x)
-        kept: list[Tensor] = []
-        handle = self.last_layer.register_forward_hook(lambda module, args, output: kept.append(args[0]))
+        kept: list[tuple[Tensor, Tensor]] = []
+        handle = self.last_layer.register_forward_hook(lambda module, args, output: kept.append((args[0], output)))
         try:
             out = self.model(x)
         finally:
             handle.remove()
-        features = self._reduce(kept[-1])
+        features = self._reduce(*kept[-1], out)
         return out, features if self.enable_backprop else features.detach()
 
     def find_last_layer(self, x: Tensor | MutableMapping[str, Any]) -> Tensor:
@@ -129,11 +133,18 @@ class FeatureExtractor(nn.Module):
             )
         return out
 
-    def _reduce(self, features: Tensor) -> Tensor:
+    def _reduce(self, features: Tensor, logits: Tensor, out: Tensor) -> Tensor:
         if self.feature_reduction is None or features.ndim == 2:
             return features
-        if self.feature_reduction is FeatureReduction.PICK_FIRST:
-            return features.flatten(1, -2)[:, 0]
-        if self.feature_reduction is FeatureReduction.PICK_LAST:
-            return features.flatten(1, -2)[:, -1]
-        return features.flatten(1, -2).mean(1)
+        features, logits = features.flatten(1, -2), logits.flatten(1, -2)
+        if self.feature_reduction is FeatureReduction.AVERAGE:
+            return features.mean(1)
+        last = self.feature_reduction is FeatureReduction.PICK_LAST
+        if out.shape != logits[:, 0].shape:
+            return features[:, -1 if last else 0]
+        same = (logits == out[:, None]).all(-1)  # the position that the model picked
+        order = torch.arange(1, same.shape[1] + 1, device=same.device)
+        picked = (same * (order if last else order.flip(0))).argmax(1)
+        nominal = torch.full_like(picked, same.shape[1] - 1 if last else 0)
+        picked = torch.where(same.any(1), picked, nominal)
+        return features[torch.arange(len(features), device=features.device), picked]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace.curvature.layers import weight_shape_2d
+from laplace.utils import memory
 
 
 class Kron:
@@ -52,10 +53,9 @@ class Kron:
         kfacs = []
         for block in sums.spec.blocks:
             factors = [sums.tensors[name] for name in block.factors]
-            if len(factors) == 2:
-                factors[1] = factors[1] / n_data
-            elif block.factors[0].endswith("/diag"):
+            if not block.has_factors:
                 factors[0] = factors[0].flatten()
+            factors = [f / n_data if name.endswith("/A") else f for name, f in zip(block.factors, factors, strict=True)]
             kfacs.append(factors)
         return cls(kfacs)
 
@@ -89,7 +89,16 @@ class Kron:
 
         Raises:
             ValueError: If a factor holds NaN or Inf.
+            NotEnoughMemoryError: If the widest factor's eigenvectors do not fit into the free memory.
         """
+        widest = max((f for fs in self.kfacs for f in fs if f.ndim == 2), key=len, default=None)
+        if widest is not None:
+            memory.require(
+                4 * memory.tensor_bytes(*widest.shape),
+                widest.device,
+                f"The eigendecomposition of a Kronecker factor of width {len(widest):,}",
+                "Use hessian_structure='diag', or set requires_grad=False on the parameters of that layer.",
+            )
         done: dict[int, tuple[Tensor | None, Tensor]] = {}
         for number, factors in enumerate(self.kfacs):
             for factor in factors:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,3 +83,12 @@ def summarize_regression(scores: Mapping[str, Tensor]) -> dict[str, float]:
         "rmse": scores["squared_error"].mean().sqrt().item(),
         "coverage_90": scores["covered_90"].mean().item(),
     }
+
+
+def __getattr__(name: str) -> Any:
+    """Import torchmetrics only for who wants a metric: beside a broken torchvision it cannot be imported."""
+    if name != "RunningNLLMetric":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from laplace.utils.running import RunningNLLMetric
+
+    return RunningNLLMetric

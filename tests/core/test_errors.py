@@ -31,11 +31,11 @@ NAN = float("nan")
         ),
         (("classification", "all", "block"), "valid values are 'full', 'kron', 'diag', 'lowrank', 'gp'"),
         (
-            ("classification", "all", "gp"),
-            "no Laplace approximation for all × gp; available are all × full, all × kron",
+            ("classification", "subnetwork", "gp"),
+            "no Laplace approximation for subnetwork × gp; available are all × full, all × kron",
         ),
         (("classification", "last_layer", "lowrank"), "no Laplace approximation for last_layer × lowrank; available"),
-        (("classification", "subnetwork", "full"), "no Laplace approximation for subnetwork × full; available"),
+        (("classification", "subnetwork", "kron"), "no Laplace approximation for subnetwork × kron; available"),
     ],
 )
 def test_unknown_names_list_the_valid_ones(arguments, message):

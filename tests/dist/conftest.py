@@ -1,4 +1,4 @@
-"""One private Ray cluster for all tests that need one; it ends with the session."""
+"""One private Ray cluster and one S3 server for all tests that need them; they end with the session."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from s3server import S3Server
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -38,6 +39,16 @@ def cluster():
     )
     yield context.address_info["gcs_address"]
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory):
+    """Start a real S3 server on loopback, which ends with the session."""
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    try:
+        yield server.start()
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -190,3 +190,13 @@ def inline_job(chosen: Config, size: int = 1) -> Job:
     job = Job(chosen, say=lambda text: None)
     job._pool = InlinePool(job.config, size)
     return job
+
+
+def run_inline(chosen: Config, size: int = 1) -> tuple:
+    """Carry out the stages that the settings ask for, without Ray; returns the posterior version and the metrics."""
+    with inline_job(chosen, size) as job:
+        job.open()
+        job.map()
+        version = job.reduce()
+        tuning = None if chosen.skip_tune else job.tune(version)
+        return version, None if chosen.skip_evaluate else job.evaluate(version, tuning)

@@ -232,9 +232,7 @@ def test_the_demo_on_a_private_cluster_then_tune_and_evaluate_alone(tmp_path, en
 
 def test_follow_on_jobs_alone(cluster, tmp_path, environment):
     url = tmp_path / "run"
-    fit(
-        dist_cases.config(url, model="laplace_dist.demo:network", data="laplace_dist.demo:digits", batch_size=256)
-    )
+    fit(dist_cases.config(url, model="laplace_dist.demo:network", data="laplace_dist.demo:digits", batch_size=256))
     common = [f"--checkpoint={url}", f"--ray-address={cluster}", "--num-workers=2"]
     tuned = job("tune", *common, "--tune-method=gridsearch", "--grid-size=9", environment=environment)
     out, err = tuned.communicate()

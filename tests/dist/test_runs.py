@@ -40,14 +40,7 @@ def distance(one, two):
     return float((one.double() - two.double()).norm() / two.double().norm())
 
 
-def run(config, size=1):
-    """Carry out the stages that the settings ask for, without Ray; returns the posterior version and the metrics."""
-    with dist_cases.inline_job(config, size) as job:
-        job.open()
-        job.map()
-        version = job.reduce()
-        tuning = None if config.skip_tune else job.tune(version)
-        return version, None if config.skip_evaluate else job.evaluate(version, tuning)
+run = dist_cases.run_inline
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -78,9 +71,9 @@ def test_the_posterior_equals_a_fit_in_one_process(tmp_path, structure, subset, 
     assert distance(ours.log_marginal_likelihood(), alone.log_marginal_likelihood()) <= TOLERANCE[dtype]
 
 
-def test_the_second_backend_gives_the_same_posterior(tmp_path):
+def test_every_backend_gives_the_same_posterior(tmp_path):
     found = {}
-    for backend in ("native", "curvlinops"):
+    for backend in ("native", "curvlinops", "asdl"):
         config = dist_cases.config(
             tmp_path / backend, backend=backend, model_args={"dtype": "float64"}, data_args={"dtype": "float64"}
         )
@@ -88,6 +81,7 @@ def test_the_second_backend_gives_the_same_posterior(tmp_path):
         found[backend] = load_posterior(str(tmp_path / backend), dist_cases.convnet("float64")).sums.to_tensors()
     for name, value in found["native"].items():
         assert distance(found["curvlinops"][name], value) < 1e-10, name
+        assert distance(found["asdl"][name], value) < 1e-10, name
 
 
 def test_running_again_changes_nothing(tmp_path):
@@ -150,6 +144,17 @@ def test_grid_search_over_shards_is_that_of_the_core_library(tmp_path):
     alone.optimize_prior_precision(method="gridsearch", val_loader=loader, grid_size=21)
     ours = load_posterior(str(tmp_path), dist_cases.convnet())
     assert ours.prior_precision.tolist() == alone.prior_precision.tolist()
+
+
+def test_a_prior_on_the_edge_of_the_grid_is_said(tmp_path):
+    said = []
+    config = dist_cases.config(tmp_path, skip_tune=False, grid_size=2)
+    with dist_cases.inline_job(config) as job:
+        job.say = said.append
+        job.open()
+        job.map()
+        job.tune(job.reduce())
+    assert any("warning: The best prior precision" in line and "edge of the grid" in line for line in said)
 
 
 def test_metrics_are_those_of_the_whole_splits(tmp_path):

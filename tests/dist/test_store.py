@@ -16,7 +16,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laplace_dist import store as store_module
+from laplace_dist import arrays as arrays_module
+from laplace_dist import remote
 from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError
 from laplace_dist.packing import pack, unpack
 from laplace_dist.store import Store
@@ -236,7 +237,7 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("script", "created"), [a[1:] for a in ANSWERS], ids=[a[0] for a in ANSWERS])
 def test_what_is_stored_decides_who_created(monkeypatch, script, created):
-    monkeypatch.setattr(store_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     store = Store("memory://scripted")
     fs = Scripted()
     fs.store, fs.script = {}, list(script)
@@ -255,7 +256,7 @@ def test_what_is_stored_decides_who_created(monkeypatch, script, created):
     ],
 )
 def test_a_store_that_refuses_is_reported_without_secrets(monkeypatch, error, expected, words):
-    monkeypatch.setattr(store_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     store = Store("memory://scripted", {"client_kwargs": {"key": "sekrit-key"}})
     fs = Scripted()
     fs.store, fs.script = {}, [(None, error)] * 9
@@ -296,7 +297,7 @@ def test_a_chunk_that_equals_the_fill_value_is_written(local):
 
 
 def test_arrays_of_several_chunks_come_back(store, monkeypatch):
-    monkeypatch.setattr(store_module, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(arrays_module, "CHUNK_BYTES", 64)
     arrays = {"flat": np.arange(100.0), "rows": np.arange(60, dtype=np.float32).reshape(20, 3, 1), "s": np.eye(9)}
     entries = store.write_arrays("p", arrays, {"s"})
     assert sum(key.startswith("p/flat/c/") for key in store.list("p")) == 13

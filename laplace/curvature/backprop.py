@@ -1,0 +1,71 @@
+"""Jacobians whose own derivative with respect to the inputs is right where :mod:`torch.func` gets it wrong.
+
+The batching rule of ``torch.func`` for the backward pass of ``layer_norm`` takes the saved mean and deviation for
+constants (see pytorch/functorch issue 534): the Jacobian is right, its derivative is not, and nothing says so. Networks
+that call ``layer_norm`` are therefore differentiated by ordinary autograd, one example and one output at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class _LayerNormSeen(TorchDispatchMode):
+    """Notices calls of ``layer_norm``, by modules or by functions."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.seen = self.seen or func is torch.ops.aten.native_layer_norm.default
+        return func(*args, **(kwargs or {}))
+
+
+def calls_layer_norm(model: nn.Module, x: Any) -> bool:
+    """Whether a forward pass runs ``layer_norm``."""
+    with torch.no_grad(), _LayerNormSeen() as mode:
+        model(_rows(x, slice(0, 1)))
+    return mode.seen
+
+
+def plain_jacobians(model: nn.Module, x: Any, names: Iterable[str]) -> tuple[dict[str, Tensor], Tensor]:
+    """Jacobians with respect to the named parameters, by ordinary autograd; differentiable in ``x``.
+
+    Args:
+        model: The network, already in the mode in which it is to be evaluated.
+        x: One batch of inputs.
+        names: Names of the parameters.
+
+    Returns:
+        For each name ``(batch, …, outputs, *shape)``, and the outputs ``(batch, …, outputs)``.
+    """
+    fixed = {name: p.detach() for name, p in model.named_parameters()}
+    chosen = {name: fixed[name].clone().requires_grad_(True) for name in names}
+    n = len(next(iter(x.values())) if isinstance(x, MutableMapping) else x)
+    outputs, rows = [], []
+    with torch.enable_grad():
+        for i in range(n):
+            f = torch.func.functional_call(model, {**fixed, **chosen}, (_rows(x, slice(i, i + 1)),))[0]
+            outputs.append(f)
+            rows.append([_gradients(value, list(chosen.values())) for value in f.flatten()])
+    f = torch.stack(outputs)
+    jacobians = {
+        name: torch.stack([row[k] for example in rows for row in example]).reshape(*f.shape, *chosen[name].shape)
+        for k, name in enumerate(chosen)
+    }
+    return jacobians, f
+
+
+def _gradients(value: Tensor, params: list[Tensor]) -> list[Tensor]:
+    grads = torch.autograd.grad(value, params, create_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
+
+
+def _rows(x: Any, part: slice) -> Any:
+    if isinstance(x, MutableMapping):
+        return {key: value[part] if isinstance(value, Tensor) else value for key, value in x.items()}
+    return x[part]

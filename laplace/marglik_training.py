@@ -1,0 +1,236 @@
+r"""Train weights and hyperparameters together: online empirical Bayes.
+
+Algorithm 1 of Immer et al., "Scalable Marginal Likelihood Estimation for Model Selection in Deep Learning" (ICML
+2021). Epochs of ordinary training on the negative log joint alternate with steps of Adam on the logarithms of the
+prior precision and the observation noise, which climb the Laplace approximation of the evidence at the current
+weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from laplace.curvature.curvature import CurvatureInterface
+from laplace.curvature.native import NativeGGN
+from laplace.curvature.sums import CurvatureSums
+from laplace.laplace import Laplace
+from laplace.posterior.parametric import ParametricLaplace
+from laplace.utils.batches import batches
+from laplace.utils.enums import HessianStructure, Likelihood, PriorStructure, SubsetOfWeights, parse
+
+
+def marglik_training(
+    model: nn.Module,
+    train_loader: DataLoader,
+    likelihood: Likelihood | str = Likelihood.CLASSIFICATION,
+    hessian_structure: HessianStructure | str = HessianStructure.KRON,
+    backend: type[CurvatureInterface] = NativeGGN,
+    optimizer_cls: type[Optimizer] = Adam,
+    optimizer_kwargs: dict[str, Any] | None = None,
+    scheduler_cls: type[LRScheduler] | None = None,
+    scheduler_kwargs: dict[str, Any] | None = None,
+    n_epochs: int = 300,
+    lr_hyp: float = 0.1,
+    prior_structure: PriorStructure | str = PriorStructure.LAYERWISE,
+    n_epochs_burnin: int = 0,
+    n_hypersteps: int = 10,
+    marglik_frequency: int = 1,
+    prior_prec_init: float = 1.0,
+    sigma_noise_init: float = 1.0,
+    temperature: float = 1.0,
+    fix_sigma_noise: bool = False,
+    progress_bar: bool = False,
+    enable_backprop: bool = False,
+    dict_key_x: str = "input_ids",
+    dict_key_y: str = "labels",
+) -> tuple[ParametricLaplace, nn.Module, list[float], list[float]]:
+    """Optimise weights and hyperparameters jointly; this replaces ordinary training.
+
+    Args:
+        model: Network that returns logits or regression means; trained in place.
+        train_loader: Training batches. Without ``len(train_loader.dataset)``, examples are counted in one pass.
+        likelihood: ``'classification'`` or ``'regression'``.
+        hessian_structure: ``'kron'``, ``'diag'`` or ``'full'``, over all weights.
+        backend: Curvature backend. The default is the native exact GGN: the same quantity as the GGN of the ASDL
+            package, without needing that package.
+        optimizer_cls: Optimizer of the weights.
+        optimizer_kwargs: Its further arguments, such as ``lr``.
+        scheduler_cls: Learning rate scheduler of the optimizer, stepped after every batch.
+        scheduler_kwargs: Its further arguments.
+        n_epochs: Epochs of training.
+        lr_hyp: Step size of Adam on the hyperparameters.
+        prior_structure: ``'scalar'``, ``'layerwise'`` or ``'diag'``; Kron takes the first two.
+        n_epochs_burnin: Epochs at the start without estimates of the evidence.
+        n_hypersteps: Steps on the hyperparameters for each estimate.
+        marglik_frequency: Estimate after every so many epochs.
+        prior_prec_init: Initial prior precision.
+        sigma_noise_init: Initial observation noise (regression).
+        temperature: Temperature of the likelihood, for data that is counted several times by augmentation.
+        fix_sigma_noise: Keep ``sigma_noise_init`` instead of optimising it (regression).
+        progress_bar: Show progress over epochs.
+        enable_backprop: Make the returned posterior's predictives differentiable in their inputs.
+        dict_key_x: Key of the inputs in dict-like batches.
+        dict_key_y: Key of the targets in dict-like batches.
+
+    Returns:
+        The posterior with the best evidence met; the model, at its weights; the *negative* log marginal likelihood
+        before every step on the hyperparameters; and the loss (negative log joint per example, in units of the
+        criterion) of every epoch. Without a single estimate, the posterior is that of the last weights.
+
+    Raises:
+        ValueError: On unknown or impossible arguments, an empty loader, or when the evidence becomes NaN or Inf.
+    """
+    likelihood = parse(Likelihood, likelihood, "likelihood")
+    if likelihood is Likelihood.REWARD_MODELING:
+        raise ValueError("marglik_training takes likelihood='classification' or 'regression', not 'reward_modeling'.")
+    for name, value in (
+        ("n_epochs", n_epochs),
+        ("marglik_frequency", marglik_frequency),
+        ("n_hypersteps", n_hypersteps),
+    ):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    la = Laplace(
+        model,
+        likelihood,
+        SubsetOfWeights.ALL,
+        hessian_structure,
+        sigma_noise=sigma_noise_init,
+        temperature=temperature,
+        enable_backprop=enable_backprop,
+        dict_key_x=dict_key_x,
+        dict_key_y=dict_key_y,
+        backend=backend,
+    )
+    la.prior_precision = la.initial_prior_precision(prior_prec_init, prior_structure)
+    hyper = _Hyperparameters(la, likelihood is Likelihood.REGRESSION and not fix_sigma_noise, lr_hyp)
+    optimizer = optimizer_cls(la.params, **(optimizer_kwargs or {}))
+    scheduler = None if scheduler_cls is None else scheduler_cls(optimizer, **(scheduler_kwargs or {}))
+    n_data = _count(train_loader, dict_key_y)
+    best: _Best | None = None
+    margliks: list[float] = []
+    losses: list[float] = []
+    for epoch in _epochs(n_epochs, progress_bar):
+        losses.append(_train_epoch(la, train_loader, optimizer, scheduler, n_data))
+        if epoch <= n_epochs_burnin or epoch % marglik_frequency:
+            continue
+        la.fit(train_loader)
+        margliks += hyper.climb(n_hypersteps, epoch)
+        if best is None or margliks[-1] < best.marglik:
+            best = _Best.of(la, margliks[-1])
+        hyper.apply()
+    if best is None:
+        la.fit(train_loader)
+    else:
+        best.restore(la)
+    return la, model, margliks, losses
+
+
+class _Hyperparameters:
+    """Logarithms of prior precision and observation noise, and the optimizer that climbs the evidence with them."""
+
+    def __init__(self, la: ParametricLaplace, with_noise: bool, lr: float):
+        """Start from the posterior's own values."""
+        self.la = la
+        start = [la.prior_precision, la.sigma_noise] if with_noise else [la.prior_precision]
+        self.logs = [value.detach().log().requires_grad_(True) for value in start]
+        self.optimizer = Adam(self.logs, lr=lr)
+
+    def climb(self, n_steps: int, epoch: int) -> list[float]:
+        """Take steps; the posterior is left with the values of the last estimate. Returns the negative evidences."""
+        estimates = []
+        for _ in range(n_steps):
+            self.optimizer.zero_grad()
+            loss = -self.la.log_marginal_likelihood(*[log.exp() for log in self.logs])
+            if not math.isfinite(loss.item()):
+                raise ValueError(
+                    f"The log marginal likelihood is {-loss.item()} after epoch {epoch}. Lower lr_hyp or the step size "
+                    "of the optimizer, or start from other hyperparameters."
+                )
+            loss.backward()
+            self.optimizer.step()
+            estimates.append(loss.item())
+        return estimates
+
+    def apply(self) -> None:
+        """Give the posterior the current values, detached."""
+        self.la.prior_precision = self.logs[0].detach().exp()
+        if len(self.logs) > 1:
+            self.la.sigma_noise = self.logs[1].detach().exp()
+
+
+@dataclass
+class _Best:
+    """The best evidence so far, and all that it takes to return there."""
+
+    marglik: float
+    model_state: dict[str, Any]
+    sums: CurvatureSums
+    prior_precision: Tensor
+    sigma_noise: Tensor
+
+    @classmethod
+    def of(cls, la: ParametricLaplace, marglik: float) -> _Best:
+        state = copy.deepcopy(la.model.state_dict())
+        return cls(marglik, state, la.sums, la.prior_precision.detach(), la.sigma_noise.detach())
+
+    def restore(self, la: ParametricLaplace) -> None:
+        la.model.load_state_dict(self.model_state)
+        la.set_sums(self.sums)
+        la.prior_precision, la.sigma_noise = self.prior_precision, self.sigma_noise
+
+
+def _train_epoch(
+    la: ParametricLaplace, loader: Iterable, optimizer: Optimizer, scheduler: LRScheduler | None, n_data: int
+) -> float:
+    r"""One epoch on the mean loss plus :math:`\tfrac{1}{2N c}\,\theta^\top P_0\,\theta`; returns its mean per example.
+
+    :math:`c` turns the mean of torch's loss into the mean negative log likelihood: :math:`1/T` for cross entropy,
+    :math:`1/(2\sigma^2T)` for the squared error.
+    """
+    regression = la.likelihood is Likelihood.REGRESSION
+    criterion = nn.MSELoss() if regression else nn.CrossEntropyLoss()
+    scale = float(la._H_factor) / (2 if regression else 1)
+    precision, mean = la.prior_precision_diag, la.prior_mean
+    total = 0.0
+    la.model.train()
+    for x, y in batches(loader, la._device, la.dict_key_y):
+        optimizer.zero_grad()
+        f = la.model(x)
+        if not regression:
+            f, y = f.flatten(0, -2), y.flatten()
+        delta = parameters_to_vector(la.params) - mean
+        loss = criterion(f, y) + 0.5 * (precision * delta * delta).sum() / n_data / scale
+        loss.backward()
+        optimizer.step()
+        total += loss.item() * len(y)
+        if scheduler is not None:
+            scheduler.step()
+    return total / n_data
+
+
+def _count(loader: Iterable, dict_key_y: str) -> int:
+    dataset = getattr(loader, "dataset", None)
+    n = len(dataset) if hasattr(dataset, "__len__") else sum(len(y) for _, y in batches(loader, None, dict_key_y))
+    if n == 0:
+        raise ValueError("The data loader is empty, so there is nothing to train on.")
+    return n
+
+
+def _epochs(n_epochs: int, progress_bar: bool) -> Iterable[int]:
+    epochs = range(1, n_epochs + 1)
+    if not progress_bar:
+        return epochs
+    from tqdm.auto import tqdm
+
+    return tqdm(epochs, desc="[Training marginal likelihood]")

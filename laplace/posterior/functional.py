@@ -1,0 +1,372 @@
+r"""Gaussian-process posterior of the linearised network: the same predictive from inner products of Jacobians.
+
+Linearised at the MAP, the network is a Gaussian process with kernel :math:`k(x, x') = \delta^{-1} J(x) J(x')^\top` (Khan et
+al., "Approximate inference turns deep networks into Gaussian processes", NeurIPS 2019; Immer et al., "Improving predictions of
+Bayesian neural nets via local linearization", AISTATS 2021). With roots :math:`V_n V_n^\top = \Lambda_n` of the output Hessians
+of :math:`M` training examples, :math:`W = V^\top J J^\top V` and :math:`h = \tfrac{N}{M} / (\sigma^2 T)`,
+
+.. math:: J_* P^{-1} J_*^\top = \tfrac1\delta \left[ J_* J_*^\top
+    - J_* J^\top V \left(\tfrac\delta h I + W\right)^{-1} V^\top J J_*^\top \right], \qquad
+    \log\frac{\det P}{\det P_0} = \sum_i \log\left(1 + \tfrac h\delta \lambda_i(W)\right) ,
+
+which is Woodbury's identity for :math:`P = h J^\top \Lambda J + \delta I`: with all of the data it is the dense posterior
+exactly. One eigendecomposition of :math:`W` serves every prior precision and noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+
+from laplace import likelihood as lik
+from laplace.curvature import kernel
+from laplace.curvature.capture import eval_mode
+from laplace.curvature.contract import output_directions
+from laplace.curvature.curvature import EFInterface, GGNInterface
+from laplace.curvature.sums import CurvatureSums, SumsSpec
+from laplace.curvature.variance import Basis, block_variance
+from laplace.errors import NotFittedError
+from laplace.posterior.last_layer import LLLaplace
+from laplace.posterior.parametric import ParametricLaplace
+from laplace.utils import memory
+from laplace.utils.enums import PredType
+
+
+class FunctionalLaplace(ParametricLaplace):
+    r"""Laplace approximation in function space, over all weights: a Gaussian process conditioned on some of the data.
+
+    Its cost grows with the number of examples it is conditioned on and with the outputs, not with the square of the number of
+    parameters. The examples are a random subset; their curvature counts :math:`N/M` times, an unbiased estimate of that of
+    all of the data. The log likelihood in the evidence is that of all of the data.
+
+    Args:
+        model: Trained network.
+        likelihood: ``'classification'`` or ``'regression'``.
+        n_subset: Number of examples to condition on; None for all.
+        *args: Further positional arguments of :class:`laplace.BaseLaplace`; the prior precision is a scalar.
+        independent_outputs: One process per output instead of a joint one; ignores what outputs tell about each other, and
+            needs one ``M x M`` matrix per output instead of one of all.
+        seed: Seed of the choice of the subset.
+        **kwargs: Further keyword arguments of :class:`laplace.BaseLaplace`.
+
+    Attributes:
+        n_data: Number of examples in the data set.
+        spectrum: Eigenvalues of the training kernel ``(processes, size)`` in float64; None before ``fit``.
+
+    Raises:
+        ValueError: If ``n_subset`` is not positive.
+    """
+
+    structure = "gp"
+    pred_types = (PredType.GP,)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str,
+        n_subset: int | None = None,
+        *args: Any,
+        independent_outputs: bool = False,
+        seed: int = 0,
+        **kwargs: Any,
+    ):
+        """See the class."""
+        if n_subset is not None and n_subset < 1:
+            raise ValueError(f"n_subset={n_subset} must be at least 1, or None for all of the data.")
+        self.n_subset = n_subset
+        self.independent_outputs = independent_outputs
+        self.seed = seed
+        self.spectrum: Tensor | None = None
+        self._vectors: Tensor | None = None
+        self._rows: kernel.Rows = {}
+        self._subset: list[tuple[Any, Tensor]] = []
+        super().__init__(model, likelihood, *args, **kwargs)
+
+    def _check_fitted(self) -> None:
+        if self.spectrum is None:
+            raise NotFittedError(f"{type(self).__name__} has not been fitted: call fit(train_loader) first.")
+
+    def _check_prior_structure(self, value: Tensor) -> None:
+        if len(value) != 1:
+            raise ValueError(
+                f"A functional (GP) posterior takes a scalar prior precision, not one of {len(value)} values: its kernel is "
+                "computed once, for every prior. Use hessian_structure='full', 'kron' or 'diag'."
+            )
+
+    # --- fitting -------------------------------------------------------------------------------------------------
+
+    def initialize(self, x: Any) -> SumsSpec:
+        """Decide from one batch of inputs how every parameter's Jacobian is obtained.
+
+        Raises:
+            ValueError: If the backend has no roots of the output Hessian.
+        """
+        if not isinstance(self.backend, (GGNInterface, EFInterface)):
+            raise ValueError(
+                f"A functional (GP) posterior needs a GGN or EF backend, not {type(self.backend).__name__}; the true Hessian "
+                "is no Gaussian process."
+            )
+        spec = self.backend.initialize(x, "diag")
+        blocks = tuple(replace(block, factors=()) for block in spec.blocks)
+        self._spec = replace(spec, structure=self.structure, blocks=blocks, factors={})
+        self.n_outputs = spec.n_outputs
+        return self._spec
+
+    def fit(self, train_loader: Iterable, override: bool = True, progress_bar: bool = False) -> None:
+        """Condition the process on a subset of a data loader, in two passes over it.
+
+        Args:
+            train_loader: Batches ``(x, y)``, or dict-like batches that hold ``dict_key_y``.
+            override: Has to be True.
+            progress_bar: Show progress over batches.
+
+        Raises:
+            NonFiniteError: On NaN or Inf; names the examples. An earlier fit stays as it was.
+            ValueError: If ``override`` is False, on an empty loader, one shorter than ``n_subset``, or targets that do not fit.
+        """
+        if not override:
+            self._refuse("fit(override=False)")
+        if isinstance(train_loader, Iterator):
+            raise ValueError("A GP fit passes over the data twice; give a DataLoader or list, not an iterator.")
+        before = self._spec, self.n_outputs
+        try:
+            loss, n_data = self._loss_of(train_loader, progress_bar)
+            size = n_data if self.n_subset is None else self.n_subset
+            if size > n_data:
+                raise ValueError(f"n_subset={size} is more than the {n_data} examples of the data.")
+            self._condition(list(self._chosen(train_loader, n_data, size)), loss, n_data)
+        except ValueError:
+            self._spec, self.n_outputs = before
+            self.backend.spec = self._spec
+            raise
+
+    def _loss_of(self, loader: Iterable, progress_bar: bool) -> tuple[Tensor, int]:
+        """Summed loss at the MAP and number of examples; initialises with the first batch."""
+        loss, n = torch.zeros((), dtype=torch.float64, device=self._device), 0
+        for x, y in self._batches(loader, progress_bar):
+            if n == 0:
+                self.initialize(x)
+            with torch.no_grad(), eval_mode(self.model):
+                f = self.model(x)
+            lik.check_targets(self.backend.likelihood, f, y, n)
+            loss, n = loss + lik.loss_sum(self.backend.likelihood, f, y), n + len(y)
+        if n == 0:
+            raise ValueError("The data loader is empty, so there is nothing to fit. An earlier fit stays as it was.")
+        return loss, n
+
+    def _chosen(self, loader: Iterable, n_data: int, size: int) -> Iterator[tuple[Any, Tensor]]:
+        """Batches of the subset; the same examples at every call where the loader's data set can be indexed."""
+        if size == n_data:
+            yield from self._batches(loader)
+            return
+        from laplace.utils.utils import SoDSampler
+
+        sampler = SoDSampler(n_data, size, self.seed)
+        usual = isinstance(loader, DataLoader) and isinstance(loader.sampler, (SequentialSampler, RandomSampler))
+        if usual and loader.batch_size is not None and len(loader.dataset) == n_data:
+            subset = DataLoader(loader.dataset, loader.batch_size, sampler=sampler, collate_fn=loader.collate_fn)
+            yield from self._batches(subset)
+            return
+        indices, start = torch.tensor(sampler.indices), 0
+        for x, y in self._batches(loader):
+            own = indices[(indices >= start) & (indices < start + len(y))] - start
+            start += len(y)
+            if len(own):
+                yield _pick(x, own.to(y.device)), y[own.to(y.device)]
+
+    def _condition(self, subset: list[tuple[Any, Tensor]], loss: Tensor, n_data: int) -> None:
+        """Set everything that depends on the data."""
+        parts, start = [], 0
+        for x, y in subset:
+            capture = self.backend.capture(x)
+            parts.append(kernel.rows_of(capture, self._spec.blocks, self._roots(capture.f, y, start)))
+            start += len(y)
+        rows = kernel.concatenate(parts)
+        gram = self._gram(rows, rows)
+        values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+        self.spectrum, self._vectors = values.clamp(min=0), vectors
+        self._rows, self._subset = rows, subset
+        self.loss, self.n_data = loss, n_data
+        self.mean = torch.nn.utils.parameters_to_vector(self.params).detach()
+
+    def _roots(self, f: Tensor, y: Tensor, offset: int) -> list[Tensor]:
+        """Directions whose rows span the curvature; of independent outputs, one per output."""
+        directions = list(self.backend.directions(f.to(self._spec.torch_dtype), y, offset))
+        if not self.independent_outputs:
+            return directions
+        root = sum(v.square() for v in directions).sqrt().flatten(1)  # of the diagonal
+        return [(root * unit).reshape(f.shape) for unit in output_directions(root)]
+
+    def _gram(self, one: kernel.Rows, two: kernel.Rows) -> Tensor:
+        """Inner products of all rows: ``(1, n · k, m · l)``, or ``(outputs, n, m)`` of independent ones."""
+        (n, k), (m, width) = (kernel.shape_of(rows) for rows in (one, two))
+        size = (k, n, m) if self.independent_outputs else (n * k, m * width)
+        memory.require(
+            3 * memory.tensor_bytes(*size),
+            self._device,
+            f"The kernel of {n} against {m} examples",
+            "Lower n_subset or the batch size, or set independent_outputs=True.",
+        )
+        if self.independent_outputs:
+            return kernel.gram(one, two, paired=True)
+        return kernel.gram(one, two).flatten(2, 3).flatten(0, 1)[None]
+
+    # --- algebra -------------------------------------------------------------------------------------------------
+
+    @property
+    def _curvature_factor(self) -> Tensor:
+        """Scale of the subset's curvature, ``h``."""
+        size = sum(len(y) for _, y in self._subset)
+        return self._H_factor.double() * (self.n_data / size)
+
+    @property
+    def log_det_ratio(self) -> Tensor:
+        r""":math:`\log\det P - \log\det P_0`."""
+        self._check_fitted()
+        return (1 + self._curvature_factor * self.spectrum / self.prior_precision.double()).log().sum().to(self._dtype)
+
+    @property
+    def log_det_posterior_precision(self) -> Tensor:
+        r"""Log determinant :math:`\log\det P` of the precision over the weights."""
+        return self.log_det_ratio + self.log_det_prior_precision
+
+    def functional_variance(self, Js: Tensor) -> Tensor:
+        r""":math:`J P^{-1} J^\top` for ``(batch, outputs, parameters)``, giving ``(batch, outputs, outputs)``."""
+        self._check_fitted()
+        rows = kernel.rows_of_jacobian(Js, self._spec.blocks, self._rows)
+        prior = Js.double() @ Js.double().mT
+        if self.independent_outputs:
+            prior = prior.diagonal(dim1=-2, dim2=-1)
+        cross = self._projected(rows, len(Js))
+        variance = self._variance(prior, cross, self.prior_precision, diagonal=self.independent_outputs)
+        return (torch.diag_embed(variance) if self.independent_outputs else variance).to(Js.dtype)
+
+    def functional_covariance(self, Js: Tensor) -> Tensor:
+        r""":math:`J P^{-1} J^\top` jointly for ``(batch · outputs, parameters)``, as of a Gaussian process."""
+        if not self.independent_outputs:
+            return self.functional_variance(Js[None])[0]
+        self._check_fitted()
+        outputs = len(self.spectrum)
+        js = Js.unflatten(0, (-1, outputs)).transpose(0, 1)  # each output is a process: its examples covary
+        prior = js.double() @ js.double().mT
+        cross = self._projected(kernel.rows_of_jacobian(js.transpose(0, 1), self._spec.blocks, self._rows), js.shape[1])
+        weights = self._weights(self.prior_precision)
+        cross = cross.transpose(0, 1)
+        each = (prior - (cross * weights[:, None]) @ cross.mT) / self.prior_precision.double()
+        placed = torch.einsum("cnm,cd->ncmd", each, torch.eye(outputs, dtype=each.dtype, device=each.device))
+        return placed.flatten(2, 3).flatten(0, 1).to(Js.dtype)
+
+    def _projected(self, rows: kernel.Rows, n: int) -> Tensor:
+        """Test rows against the eigenvectors of the training kernel, ``(batch, outputs, size)``."""
+        projected = self._gram(rows, self._rows) @ self._vectors
+        return projected.transpose(0, 1) if self.independent_outputs else projected[0].unflatten(0, (n, -1))
+
+    def _weights(self, prior_precision: Tensor) -> Tensor:
+        r""":math:`(\delta/h + \lambda)^{-1}`, ``(processes, size)``."""
+        return (prior_precision.double() / self._curvature_factor + self.spectrum).reciprocal()
+
+    def _variance(self, prior: Tensor, cross: Tensor, prior_precision: Tensor, diagonal: bool) -> Tensor:
+        """Variances ``(batch, outputs)`` or covariances from those of the unit prior and the projected rows."""
+        scaled = cross * self._weights(prior_precision)
+        known = (scaled * cross).sum(-1) if diagonal else scaled @ cross.mT
+        return (prior - known) / prior_precision.double()
+
+    def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor:
+        """Prior variance minus what the data took away; all priors share what depends on the batch."""
+        dtype, capture.dtype = capture.dtype, torch.float64
+        capture.jacobians = {name: value.double() for name, value in capture.jacobians.items()}
+        blocks = self._spec.blocks
+        only_diagonal = diagonal or self.independent_outputs
+        ones = [torch.ones(b.shape[0], b.size // b.shape[0]).to(capture.f).double() for b in blocks]
+        weights = [lambda t, w=w: w for w in ones]
+        prior = block_variance(capture, blocks, [Basis()] * len(blocks), weights, 1, only_diagonal)[0]
+        rows = kernel.rows_of(capture, blocks, output_directions(capture.f))
+        cross = self._projected(rows, len(capture.f))
+        found = torch.stack([self._variance(prior, cross, value, only_diagonal) for value in prior_precisions])
+        return (found if diagonal == only_diagonal else torch.diag_embed(found)).to(dtype)
+
+    # --- predictive and tuning -----------------------------------------------------------------------------------
+
+    def __call__(self, x: Any, pred_type: PredType | str = PredType.GP, *args: Any, **kwargs: Any) -> Any:
+        """Posterior predictive; see :func:`laplace.predictive.predict`. ``pred_type`` is ``'gp'``."""
+        return super().__call__(x, pred_type, *args, **kwargs)
+
+    def predictive_samples(self, x: Any, pred_type: PredType | str = PredType.GP, *args: Any, **kwargs: Any) -> Tensor:
+        """Draws from the predictive; see :func:`laplace.predictive.samples`. ``pred_type`` is ``'gp'``."""
+        return super().predictive_samples(x, pred_type, *args, **kwargs)
+
+    def optimize_prior_precision(self, pred_type: PredType | str = PredType.GP, *args: Any, **kwargs: Any) -> None:
+        """Choose the scalar prior precision after the fit; see :func:`laplace.tuning.optimize_prior_precision`."""
+        super().optimize_prior_precision(pred_type, *args, **kwargs)
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        subset = [(dict(x) if isinstance(x, Mapping) else x, y) for x, y in self._subset]
+        return {
+            "spec": self._spec.to_json(),
+            "loss": self.loss,
+            "subset": subset,
+            "independent": self.independent_outputs,
+        }
+
+    def _read_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        if state["independent"] != self.independent_outputs:
+            raise ValueError(f"The state has independent_outputs={state['independent']}, but this posterior has not.")
+        return state
+
+    def _take_state(self, state: dict[str, Any]) -> None:
+        self._spec = self.backend.spec = SumsSpec.from_json(state["spec"])
+        self.n_outputs = self._spec.n_outputs
+        subset = [(x.to(self._device) if isinstance(x, Tensor) else x, y.to(self._device)) for x, y in state["subset"]]
+        self._condition(subset, state["loss"].to(self._device), state["n_data"])
+
+    # --- what a process has not ----------------------------------------------------------------------------------
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(
+            f"{what} is not possible for a functional (GP) posterior: it is conditioned on examples, has no curvature that "
+            "adds up and no distribution over weights. Fit once over all of the data, or use hessian_structure='kron', "
+            "'diag' or 'full'."
+        )
+
+    def zero_sums(self) -> CurvatureSums:
+        """Refused: a process is not a sum."""
+        self._refuse("zero_sums()")
+
+    def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
+        """Refused: a process is not a sum."""
+        self._refuse("accumulate()")
+
+    def set_sums(self, sums: CurvatureSums) -> None:
+        """Refused: a process is not a sum."""
+        self._refuse("set_sums()")
+
+    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+        """Refused: draw functions with :meth:`predictive_samples`."""
+        self._refuse("sample()")
+
+    @property
+    def posterior_precision(self) -> Any:
+        """Refused: there is no distribution over weights."""
+        self._refuse("posterior_precision")
+
+    def square_norm(self, value: Tensor) -> Tensor:
+        """Refused: there is no distribution over weights."""
+        self._refuse("square_norm()")
+
+
+class FunctionalLLLaplace(LLLaplace, FunctionalLaplace):
+    """Gaussian-process posterior of the last layer."""
+
+
+def _pick(x: Any, indices: Tensor) -> Any:
+    """Some examples of a batch of inputs."""
+    if isinstance(x, Mapping):
+        return {k: v[indices.to(v.device)] if isinstance(v, Tensor) else v for k, v in x.items()}
+    return x[indices]

@@ -1,0 +1,231 @@
+r"""Low-rank posterior: :math:`P = U\,\mathrm{diag}(l)\,U^\top / (\sigma^2 T) + \mathrm{diag}(p_0)` with few columns of U.
+
+Woodbury's identity reduces every inverse and determinant to matrices of the rank's size. With
+:math:`W = P_0^{-1/2} U \mathrm{diag}(l)^{1/2}` and :math:`G = W^\top W`,
+
+.. math:: P^{-1} = P_0^{-1/2} \left(I - W (I + G)^{-1} W^\top\right) P_0^{-1/2}, \qquad \det P = \det P_0 \det(I + G).
+
+The differences that this involves are taken in float64, whatever the model's type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from laplace.curvature import contract
+from laplace.curvature.curvature import CurvatureInterface
+from laplace.curvature.hessian import NativeHessian
+from laplace.curvature.sums import CurvatureSums, Factor, SumsSpec
+from laplace.curvature.variance import Basis, block_variance
+from laplace.posterior.parametric import ParametricLaplace
+
+
+class LowRankLaplace(ParametricLaplace):
+    """Laplace approximation over all weights with the leading eigenpairs of the curvature.
+
+    The default backend is :class:`laplace.curvature.NativeHessian`: the same matrix as that of ``AsdlHessian``, the customary
+    default, but from products with vectors that need no further package and converge to the precision of the model's type,
+    where ASDL's power iteration stops after a fixed number of steps. Any backend with ``eig_lowrank`` will do; GGN and EF
+    backends take the eigenpairs of their own matrix. ``backend_kwargs={'low_rank': k}`` sets the rank (10).
+
+    Eigenpairs of parts of the data do not add up, so ``fit(override=False)`` and raw sums of batches are refused.
+
+    Attributes:
+        H: Eigenvectors ``(parameters, rank)`` and positive eigenvalues ``(rank,)`` of the summed curvature.
+    """
+
+    structure = "lowrank"
+
+    def __init__(self, *args: Any, backend: type[CurvatureInterface] | None = NativeHessian, **kwargs: Any):
+        """See :class:`laplace.BaseLaplace`."""
+        super().__init__(*args, backend=backend or NativeHessian, **kwargs)
+
+    # --- fitting -------------------------------------------------------------------------------------------------
+
+    def initialize(self, x: Any) -> SumsSpec:
+        """Decide from one batch of inputs how every parameter's Jacobian is obtained."""
+        spec = self.backend.initialize(x, "diag")
+        blocks = tuple(replace(block, factors=("vectors", "values")) for block in spec.blocks)
+        factors = {"vectors": Factor((self.n_params, 0)), "values": Factor((0,))}
+        self._spec = replace(spec, structure="lowrank", blocks=blocks, factors=factors)
+        self.n_outputs = spec.n_outputs
+        return self._spec
+
+    def fit(self, train_loader: Iterable, override: bool = True, progress_bar: bool = False) -> None:
+        """Find the leading eigenpairs of the curvature over a data loader, in several passes over it.
+
+        Args:
+            train_loader: Batches ``(x, y)`` or dict-like ones; the same data at every pass.
+            override: Has to be True.
+            progress_bar: Without effect here.
+
+        Raises:
+            NonFiniteError: On NaN or Inf; names the examples. An earlier fit stays as it was.
+            ValueError: If ``override`` is False, on an empty loader, or targets that do not fit. An earlier fit stays.
+        """
+        if not override:
+            self._refuse("fit(override=False)")
+        before = self._spec, self.n_outputs
+        try:
+            x, n_data = self._first_inputs(train_loader)
+            spec = self.initialize(x)
+            vectors, values, loss = self.backend.eig_lowrank(train_loader)
+            factors = {"vectors": Factor(tuple(vectors.shape)), "values": Factor(tuple(values.shape))}
+            tensors = {"vectors": vectors.to(spec.torch_dtype), "values": values.to(spec.torch_dtype)}
+            loss = torch.as_tensor(loss, dtype=torch.float64, device=self._device)
+            self.set_sums(CurvatureSums(replace(spec, factors=factors), tensors, loss, n_data))
+        except ValueError:
+            self._spec, self.n_outputs = before
+            self.backend.spec = self._spec
+            raise
+
+    def _first_inputs(self, loader: Iterable) -> tuple[Any, int]:
+        """Inputs of the first batch, and the number of examples in all."""
+        if isinstance(loader, Iterator):
+            raise ValueError(
+                "A low-rank fit passes over the data several times; give a DataLoader or list, not an iterator."
+            )
+        first, n = None, 0
+        for x, y in self._batches(loader):
+            first, n = (x if n == 0 else first), n + len(y)
+        if n == 0:
+            raise ValueError("The data loader is empty, so there is nothing to fit. An earlier fit stays as it was.")
+        return first, n
+
+    def zero_sums(self) -> CurvatureSums:
+        """Refused: eigenpairs are not sums."""
+        self._refuse("zero_sums()")
+
+    def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
+        """Refused: eigenpairs are not sums."""
+        self._refuse("accumulate()")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(
+            f"{what} is not possible for a low-rank posterior: eigenpairs of parts of the data do not add up. Fit once over "
+            "all of it, or use hessian_structure='kron', 'diag' or 'full', which add up."
+        )
+
+    def _finalize(self, sums: CurvatureSums) -> None:
+        self.H = sums.tensors["vectors"], sums.tensors["values"]
+
+    # --- algebra -------------------------------------------------------------------------------------------------
+
+    @property
+    def posterior_precision(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Parts of the precision ``U @ diag(l) @ U.T + diag(p_0)`` as ``((U, l), p_0)``, scaled by noise and temperature."""
+        self._check_fitted()
+        return (self.H[0], self._H_factor * self.H[1]), self.prior_precision_diag
+
+    @property
+    def V(self) -> Tensor:
+        r""":math:`P_0^{-1} U`, ``(parameters, rank)``."""
+        (vectors, _), prior = self.posterior_precision
+        return vectors / prior[:, None]
+
+    @property
+    def Kinv(self) -> Tensor:
+        r""":math:`(\mathrm{diag}(l)^{-1} + U^\top P_0^{-1} U)^{-1}`, the only inverse, ``(rank, rank)``.
+
+        The covariance is :math:`P^{-1} = P_0^{-1} - V K^{-1} V^\top`.
+        """
+        root, factor = self._core(self.prior_precision_diag)
+        half = torch.linalg.solve_triangular(factor, torch.diag(root), upper=False)
+        return (half.T @ half).to(self._dtype)
+
+    def _core(self, prior: Tensor) -> tuple[Tensor, Tensor]:
+        """Roots of the scaled eigenvalues, and the Cholesky factor of ``I + G``, in float64."""
+        self._check_fitted()
+        vectors, root = self.H[0].double(), (self._H_factor.double() * self.H[1].double()).sqrt()
+        gram = root[:, None] * (vectors.T @ (vectors / prior.double()[:, None])) * root
+        return root, torch.linalg.cholesky(gram + torch.eye(len(root), dtype=gram.dtype, device=gram.device))
+
+    @property
+    def log_det_posterior_precision(self) -> Tensor:
+        r"""Log determinant :math:`\log\det P`."""
+        prior = self.prior_precision_diag
+        _, factor = self._core(prior)
+        return prior.log().sum() + (2 * factor.diagonal().log().sum()).to(self._dtype)
+
+    def square_norm(self, value: Tensor) -> Tensor:
+        r""":math:`\Delta^\top P \Delta` with :math:`\Delta` = ``value - mean``."""
+        (vectors, values), prior = self.posterior_precision
+        delta = value - self.mean
+        return (delta.square() * prior).sum(-1) + ((delta @ vectors).square() * values).sum(-1)
+
+    def functional_variance(self, Js: Tensor) -> Tensor:
+        r""":math:`J P^{-1} J^\top`, ``(batch, outputs, outputs)``."""
+        prior = self.prior_precision_diag.double()
+        scaled = Js.double() / prior
+        half = self._half(scaled @ self.H[0].double(), prior)
+        return (scaled @ Js.double().transpose(-1, -2) - half @ half.transpose(-1, -2)).to(Js.dtype)
+
+    def functional_covariance(self, Js: Tensor) -> Tensor:
+        r""":math:`J P^{-1} J^\top` jointly, ``(batch · outputs, batch · outputs)``."""
+        return self.functional_variance(Js)
+
+    def _half(self, projected: Tensor, prior: Tensor) -> Tensor:
+        r""":math:`h` with :math:`h h^\top` the reduction of the prior's variance; ``projected`` is :math:`J P_0^{-1} U`."""
+        root, factor = self._core(prior)
+        return torch.linalg.solve_triangular(factor, (projected * root).mT, upper=False).mT
+
+    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+        """Draw parameter vectors ``(n_samples, parameters)``."""
+        prior = self.prior_precision_diag.double()
+        root, factor = self._core(prior)
+        noise = torch.randn(
+            n_samples, self.n_params, device=self._device, dtype=self._dtype, generator=generator
+        ).double()
+        w = self.H[0].double() * root / prior.sqrt()[:, None]
+        values, rotation = torch.linalg.eigh(factor @ factor.T)  # of I + G
+        shrink = -1 / (values.sqrt() * (1 + values.sqrt()))  # (λ^-½ - 1) / (λ - 1): the root of the identity above
+        w = w @ rotation
+        noise = noise + ((noise @ w) * shrink) @ w.T
+        return self.mean + (noise / prior.sqrt()).to(self._dtype)
+
+    def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor:
+        """Prior variance minus what the data took away; scalar priors share all that depends on the batch."""
+        dtype, capture.dtype = capture.dtype, torch.float64
+        capture.jacobians = {name: value.double() for name, value in capture.jacobians.items()}
+        blocks = self.sums_spec().blocks
+        scalars: tuple[Tensor, Tensor] | None = None
+        variances = []
+        for value in prior_precisions:
+            if len(value) == 1:
+                scalars = scalars or self._from_unit_prior(capture, blocks, diagonal)
+                prior, total, projected = value.double().expand(self.n_params), *(s / value.double() for s in scalars)
+            else:
+                prior = self._spread(value.double())
+                total = self._prior_variance(capture, blocks, prior, diagonal)
+                projected = self._projected(capture, blocks, self.H[0].double() / prior[:, None])
+            half = self._half(projected, prior)
+            variances.append(total - (half.square().sum(-1) if diagonal else half @ half.mT))
+        return torch.stack(variances).to(dtype)
+
+    def _from_unit_prior(self, capture: Any, blocks: Any, diagonal: bool) -> tuple[Tensor, Tensor]:
+        ones = torch.ones(self.n_params, dtype=torch.float64, device=self._device)
+        total = self._prior_variance(capture, blocks, ones, diagonal)
+        return total, self._projected(capture, blocks, self.H[0].double())
+
+    def _prior_variance(self, capture: Any, blocks: Any, prior: Tensor, diagonal: bool) -> Tensor:
+        parts = prior.reciprocal().split([block.size for block in blocks])
+        weights = [p if len(b.shape) == 1 else p.view(b.shape[0], -1) for p, b in zip(parts, blocks, strict=True)]
+        functions = [lambda t, w=w: w for w in weights]
+        return block_variance(capture, blocks, [Basis()] * len(blocks), functions, 1, diagonal)[0]
+
+    def _projected(self, capture: Any, blocks: Any, matrix: Tensor) -> Tensor:
+        """Jacobians times a thin matrix, ``(batch, outputs, rank)``, one output at a time."""
+        rows = (contract.jacobian_rows(capture, blocks, v) for v in contract.output_directions(capture.f))
+        return torch.stack([row.double() @ matrix for row in rows], 1)
+
+    def _spread(self, prior_precision: Tensor) -> Tensor:
+        """A layerwise or diagonal prior precision as one value per parameter."""
+        if len(prior_precision) == self.n_params:
+            return prior_precision
+        sizes = torch.tensor([p.numel() for p in self.params], device=prior_precision.device)
+        return prior_precision.repeat_interleave(sizes)

@@ -1,0 +1,73 @@
+r"""Laplace approximation with the dense empirical Fisher.
+
+.. math:: P = P_0 + \sum_n \nabla\log p_n \nabla\log p_n^\top
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace.transforms.gradients import per_sample_gradients
+from laplace.transforms.states import SCALAR, DenseLaplaceState, Transform, add_dense, init_dense, sample_dense
+
+__all__ = ["DenseLaplaceState", "build", "init", "sample", "update"]
+
+
+def build(
+    log_posterior: Callable[[Any, Any], tuple[Tensor, Any]], per_sample: bool = False, init_prec: Tensor | float = 0.0
+) -> Transform:
+    """Make the transform.
+
+    Args:
+        log_posterior: From parameters and a batch to the log posterior and auxiliary information (or
+            ``torch.tensor([])``).
+        per_sample: Whether it returns one value per example; otherwise it is called with one example at a time, as a
+            batch of one.
+        init_prec: Initial precision ``(entries, entries)``, or a multiple of the identity.
+
+    Returns:
+        ``init(params)`` and ``update(state, batch, inplace=False)``.
+    """
+    return Transform(
+        partial(init, init_prec=init_prec), partial(update, log_posterior=log_posterior, per_sample=per_sample)
+    )
+
+
+def init(params: Any, init_prec: Tensor | float = 0.0) -> DenseLaplaceState:
+    """The state before any batch; see :func:`laplace.transforms.states.init_dense`."""
+    return init_dense(params, init_prec)
+
+
+def update(
+    state: DenseLaplaceState,
+    batch: Any,
+    log_posterior: Callable[[Any, Any], tuple[Tensor, Any]],
+    per_sample: bool = False,
+    inplace: bool = False,
+) -> DenseLaplaceState:
+    """Add the empirical Fisher of one batch to the precision.
+
+    Args:
+        state: The state so far.
+        batch: Whatever ``log_posterior`` takes; its tensors have the examples in their first dimension.
+        log_posterior: See :func:`build`.
+        per_sample: See :func:`build`.
+        inplace: Change ``state.prec`` instead of making a new tensor.
+
+    Returns:
+        The state with the new precision and the auxiliary information of this batch.
+    """
+    gradients, aux = per_sample_gradients(log_posterior, state.params, batch, per_sample)
+    return add_dense(state, sum(g.T @ g for g in gradients), aux, inplace)
+
+
+def sample(
+    state: DenseLaplaceState, sample_shape: torch.Size = SCALAR, generator: torch.Generator | None = None
+) -> Any:
+    """Draw parameter trees; see :func:`laplace.transforms.states.sample_dense`."""
+    return sample_dense(state, sample_shape, generator)

@@ -1,0 +1,114 @@
+r"""Laplace approximation with a dense generalised Gauss-Newton precision.
+
+.. math:: P = P_0 + \sum_{\text{batches}} J_f(\theta)^\top H_l(z) J_f(\theta)
+
+where :math:`z = f(\theta)` are the outputs for the batch and :math:`H_l` is the Hessian of the negative outer log
+likelihood in them. It equals the Fisher information where the outer likelihood is of the exponential family with
+natural parameter :math:`z` (Martens, "New Insights and Perspectives on the Natural Gradient Method", JMLR 2020); see
+Daxberger et al., "Laplace Redux" (NeurIPS 2021) for its use here. Nothing is assumed about the likelihood: it may
+couple the examples of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace.transforms.states import SCALAR, DenseLaplaceState, Transform, add_dense, init_dense, sample_dense
+from laplace.transforms.trees import flatten, identity, over_rows
+
+__all__ = ["DenseLaplaceState", "build", "init", "sample", "update"]
+
+
+def build(
+    forward: Callable[[Any, Any], tuple[Any, Any]],
+    outer_log_likelihood: Callable[[Any, Any], Tensor],
+    init_prec: Tensor | float = 0.0,
+) -> Transform:
+    """Make the transform.
+
+    Args:
+        forward: From parameters and a batch to outputs, not reduced over the batch, and auxiliary information (or
+            ``torch.tensor([])``).
+        outer_log_likelihood: From these outputs and the batch to the log likelihood, without auxiliary information: the
+            sum over the batch, or one value per example.
+        init_prec: Initial precision ``(entries, entries)``, or a multiple of the identity.
+
+    Returns:
+        ``init(params)`` and ``update(state, batch, inplace=False)``.
+    """
+    return Transform(
+        partial(init, init_prec=init_prec),
+        partial(update, forward=forward, outer_log_likelihood=outer_log_likelihood),
+    )
+
+
+def init(params: Any, init_prec: Tensor | float = 0.0) -> DenseLaplaceState:
+    """The state before any batch; see :func:`laplace.transforms.states.init_dense`."""
+    return init_dense(params, init_prec)
+
+
+def update(
+    state: DenseLaplaceState,
+    batch: Any,
+    forward: Callable[[Any, Any], tuple[Any, Any]],
+    outer_log_likelihood: Callable[[Any, Any], Tensor],
+    inplace: bool = False,
+) -> DenseLaplaceState:
+    """Add the GGN of one batch to the precision.
+
+    Args:
+        state: The state so far.
+        batch: Whatever the two functions take.
+        forward: See :func:`build`.
+        outer_log_likelihood: See :func:`build`.
+        inplace: Change ``state.prec`` instead of making a new tensor.
+
+    Returns:
+        The state with the new precision and the auxiliary information of this batch.
+    """
+    vector, unflatten = flatten(state.params)
+    vector = vector.detach()
+
+    def outputs(theta: Tensor) -> tuple[Tensor, Any]:
+        z, aux = forward(unflatten(theta), batch)
+        return flatten(z)[0], (z, aux)
+
+    with torch.no_grad():
+        z, (tree, aux) = outputs(vector)
+    _, unflatten_z = flatten(tree)
+    loss_gradient = torch.func.grad(lambda z: -outer_log_likelihood(unflatten_z(z), batch).sum())
+    curvature = _ggn(lambda theta: outputs(theta)[0], loss_gradient, vector, z)
+    return add_dense(state, curvature, aux, inplace)
+
+
+def sample(
+    state: DenseLaplaceState, sample_shape: torch.Size = SCALAR, generator: torch.Generator | None = None
+) -> Any:
+    """Draw parameter trees; see :func:`laplace.transforms.states.sample_dense`."""
+    return sample_dense(state, sample_shape, generator)
+
+
+def _ggn(
+    outputs: Callable[[Tensor], Tensor], loss_gradient: Callable[[Tensor], Tensor], theta: Tensor, z: Tensor
+) -> Tensor:
+    """``Jᵀ H J`` by rows of ``J`` where there are fewer outputs than parameters, else by columns of the product."""
+
+    def hvp(v: Tensor) -> Tensor:
+        return torch.func.jvp(loss_gradient, (z,), (v,))[1]
+
+    _, vjp = torch.func.vjp(outputs, theta)
+    width = max(len(z), len(theta))
+    if len(z) <= len(theta):
+        hessian = torch.cat(list(over_rows(hvp, identity(len(z), z), width)))
+        jacobian = torch.cat(list(over_rows(lambda v: vjp(v)[0], identity(len(z), z), width)))
+        return jacobian.T @ hessian @ jacobian
+
+    def product(v: Tensor) -> Tensor:
+        return vjp(hvp(torch.func.jvp(outputs, (theta,), (v,))[1]))[0]
+
+    return torch.cat(list(over_rows(product, identity(len(theta), theta), width)))

@@ -1,0 +1,72 @@
+r"""Laplace approximation with the diagonal empirical Fisher.
+
+.. math:: p = p_0 + \sum_n (\nabla\log p_n)^2 \quad\text{entry by entry}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace.transforms.gradients import per_sample_gradients
+from laplace.transforms.states import SCALAR, DiagLaplaceState, Transform, add_diag, init_diag, sample_diag
+
+__all__ = ["DiagLaplaceState", "build", "init", "sample", "update"]
+
+
+def build(
+    log_posterior: Callable[[Any, Any], tuple[Tensor, Any]], per_sample: bool = False, init_prec_diag: Any = 0.0
+) -> Transform:
+    """Make the transform.
+
+    Args:
+        log_posterior: From parameters and a batch to the log posterior and auxiliary information (or
+            ``torch.tensor([])``).
+        per_sample: Whether it returns one value per example; otherwise it is called with one example at a time, as a
+            batch of one.
+        init_prec_diag: Initial precision, a number or a tree like the parameters.
+
+    Returns:
+        ``init(params)`` and ``update(state, batch, inplace=False)``.
+    """
+    return Transform(
+        partial(init, init_prec_diag=init_prec_diag),
+        partial(update, log_posterior=log_posterior, per_sample=per_sample),
+    )
+
+
+def init(params: Any, init_prec_diag: Any = 0.0) -> DiagLaplaceState:
+    """The state before any batch; see :func:`laplace.transforms.states.init_diag`."""
+    return init_diag(params, init_prec_diag)
+
+
+def update(
+    state: DiagLaplaceState,
+    batch: Any,
+    log_posterior: Callable[[Any, Any], tuple[Tensor, Any]],
+    per_sample: bool = False,
+    inplace: bool = False,
+) -> DiagLaplaceState:
+    """Add the diagonal empirical Fisher of one batch to the precision.
+
+    Args:
+        state: The state so far.
+        batch: Whatever ``log_posterior`` takes; its tensors have the examples in their first dimension.
+        log_posterior: See :func:`build`.
+        per_sample: See :func:`build`.
+        inplace: Change the tensors of ``state.prec_diag`` instead of making new ones.
+
+    Returns:
+        The state with the new precision and the auxiliary information of this batch.
+    """
+    gradients, aux = per_sample_gradients(log_posterior, state.params, batch, per_sample)
+    return add_diag(state, sum(g.square().sum(0) for g in gradients), aux, inplace)
+
+
+def sample(state: DiagLaplaceState, sample_shape: torch.Size = SCALAR, generator: torch.Generator | None = None) -> Any:
+    """Draw parameter trees; see :func:`laplace.transforms.states.sample_diag`."""
+    return sample_diag(state, sample_shape, generator)

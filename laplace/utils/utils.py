@@ -1,0 +1,177 @@
+"""Small helpers under their customary import path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+from laplace.posterior.full import invsqrt_precision
+from laplace.predictive import gaussian_samples as normal_samples
+from laplace.utils import matrix
+from laplace.utils.batches import batches
+from laplace.utils.enums import Likelihood, LinkApprox, PredType, PriorStructure, parse
+
+if TYPE_CHECKING:
+    from laplace.posterior.parametric import ParametricLaplace
+
+__all__ = [
+    "SoDSampler",
+    "block_diag",
+    "diagonal_add_scalar",
+    "expand_prior_precision",
+    "fix_prior_prec_structure",
+    "get_nll",
+    "invsqrt_precision",
+    "kron",
+    "normal_samples",
+    "parameters_per_layer",
+    "symeig",
+    "validate",
+]
+
+
+def get_nll(out_dist: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log likelihood of class probabilities ``(batch, classes)`` at labels ``(batch,)``, in nats."""
+    return nn.functional.nll_loss(out_dist.log(), targets)
+
+
+@torch.no_grad()
+def validate(
+    laplace: ParametricLaplace,
+    val_loader: Iterable,
+    loss: Any | Callable[..., Tensor | float],
+    pred_type: PredType | str = PredType.GLM,
+    link_approx: LinkApprox | str = LinkApprox.PROBIT,
+    n_samples: int = 100,
+    dict_key_y: str = "labels",
+) -> float:
+    """Loss of the predictive on validation data.
+
+    Args:
+        laplace: A fitted posterior.
+        val_loader: Validation batches.
+        loss: A torchmetrics metric, which is reset first and gets ``(probabilities or means, targets)`` of every batch;
+            or a function of all probabilities and targets at once, for regression of all means, variances and targets.
+        pred_type: ``'glm'`` or ``'nn'``.
+        link_approx: Link of the GLM predictive.
+        n_samples: Samples of predictives that draw any.
+        dict_key_y: Key of the targets in dict-like batches.
+
+    Raises:
+        ValueError: If the loader is empty.
+    """
+    running = hasattr(loss, "update") and hasattr(loss, "compute")
+    if running:
+        loss.reset()
+    rows: list[tuple[Tensor, ...]] = []
+    seen = False
+    for x, y in batches(val_loader, laplace._device, dict_key_y):
+        seen = True
+        out = laplace(
+            x,
+            pred_type=pred_type,
+            link_approx=link_approx,
+            n_samples=n_samples,
+            fitting=laplace.likelihood is Likelihood.REWARD_MODELING,
+        )
+        out = out if isinstance(out, tuple) else (out,)
+        if running:
+            loss.update(out[0], y)
+        else:
+            rows.append((*out, y))
+    if not seen:
+        raise ValueError("The validation data is empty.")
+    return float(loss.compute() if running else loss(*[torch.cat(column) for column in zip(*rows, strict=True)]))
+
+
+def parameters_per_layer(model: nn.Module) -> list[int]:
+    """Number of entries of every parameter tensor with ``requires_grad``."""
+    return [p.numel() for p in model.parameters() if p.requires_grad]
+
+
+def expand_prior_precision(prior_prec: Tensor, model: nn.Module) -> Tensor:
+    """One prior precision per parameter, from a scalar, one value per parameter tensor, or one per parameter.
+
+    Raises:
+        ValueError: On another number of values.
+    """
+    sizes = parameters_per_layer(model)
+    prior_prec = prior_prec.reshape(-1)
+    if len(prior_prec) == 1:
+        return prior_prec.expand(sum(sizes))
+    if len(prior_prec) == sum(sizes):
+        return prior_prec
+    if len(prior_prec) != len(sizes):
+        raise ValueError(f"prior_prec has {len(prior_prec)} values; valid are 1, {len(sizes)} or {sum(sizes)}.")
+    return prior_prec.repeat_interleave(torch.tensor(sizes, device=prior_prec.device))
+
+
+def fix_prior_prec_structure(
+    prior_prec_init: float | Tensor,
+    prior_structure: PriorStructure | str,
+    n_layers: int,
+    n_params: int,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """A prior precision of the given structure that is ``prior_prec_init`` everywhere."""
+    structure = parse(PriorStructure, prior_structure, "prior_structure")
+    sizes = {PriorStructure.SCALAR: 1, PriorStructure.LAYERWISE: n_layers, PriorStructure.DIAG: n_params}
+    return torch.as_tensor(prior_prec_init, device=device, dtype=dtype).reshape(1).repeat(sizes[structure])
+
+
+def symeig(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Non-negative eigenvalues in ascending order, and eigenvectors, of a symmetric positive semi-definite matrix.
+
+    The order of the pair is that of :func:`torch.linalg.eigh`; :func:`laplace.utils.matrix.symeig` returns the
+    eigenvectors first.
+    """
+    vectors, values = matrix.symeig(M)
+    return values, vectors
+
+
+def kron(t1: Tensor, t2: Tensor) -> Tensor:
+    """Kronecker product of two matrices."""
+    return torch.kron(t1, t2)
+
+
+def block_diag(blocks: Sequence[Tensor]) -> Tensor:
+    """The block-diagonal matrix of a list of matrices."""
+    return torch.block_diag(*blocks)
+
+
+def diagonal_add_scalar(X: Tensor, value: float | Tensor) -> Tensor:
+    """``X + value · I`` for a square matrix, as a new tensor."""
+    return X + value * torch.eye(len(X), dtype=X.dtype, device=X.device)
+
+
+class SoDSampler(Sampler[int]):
+    """The same random subset of a data set at every pass: "subset of data" for posteriors that scale with its size.
+
+    Args:
+        N: Number of examples in the data set.
+        M: Number of examples in the subset.
+        seed: Seed of the choice.
+
+    Raises:
+        ValueError: If the subset is empty or larger than the data set.
+    """
+
+    def __init__(self, N: int, M: int, seed: int = 0):
+        """See the class."""
+        if not 0 < M <= N:
+            raise ValueError(f"A subset of M={M} examples must have between 1 and N={N}.")
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
+        self.indices = order[:M].sort().values.tolist()
+
+    def __iter__(self) -> Iterator[int]:
+        """Indices in ascending order."""
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        """Size of the subset."""
+        return len(self.indices)

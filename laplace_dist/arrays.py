@@ -1,0 +1,168 @@
+"""Checksummed Zarr arrays on top of any store of bytes: what was not read back whole is never committed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import zarr
+import zarr.storage
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+from laplace_dist.errors import CheckpointError
+from laplace_dist.packing import check_names, pack, unpack
+
+CHUNK_BYTES = 64 * 2**20
+_THREADS = 8
+_GROUP = json.dumps({"attributes": {}, "zarr_format": 3, "node_type": "group"}).encode()
+
+
+class Arrays:
+    """The part of a store that holds arrays; `read`, `_put`, `_flush` and the messages come from the store itself."""
+
+    def write_arrays(
+        self, prefix: str, arrays: Mapping[str, np.ndarray], symmetric: Collection[str] = ()
+    ) -> dict[str, dict[str, Any]]:
+        """Write a Zarr v3 group under a prefix that nobody has used, flush it, and read all of it back.
+
+        Args:
+            prefix: Key of the group, unique to this attempt.
+            arrays: Float32 or float64 arrays by name; `/` in a name makes nested groups.
+            symmetric: Names of those, of shape `(..., d, d)`, to be symmetrised and stored as lower triangles.
+
+        Returns:
+            What `read_array` needs for each name: sha256 of the stored numbers and of the array's metadata, shape,
+            dtype, whether packed, and the stored size in bytes.
+
+        Raises:
+            RunFailed: No space is left.
+            CheckpointError: A name is not usable, or the bytes read back are not those written.
+        """
+        check_names(arrays)
+        for key in self.group_keys(prefix, arrays):
+            self._put(key, _GROUP)
+
+        def write(name: str) -> dict[str, Any]:
+            return self._write_array(f"{prefix}/{name}", arrays[name], name in symmetric)
+
+        with ThreadPoolExecutor(1 if self.is_local else _THREADS) as pool:  # requests to an object store overlap
+            entries = dict(zip(arrays, pool.map(write, arrays), strict=True))
+        self._flush(prefix)
+        return entries
+
+    @staticmethod
+    def group_keys(prefix: str, names: Collection[str]) -> list[str]:
+        """Return the keys of the metadata of the group under a prefix and of those nested in it."""
+        groups = {"/".join(name.split("/")[:i]) for name in names for i in range(name.count("/") + 1)}
+        return ["/".join(filter(None, [prefix, group, "zarr.json"])) for group in sorted(groups | {""})]
+
+    def check_group(self, key: str) -> None:
+        """Check the metadata of one group, which readers of the whole group need and `read_array` does not.
+
+        Raises:
+            CheckpointError: It is missing or altered.
+        """
+        if self.read(key) != _GROUP:
+            raise self._altered(key, "it is not the metadata of a group")
+
+    def read_array(self, prefix: str, name: str, entry: Mapping[str, Any]) -> np.ndarray:
+        """Return one array after checking its metadata, shape, dtype, every chunk and the sha256 of its numbers.
+
+        Raises:
+            CheckpointError: Something is missing, truncated or altered; the message names the object.
+        """
+        check_names([name])
+        key = f"{prefix}/{name}"
+        memory, array = self._open_array(key, entry)
+        values = np.empty(array.shape, array.dtype)
+        for number, rows in _chunks(array):
+            values[rows] = self._load_chunk(key, memory, number, array, rows)
+        if _sha256(values) != entry["sha256"]:
+            raise self._altered(key, "its numbers do not have the sha256 in the manifest")
+        return unpack(values) if entry["packed"] else values
+
+    def _write_array(self, key: str, value: np.ndarray, packed: bool) -> dict[str, Any]:
+        value = np.asarray(value)
+        if value.dtype not in (np.float32, np.float64):
+            raise CheckpointError(f"{self._where(key)} has dtype {value.dtype}; factors are float32 or float64")
+        stored = pack(value) if packed else np.ascontiguousarray(value).reshape(value.shape)
+        memory, array = _new_array(stored, {"packed": "lower triangle, row by row"} if packed else {})
+        metadata = memory.pop("zarr.json").to_bytes()
+        self._put(f"{key}/zarr.json", metadata)
+        size, digest, back = len(metadata), _sha256(stored), hashlib.sha256()
+        for number, rows in _chunks(array):
+            array[rows] = stored[rows]
+            data = memory.pop(number).to_bytes()
+            self._put(f"{key}/{number}", data)
+            size += len(data)
+            back.update(np.ascontiguousarray(self._load_chunk(key, memory, number, array, rows)))
+        if self.read(f"{key}/zarr.json") != metadata or back.hexdigest() != digest:
+            raise self._altered(key, "what was read back is not what was written")
+        return {
+            "sha256": digest,
+            "shape": list(value.shape),
+            "dtype": value.dtype.name,
+            "packed": packed,
+            "metadata_sha256": hashlib.sha256(metadata).hexdigest(),
+            "stored_bytes": size,
+        }
+
+    def _open_array(self, key: str, entry: Mapping[str, Any]) -> tuple[dict[str, Any], zarr.Array]:
+        metadata = self.read(f"{key}/zarr.json")
+        if hashlib.sha256(metadata).hexdigest() != entry["metadata_sha256"]:
+            raise self._altered(f"{key}/zarr.json", "it does not have the sha256 in the manifest")
+        memory = {"zarr.json": zarr.core.buffer.cpu.Buffer.from_bytes(metadata)}
+        array = zarr.open_array(zarr.storage.MemoryStore(memory), mode="r", zarr_format=3)
+        *lead, size = entry["shape"] or [0]
+        shape = (*lead[:-1], size * (size + 1) // 2) if entry["packed"] else tuple(entry["shape"])
+        if array.shape != shape or array.dtype.name != entry["dtype"]:
+            found = f"{array.shape} {array.dtype.name}"
+            raise self._altered(key, f"it holds {found}, the manifest says {shape} {entry['dtype']}")
+        return memory, array
+
+    def _load_chunk(self, key: str, memory: dict, number: str, array: zarr.Array, rows: Any) -> np.ndarray:
+        """Read one stored chunk and decode it, which checks its crc32c."""
+        memory[number] = zarr.core.buffer.cpu.Buffer.from_bytes(self.read(f"{key}/{number}"))
+        try:
+            return np.asarray(array[rows])
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise self._altered(f"{key}/{number}", f"it does not decode ({error})") from error
+        finally:
+            del memory[number]
+
+
+def _new_array(value: np.ndarray, attributes: dict[str, str]) -> tuple[dict[str, Any], zarr.Array]:
+    """Return an empty Zarr array in memory, with its dictionary of objects, that fits the value."""
+    memory: dict[str, Any] = {}
+    row = max(1, value[:1].nbytes) if value.ndim else value.nbytes
+    first = (max(1, min(value.shape[0], CHUNK_BYTES // row)),) if value.ndim else ()
+    array = zarr.create_array(
+        zarr.storage.MemoryStore(memory),
+        shape=value.shape,
+        dtype=value.dtype,
+        chunks=(*first, *(max(1, n) for n in value.shape[1:])),
+        compressors=[BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"), Crc32cCodec()],
+        fill_value=np.nan,
+        attributes=attributes,
+        config={"write_empty_chunks": True},
+        zarr_format=3,
+    )
+    return memory, array
+
+
+def _chunks(array: zarr.Array) -> Iterator[tuple[str, Any]]:
+    """Yield the key of every chunk with the rows that it holds; chunks split the first axis only."""
+    if array.ndim == 0:
+        yield "c", ()
+    elif array.size:
+        for number, start in enumerate(range(0, array.shape[0], array.chunks[0])):
+            yield "/".join(["c", str(number), *["0"] * (array.ndim - 1)]), slice(start, start + array.chunks[0])
+
+
+def _sha256(value: np.ndarray) -> str:
+    """Digest an array's bytes in C order."""
+    return hashlib.sha256(memoryview(value).cast("B") if value.size else b"").hexdigest()

@@ -1,0 +1,289 @@
+"""Check every object of a run, name what is wrong one by one, and collect what no manifest names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from laplace.curvature.sums import sum_in_order
+from laplace_dist import data, evaluate, partials, reduce, resume
+from laplace_dist.errors import CheckpointError, SettingsError, StorageError
+from laplace_dist.localdisk import TEMP
+from laplace_dist.plan import Plan, open_json
+from laplace_dist.posterior import read_current
+from laplace_dist.store import Store
+
+# Attempt directories, and the temporary files of a crashed commit: only these are ever collected.
+_ATTEMPT = re.compile(r"((?:partials|posteriors|tuning)/[^/]+/[^/]+|evaluation/[^/]+/[^/]+/[^/]+)/.+")
+_MANIFEST = re.compile(r"(?:partials|posteriors|tuning|evaluation)/[^/]+\.json|(?:tuning|evaluation)/[^/]+/[^/]+\.json")
+
+
+@dataclass
+class Report:
+    """What was found.
+
+    Attributes:
+        url: Of the run.
+        objects: Number of objects in it.
+        committed: Committed segments.
+        segments: Planned segments.
+        versions: Whole posterior versions.
+        problems: `(key, what is wrong and what to do)` for every bad object.
+        orphans: Hours since the last write, by attempt directory or temporary file that no manifest names.
+        collected: Those of them that were deleted.
+    """
+
+    url: str
+    objects: int = 0
+    committed: int = 0
+    segments: int = 0
+    versions: list[str] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    orphans: dict[str, float] = field(default_factory=dict)
+    collected: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every object that the run has is whole; a run may be whole and still unfinished."""
+        return not self.problems
+
+
+def verify(
+    url: str,
+    storage_options: Mapping[str, Any] | None = None,
+    *,
+    collect_orphans_older_than: float | None = None,
+) -> Report:
+    """Read and check a whole run: plan, weights, manifests, arrays, sums, posterior versions, tuning, evaluation.
+
+    Every number is read and compared with its digests; where all partials are there, they are summed again and
+    compared with the posterior version bit for bit. Nothing is repaired.
+
+    Args:
+        url: Checkpoint directory or URL.
+        storage_options: For the file system of the URL.
+        collect_orphans_older_than: Delete attempts that no manifest names and that were last written more than so
+            many hours ago. Give more than any segment takes, since an attempt in progress is not named yet either.
+
+    Raises:
+        SettingsError: The URL cannot be read, holds no run, or holds one of a newer version.
+        StorageError: The storage does not answer.
+    """
+    store = Store(url, storage_options)
+    if not store.exists(resume.PLAN):
+        raise SettingsError(f"--checkpoint: got {store.url!r}, where there is no run (no {resume.PLAN})")
+    times = store.modified()  # before any manifest is read: what is committed after this is not taken for an orphan
+    keys = [key for key in times if TEMP not in key]
+    check = _Check(store, Report(store.url, len(keys)))
+    plan = check.attempt(resume.PLAN, lambda: resume.read_plan(store))
+    if plan is not None:
+        check.run(plan, keys)
+    check.orphans(times, collect_orphans_older_than)
+    return check.report
+
+
+class _Check:
+    """One verification: what is bad is written down and the rest is still checked."""
+
+    def __init__(self, store: Store, report: Report) -> None:
+        self.store, self.report = store, report
+
+    def attempt(self, key: str, call: Callable[[], Any]) -> Any:
+        """Return what a call returns, or None after noting that the object with this key is bad."""
+        try:
+            return call()
+        except StorageError:
+            raise
+        except CheckpointError as error:
+            self.report.problems.append((key, str(error)))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, SettingsError):
+                raise
+            self.report.problems.append((key, f"{key} is altered: it has not the fields of its kind ({error!r})"))
+        return None
+
+    def run(self, plan: Plan, keys: list[str]) -> None:
+        store = self.store
+        weights = resume.WEIGHTS
+        if weights in keys or any(key.startswith("partials/") for key in keys):
+            self.attempt(weights, lambda: data.check_weights(store.read(weights), plan.weights, weights))
+        if resume.CONFIG in keys:
+            self.attempt(resume.CONFIG, lambda: resume.check_yaml(store.read(resume.CONFIG)))
+        manifests = self.partials(plan, keys)
+        for key in keys:
+            if _MANIFEST.fullmatch(key) and not key.startswith("partials/") and key != evaluate.METRICS:
+                if key.startswith("posteriors/"):
+                    self.version(plan, key, manifests)
+                else:
+                    self.follow_on(key)
+        self.pointers(keys, manifests, plan)
+
+    def partials(self, plan: Plan, keys: list[str]) -> dict[str, dict[str, Any]]:
+        """Check every manifest of a segment; return those that are good by the segment's id."""
+        planned = {partials.manifest_key(segment.id): segment for segment in plan.segments}
+        present = [key for key in keys if re.fullmatch(r"partials/[^/]+\.json", key)]
+        found = {}
+        for key in present:
+            if key not in planned:
+                self.report.problems.append((key, f"{key} is of no segment of this plan. Delete it."))
+        for key, content in self.store.read_many([key for key in present if key in planned]):
+            segment = planned[key]
+            manifest = self.attempt(key, lambda c=content, s=segment: partials.parse_manifest(c, plan, s))
+            if manifest is not None:
+                found[segment.id] = manifest
+                self.groups(manifest["prefix"], manifest["arrays"])
+        self.report.segments, self.report.committed = len(planned), len(found)
+        self.sums = {name: self.factor(plan, found, name) for name in (partials.LOSS, *plan.spec["factors"])}
+        return found
+
+    def factor(self, plan: Plan, manifests: Mapping[str, Any], name: str) -> torch.Tensor | None:
+        """Read one factor of every partial; return the sum of them in plan order if the plan is covered and all are good.
+
+        Memory is two copies of the factor, as in the reduction.
+        """
+        before = len(self.report.problems)
+
+        def good() -> Iterator[torch.Tensor]:
+            for segment in plan.segments:
+                manifest = manifests.get(segment.id)
+                if manifest is None:
+                    continue
+                key = f"{manifest['prefix']}/{name}"
+                value = self.attempt(key, lambda m=manifest: partials.read_factor(self.store, m, name))
+                if value is not None:
+                    yield torch.from_numpy(value)
+
+        if len(manifests) == len(plan.segments):
+            total = sum_in_order(good())
+            return total if len(self.report.problems) == before else None
+        for _ in good():
+            pass
+        return None
+
+    def version(self, plan: Plan, key: str, manifests: Mapping[str, Any]) -> None:
+        """Check a posterior version: manifest, arrays, and its sums where they can be formed."""
+        version = key.removeprefix("posteriors/").removesuffix(".json")
+        manifest = self.attempt(key, lambda: reduce.read_version(self.store, plan, version))
+        if manifest is None:
+            return
+        before = len(self.report.problems)
+        current = len(manifests) == len(plan.segments) and reduce.version_name(plan, manifests.values()) == version
+        for name, place in manifest["factors"].items():
+            array = f"{place['prefix']}/{name}"
+            if not str(place["prefix"]).startswith(f"posteriors/{version}/"):
+                self.report.problems.append((key, f"{key} is altered: it names {array}, which is not its own"))
+                continue
+            self.groups(place["prefix"], [name])
+            value = self.attempt(array, lambda n=name, p=place: self.store.read_array(p["prefix"], n, p["entry"]))
+            total = self.sums[name] if current else None
+            if value is not None and total is not None and value.tobytes() != total.numpy().tobytes():
+                self.report.problems.append((array, f"{array} is not the sum of the committed partials. Delete {key}"))
+        if len(self.report.problems) == before:
+            self.report.versions.append(version)
+
+    def follow_on(self, key: str) -> None:
+        """Check a manifest of tuning or evaluation and the arrays that it names."""
+        manifest = self.attempt(key, lambda: open_json(self.store.read(key), key))
+        if manifest is None or "arrays" not in manifest:
+            return
+        prefix = str(manifest["prefix"])
+        if not prefix.startswith(key.removesuffix(".json") + "/"):
+            self.report.problems.append((key, f"{key} is altered: it names {prefix}, which is not its own"))
+            return
+        self.groups(prefix, manifest["arrays"])
+        for name, entry in manifest["arrays"].items():
+            self.attempt(f"{prefix}/{name}", lambda n=name, e=entry: self.store.read_array(prefix, n, e))
+
+    def groups(self, prefix: str, names: Collection[str]) -> None:
+        """Check the metadata of the Zarr groups that hold arrays; reading the arrays alone does not need it."""
+        for key in self.store.group_keys(prefix, names):
+            self.attempt(key, lambda k=key: self.store.check_group(k))
+
+    def pointers(self, keys: list[str], manifests: Mapping[str, Any], plan: Plan) -> None:
+        """Check what says which version, tuning and metrics are in force."""
+        problems = self.report.problems
+        if self.report.versions or resume.CURRENT in keys:
+            missing = [partials.manifest_key(segment.id) for segment in plan.segments]
+            problems += [
+                (
+                    key,
+                    f"{key} is missing, though the run has a posterior. Run the fit job again: it recomputes that segment.",
+                )
+                for key in missing
+                if key not in keys
+            ]
+        if resume.CURRENT in keys:
+            current = self.attempt(resume.CURRENT, lambda: read_current(self.store))
+            named = [] if current is None else [f"posteriors/{current['version']}.json", current["tuning"]]
+            problems += [
+                (key, f"{key} is missing, and {resume.CURRENT} names it. Run the fit job again.")
+                for key in named
+                if key is not None and key not in keys
+            ]
+            if current is not None and len(manifests) == len(plan.segments):
+                wanted = reduce.version_name(plan, manifests.values())
+                if wanted != current["version"]:
+                    text = f"it names version {current['version']}, but the committed partials make {wanted}"
+                    problems.append((resume.CURRENT, f"{resume.CURRENT}: {text}. Run the fit job again."))
+        if evaluate.METRICS in keys:
+            self.attempt(evaluate.METRICS, lambda: self.metrics(keys))
+
+    def metrics(self, keys: list[str]) -> None:
+        """Check that `evaluation/metrics.json`, which carries no digest, repeats a sealed evaluation."""
+        shown = json.loads(self.store.read(evaluate.METRICS))
+        version = shown.pop("version")
+        tuning = shown.pop("tuning")
+        pattern = re.compile(rf"evaluation/{re.escape(str(version))}-[^/]+\.json")
+        for key in filter(pattern.fullmatch, keys):
+            sealed = self.attempt(key, lambda k=key: open_json(self.store.read(k), k))
+            if sealed and sealed["metrics"] == shown and sealed["settings"]["tuning"] == tuning:
+                return
+        raise CheckpointError(
+            f"{evaluate.METRICS} repeats no evaluation of this run: it was altered. Run the evaluate job again."
+        )
+
+    # -------------------------------------------------------------- orphans
+
+    def orphans(self, times: Mapping[str, datetime], older_than: float | None) -> None:
+        """Find what no manifest names, and delete what is old enough unless a manifest cannot be read."""
+        newest: dict[str, datetime] = {}
+        for key, time in times.items():
+            match = _ATTEMPT.fullmatch(key)
+            place = key if TEMP in key else match and match[1]
+            if place:
+                newest[place] = max(time, newest.get(place, time))
+        named, readable = self._named()
+        now = datetime.now(UTC)
+        for place, time in newest.items():
+            if place not in named:
+                self.report.orphans[place] = max(0.0, (now - time).total_seconds() / 3600)
+        if older_than is None:
+            return
+        if not readable:
+            self.report.problems.append(
+                ("orphans", "nothing was collected: a manifest that cannot be read may name what looks like an orphan")
+            )
+            return
+        for place, age in self.report.orphans.items():
+            if age >= older_than:
+                self.store.delete_tree(place)
+                self.report.collected.append(place)
+
+    def _named(self) -> tuple[set[str], bool]:
+        """Return the attempt directories that manifests name, and whether all manifests could be read."""
+        named: set[str] = set()
+        keys = [key for key in self.store.list() if _MANIFEST.fullmatch(key) and key != evaluate.METRICS]
+        for key, content in self.store.read_many(keys):
+            try:
+                manifest = open_json(content, key)
+                places = [manifest, *manifest.get("factors", {}).values()]
+                named |= {place["prefix"] for place in places if "prefix" in place}
+            except (CheckpointError, SettingsError, AttributeError, TypeError):
+                return named, False
+        return named, True

@@ -1,0 +1,209 @@
+"""Layers beyond Linear and Conv2d: rows from captured inputs and output gradients, against automatic differentiation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from laplace import Laplace
+from laplace.curvature import layers
+from laplace.predictive import glm_distribution
+
+from . import naive
+from .models import Case, Pool, loader
+
+STRUCTURES = ["full", "kron", "diag"]
+
+
+class Sentence(nn.Module):
+    """Embedding with a padding index, transposed layers on every token, RMS norm."""
+
+    def __init__(self, padding_idx=None):
+        super().__init__()
+        self.table = nn.Embedding(6, 3, padding_idx=padding_idx)
+        self.up, self.norm, self.down = Conv1D(4, 3), nn.RMSNorm(4), Conv1D(3, 4)
+        nn.init.normal_(self.up.bias)
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.norm(self.up(self.table(x)))).mean(1))
+
+
+def trained_norm(norm):
+    """Affine parameters and running statistics that are not trivial."""
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.normal_()
+    if hasattr(norm, "running_mean"):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    return norm
+
+
+def image(*modules):
+    return nn.Sequential(nn.Conv2d(1, 4, 2), *modules, nn.Tanh(), nn.Flatten(), nn.Linear(16, 3))
+
+
+def flat(conv, width):
+    return nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.Linear(width, 3))
+
+
+CASES = {
+    "transposed": Case(lambda: nn.Sequential(Conv1D(4, 3), nn.Tanh(), Conv1D(3, 4))),
+    "transposed-tokens": Case(lambda: nn.Sequential(Conv1D(4, 3), nn.Tanh(), Pool(), Conv1D(3, 4)), (2, 3)),
+    "conv1d": Case(lambda: flat(nn.Conv1d(2, 3, 2, stride=2, padding=1), 9), (2, 4)),
+    "conv1d-same": Case(lambda: flat(nn.Conv1d(2, 3, 2, padding="same", dilation=2), 12), (2, 4)),
+    "conv1d-circular": Case(lambda: flat(nn.Conv1d(2, 2, 3, padding=1, padding_mode="circular"), 8), (2, 4)),
+    "conv3d": Case(lambda: flat(nn.Conv3d(2, 2, (2, 1, 2), stride=(1, 2, 1), padding=(0, 0, 1)), 24), (2, 3, 3, 2)),
+    "grouped": Case(lambda: flat(nn.Conv2d(4, 6, 2, groups=2), 24), (4, 3, 3), fallback=("0.weight", "0.bias")),
+    "depthwise": Case(lambda: flat(nn.Conv1d(3, 3, 2, groups=3, bias=False), 9), (3, 4), fallback=("0.weight",)),
+    "layer-norm": Case(lambda: image(trained_norm(nn.LayerNorm((2, 2)))), (1, 3, 3), fallback=("1.weight", "1.bias")),
+    "group-norm": Case(lambda: image(trained_norm(nn.GroupNorm(2, 4))), (1, 3, 3), fallback=("1.weight", "1.bias")),
+    "batch-norm": Case(lambda: image(trained_norm(nn.BatchNorm2d(4))), (1, 3, 3), fallback=("1.weight", "1.bias")),
+    "sentence": Case(Sentence, (4,), fallback=("table.weight", "norm.weight"), vocabulary=6),
+    "padding": Case(lambda: Sentence(padding_idx=2), (4,), fallback=("table.weight", "norm.weight"), vocabulary=6),
+}  # fmt: skip
+FACTORED = ["transposed", "transposed-tokens", "conv1d", "conv1d-same", "conv1d-circular", "conv3d"]
+
+
+def fit(name, structure, batch_size=2):
+    case = CASES[name]
+    model, x, y = case.make()
+    la = Laplace(model, case.likelihood, "all", structure, prior_precision=0.6)
+    la.fit(loader(x, y, batch_size))
+    return la, model, x, y, case
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_covered_natively(name):
+    la, _, _, _, case = fit(name, "kron")
+    assert all(block.layer is not None for block in la.sums_spec().blocks)
+    assert tuple(row[0] for row in la.coverage if row[1] == "diag") == case.fallback
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("name", CASES)
+def test_dense_and_diagonal_curvature(name, structure, batch_size):
+    la, model, x, y, case = fit(name, structure, batch_size)
+    truth = naive.full(model, x, y, case.likelihood, "ggn")
+    assert naive.relative_error(la.H, truth if structure == "full" else truth.diagonal()) < 1e-10
+    js = la.backend.jacobians(x)[0]
+    assert naive.relative_error(js, naive.jacobians(model, x)) < 1e-10
+
+
+def by_position(module, values):
+    """``(1, channels, ...)`` of a convolution, or ``(1, ..., channels)``, as ``(positions, channels)``."""
+    values = values[0]
+    return values.flatten(1).T if isinstance(module, (nn.Conv1d, nn.Conv3d)) else values.reshape(-1, values.shape[-1])
+
+
+def rows_of_inputs(module, z, x):
+    """The inputs that multiply the flattened weight, by linearity: one derivative of ``z`` per position."""
+    if isinstance(module, (Conv1D, nn.Linear)):
+        return x[0].reshape(-1, x.shape[-1])
+    channel = z[0, 0].flatten()  # of one output channel; its derivative in that channel's weights is the patch
+    return torch.stack([torch.autograd.grad(v, module.weight, retain_graph=True)[0][0].flatten() for v in channel])
+
+
+def dense_kron(model, x):
+    """``⊕ B ⊗ A`` (``A ⊗ B`` where the weight is transposed), by loops over examples, positions and outputs."""
+    blocks = []
+    for module in [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D, nn.Conv1d, nn.Conv3d))]:
+        left = right = 0.0
+        for example in x:
+            seen = []
+            handle = module.register_forward_hook(lambda m, args, output, seen=seen: seen.append((args[0], output)))
+            f = model(example[None])
+            handle.remove()
+            a, z = seen[0]
+            grads = [by_position(module, torch.autograd.grad(v, z, retain_graph=True)[0]) for v in f[0]]
+            g = torch.stack(grads)  # outputs, positions, out
+            hessian = naive.output_hessian(f[0].detach(), "classification")
+            left = left + torch.einsum("cro,cd,drp->op", g, hessian, g)
+            inputs = rows_of_inputs(module, z, a).detach()
+            right = right + inputs.T @ inputs / len(inputs) / len(x)
+        if module.weight.requires_grad:
+            transposed = isinstance(module, Conv1D)
+            blocks.append(torch.kron(right, left) if transposed else torch.kron(left, right))
+        if module.bias is not None:
+            blocks.append(left)
+    return torch.block_diag(*blocks)
+
+
+@pytest.mark.parametrize("name", FACTORED)
+def test_kronecker_factors_are_in_the_order_of_the_weight(name):
+    la, model, x, _, _ = fit(name, "kron")
+    truth = dense_kron(model, x)
+    assert naive.relative_error(la.H_facs.to_matrix(), truth) < 1e-10
+    assert naive.relative_error(la.H.to_matrix(), truth) < 1e-10
+    assert naive.relative_error(la.H_facs.diag(), truth.diagonal()) < 1e-10
+    precision = truth + 0.6 * torch.eye(len(truth), dtype=torch.float64)
+    assert float(la.log_det_posterior_precision) == pytest.approx(float(torch.logdet(precision)), rel=1e-10)
+    noise = torch.randn(3, len(truth), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert naive.relative_error(la.posterior_precision.bmm(noise, -1), torch.linalg.solve(precision, noise.T).T) < 1e-9
+
+
+def test_a_transposed_layer_is_the_linear_layer_it_stands_for():
+    """The same network with nn.Linear: the same predictive, with and without damping, and transposed samples."""
+    case = CASES["transposed-tokens"]
+    model, x, y = case.make()
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Pool(), nn.Linear(4, 3)).double()
+    for i in (0, 3):
+        plain[i].weight.data, plain[i].bias.data = model[i].weight.data.T.clone(), model[i].bias.data.clone()
+    for structure in (*STRUCTURES, "lowrank", "gp"):
+        for kwargs in ({}, {"damping": True}) if structure == "kron" else ({},):
+            both = [Laplace(m, "classification", "all", structure, **kwargs) for m in (model, plain)]
+            for la in both:
+                la.fit(loader(x, y))
+            one, two = (glm_distribution(la, x)[1] for la in both)
+            assert naive.relative_error(one, two) < 1e-8, (structure, kwargs)
+            assert float(both[0].log_marginal_likelihood() - both[1].log_marginal_likelihood()) == pytest.approx(0, abs=1e-8)
+
+
+@pytest.mark.parametrize("structure", [*STRUCTURES, "gp"])
+@pytest.mark.parametrize("name", CASES)
+def test_predictive_variance_equals_dense_algebra(name, structure):
+    la, model, x, y, case = fit(name, structure)
+    js = naive.jacobians(model, x)
+    if structure == "kron":
+        h = la.H_facs.to_matrix()
+    else:
+        h = naive.full(model, x, y, case.likelihood, "ggn")
+        h = torch.diag(h.diagonal()) if structure == "diag" else h
+    expected = naive.glm_covariance(js, h + 0.6 * torch.eye(len(h), dtype=torch.float64))
+    assert naive.relative_error(glm_distribution(la, x)[1], expected) < 1e-8
+    assert naive.relative_error(glm_distribution(la, x, True)[1], expected.diagonal(dim1=1, dim2=2)) < 1e-8
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("name", ["transposed-tokens", "grouped", "layer-norm", "padding"])
+def test_subnetworks_keep_entries_of_every_kind_of_layer(name, structure):
+    case = CASES[name]
+    model, x, y = case.make()
+    truth = naive.full(model, x, y, case.likelihood, "ggn")
+    indices = torch.arange(1, len(truth), 3)
+    la = Laplace(model, case.likelihood, "subnetwork", structure, subnetwork_indices=indices)
+    la.fit(loader(x, y))
+    expected = truth[indices][:, indices]
+    assert naive.relative_error(la.H, expected if structure == "full" else expected.diagonal()) < 1e-10
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+def test_embeddings_whose_gradient_is_another_are_not_covered(options):
+    assert not layers.is_covered(nn.Embedding(6, 3, **options))
+    assert not layers.is_covered(nn.BatchNorm1d(3, track_running_stats=False))
+
+
+@pytest.mark.parametrize("backend", ["curvlinops", "asdl", "backpack"])
+@pytest.mark.parametrize("name", ["conv1d", "grouped", "layer-norm"])
+def test_other_backends_refuse_factors_of_these_layers(name, backend):
+    from laplace.curvature import backend_class
+
+    case = CASES[name]
+    model, x, y = case.make()
+    la = Laplace(model, "classification", "all", "kron", backend=backend_class(backend)[0])
+    with pytest.raises(ValueError, match="(?i)use the native backend"):
+        la.fit(loader(x, y))

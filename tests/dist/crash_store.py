@@ -1,0 +1,156 @@
+"""A store that dies at its k-th operation, before it, after it or in the middle; and a run without model or Ray."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from laplace_dist import partials, posterior, reduce, resume
+from laplace_dist.plan import Plan, build_plan
+from laplace_dist.store import Store
+
+SPEC = {
+    "structure": "kron",
+    "dtype": "float32",
+    "factors": {"w/A": {"shape": [3, 3], "symmetric": True}, "b": {"shape": [2], "symmetric": False}},
+}
+WEIGHTS = b"weights"
+
+
+class Crash(BaseException):
+    """The process is gone: nothing catches this."""
+
+
+class CrashingStore(Store):
+    """Raises `Crash` at the `at`-th operation and at every later one, as a dead process does nothing more.
+
+    Args:
+        url: Local directory.
+        at: Number of the fatal operation, from 1; 0 for none.
+        when: `before` its effect, `after` it, or in the `middle`: with half of the bytes written, or half deleted.
+    """
+
+    def __init__(self, url, at=0, when="before"):
+        super().__init__(url)
+        self.at, self.when, self.operations = at, when, []
+
+    def _do(self, name, key, act, half=lambda: None):
+        if self.at and len(self.operations) >= self.at:
+            raise Crash
+        self.operations.append(f"{name} {key}")
+        if len(self.operations) != self.at:
+            return act()
+        if self.when == "after":
+            act()
+        elif self.when == "middle":
+            half()
+        raise Crash
+
+    def read(self, key):
+        return self._do("read", key, lambda: super(CrashingStore, self).read(key))
+
+    def exists(self, key):
+        return self._do("exists", key, lambda: super(CrashingStore, self).exists(key))
+
+    def list(self, prefix="", *, recursive=True):
+        return self._do("list", prefix, lambda: super(CrashingStore, self).list(prefix, recursive=recursive))
+
+    def create(self, key, data):
+        return self._do("create", key, lambda: super(CrashingStore, self).create(key, data))
+
+    def replace(self, key, data):
+        return self._do("replace", key, lambda: super(CrashingStore, self).replace(key, data))
+
+    def delete_tree(self, prefix):
+        def half():
+            for key in Store.list(self, prefix)[::2]:
+                Store.delete_tree(self, key)
+
+        return self._do("delete", prefix, lambda: super(CrashingStore, self).delete_tree(prefix), half)
+
+    def _put(self, key, data):
+        put = super()._put
+        return self._do("put", key, lambda: put(key, data), lambda: put(key, data[: len(data) // 2]))
+
+    def _flush(self, prefix):
+        return self._do("flush", prefix, lambda: super(CrashingStore, self)._flush(prefix))
+
+
+# ------------------------------------------------------------------ a run in miniature
+
+
+def make_plan(segments: int = 3) -> Plan:
+    settings = {"batch_size": 4, "segment_size": 4, "hessian_structure": "kron"}
+    data = {"length": 4 * segments, "sha256": "d"}
+    return build_plan(settings, data=data, weights="w", model={"path": "m:f", "args": {}}, spec=SPEC)
+
+
+def sums_of(segment) -> dict[str, torch.Tensor]:
+    """Return what a worker finds for a segment: always the same, and rounded differently in another order of adding."""
+    generator = torch.Generator().manual_seed(segment.start)
+    x = torch.randn(5, 3, generator=generator) * 10 ** (segment.start / 4)
+    loss = torch.tensor([0.1, 0.2, 0.3][segment.start // 4], dtype=torch.float64)
+    return {"w/A": x.T @ x, "b": torch.randn(2, generator=generator), "loss": loss}
+
+
+def start(store: Store, plan: Plan) -> None:
+    resume.open_run(store, plan, weights=lambda: WEIGHTS, config_yaml="seed: 0\n")
+
+
+def work(store: Store, plan: Plan, segment) -> partials.Receipt:
+    return partials.commit_partial(store, plan, segment, sums_of(segment), 4, partials.new_attempt())
+
+
+def finish(store: Store, plan: Plan) -> str:
+    """Reduce and promote as the driver does; returns the version."""
+    version = reduce.version_of(store, plan)
+    if not store.exists(reduce.version_key(version)):
+        context = SimpleNamespace(store=store, plan=plan)
+        receipts = [reduce.reduce_group(context, version, names) for names in reduce.groups(plan.spec)]
+        reduce.commit_version(store, plan, version, receipts)
+    if not store.exists(resume.CURRENT) or posterior.read_current(store)["version"] != version:
+        posterior.write_current(store, version, None)
+    return version
+
+
+def whole_run(store: Store, plan: Plan) -> str:
+    """Start or continue a run and bring it to its end."""
+    start(store, plan)
+    for segment in resume.remaining(plan, resume.committed(store, plan)):
+        work(store, plan, segment)
+    return finish(store, plan)
+
+
+def state(store: Store, plan: Plan) -> dict:
+    """Read all that a reader can: each committed segment's numbers, and the current version's; whole or an error."""
+    if not store.exists(resume.PLAN):
+        return {}
+    assert resume.read_plan(store) == plan
+    found: dict = {}
+    for id_, manifest in resume.committed(store, plan).items():
+        found[id_] = {n: partials.read_factor(store, manifest, n).tobytes() for n in manifest["arrays"]}
+    if store.exists(resume.WEIGHTS):
+        found["weights"] = {"": store.read(resume.WEIGHTS)}
+    if store.exists(resume.CURRENT):
+        version = posterior.read_current(store)["version"]
+        factors = reduce.read_version(store, plan, version)["factors"]
+        found["current"] = {
+            "version": version.encode(),
+            **{n: store.read_array(p["prefix"], n, p["entry"]).tobytes() for n, p in factors.items()},
+        }
+    return found
+
+
+def serial(plan: Plan) -> dict:
+    """Return the state that a run without store, crash or parallel work ends in, but for the version's name."""
+    parts = {segment.id: sums_of(segment) for segment in plan.segments}
+    found = {i: {n: t.numpy().tobytes() for n, t in sums.items()} for i, sums in parts.items()}
+    found["current"] = {}
+    for name in ("w/A", "b", "loss"):
+        total = np.zeros(parts["000000"][name].shape)
+        for sums in parts.values():
+            total = total + sums[name].numpy().astype(np.float64)
+        found["current"][name] = total.astype(parts["000000"][name].numpy().dtype).tobytes()
+    return found

@@ -1,0 +1,241 @@
+"""Verifying a run: whole runs pass, every altered or deleted object is named, orphans are found and collected by age."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import dist_cases
+import pytest
+
+import laplace_dist
+from laplace_dist import data, posterior
+from laplace_dist.cli import verify_main
+from laplace_dist.errors import SettingsError
+from laplace_dist.plan import open_json, seal_json
+from laplace_dist.store import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+# Deleting these is the state before a step that the same command takes again, or costs nothing.
+REPEATABLE = ("config.yaml", "CURRENT.json", "evaluation/metrics.json")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Return the directory of a finished run with everything that a run can have; not to be changed."""
+    url = tmp_path_factory.mktemp("finished") / "run"
+    config = dist_cases.config(url, skip_tune=False, skip_evaluate=False, ood=["other"], segment_size=24, batch_size=8)
+    dist_cases.run_inline(config)
+    return url
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """Return a copy of the finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def keys_named(report):
+    return [key for key, _ in report.problems]
+
+
+def test_a_whole_run_passes_and_is_counted(run, capsys):
+    report = laplace_dist.verify(str(run))
+    assert (report.problems, report.orphans, report.committed, report.segments) == ([], {}, 2, 2)
+    assert report.objects == len(Store(str(run)).list())
+    assert report.versions == [posterior.read_current(Store(str(run)))["version"]]
+    assert verify_main([f"--checkpoint={run}"]) == 0
+    assert "every one of them is whole; 2 of 2 segments committed, 1 posterior version(s)" in capsys.readouterr().out
+
+
+def test_a_run_in_progress_is_whole(run):
+    for name in ("posteriors", "tuning", "evaluation", "partials/000001"):
+        shutil.rmtree(run / name)
+    (run / "partials" / "000001.json").unlink()
+    (run / "CURRENT.json").unlink()
+    report = laplace_dist.verify(str(run))
+    assert (report.problems, report.committed, report.versions) == ([], 1, [])
+
+
+def objects(url):
+    """Return a sample of the objects of every kind, the same each time."""
+    keys, kinds = Store(str(url)).list(), {}
+    for key in keys:
+        parts = key.split("/")
+        kinds.setdefault((parts[0], len(parts), parts[-1] if parts[-1] == "zarr.json" else ""), []).append(key)
+    draw = random.Random(0)
+    return [key for kind in kinds.values() for key in draw.sample(kind, min(2, len(kind)))]
+
+
+def test_every_altered_object_is_named(run):
+    draw, missed, sample = random.Random(1), [], objects(run)
+    assert len(sample) > 20
+    for key, damage in zip(sample, itertools.cycle(["flip", "truncate", "flip", "empty"]), strict=False):
+        path = run / key
+        good = path.read_bytes()
+        at = draw.randrange(len(good))
+        bad = {"flip": good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :], "truncate": good[:at], "empty": b""}[damage]
+        path.write_bytes(bad)
+        try:
+            found = laplace_dist.verify(str(run)).problems
+        except SettingsError:  # a version number of the future
+            found = [(key, key)]
+        if not any(key in text or key.startswith(name) for name, text in found):
+            missed.append((key, at, found))
+        path.write_bytes(good)
+    assert missed == []
+
+
+def test_every_deleted_object_that_matters_is_named(run):
+    missed = []
+    for key in objects(run):
+        if key in REPEATABLE or key == "plan.json":
+            continue
+        path = run / key
+        good = path.read_bytes()
+        path.unlink()
+        report = laplace_dist.verify(str(run))
+        shard = key.startswith(("tuning/", "evaluation/")) and key.endswith(".json") and not key.endswith("zarr.json")
+        witness = "evaluation/metrics.json" if key.count("/") == 1 and key.startswith("evaluation/") else key
+        named = any(witness in text for _, text in report.problems)
+        if not (named or report.orphans or (shard and key.count("/") == 2)):
+            missed.append(key)
+        path.write_bytes(good)
+    assert missed == []
+
+
+def test_weights_that_are_altered_or_of_another_model_are_found(run):
+    path = run / "weights.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert "its tensors do not have the sha256" in dict(laplace_dist.verify(str(run)).problems)["weights.safetensors"]
+    model = dist_cases.convnet()
+    model[0].bias.data += 1
+    path.write_bytes(data.dump_weights(model))
+    assert "of another model" in dict(laplace_dist.verify(str(run)).problems)["weights.safetensors"]
+
+
+def test_sums_that_are_sealed_but_wrong_are_found(run):
+    """Another posterior's factor under a valid manifest: each object is whole, and the sum is not of these partials."""
+    store = Store(str(run))
+    (key,) = [key for key in store.list("posteriors", recursive=False) if key.endswith(".json")]
+    manifest = open_json(store.read(key), key)
+    name = "0.bias" if "0.bias" in manifest["factors"] else sorted(manifest["factors"])[0]
+    place = manifest["factors"][name]
+    value = store.read_array(place["prefix"], name, place["entry"])
+    forged = f"{key.removesuffix('.json')}/forged"
+    symmetric = {name} if place["entry"]["packed"] else set()
+    place.update(prefix=forged, entry=store.write_arrays(forged, {name: value * 2}, symmetric)[name])
+    store.replace(key, seal_json(manifest))
+    problems = dict(laplace_dist.verify(str(run)).problems)
+    assert "is not the sum of the committed partials" in problems[f"{forged}/{name}"]
+
+
+def test_partials_that_do_not_make_the_current_version_are_found(run):
+    store = Store(str(run))
+    key = "partials/000000.json"
+    manifest = open_json(store.read(key), key)
+    forged = {name: 2 * store.read_array(manifest["prefix"], name, e) for name, e in manifest["arrays"].items()}
+    packed = {name for name, entry in manifest["arrays"].items() if entry["packed"]}
+    manifest["attempt"] = "forged"
+    manifest["prefix"] = "partials/000000/forged"
+    manifest["arrays"] = store.write_arrays(manifest["prefix"], forged, packed)
+    store.replace(key, seal_json(manifest))
+    assert keys_named(laplace_dist.verify(str(run))) == ["CURRENT.json"]
+
+
+def test_where_there_is_no_run_the_state_refuses(tmp_path, capsys):
+    with pytest.raises(SettingsError, match="where there is no run"):
+        laplace_dist.verify(str(tmp_path))
+    assert verify_main([f"--checkpoint={tmp_path}"]) == 2
+    assert verify_main([f"--checkpoint={tmp_path}", "--collect-orphans-older-than=-1"]) == 2
+    assert verify_main(["--nonsense=1"]) == 2
+    assert capsys.readouterr().err.count("error: ") == 3
+
+
+# ------------------------------------------------------------------ orphans
+
+
+def leave_orphans(run):
+    """Leave what crashed attempts leave; return their places."""
+    store = Store(str(run))
+    source = next(path for path in (run / "partials" / "000000").iterdir())
+    places = [
+        "partials/000000/crashed",
+        "posteriors/0123456789abcdef/crashed",
+        "tuning/x/crashed",
+        "evaluation/x/y/crashed",
+    ]
+    for place in places:
+        shutil.copytree(source, run / place)
+    (run / "partials" / ".tmp-0123").write_bytes(b"half")
+    assert store.exists(f"{places[0]}/zarr.json")
+    return sorted([*places, "partials/.tmp-0123"])
+
+
+def age(run, places, hours):
+    for place in places:
+        for path in [run / place, *(run / place).rglob("*")]:
+            when = path.stat().st_mtime - hours * 3600
+            os.utime(path, (when, when))
+
+
+def test_orphans_are_reported_and_only_old_ones_collected(run):
+    before = {key: Store(str(run)).read(key) for key in Store(str(run)).list()}
+    places = leave_orphans(run)
+    report = laplace_dist.verify(str(run))
+    assert (sorted(report.orphans), report.collected, report.ok) == (places, [], True)
+    age(run, places[:3], 5)
+    report = laplace_dist.verify(str(run), collect_orphans_older_than=4)
+    assert sorted(report.collected) == places[:3]
+    assert sorted(laplace_dist.verify(str(run)).orphans) == places[3:]
+    laplace_dist.verify(str(run), collect_orphans_older_than=0)
+    assert {key: Store(str(run)).read(key) for key in Store(str(run)).list()} == before
+    assert not (run / "partials" / ".tmp-0123").exists()
+
+
+def test_an_attempt_committed_while_verifying_is_not_collected(run, monkeypatch):
+    """Its arrays were listed, its manifest came after the listing: it is named by the time of the deletion."""
+    store = Store(str(run))
+    key = "partials/000001.json"
+    manifest = store.read(key)
+    store.delete_tree(key)
+    modified = Store.modified
+
+    def then_commit(self):
+        times = modified(self)
+        Store(str(run)).create(key, manifest)
+        return times
+
+    monkeypatch.setattr(Store, "modified", then_commit)
+    report = laplace_dist.verify(str(run), collect_orphans_older_than=0)
+    assert report.collected == []
+    assert store.read_array(open_json(manifest, key)["prefix"], "loss", open_json(manifest, key)["arrays"]["loss"]) > 0
+
+
+def test_nothing_is_collected_while_a_manifest_cannot_be_read(run):
+    (run / "partials" / "000001.json").write_bytes(b"{")
+    report = laplace_dist.verify(str(run), collect_orphans_older_than=0)
+    assert report.collected == []
+    assert report.orphans
+    assert "nothing was collected" in dict(report.problems)["orphans"]
+
+
+def test_the_job_prints_what_is_bad_object_by_object(run, environment):
+    chunk = next(path for path in (run / "partials" / "000001").rglob("c/*") if path.is_file())
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    leave_orphans(run)
+    command = [sys.executable, "jobs/verify.py", f"--checkpoint={run}", "--collect-orphans-older-than=0"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    lines = done.stdout.splitlines()
+    bad = [line for line in lines if line.startswith("bad ")]
+    assert len(bad) == 1 and str(chunk.relative_to(run)) in bad[0] and "recomputes that segment" in bad[0]
+    assert sum(line.startswith("deleted ") for line in lines) == 5
+    assert "1 problem(s)" in lines[-1]
