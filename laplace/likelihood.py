@@ -39,7 +39,9 @@ def check_targets(likelihood: Likelihood, f: Tensor, y: Tensor, offset: int = 0)
             "Convert them with .long(), or use likelihood='regression'."
         )
     if y.shape != f.shape[:-1]:
-        raise ValueError(f"Labels of shape {tuple(y.shape)} do not match outputs {tuple(f.shape)}: (batch, …, classes).")
+        raise ValueError(
+            f"Labels of shape {tuple(y.shape)} do not match outputs {tuple(f.shape)}: (batch, …, classes)."
+        )
     wrong = ((y < 0) | (y >= f.shape[-1])).reshape(y.shape[0], -1).any(1)
     if bool(wrong.any()):
         first = int(wrong.nonzero()[0])

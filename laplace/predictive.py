@@ -62,9 +62,7 @@ def predict(
     if model_kwargs:
         raise ValueError(f"Unknown arguments {sorted(model_kwargs)}; the model is called with x alone.")
     check_combination(la, pred_type, link_approx)
-    regression = la.likelihood is Likelihood.REGRESSION or (
-        la.likelihood is Likelihood.REWARD_MODELING and not fitting
-    )
+    regression = la.likelihood is Likelihood.REGRESSION or (la.likelihood is Likelihood.REWARD_MODELING and not fitting)
     if joint and not regression:
         raise ValueError("joint=True is for regression; class probabilities have no joint Gaussian.")
     if pred_type is PredType.NN:
@@ -173,9 +171,7 @@ def _root(covariance: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0).sqrt()[:, None]).to(covariance.dtype)
 
 
-def sampled_outputs(
-    la: ParametricLaplace, x: Any, n_samples: int, generator: torch.Generator | None = None
-) -> Tensor:
+def sampled_outputs(la: ParametricLaplace, x: Any, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
     """Outputs ``(n_samples, batch, …, outputs)`` of networks drawn from the posterior; the model is left as it is."""
     module, names, inputs = la.model, list(la.backend.named_params), x
     with torch.set_grad_enabled(la.enable_backprop), eval_mode(la.model):

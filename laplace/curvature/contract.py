@@ -221,7 +221,9 @@ def jacobians(capture, blocks: tuple[Block, ...]) -> Tensor:
     Raises:
         NotEnoughMemoryError: If they and one copy are larger than the free memory.
     """
-    require_jacobians(len(capture.f), capture.f[0].numel(), sum(b.size for b in blocks), capture.dtype, capture.f.device)
+    require_jacobians(
+        len(capture.f), capture.f[0].numel(), sum(b.size for b in blocks), capture.dtype, capture.f.device
+    )
     return torch.stack([jacobian_rows(capture, blocks, v) for v in output_directions(capture.f)], 1)
 
 

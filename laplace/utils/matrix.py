@@ -167,7 +167,9 @@ class KronDecomposed:
         """
         deltas = torch.as_tensor(deltas, dtype=self.deltas.dtype, device=self.deltas.device)
         if deltas.numel() not in (1, len(self)) or deltas.ndim > 1:
-            raise ValueError(f"Expected a scalar or {len(self)} values, one per block; got shape {tuple(deltas.shape)}.")
+            raise ValueError(
+                f"Expected a scalar or {len(self)} values, one per block; got shape {tuple(deltas.shape)}."
+            )
         return KronDecomposed(self.eigenvectors, self.eigenvalues, self.deltas + deltas, self.damping)
 
     def __mul__(self, scalar: Tensor | float) -> KronDecomposed:

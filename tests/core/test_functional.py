@@ -37,7 +37,14 @@ def pair(name, subset="all", estimator="ggn", **kwargs):
     both = []
     for structure in ("gp", "full"):
         la = Laplace(
-            model, case.likelihood, subset, structure, prior_precision=1.7, backend=cls, backend_kwargs=options, **kwargs
+            model,
+            case.likelihood,
+            subset,
+            structure,
+            prior_precision=1.7,
+            backend=cls,
+            backend_kwargs=options,
+            **kwargs,
         )
         la.fit(loader(x, y, 3))
         both.append(la)

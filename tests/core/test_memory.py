@@ -11,8 +11,6 @@ from laplace.utils import memory
 from .models import CASES, loader
 
 
-
-
 def fitted(structure, **kwargs):
     model, x, y = CASES["mlp"].make()
     la = Laplace(model, "classification", "all", structure, **kwargs)
@@ -77,7 +75,11 @@ def test_free_bytes_of_this_machine():
 )
 def test_the_limit_of_a_container_counts(limit, used, cache, free, tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 5 kB\n".replace("5 kB", f"{5000 // 1024} kB"))
-    for name, value in (("memory.max", limit), ("memory.current", used), ("memory.stat", f"anon 1\ninactive_file {cache}")):
+    for name, value in (
+        ("memory.max", limit),
+        ("memory.current", used),
+        ("memory.stat", f"anon 1\ninactive_file {cache}"),
+    ):
         (tmp_path / name).write_text(f"{value}\n")
     monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
