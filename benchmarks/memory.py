@@ -19,7 +19,12 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-VARIANTS = {"8 segments, 64²": (64, 8), "512 segments, 64²": (64, 512), "8 segments, 4096²": (4096, 8)}
+VARIANTS = {
+    "8 segments, 64²": (64, 8),
+    "512 segments, 64²": (64, 512),
+    "8 segments, 4096²": (4096, 8),
+    "8 segments, 8192²": (8192, 8),
+}
 
 
 class Generated(Dataset):

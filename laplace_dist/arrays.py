@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,9 +15,9 @@ import zarr.storage
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from laplace_dist.errors import CheckpointError
-from laplace_dist.packing import check_names, pack, unpack
+from laplace_dist.packing import check_names, mirror, pack, triangle, unpack
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 8 * 2**20  # compressing, sending and reading back hold about four chunks for each array in progress
 _THREADS = 8
 _GROUP = json.dumps({"attributes": {}, "zarr_format": 3, "node_type": "group"}).encode()
 
@@ -78,32 +79,39 @@ class Arrays:
         check_names([name])
         key = f"{prefix}/{name}"
         memory, array = self._open_array(key, entry)
-        values = np.empty(array.shape, array.dtype)
+        value, digest = np.empty(entry["shape"], array.dtype), hashlib.sha256()
         for number, rows in _chunks(array):
-            values[rows] = self._load_chunk(key, memory, number, array, rows)
-        if _sha256(values) != entry["sha256"]:
+            part = np.asarray(self._load_chunk(key, memory, number, array, rows), order="C")
+            digest.update(part)
+            _set_rows(value, rows, part, entry["packed"])
+        if digest.hexdigest() != entry["sha256"]:
             raise self._altered(key, "its numbers do not have the sha256 in the manifest")
-        return unpack(values) if entry["packed"] else values
+        for matrix in _matrices(value) if entry["packed"] else ():
+            mirror(matrix)
+        return value
 
     def _write_array(self, key: str, value: np.ndarray, packed: bool) -> dict[str, Any]:
         value = np.asarray(value)
         if value.dtype not in (np.float32, np.float64):
             raise CheckpointError(f"{self._where(key)} has dtype {value.dtype}; factors are float32 or float64")
-        stored = pack(value) if packed else np.ascontiguousarray(value).reshape(value.shape)
-        memory, array = _new_array(stored, {"packed": "lower triangle, row by row"} if packed else {})
+        memory, array = _new_array(
+            _stored_shape(value.shape, packed), value.dtype, {"packed": "lower triangle, row by row"} if packed else {}
+        )
         metadata = memory.pop("zarr.json").to_bytes()
         self._put(f"{key}/zarr.json", metadata)
-        size, digest, back = len(metadata), _sha256(stored), hashlib.sha256()
+        size, digest, back = len(metadata), hashlib.sha256(), hashlib.sha256()
         for number, rows in _chunks(array):
-            array[rows] = stored[rows]
+            part = _rows(value, rows, packed)
+            digest.update(part)
+            array[rows] = part
             data = memory.pop(number).to_bytes()
             self._put(f"{key}/{number}", data)
             size += len(data)
             back.update(np.ascontiguousarray(self._load_chunk(key, memory, number, array, rows)))
-        if self.read(f"{key}/zarr.json") != metadata or back.hexdigest() != digest:
+        if self.read(f"{key}/zarr.json") != metadata or back.digest() != digest.digest():
             raise self._altered(key, "what was read back is not what was written")
         return {
-            "sha256": digest,
+            "sha256": digest.hexdigest(),
             "shape": list(value.shape),
             "dtype": value.dtype.name,
             "packed": packed,
@@ -117,8 +125,9 @@ class Arrays:
             raise self._altered(f"{key}/zarr.json", "it does not have the sha256 in the manifest")
         memory = {"zarr.json": zarr.core.buffer.cpu.Buffer.from_bytes(metadata)}
         array = zarr.open_array(zarr.storage.MemoryStore(memory), mode="r", zarr_format=3)
-        *lead, size = entry["shape"] or [0]
-        shape = (*lead[:-1], size * (size + 1) // 2) if entry["packed"] else tuple(entry["shape"])
+        if entry["packed"] and (len(entry["shape"]) < 2 or entry["shape"][-1] != entry["shape"][-2]):
+            raise self._altered(key, f"the manifest calls shape {entry['shape']} a packed symmetric matrix")
+        shape = _stored_shape(entry["shape"], entry["packed"])
         if array.shape != shape or array.dtype.name != entry["dtype"]:
             found = f"{array.shape} {array.dtype.name}"
             raise self._altered(key, f"it holds {found}, the manifest says {shape} {entry['dtype']}")
@@ -135,16 +144,50 @@ class Arrays:
             del memory[number]
 
 
-def _new_array(value: np.ndarray, attributes: dict[str, str]) -> tuple[dict[str, Any], zarr.Array]:
-    """Return an empty Zarr array in memory, with its dictionary of objects, that fits the value."""
+def _stored_shape(shape: Sequence[int], packed: bool) -> tuple[int, ...]:
+    """Return the shape in which an array is stored: triangles, if packed, in place of its last two axes."""
+    return (*shape[:-2], triangle(shape[-1])) if packed else tuple(shape)
+
+
+def _matrices(value: np.ndarray) -> np.ndarray:
+    """View an array of shape `(..., d, d)` as one of shape `(n, d, d)`."""
+    return value.reshape(math.prod(value.shape[:-2]), *value.shape[-2:])
+
+
+def _rows(value: np.ndarray, rows: Any, packed: bool) -> np.ndarray:
+    """Return some rows, along the first axis of what is stored, in C order."""
+    if not packed:
+        return np.asarray(value[rows], order="C")
+    if value.ndim == 2:
+        return pack(value, rows.start, rows.stop)
+    size = triangle(value.shape[-1])
+    part = np.stack([pack(matrix, 0, size) for matrix in _matrices(value[rows])])
+    return part.reshape(-1, *value.shape[1:-2], size)
+
+
+def _set_rows(value: np.ndarray, rows: Any, part: np.ndarray, packed: bool) -> None:
+    """Put rows of what is stored where they belong; of a packed array only the lower triangles."""
+    if not packed:
+        value[rows] = part
+    elif value.ndim == 2:
+        unpack(value, rows.start, part)
+    else:
+        for matrix, triangle_ in zip(_matrices(value[rows]), part.reshape(-1, part.shape[-1]), strict=True):
+            unpack(matrix, 0, triangle_)
+
+
+def _new_array(
+    shape: tuple[int, ...], dtype: np.dtype, attributes: dict[str, str]
+) -> tuple[dict[str, Any], zarr.Array]:
+    """Return an empty Zarr array in memory, with its dictionary of objects."""
     memory: dict[str, Any] = {}
-    row = max(1, value[:1].nbytes) if value.ndim else value.nbytes
-    first = (max(1, min(value.shape[0], CHUNK_BYTES // row)),) if value.ndim else ()
+    row = max(1, math.prod(shape[1:]) * dtype.itemsize)
+    first = (max(1, min(shape[0], CHUNK_BYTES // row)),) if shape else ()
     array = zarr.create_array(
         zarr.storage.MemoryStore(memory),
-        shape=value.shape,
-        dtype=value.dtype,
-        chunks=(*first, *(max(1, n) for n in value.shape[1:])),
+        shape=shape,
+        dtype=dtype,
+        chunks=(*first, *(max(1, n) for n in shape[1:])),
         compressors=[BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"), Crc32cCodec()],
         fill_value=np.nan,
         attributes=attributes,
@@ -159,10 +202,7 @@ def _chunks(array: zarr.Array) -> Iterator[tuple[str, Any]]:
     if array.ndim == 0:
         yield "c", ()
     elif array.size:
-        for number, start in enumerate(range(0, array.shape[0], array.chunks[0])):
-            yield "/".join(["c", str(number), *["0"] * (array.ndim - 1)]), slice(start, start + array.chunks[0])
-
-
-def _sha256(value: np.ndarray) -> str:
-    """Digest an array's bytes in C order."""
-    return hashlib.sha256(memoryview(value).cast("B") if value.size else b"").hexdigest()
+        step = array.chunks[0]
+        for number, start in enumerate(range(0, array.shape[0], step)):
+            rows = slice(start, min(start + step, array.shape[0]))
+            yield "/".join(["c", str(number), *["0"] * (array.ndim - 1)]), rows

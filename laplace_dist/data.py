@@ -1,32 +1,28 @@
-"""From import path or URL to model and data set: loading, digests, and the batches of a segment."""
+"""From import path or URL to model and data set: loading, fingerprints, and the batches of a segment."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
 import inspect
-import io
-import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
-from pickle import UnpicklingError
 from typing import Any
 
 import fsspec
 import numpy as np
-import safetensors.torch
 import torch
 import zarr
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
 from laplace_dist.config import Config
-from laplace_dist.errors import CheckpointError, ExampleError, SettingsError
+from laplace_dist.digests import feed
+from laplace_dist.errors import ExampleError, SettingsError, listed
+from laplace_dist.weights import load_weights
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _SAMPLE = 64
@@ -105,99 +101,6 @@ def load_model(config: Config) -> nn.Module:
     return model.eval()
 
 
-def dump_weights(model: nn.Module) -> bytes:
-    """Return the model's state dict as a safetensors file; tied tensors are stored under each of their names.
-
-    Its metadata holds a sha256 of the tensors and the model's digest, which also covers what no state dict holds, so
-    that the file can be checked without the model: see `check_weights`.
-    """
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    seal = {"tensors_sha256": _digest(state.items()), "model_digest": weights_digest(model)}
-    return safetensors.torch.save(state, metadata={"seal": json.dumps(seal)})
-
-
-def check_weights(content: bytes, digest: str, label: str) -> None:
-    """Check what `dump_weights` returned, without the model.
-
-    Args:
-        content: The file's bytes.
-        digest: `weights_digest` of the model, as the plan has it.
-        label: What to call the file in messages.
-
-    Raises:
-        CheckpointError: It is truncated, altered, or of another model.
-    """
-    state = _parse_weights(content, label, CheckpointError)
-    try:
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        seal = json.loads(header["__metadata__"]["seal"])
-        tensors, model = seal["tensors_sha256"], seal["model_digest"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{label} is altered: it carries no digest. Restore it from a copy.") from error
-    if tensors != _digest(state.items()):
-        raise CheckpointError(f"{label} is altered: its tensors do not have the sha256 in it. Restore it from a copy.")
-    if model != digest:
-        raise CheckpointError(f"{label} holds the weights of another model than the plan's. Restore it from a copy.")
-
-
-def load_weights(model: nn.Module, content: bytes, label: str, broken: type[Exception] = SettingsError) -> None:
-    """Load a state dict, safetensors or torch.save's format (tensors only), into a model that it must fit exactly.
-
-    Args:
-        model: Changed in place.
-        content: The file's bytes.
-        label: What to call the file in messages.
-        broken: Class of the error for a file that is not a state dict.
-
-    Raises:
-        SettingsError: Names are missing or unexpected, or shapes differ; the message lists them.
-    """
-    state = _parse_weights(content, label, broken)
-    wanted = model.state_dict()
-    wrong = {
-        "missing": sorted(wanted.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - wanted.keys()),
-        "of another shape": [
-            f"{name} {list(state[name].shape)} in the file, {list(wanted[name].shape)} in the model"
-            for name in wanted.keys() & state.keys()
-            if state[name].shape != wanted[name].shape
-        ],
-    }
-    if any(wrong.values()):
-        listed = "; ".join(f"{what}: {_some(names)}" for what, names in wrong.items() if names)
-        raise SettingsError(f"{label}: these weights do not fit the model. {listed}")
-    model.load_state_dict(state)
-
-
-def _parse_weights(content: bytes, label: str, broken: type[Exception]) -> dict[str, Tensor]:
-    try:
-        if content[8:9] == b"{":
-            return safetensors.torch.load(content)
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise broken(
-            f"{label}: is not a state dict in .safetensors or torch.save's format with tensors only ({reason})"
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        inside = _some(sorted(map(str, state))) if isinstance(state, Mapping) else type(state).__name__
-        raise broken(f"{label}: holds {inside}; expected a state dict, as model.state_dict() returns it")
-    return dict(state)
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Return the sha256 over names, dtypes, shapes and bytes of all parameters and buffers."""
-    return _digest(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
-
-
-def _digest(named: Iterable[tuple[str, Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(named, key=lambda item: item[0]):
-        _feed(digest, name)
-        _feed(digest, tensor)
-    return digest.hexdigest()
-
-
 # ------------------------------------------------------------------ data sets
 
 
@@ -221,7 +124,7 @@ class ZarrSplit:
                 f"Zarr group ({type(error).__name__} when it was opened)"
             ) from None
         if split not in group:
-            raise SettingsError(f"--data: {url!r} has no split {split!r}; it has {_some(sorted(group.keys()))}")
+            raise SettingsError(f"--data: {url!r} has no split {split!r}; it has {listed(sorted(group.keys()))}")
         arrays = [group.get(f"{split}/{name}") for name in "xy"]
         if not all(isinstance(array, zarr.Array) and array.ndim for array in arrays):
             raise SettingsError(f"--data: split {split!r} of {url!r} needs the arrays 'x' and 'y'")
@@ -256,7 +159,7 @@ def load_split(config: Config, split: str) -> Any:
     if _IMPORT_PATH.fullmatch(config.data):
         dataset = _call(config.data, "--data", {"split": split, **config.data_args})
     elif config.data_args:
-        raise SettingsError(f"--data-args: {_some(list(config.data_args))} given, but {config.data!r} is no callable")
+        raise SettingsError(f"--data-args: {listed(list(config.data_args))} given, but {config.data!r} is no callable")
     else:
         dataset = ZarrSplit(config.data, split, config.storage_options)
     sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
@@ -318,7 +221,7 @@ def batches(dataset: Any, start: int, stop: int, batch_size: int) -> Iterator[tu
         elif isinstance(batch, tuple | list) and len(batch) == 2:
             yield offset, batch[0], batch[1]
         else:
-            kind = f"a mapping of {_some(list(batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+            kind = f"a mapping of {listed(list(batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
             raise SettingsError(f"--data: an example is {kind}; expected a pair (x, y) or a mapping with 'labels'")
 
 
@@ -362,36 +265,7 @@ def _naming(start: int, stop: int) -> Iterator[None]:
 def _example_digest(dataset: Any, index: int) -> bytes:
     digest = hashlib.sha256()
     try:
-        _feed(digest, _read_example(dataset, index))
+        feed(digest, _read_example(dataset, index))
     except TypeError as error:
         raise SettingsError(f"--data: example {index} holds {error}; expected tensors, arrays or numbers") from error
     return digest.digest()
-
-
-def _feed(digest: Any, value: Any) -> None:
-    """Add a value to a digest so that different values give different input."""
-    if isinstance(value, Tensor):
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(f"tensor {value.dtype} {list(value.shape)} ".encode())
-        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
-    elif isinstance(value, np.ndarray | np.generic) and value.dtype != object:
-        digest.update(f"array {value.dtype} {list(value.shape)} ".encode() + value.tobytes())
-    elif isinstance(value, bool | int | float | str | bytes | None):
-        content = value if isinstance(value, bytes) else repr(value).encode()
-        digest.update(f"{type(value).__name__} {len(content)} ".encode() + content)
-    elif isinstance(value, Mapping):
-        digest.update(f"mapping {len(value)} ".encode())
-        for key in sorted(value):
-            _feed(digest, key)
-            _feed(digest, value[key])
-    elif isinstance(value, tuple | list):
-        digest.update(f"sequence {len(value)} ".encode())
-        for item in value:
-            _feed(digest, item)
-    else:
-        raise TypeError(f"a {type(value).__module__}.{type(value).__name__}")
-
-
-def _some(names: list[str], limit: int = 8) -> str:
-    more = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more if names else "nothing"

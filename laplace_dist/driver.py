@@ -17,6 +17,7 @@ from laplace_dist.plan import Plan, Segment, build_plan, default_segment_size, o
 from laplace_dist.pool import Pool
 from laplace_dist.progress import Progress
 from laplace_dist.store import Store
+from laplace_dist.weights import dump_weights, weights_digest
 from laplace_dist.worker import initialized, open_store, plain
 
 
@@ -135,13 +136,13 @@ class Job:
         plan = build_plan(
             config.bits(device_type=self.cluster.device_type()),
             data=data.fingerprint(train),
-            weights=data.weights_digest(model),
+            weights=weights_digest(model),
             model={"path": config.model, "args": config.model_args},
             spec=plain(la.sums_spec()),
         )
         snapshot = config.model_copy(update={"weights": f"{self.store.url}/{resume.WEIGHTS}"}).to_yaml()
         continued = resume.open_run(
-            self.store, plan, weights=lambda: data.dump_weights(model), config_yaml=snapshot, fresh=config.fresh
+            self.store, plan, weights=lambda: dump_weights(model), config_yaml=snapshot, fresh=config.fresh
         )
         self.say(f"{'continuing' if continued else 'starting'} the run at {self.store.url}")
         if not continued:

@@ -44,3 +44,9 @@ class ExampleError(RuntimeError):
     def __init__(self, message: str, examples: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.examples = list(examples)
+
+
+def listed(names: list[str], limit: int = 8) -> str:
+    """Write names for a message, not too many of them."""
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more if names else "nothing"

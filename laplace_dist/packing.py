@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from math import prod
+from collections.abc import Collection, Iterator
+from math import isqrt
 
 import numpy as np
 
 from laplace_dist.errors import CheckpointError
+
+_BLOCK = 64  # rows that are symmetrised at a time
 
 
 def check_key(key: str) -> str:
@@ -40,52 +42,72 @@ def check_names(names: Collection[str]) -> None:
             raise CheckpointError(f"factor name {second[:-1]!r} lies inside the array {first[:-1]!r}; rename one")
 
 
-def pack(matrices: np.ndarray, block: int = 64) -> np.ndarray:
-    r"""Keep the lower triangles, row by row, of matrices that are symmetric up to rounding.
+def triangle(rows: int) -> int:
+    """Return how many entries the lower triangle of a square matrix with so many rows has."""
+    return rows * (rows + 1) // 2
 
-    Each kept entry is $(a_{ij} + a_{ji}) / 2$, which is $a_{ij}$ exactly where the matrix is symmetric. Memory beyond
-    the result is `block` rows.
+
+def pack(matrix: np.ndarray, start: int, stop: int) -> np.ndarray:
+    r"""Return entries `start` to `stop` of the lower triangle, row by row, of a matrix that is symmetric up to rounding.
+
+    Each entry is $(a_{ij} + a_{ji}) / 2$, which is $a_{ij}$ exactly where the matrix is symmetric. Memory beyond
+    the result is a few rows.
 
     Args:
-        matrices: Shape `(..., d, d)`.
-        block: Rows that are symmetrised at a time.
+        matrix: Shape `(d, d)`.
+        start: First entry, counted along the packed triangle.
+        stop: One past the last entry, at most `d (d + 1) / 2`.
 
     Returns:
-        Shape `(..., d (d + 1) / 2)`, same dtype.
+        Shape `(stop - start,)`, same dtype.
     """
-    *lead, rows, columns = matrices.shape
-    assert rows == columns, f"a symmetric factor must be square, got {matrices.shape}"
-    flat = matrices.reshape(prod(lead), rows, rows)
-    packed = np.empty((len(flat), rows * (rows + 1) // 2), matrices.dtype)
-    for matrix, out in zip(flat, packed, strict=True):
-        for top in range(0, rows, block):
-            end = min(top + block, rows)
-            lower = matrix[top:end, :end]
-            mean = np.ascontiguousarray(matrix[:end, top:end].T)
-            mean -= lower
-            assert np.abs(mean).max() <= 1e-2 * np.abs(lower).max(), "a factor declared symmetric is not"
-            mean *= 0.5
-            mean += lower
-            for row in range(top, end):
-                start = row * (row + 1) // 2
-                out[start : start + row + 1] = mean[row - top, : row + 1]
-    return packed.reshape(*lead, packed.shape[-1])
+    size, columns = matrix.shape
+    assert size == columns, f"a symmetric factor must be square, got {matrix.shape}"
+    packed = np.empty(stop - start, matrix.dtype)
+    first = _row(start) // _BLOCK * _BLOCK
+    for top in range(first, min(size, _row(max(stop - 1, 0)) + 1), _BLOCK):
+        end = min(top + _BLOCK, size)
+        lower = matrix[top:end, :end]
+        mean = np.ascontiguousarray(matrix[:end, top:end].T)
+        mean -= lower
+        assert np.abs(mean).max() <= 1e-2 * np.abs(lower).max(), "a factor declared symmetric is not"
+        mean *= 0.5
+        mean += lower
+        for row, left, right in _pieces(top, end, start, stop):
+            at = triangle(row) - start
+            packed[at + left : at + right] = mean[row - top, left:right]
+    return packed
 
 
-def unpack(packed: np.ndarray, block: int = 64) -> np.ndarray:
-    """Rebuild the symmetric matrices, of shape `(..., d, d)`, from what `pack` returned, bit for bit."""
-    *lead, size = packed.shape
-    rows = int((8 * size + 1) ** 0.5) // 2
-    assert rows * (rows + 1) // 2 == size, f"{size} numbers are not a triangle"
-    full = np.empty((prod(lead), rows, rows), packed.dtype)
-    for matrix, values in zip(full, packed.reshape(prod(lead), size), strict=True):
-        for row in range(rows):
-            start = row * (row + 1) // 2
-            matrix[row, : row + 1] = values[start : start + row + 1]
-        for top in range(0, rows, block):
-            end = min(top + block, rows)
-            matrix[:top, top:end] = matrix[top:end, :top].T
-            corner = matrix[top:end, top:end]
-            below = np.tril_indices(end - top, -1)
-            corner.T[below] = corner[below]
-    return full.reshape(*lead, rows, rows)
+def unpack(matrix: np.ndarray, start: int, packed: np.ndarray) -> None:
+    """Put entries of a packed triangle, the first of them number `start`, into the lower triangle of a matrix."""
+    stop = start + len(packed)
+    for row, left, right in _pieces(_row(start), len(matrix), start, stop):
+        at = triangle(row) - start
+        matrix[row, left:right] = packed[at + left : at + right]
+
+
+def mirror(matrix: np.ndarray) -> None:
+    """Copy the lower triangle of a square matrix to the upper one, in place."""
+    size = len(matrix)
+    for top in range(0, size, _BLOCK):
+        end = min(top + _BLOCK, size)
+        matrix[:top, top:end] = matrix[top:end, :top].T
+        corner = matrix[top:end, top:end]
+        below = np.tril_indices(end - top, -1)
+        corner.T[below] = corner[below]
+
+
+def _row(entry: int) -> int:
+    """Return the row of the triangle in which a packed entry lies."""
+    return (isqrt(8 * entry + 1) - 1) // 2
+
+
+def _pieces(top: int, end: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Yield `(row, left, right)`: which columns of the rows `top` to `end` are entries `start` to `stop`."""
+    for row in range(top, end):
+        left, right = max(start - triangle(row), 0), min(stop - triangle(row), row + 1)
+        if right <= 0:
+            return
+        if left < right:
+            yield row, left, right

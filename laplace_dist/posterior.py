@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from laplace import Laplace
 from laplace.curvature import backend_class
 from laplace.curvature.sums import CurvatureSums, SumsSpec
-from laplace_dist.data import weights_digest
 from laplace_dist.errors import MissingObjectError, SettingsError
 from laplace_dist.plan import FORMAT_VERSION, Plan, open_json, seal_json
 from laplace_dist.reduce import read_version
 from laplace_dist.resume import CURRENT, load_run_weights, read_plan
 from laplace_dist.store import Store
+from laplace_dist.weights import weights_digest
 
 
 def load_posterior(

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from laplace_dist.data import load_weights, weights_digest
 from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.partials import manifest_key, parse_manifest
 from laplace_dist.plan import Plan, Segment, differences
 from laplace_dist.store import Store
+from laplace_dist.weights import load_weights, weights_digest
 
 PLAN, WEIGHTS, CONFIG, CURRENT = "plan.json", "weights.safetensors", "config.yaml", "CURRENT.json"
 # Readers follow CURRENT to manifests to arrays, so `clear` deletes in that order and the plan last: if it is

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from laplace.curvature.sums import sum_in_order
-from laplace_dist import data, evaluate, partials, reduce, resume
+from laplace_dist import evaluate, partials, reduce, resume
 from laplace_dist.errors import CheckpointError, SettingsError, StorageError
 from laplace_dist.localdisk import TEMP
 from laplace_dist.plan import Plan, open_json
 from laplace_dist.posterior import read_current
 from laplace_dist.store import Store
+from laplace_dist.weights import check_weights
 
 # Attempt directories, and the temporary files of a crashed commit: only these are ever collected.
 _ATTEMPT = re.compile(r"((?:partials|posteriors|tuning)/[^/]+/[^/]+|evaluation/[^/]+/[^/]+/[^/]+)/.+")
@@ -112,7 +113,7 @@ class _Check:
         store = self.store
         weights = resume.WEIGHTS
         if weights in keys or any(key.startswith("partials/") for key in keys):
-            self.attempt(weights, lambda: data.check_weights(store.read(weights), plan.weights, weights))
+            self.attempt(weights, lambda: check_weights(store.read(weights), plan.weights, weights))
         if resume.CONFIG in keys:
             self.attempt(resume.CONFIG, lambda: resume.check_yaml(store.read(resume.CONFIG)))
         manifests = self.partials(plan, keys)

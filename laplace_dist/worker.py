@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -156,7 +157,8 @@ class Worker:
             os.chdir(directory)
 
     def start(self) -> int:
-        """Fix what the bits depend on; returns the process id."""
+        """Fix what the bits depend on, and the allocator's habits; returns the process id."""
+        _share_one_heap()
         torch.set_num_threads(self._config.cpus_per_worker)
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
@@ -172,3 +174,15 @@ class Worker:
         """Call `target`, written `module:function`, with this worker's context and return its receipt."""
         module, _, name = target.partition(":")
         return getattr(importlib.import_module(module), name)(self._context, **kwargs)
+
+
+def _share_one_heap() -> None:
+    """Have glibc's allocator serve all threads from one heap, where there is glibc.
+
+    By default each of the threads that compress and write chunks gets an own one, and each of these keeps tens of
+    megabytes after they are freed: some 200 MB in the end, which no computation needs.
+    """
+    arena_max = -8  # M_ARENA_MAX in malloc.h
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallopt"):
+        allocator.mallopt(arena_max, 1)

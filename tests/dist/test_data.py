@@ -18,15 +18,13 @@ from laplace_dist.config import Config
 from laplace_dist.data import (
     ZarrSplit,
     batches,
-    dump_weights,
     fingerprint,
     load_callable,
     load_model,
     load_split,
-    load_weights,
-    weights_digest,
 )
 from laplace_dist.errors import ExampleError, SettingsError
+from laplace_dist.weights import dump_weights, load_weights, weights_digest
 
 MODULE = """
 import torch

@@ -10,11 +10,11 @@ from test_partials import PLAN, commit, make_plan
 from torch import nn
 
 from laplace_dist import status
-from laplace_dist.data import dump_weights, weights_digest
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan import FORMAT_VERSION, open_json, seal_json
 from laplace_dist.resume import clear, committed, load_run_weights, open_run, read_plan, remaining
 from laplace_dist.store import Store
+from laplace_dist.weights import dump_weights, weights_digest
 
 
 @pytest.fixture

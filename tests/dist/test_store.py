@@ -8,18 +8,21 @@ import pickle
 import threading
 import uuid
 import zipfile
+from itertools import pairwise
 
 import numpy as np
 import pytest
+import tenacity
 import zarr
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laplace_dist import arrays as arrays_module
-from laplace_dist import remote
+from laplace_dist import packing, patience, remote
 from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError
-from laplace_dist.packing import pack, unpack
+from laplace_dist.packing import mirror, pack, unpack
+from laplace_dist.patience import Patient
 from laplace_dist.store import Store
 
 ARRAYS = {
@@ -52,27 +55,33 @@ def symmetric(seed, shape, dtype):
 
 @given(
     seed=st.integers(0, 99),
-    lead=st.lists(st.integers(0, 3), max_size=2),
     size=st.integers(0, 12),
+    cuts=st.lists(st.integers(0, 78), max_size=4),
     block=st.integers(1, 14),
     dtype=st.sampled_from([np.float32, np.float64]),
 )
-def test_packing_a_symmetric_matrix_loses_nothing(seed, lead, size, block, dtype):
-    value = symmetric(seed, (*lead, size, size), dtype)
-    packed = pack(value, block)
-    assert packed.shape == (*lead, size * (size + 1) // 2)
-    assert packed.dtype == value.dtype
-    back = unpack(packed, block)
+def test_packing_a_symmetric_matrix_in_any_parts_loses_nothing(seed, size, cuts, block, dtype):
+    value = symmetric(seed, (size, size), dtype)
+    total = size * (size + 1) // 2
+    edges = sorted({0, total, *(min(cut, total) for cut in cuts)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_BLOCK", block)
+        parts = {start: pack(value, start, stop) for start, stop in pairwise([*edges, total])}
+        back = np.full_like(value, np.nan)
+        for start, part in parts.items():
+            assert part.dtype == value.dtype
+            unpack(back, start, part)
+        mirror(back)
     assert back.tobytes() == value.tobytes()
-    rows, columns = np.tril_indices(size)
-    assert np.array_equal(packed, value[..., rows, columns])
+    whole = np.concatenate([parts[start] for start in edges if len(parts[start])] or [np.empty(0, dtype)])
+    assert np.array_equal(whole, value[np.tril_indices(size)])
 
 
 def test_packing_symmetrises_rounding_and_refuses_more():
     value = np.array([[1.0, 2.0], [2.03125, 5.0]])
-    assert pack(value).tolist() == [1.0, 2.015625, 5.0]
+    assert pack(value, 0, 3).tolist() == [1.0, 2.015625, 5.0]
     with pytest.raises(AssertionError, match="declared symmetric is not"):
-        pack(np.array([[1.0, 2.0], [3.0, 4.0]]))
+        pack(np.array([[1.0, 2.0], [3.0, 4.0]]), 0, 3)
 
 
 # ------------------------------------------------------------------ objects
@@ -237,11 +246,11 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("script", "created"), [a[1:] for a in ANSWERS], ids=[a[0] for a in ANSWERS])
 def test_what_is_stored_decides_who_created(monkeypatch, script, created):
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(tenacity.nap.time, "sleep", lambda seconds: None)
     store = Store("memory://scripted")
     fs = Scripted()
     fs.store, fs.script = {}, list(script)
-    store._opened = fs, "/scripted"
+    store._opened = Patient(fs, str), "/scripted"
     assert store.create("m", b"mine") is created
     assert store.read("m") == (b"mine" if created else b"other")
     assert fs.script == []
@@ -256,11 +265,12 @@ def test_what_is_stored_decides_who_created(monkeypatch, script, created):
     ],
 )
 def test_a_store_that_refuses_is_reported_without_secrets(monkeypatch, error, expected, words):
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
-    store = Store("memory://scripted", {"client_kwargs": {"key": "sekrit-key"}})
+    monkeypatch.setattr(patience, "PATIENCE", 0.2)
+    options = {"client_kwargs": {"key": "sekrit-key"}}
+    store = Store("memory://scripted", options)
     fs = Scripted()
-    fs.store, fs.script = {}, [(None, error)] * 9
-    store._opened = fs, "/scripted"
+    fs.store, fs.script = {}, [(None, error)] * 99
+    store._opened = Patient(fs, lambda text: remote.scrub(text, options)), "/scripted"
     with pytest.raises(expected, match=words) as caught:
         store.create("m", b"mine")
     assert "sekrit" not in str(caught.value)
@@ -299,7 +309,9 @@ def test_a_chunk_that_equals_the_fill_value_is_written(local):
 def test_arrays_of_several_chunks_come_back(store, monkeypatch):
     monkeypatch.setattr(arrays_module, "CHUNK_BYTES", 64)
     arrays = {"flat": np.arange(100.0), "rows": np.arange(60, dtype=np.float32).reshape(20, 3, 1), "s": np.eye(9)}
-    entries = store.write_arrays("p", arrays, {"s"})
+    arrays["groups"] = symmetric(0, (5, 1, 3, 3), np.float32)
+    entries = store.write_arrays("p", arrays, {"s", "groups"})
+    assert [len([k for k in store.list("p") if k.startswith(f"p/{n}/c/")]) for n in ("s", "groups")] == [6, 3]
     assert sum(key.startswith("p/flat/c/") for key in store.list("p")) == 13
     for name, value in arrays.items():
         assert np.array_equal(store.read_array("p", name, entries[name]), value)
@@ -370,6 +382,13 @@ def test_an_entry_that_says_something_else_is_noticed(local, field):
     wrong = {"sha256": "0" * 64, "shape": [5, 5], "dtype": "float64", "packed": False, "metadata_sha256": "0" * 64}
     with pytest.raises(CheckpointError, match="p/H.*altered"):
         local.read_array("p", "H", {**entries["H"], field: wrong[field]})
+
+
+@pytest.mark.parametrize("shape", [[], [10], [2, 5], [10, 1]])
+def test_an_entry_that_calls_something_else_a_packed_matrix_is_refused(local, shape):
+    entries = local.write_arrays("p", ARRAYS, SYMMETRIC)
+    with pytest.raises(CheckpointError, match="p/H.*packed symmetric matrix"):
+        local.read_array("p", "H", {**entries["H"], "shape": shape})
 
 
 def test_valid_bytes_of_another_array_are_noticed(local):

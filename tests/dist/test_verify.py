@@ -14,11 +14,12 @@ import dist_cases
 import pytest
 
 import laplace_dist
-from laplace_dist import data, posterior
+from laplace_dist import posterior
 from laplace_dist.cli import verify_main
 from laplace_dist.errors import SettingsError
 from laplace_dist.plan import open_json, seal_json
 from laplace_dist.store import Store
+from laplace_dist.weights import dump_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 # Deleting these is the state before a step that the same command takes again, or costs nothing.
@@ -116,7 +117,7 @@ def test_weights_that_are_altered_or_of_another_model_are_found(run):
     assert "its tensors do not have the sha256" in dict(laplace_dist.verify(str(run)).problems)["weights.safetensors"]
     model = dist_cases.convnet()
     model[0].bias.data += 1
-    path.write_bytes(data.dump_weights(model))
+    path.write_bytes(dump_weights(model))
     assert "of another model" in dict(laplace_dist.verify(str(run)).problems)["weights.safetensors"]
 
 

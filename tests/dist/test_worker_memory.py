@@ -1,0 +1,56 @@
+"""A worker holds its model, a batch and at most two copies of the sums, however many segments it has done."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+# Peak of each of twelve segments above what the worker holds before its first, after one small one has loaded everything.
+SCRIPT = """
+import resource, sys
+from dataclasses import asdict
+import torch
+from torch import nn
+from laplace_dist.config import Config
+from laplace_dist.driver import Job
+from laplace_dist.worker import Worker
+
+width, url = int(sys.argv[1]), sys.argv[2]
+
+class Data:
+    def __len__(self): return 96
+    def __getitem__(self, i):
+        if i >= 96: raise IndexError(i)
+        return torch.full((width,), float(i % 5)), torch.tensor(i % 4)
+
+def data(split): return Data()
+def model(): return nn.Sequential(nn.Linear(width, 4))
+
+sys.modules["toy"] = sys.modules["__main__"]
+config = Config(model="toy:model", data="toy:data", checkpoint=url, batch_size=8, segment_size=8, ray_address="local",
+                skip_tune=True, skip_evaluate=True)
+
+def status(field):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+with Job(config) as job:
+    job.open()
+    worker = Worker(job.config, [], ".", False)
+    worker.start()
+    worker._context.la, worker._context.store
+    before = status("VmRSS")
+    for segment in job.plan.segments:
+        worker.run("laplace_dist.worker:map_segment", {"segment": asdict(segment)})
+print((status("VmHWM") - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
+def test_a_worker_holds_at_most_two_copies_of_the_sums(tmp_path, environment):
+    megabytes = 5120**2 * 4 / 2**20  # the one large factor, 100 MB
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, "5120", str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert megabytes < float(done.stdout.split()[-1]) < 2 * megabytes
