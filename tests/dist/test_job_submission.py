@@ -1,0 +1,111 @@
+"""`ray job submit` against a head node that asks for a token: SUCCEEDED, with the bytes of a local run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
+
+from laplace_dist.posterior import read_current
+from laplace_dist.reduce import read_version
+from laplace_dist.resume import read_plan
+from laplace_dist.store import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+def factor_digests(url):
+    """Return the sha256 of every factor of the current posterior."""
+    store = Store(str(url))
+    version = read_current(store)["version"]
+    factors = read_version(store, read_plan(store), version)["factors"]
+    return {name: place["entry"]["sha256"] for name, place in factors.items()}
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@retry(stop=stop_after_delay(90), wait=wait_fixed(1), retry=retry_if_exception_type((ConnectionError, RuntimeError)))
+def wait_for_agent(address):
+    """Return once the cluster takes jobs: its agent comes to life some seconds after the head."""
+    from ray.job_submission import JobSubmissionClient
+
+    JobSubmissionClient(address).submit_job(entrypoint="true")
+
+
+@pytest.fixture(scope="module")
+def plain_environment():
+    """The environment of a user's terminal: no path to this repository, this Python first."""
+    names = ("PYTHONPATH", "RAY_ADDRESS")
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    return {**kept, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.fixture(scope="module")
+def head(plain_environment):
+    """Start a head node as `ray start --head` does, on loopback, and return the address of its jobs."""
+    folder = tempfile.mkdtemp(prefix="ld-head-")  # short: sockets lie in it
+    port, dashboard = free_port(), free_port()
+    flags = [f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}"]
+    flags += ["--node-ip-address=127.0.0.1", "--num-cpus=2", "--object-store-memory=80000000", "--disable-usage-stats"]
+    with open(f"{folder}/head.log", "w") as log:
+        process = subprocess.Popen(
+            [BIN / "ray", "start", "--head", "--block", *flags],
+            env={**plain_environment, "RAY_TMPDIR": folder},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            wait_for_agent(f"http://127.0.0.1:{dashboard}")
+            yield f"http://127.0.0.1:{dashboard}"
+        finally:
+            process.terminate()  # ends the processes that it started, and no others
+            process.wait(timeout=60)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def submit(head, environment, *arguments):
+    command = [BIN / "ray", "job", "submit", "--address", head, "--working-dir", ".", "--", "python", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_submitted_job_reaches_the_bytes_of_a_local_run(head, plain_environment, tmp_path):
+    local = [sys.executable, "jobs/fit_kron.py", "--ray-address=local", "--skip-tune", "--skip-evaluate"]
+    subprocess.run(
+        [*local, f"--checkpoint={tmp_path / 'local'}"],
+        cwd=ROOT,
+        env={**plain_environment, "PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    done = submit(head, plain_environment, "jobs/fit_kron.py", "--checkpoint", str(tmp_path / "submitted"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout
+    assert "Ray: the cluster at" in done.stdout
+    assert "accuracy" in done.stdout
+    assert factor_digests(tmp_path / "submitted") == factor_digests(tmp_path / "local")
+
+
+def test_a_job_whose_settings_refuse_is_failed_with_the_message_in_its_log(head, plain_environment, tmp_path):
+    done = submit(head, plain_environment, "jobs/fit_kron.py", "--checkpoint", str(tmp_path), "--batch-size=0")
+    assert done.returncode == 1
+    assert "--batch-size: got 0" in done.stdout
+    assert "exit code 2" in done.stdout
+
+
+def test_a_job_without_the_token_is_turned_away(head, plain_environment, tmp_path):
+    changed = {"RAY_AUTH_TOKEN": "0" * 64}
+    done = submit(head, {**plain_environment, **changed}, "jobs/fit_kron.py", "--checkpoint", str(tmp_path / "run"))
+    assert done.returncode != 0
+    assert not (tmp_path / "run").exists()
