@@ -124,7 +124,10 @@ class Arrays:
         if hashlib.sha256(metadata).hexdigest() != entry["metadata_sha256"]:
             raise self._altered(f"{key}/zarr.json", "it does not have the sha256 in the manifest")
         memory = {"zarr.json": zarr.core.buffer.cpu.Buffer.from_bytes(metadata)}
-        array = zarr.open_array(zarr.storage.MemoryStore(memory), mode="r", zarr_format=3)
+        try:
+            array = zarr.open_array(zarr.storage.MemoryStore(memory), mode="r", zarr_format=3)
+        except (ValueError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
+            raise self._altered(f"{key}/zarr.json", f"it describes no array of numbers ({error})") from error
         if entry["packed"] and (len(entry["shape"]) < 2 or entry["shape"][-1] != entry["shape"][-2]):
             raise self._altered(key, f"the manifest calls shape {entry['shape']} a packed symmetric matrix")
         shape = _stored_shape(entry["shape"], entry["packed"])

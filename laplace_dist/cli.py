@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from laplace_dist import resume
 from laplace_dist.config import Config, load_config
 from laplace_dist.driver import Result, evaluate_posterior, fit, tune_posterior
@@ -105,7 +103,7 @@ def _given(argv: Sequence[str], flag: str) -> bool:
 def _settings_of_run(config: Config) -> dict[str, Any]:
     """Return the settings that a run keeps under its checkpoint, by field name."""
     try:
-        values = yaml.safe_load(open_store(config).read(resume.CONFIG))
+        values = resume.read_config(open_store(config))
     except MissingObjectError as error:
         raise SettingsError(
             f"--checkpoint: got {config.checkpoint!r}, where there is no run; expected one that a fit job has started"
@@ -139,6 +137,7 @@ def _loading(config: Config, result: Result) -> str:
 def _lines(report: Report) -> Iterator[str]:
     """Yield the lines of a report for people, one per bad object and orphan."""
     yield from (f"bad     {key}: {text}" for key, text in report.problems)
+    yield from (f"note    {key}: {text}" for key, text in report.notes)
     for place, age in report.orphans.items():
         done = "deleted" if place in report.collected else "orphan "
         yield f"{done} {place}: no manifest names it; last written {age:.1f} hours ago"

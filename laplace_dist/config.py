@@ -209,8 +209,8 @@ def _from_text(name: str, text: Any, label: str) -> Any:
     annotation = Config.model_fields[name].annotation
     if get_origin(annotation) is dict:
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = parse_yaml(text)
+        except ValueError:
             value = None
         if not isinstance(value, dict):
             raise SettingsError(f'{label}: expected a mapping as JSON or YAML text, such as \'{{"name": "value"}}\'')
@@ -224,15 +224,31 @@ def _from_text(name: str, text: Any, label: str) -> Any:
     return text
 
 
-def _read_yaml(path: str) -> dict[Any, Any]:
+def parse_yaml(text: str) -> Any:
+    """Return what a YAML text holds: plain values only, whatever tags it carries.
+
+    Raises:
+        ValueError: It is not YAML, or asks for something other than plain values.
+    """
     try:
-        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--config {path}: cannot be read ({error}); give a YAML file") from None
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        raise SettingsError(f"--config {path}: is not YAML{where} ({getattr(error, 'problem', 'syntax')})") from None
+        raise ValueError(f"is not YAML{where} ({getattr(error, 'problem', 'syntax')})") from None
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:  # of PyYAML's constructors
+        raise ValueError(f"holds a value that YAML cannot build ({type(error).__name__})") from None
+
+
+def _read_yaml(path: str) -> dict[Any, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--config {path}: cannot be read ({error}); give a YAML file") from None
+    try:
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise SettingsError(f"--config {path}: {error}") from None
     if value is not None and not isinstance(value, dict):
         raise SettingsError(
             f"--config {path}: holds a {type(value).__name__}; expected lines of the form 'name: value'"

@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
-from laplace_dist import data, evaluate, posterior, reduce, resume, tune
+from laplace_dist import checks, data, evaluate, posterior, reduce, resume, tune
 from laplace_dist.cluster import Cluster
 from laplace_dist.config import Config
 from laplace_dist.errors import MissingObjectError, SettingsError
+from laplace_dist.limit import Limit
 from laplace_dist.loop import Task, run_tasks
 from laplace_dist.plan import Plan, Segment, build_plan, default_segment_size, open_json, plan_segments
 from laplace_dist.pool import Pool
@@ -125,9 +127,9 @@ class Job:
     def open(self) -> None:
         """Resolve model, data and factors once, and start the run or continue the one that is there."""
         config = self.config
-        _check_predictive(config)
+        checks.check_predictive(config)
         train = data.load_split(config, "train")
-        self._check_splits()
+        checks.check_splits(config)
         model = data.load_model(config)
         try:
             la = initialized(config, model, train)
@@ -154,7 +156,7 @@ class Job:
         left = resume.remaining(self.plan, done)
         progress = Progress("map", "segments", len(self.plan.segments), len(done))
         tasks = (_shard_task("worker:map_segment", "segment", segment, "segment") for segment in left)
-        self._run(tasks, progress, timeout=self.config.segment_timeout)
+        self._run(tasks, progress, limit=self._limit())
 
     def reduce(self) -> str:
         """Sum the partials to a posterior version, if that is not done yet, and make it current."""
@@ -170,7 +172,8 @@ class Job:
         try:
             current = posterior.read_current(self.store)
         except MissingObjectError:
-            current = {"version": None}
+            posterior.write_current(self.store, version, None, first=True)
+            return version
         if current["version"] != version:
             posterior.write_current(self.store, version, None)
         return version
@@ -180,7 +183,7 @@ class Job:
     def tune(self, version: str) -> str:
         """Tune the prior precision of a posterior version, put it in force, and return the key of the tuning."""
         config = self.config
-        _check_predictive(config)
+        checks.check_predictive(config)
         grid = config.tuning == "gridsearch"
         validation = data.load_split(config, "val") if grid else None
         chosen = tune.settings(config, data.fingerprint(validation) if grid else None)
@@ -192,7 +195,7 @@ class Job:
                 shards = _shards(len(validation), config.batch_size)
                 todo = [s for s in shards if not self.store.exists(tune.shard_key(key, s.id))]
                 tasks = (_shard_task("tune:score_shard", "validation shard", s, "shard", common) for s in todo)
-                self._run(tasks, Progress("tune", "shards", len(shards), len(shards) - len(todo)))
+                self._run(tasks, Progress("tune", "shards", len(shards), len(shards) - len(todo)), limit=self._limit())
                 last["shards"] = [asdict(shard) for shard in shards]
             target = f"laplace_dist.tune:{'merge_grid' if grid else 'tune_marglik'}"
             receipts = self._run([Task(target, last, "tuning of the prior precision")], None, keep=True)
@@ -212,8 +215,8 @@ class Job:
     def evaluate(self, version: str, tuning: str | None) -> dict[str, dict[str, float]]:
         """Evaluate MAP and Laplace on the test and out-of-distribution splits and return the metrics of both."""
         config = self.config
-        _check_predictive(config)
-        splits = {name: data.load_split(config, name) for name in ("test", *self._ood())}
+        checks.check_predictive(config)
+        splits = {name: data.load_split(config, name) for name in ("test", *checks.ood(config))}
         chosen = evaluate.settings(config, tuning, {name: data.fingerprint(split) for name, split in splits.items()})
         key = evaluate.evaluation_key(version, chosen)
         if not self.store.exists(key):
@@ -224,7 +227,7 @@ class Job:
                 _shard_task("evaluate:evaluate_shard", f"{name} shard", s, "shard", {**common, "split": name})
                 for name, s in todo
             )
-            self._run(tasks, Progress("evaluate", "shards", len(shards), len(shards) - len(todo)))
+            self._run(tasks, Progress("evaluate", "shards", len(shards), len(shards) - len(todo)), limit=self._limit())
             ids = {name: [s.id for other, s in shards if other == name] for name in splits}
             arguments = {"key": key, "chosen": chosen, "shards": ids}
             self._run([Task("laplace_dist.evaluate:summarize", arguments, "summary of the scores")], None)
@@ -232,28 +235,11 @@ class Job:
         self.store.replace(evaluate.METRICS, evaluate.metrics_json(version, tuning, metrics))
         return metrics
 
-    def _check_splits(self) -> None:
-        """Refuse, before the fit, data that lacks a split which tuning or evaluation will ask for."""
-        config = self.config
-        tuning = ["val"] if not config.skip_tune and config.tuning == "gridsearch" else []
-        for name in tuning + ([] if config.skip_evaluate else ["test", *self._ood()]):
-            try:
-                data.load_split(config, name)
-            except (ValueError, KeyError) as error:
-                if isinstance(error, SettingsError):
-                    raise
-                remedy = "--tune-method marglik or --skip-tune" if name == "val" else "--skip-evaluate"
-                raise SettingsError(
-                    f"--data: {config.data!r} gives no split {name!r} ({type(error).__name__}: {error}); provide it, or "
-                    f"use {remedy}"
-                ) from error
+    def _limit(self) -> Limit:
+        """Return how long a task over a range of examples may take."""
+        return Limit(self.config.segment_timeout)
 
-    def _ood(self) -> list[str]:
-        return self.config.ood if self.config.likelihood == "classification" else []
-
-    def _run(
-        self, tasks: Any, progress: Progress | None, timeout: float | None = None, keep: bool = False
-    ) -> list[Any]:
+    def _run(self, tasks: Any, progress: Progress | None, limit: Limit | None = None, keep: bool = False) -> list[Any]:
         """Carry out tasks; returns the receipts if they are to be kept."""
         kept: list[Any] = []
         tasks = iter(tasks)
@@ -269,15 +255,16 @@ class Job:
             if keep:
                 kept.append(receipt)
 
-        def with_first() -> Any:
-            yield first
-            yield from tasks
-
         def tick() -> None:
             if progress is not None:
                 progress.tick(self._pool.busy)
+            if limit is not None and (news := limit.news()):
+                say(news)
 
-        run_tasks(self._pool, with_first(), on_done, timeout=timeout, tick=tick)
+        def say(text: str) -> None:
+            self.say(f"{progress.stage}: {text}" if progress is not None else text)
+
+        run_tasks(self._pool, chain([first], tasks), on_done, limit=limit, tick=tick, say=say)
         return kept
 
 
@@ -297,29 +284,3 @@ def _absolute(config: Config) -> Config:
     return config.model_copy(
         update={name: os.path.abspath(path) for name, path in paths.items() if path and "://" not in path}
     )
-
-
-def _check_predictive(config: Config) -> None:
-    """Refuse combinations of settings that would fail, or mean nothing, only after the fit.
-
-    Raises:
-        SettingsError: Naming the fields.
-    """
-    if config.pred_type == "nn" and config.likelihood == "classification" and config.link_approx != "mc":
-        raise SettingsError(
-            f"--link-approx: got {config.link_approx!r} with --pred-type nn, which samples networks; expected mc"
-        )
-    if config.tuning == "gridsearch" and config.likelihood == "regression" and config.pred_type == "glm":
-        raise SettingsError(
-            "--tune-method: got 'gridsearch' for regression, where the mean of the linearised network does not depend "
-            "on the prior; expected marglik, or --pred-type nn"
-        )
-    if config.prior_structure == "diag" and config.hessian_structure == "kron":
-        raise SettingsError(
-            "--prior-structure: got 'diag' for a kron posterior, whose factors do not commute with a diagonal; expected "
-            "scalar or layerwise, or a diag or full fit"
-        )
-    if config.tuning == "gridsearch" and config.prior_structure != "scalar":
-        raise SettingsError(
-            f"--prior-structure: got {config.prior_structure!r} with --tune-method gridsearch; expected scalar"
-        )

@@ -69,6 +69,7 @@ def evaluate_shard(
     prefix = f"{name.removesuffix('.json')}/{new_attempt()}"
     manifest = {
         "format_version": FORMAT_VERSION,
+        "key": name,
         "prefix": prefix,
         "arrays": context.store.write_arrays(prefix, arrays),
     }
@@ -120,7 +121,14 @@ def summarize(context: Any, key: str, chosen: dict[str, Any], shards: dict[str, 
             metrics[method] = summarize_regression(test)
         else:
             metrics[method] = summarize_classification(test, {name: s["confidence"] for name, s in joined.items()})
-    context.store.create(key, seal_json({"format_version": FORMAT_VERSION, "settings": chosen, "metrics": metrics}))
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "key": key,
+        "settings": chosen,
+        "shards": shards,
+        "metrics": metrics,
+    }
+    context.store.create(key, seal_json(manifest))
     return {}
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from laplace_dist.errors import CheckpointError, SettingsError
+from laplace_dist.schemas import problem
 
 FORMAT_VERSION = 1
 
@@ -181,7 +182,7 @@ def open_json(data: bytes, key: str) -> dict[str, Any]:
 
     Raises:
         SettingsError: Its `format_version` is newer than this package's.
-        CheckpointError: It was truncated or altered; the message names `key`.
+        CheckpointError: It was truncated or altered, or has not the fields of its kind; the message names `key`.
     """
     remedy = "Restore it from a copy" + (
         ", or delete it and run the same command again." if "/" in key else ", or start again with --fresh."
@@ -189,7 +190,8 @@ def open_json(data: bytes, key: str) -> dict[str, Any]:
     try:
         values = json.loads(data)
         digest = values.pop("sha256")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        content = hashlib.sha256(_canonical(values)).hexdigest()
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{key} is truncated or altered: it is not a sealed JSON object. {remedy}") from error
     version = values.get("format_version", FORMAT_VERSION)
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -197,8 +199,10 @@ def open_json(data: bytes, key: str) -> dict[str, Any]:
             f"{key} has format_version {version}; this version of laplace_dist reads up to {FORMAT_VERSION}. "
             "Install the newer version that wrote it, or give another --checkpoint."
         )
-    if digest != hashlib.sha256(_canonical(values)).hexdigest():
+    if digest != content:
         raise CheckpointError(f"{key} is truncated or altered: its content does not have the sha256 in it. {remedy}")
+    if wrong := problem(key, values):
+        raise CheckpointError(f"{key} is altered or of another version: {wrong}. {remedy}")
     return values
 
 

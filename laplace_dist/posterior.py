@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from laplace import Laplace
 from laplace.curvature import backend_class
 from laplace.curvature.sums import CurvatureSums, SumsSpec
-from laplace_dist.errors import MissingObjectError, SettingsError
+from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan import FORMAT_VERSION, Plan, open_json, seal_json
 from laplace_dist.reduce import read_version
-from laplace_dist.resume import CURRENT, load_run_weights, read_plan
+from laplace_dist.resume import CURRENT, PLAN, load_run_weights, read_plan
 from laplace_dist.store import Store
 from laplace_dist.weights import weights_digest
 
@@ -70,18 +70,36 @@ def read_current(store: Store) -> dict[str, Any]:
 
     Raises:
         MissingObjectError: No posterior version has been committed.
+        CheckpointError: It is truncated or altered.
     """
     try:
-        return open_json(store.read(CURRENT), CURRENT)
+        current = open_json(store.read(CURRENT), CURRENT)
     except MissingObjectError as error:
         raise MissingObjectError(
             f"{store.url}/{CURRENT} is missing: this run has no posterior yet. Run its fit job to the end."
         ) from error
+    if current["tuning"] is not None and not current["tuning"].startswith(f"tuning/{current['version']}-"):
+        raise CheckpointError(
+            f"{CURRENT} is altered: {current['tuning']} is no tuning of version {current['version']}. Delete it and run "
+            "the fit job again."
+        )
+    return current
 
 
-def write_current(store: Store, version: str, tuning: str | None) -> None:
-    """Make a posterior version current, with the tuning that belongs to it."""
-    store.replace(CURRENT, seal_json({"format_version": FORMAT_VERSION, "version": version, "tuning": tuning}))
+def write_current(store: Store, version: str, tuning: str | None, *, first: bool = False) -> None:
+    """Make a posterior version current, with the tuning that belongs to it.
+
+    Args:
+        store: The checkpoint.
+        version: Name of the posterior version.
+        tuning: Key of a tuning, or None.
+        first: Only if none is current yet, so that another driver's tuning of the same version stays in force.
+    """
+    content = seal_json({"format_version": FORMAT_VERSION, "version": version, "tuning": tuning})
+    if first:
+        store.create(CURRENT, content)
+    else:
+        store.replace(CURRENT, content)
 
 
 def build(store: Store, plan: Plan, model: nn.Module, version: str) -> Any:
@@ -90,8 +108,14 @@ def build(store: Store, plan: Plan, model: nn.Module, version: str) -> Any:
     Raises:
         CheckpointError: A factor is missing, truncated or altered.
     """
-    spec = SumsSpec.from_json(plan.spec)
-    la = new_laplace(plan.settings, model, spec)
+    try:
+        spec = SumsSpec.from_json(plan.spec)
+        la = new_laplace(plan.settings, model, spec)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{PLAN} names settings or factors that make no posterior of this model ({type(error).__name__}: {error}): it "
+            "was altered. Restore it from a copy, or start again with --fresh."
+        ) from error
     manifest = read_version(store, plan, version)
     device = next(model.parameters()).device
     tensors = {

@@ -20,6 +20,9 @@ NAMES = {
 }
 
 
+QUIET_SECONDS = 60.0  # without anything finished, after which that is said; then after twice as long, and so on
+
+
 class Progress:
     """A line such as `map: 12/48 segments, 5120 examples/s, 00:01:10 left`, printed every few seconds and at the end.
 
@@ -38,7 +41,8 @@ class Progress:
         self.stage, self.unit, self.total, self.count = stage, unit, total, done
         self._first, self._examples = done, 0
         self._every, self._out = every, out
-        self._begun = self._shown = time.monotonic()
+        self._begun = self._shown = self._moved = time.monotonic()
+        self._quiet = QUIET_SECONDS
         if done:
             self._print(f"{done} of {total} {unit} were committed before")
 
@@ -50,19 +54,26 @@ class Progress:
         """
         self.count += 1
         self._examples += examples
-        now = time.monotonic()
+        now = self._moved = time.monotonic()
+        self._quiet = QUIET_SECONDS
         if now - self._shown >= self._every or self.count == self.total:
             self._shown = now
             self._print(self.line(now - self._begun))
 
     def tick(self, busy: int) -> None:
-        """Leave out of the rate the time in which the first workers come to life.
+        """Leave out of the rate the time in which the first workers come to life, and say when nothing finishes.
 
         Args:
             busy: Number of workers with a task.
         """
+        now = time.monotonic()
         if not busy and self.count == self._first:
-            self._begun = self._shown = time.monotonic()
+            self._begun = self._shown = self._moved = now
+        elif now - self._moved >= self._quiet:
+            self._quiet *= 2
+            self._print(
+                f"{self.count}/{self.total} {self.unit}, none finished for {clock(now - self._moved)}, {busy} at work"
+            )
 
     def line(self, seconds: float) -> str:
         """Return the line's text after so many seconds."""

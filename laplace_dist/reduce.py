@@ -134,7 +134,10 @@ def read_version(store: Store, plan: Plan, version: str) -> dict[str, Any]:
     """
     key = version_key(version)
     manifest = open_json(store.read(key), key)
-    if manifest["plan"] != plan.digest or set(manifest["factors"]) != {LOSS, *plan.spec["factors"]}:
+    shapes = {name: place["entry"]["shape"] for name, place in manifest["factors"].items()}
+    planned = {LOSS: [], **{name: list(factor["shape"]) for name, factor in plan.spec["factors"].items()}}
+    found = manifest["plan"], manifest["version"], manifest["n_data"], shapes
+    if found != (plan.digest, version, plan.n_examples, planned):
         raise CheckpointError(
             f"{key} does not belong to this run's plan. Delete it and run the same command again: it reduces the "
             "partials anew."

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-import time
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,16 +11,13 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from laplace_dist.errors import SettingsError
+from laplace_dist.patience import FAILURES, Patient, lost_upload, no_bucket, patiently, refuses
 
-FAILURES: tuple[type[Exception], ...] = (OSError, asyncio.TimeoutError)
-_NO_CREDENTIALS: tuple[type[Exception], ...] = ()
-try:  # the remote file systems' own failures, where they are installed
-    from botocore import exceptions as boto
+__all__ = ["FAILURES", "create", "no_bucket", "open_url", "refuses", "scrub"]
 
-    FAILURES = (*FAILURES, boto.BotoCoreError, boto.ClientError)
-    _NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.TokenRetrievalError)
-except ImportError:
-    pass
+# Of one request: three quick tries by botocore. What outlasts them is tried again by `patience`, with longer waits.
+# Ten connections, botocore's default, would make 10,000 manifests wait for each other.
+_S3_CLIENT = {"retries": {"mode": "standard", "total_max_attempts": 3}, "max_pool_connections": 32}
 
 
 def open_url(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
@@ -36,6 +32,7 @@ def open_url(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         given.setdefault("use_listings_cache", False)
     if url.startswith(("s3:", "s3a:")):
         given.setdefault("max_concurrency", 1)  # one GET per object instead of HEAD and GET: chunks are small enough
+        given["config_kwargs"] = {**_S3_CLIENT, **(given.get("config_kwargs") or {})}
     try:
         fs, root = fsspec.core.url_to_fs(url, **given)
         if fs.async_impl and hasattr(fs, "connect"):
@@ -44,44 +41,34 @@ def open_url(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         reason = scrub(f"{type(error).__name__}: {error}", options)
         raise SettingsError(f"--checkpoint {url!r}: cannot be opened ({reason})") from None
     _check_creates(fs, url)
-    return fs, root.rstrip("/")
+    if isinstance(fs, LocalFileSystem):
+        return fs, root.rstrip("/")
+    if hasattr(fs, "retries"):
+        fs.retries = 1  # s3fs would multiply botocore's tries with its own
+    return Patient(fs, lambda text: scrub(text, options)), root.rstrip("/")
 
 
-def create(fs: Any, path: str, data: bytes, tries: int = 5) -> bool:
+def create(fs: Patient, path: str, data: bytes) -> bool:
     """Create an object unless it exists; whatever a request answered, what is stored decides.
 
     Returns:
         True if the stored bytes are these, so that a retry which meets its own write has created it.
     """
-    for attempt in range(tries):
+
+    def attempt() -> bool:
         try:
-            fs.pipe_file(path, data, mode="create")
+            fs.fs.pipe_file(path, data, mode="create")
             return True
         except FAILURES as error:  # exists; or a conflict with a write in progress; or the answer was lost
-            if isinstance(error, FileNotFoundError) or refuses(error):
+            if refuses(error) or (isinstance(error, FileNotFoundError) and not lost_upload(error)):
                 raise
             failure = error
         try:
-            return fs.cat_file(path) == data
+            return fs.fs.cat_file(path) == data
         except FileNotFoundError:
-            time.sleep(0.1 * 2**attempt)
-    raise failure
+            raise failure from failure.__cause__  # which says whether to try again
 
-
-def refuses(error: Exception) -> bool:
-    """Say whether an error means that the credentials or the bucket are wrong, so that trying again is no use."""
-    return isinstance(error, (PermissionError, *_NO_CREDENTIALS)) or no_bucket(error)
-
-
-def no_bucket(error: BaseException | None) -> bool:
-    """Say whether an error, or what it came from, is an object store's answer that there is no such bucket."""
-    seen = 0
-    while error is not None and seen < 8:
-        response = getattr(error, "response", None)
-        if isinstance(response, Mapping) and response.get("Error", {}).get("Code") == "NoSuchBucket":
-            return True
-        error, seen = error.__cause__ or error.__context__, seen + 1
-    return False
+    return patiently(attempt, f"creating {path}", fs.scrub)
 
 
 def scrub(text: str, options: Mapping[str, Any]) -> str:
@@ -98,8 +85,14 @@ def _leaves(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         found = [leaf for item in value for leaf in _leaves(item)]
     else:
-        found = [value] if isinstance(value, str) and len(value) >= 4 else []
+        found = [part for part in _parts(value) if len(part) >= 4] if isinstance(value, str) else []
     yield from sorted(found, key=len, reverse=True)
+
+
+def _parts(value: str) -> list[str]:
+    """Return a string, and of a URL also the user's name and password in it."""
+    inside = re.match(r"[^/]*://([^/@]*)@", value)
+    return [value, *(inside[1].split(":", 1) if inside else [])]
 
 
 def _check_creates(fs: Any, url: str) -> None:

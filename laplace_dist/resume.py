@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from laplace_dist.config import Config, parse_yaml
 from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.partials import manifest_key, parse_manifest
 from laplace_dist.plan import Plan, Segment, differences
@@ -72,18 +73,26 @@ def _seal_yaml(text: str) -> bytes:
     return f"{text}{_SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n".encode()
 
 
-def check_yaml(content: bytes) -> None:
-    """Check the snapshot of the settings.
+def read_config(store: Store) -> dict[str, Any]:
+    """Return the settings that the run keeps, by the names of the flags.
 
     Raises:
-        CheckpointError: It was truncated or altered.
+        MissingObjectError: They are not there.
+        CheckpointError: They were truncated or altered.
     """
+    content = store.read(CONFIG)
     text, mark, _ = content.decode(errors="replace").rpartition(_SEAL)
+    remedy = "Run the fit job again: it writes it anew."
     if not mark or _seal_yaml(text) != content:
-        raise CheckpointError(
-            f"{CONFIG} is truncated or altered: its content does not have the sha256 in it. Run the fit job again: it "
-            "writes it anew."
-        )
+        raise CheckpointError(f"{CONFIG} is truncated or altered: its content does not have the sha256 in it. {remedy}")
+    try:
+        values = parse_yaml(text)
+    except ValueError as error:
+        raise CheckpointError(f"{CONFIG} was altered: it {error}. {remedy}") from None
+    names = {field.replace("_", "-") for field in Config.model_fields}
+    if not isinstance(values, dict) or not values.keys() <= names:
+        raise CheckpointError(f"{CONFIG} was altered: it does not hold the settings of a run. {remedy}")
+    return values
 
 
 def load_run_weights(store: Store, plan: Plan, model: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,13 @@ import torch
 
 from laplace.tuning import maximize_evidence, prior_precision_grid, score_grid, select_prior_precision
 from laplace_dist.config import Config
+from laplace_dist.errors import CheckpointError
 from laplace_dist.partials import new_attempt
 from laplace_dist.plan import FORMAT_VERSION, Segment, open_json, seal_json
 from laplace_dist.store import Store
 
 STEPS, RATE = 100, 0.1  # of Adam on the logarithm of what is tuned
+_REMEDY = "Delete it and run the same command again."
 
 
 def digest(values: Mapping[str, Any]) -> str:
@@ -88,7 +90,8 @@ def score_shard(context: Any, version: str, key: str, shard: dict[str, Any]) -> 
     )
     scores = {"totals": totals.tolist(), "n": n}
     text = json.dumps(scores)  # scores may be infinite where the sealed JSON of manifests allows numbers only
-    context.store.create(shard_key(key, part.id), seal_json({"scores": text}))
+    own = shard_key(key, part.id)
+    context.store.create(own, seal_json({"format_version": FORMAT_VERSION, "key": own, "scores": text}))
     return {"examples": part.stop - part.start}
 
 
@@ -96,21 +99,42 @@ def merge_grid(
     context: Any, version: str, key: str, chosen: dict[str, Any], shards: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Add the shards' scores in order, choose the prior precision, and commit it."""
-    total, count = None, 0
-    for shard in shards:
-        name = shard_key(key, shard["id"])
-        scores = json.loads(open_json(context.store.read(name), name)["scores"])
-        part = torch.tensor(scores["totals"], dtype=torch.float64)
-        total, count = part if total is None else total + part, count + scores["n"]
     grid = prior_precision_grid(size=context.config.grid_size)
+    total, count = torch.zeros_like(grid), 0
+    for shard in shards:
+        part, n = read_shard(context.store, shard_key(key, shard["id"]), len(grid))
+        total, count = total + part, count + n
     la = context.posterior(version)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         la.prior_precision = select_prior_precision(grid, total / count)
-    return {**commit(context.store, key, chosen, la), "warnings": [str(warning.message) for warning in caught]}
+    found = commit(context.store, key, chosen, la, [shard["id"] for shard in shards])
+    return {**found, "warnings": [str(warning.message) for warning in caught]}
 
 
-def commit(store: Store, key: str, chosen: Mapping[str, Any], la: Any) -> dict[str, Any]:
+def read_shard(store: Store, key: str, size: int | None = None) -> tuple[torch.Tensor, int]:
+    """Return the summed scores of one shard for every value of the grid, and its number of examples.
+
+    Args:
+        store: The checkpoint.
+        key: `shard_key(...)`.
+        size: Number of values of the grid, if it is to be checked.
+
+    Raises:
+        CheckpointError: It is missing, truncated or altered.
+    """
+    text = open_json(store.read(key), key)["scores"]
+    try:
+        scores = json.loads(text)
+        totals, n = torch.tensor(scores["totals"], dtype=torch.float64), scores["n"]
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{key} is altered: it holds no scores. {_REMEDY}") from error
+    if totals.ndim != 1 or len(totals) != (size or len(totals)) or type(n) is not int or n < 1:
+        raise CheckpointError(f"{key} is altered: its scores are not those of this grid. {_REMEDY}")
+    return totals, n
+
+
+def commit(store: Store, key: str, chosen: Mapping[str, Any], la: Any, shards: Collection[str] = ()) -> dict[str, Any]:
     """Create the manifest of a tuning with the prior precision that the object has now, unless it exists."""
     prefix = f"{key.removesuffix('.json')}/{new_attempt()}"
     values = np.ascontiguousarray(la.prior_precision.detach().cpu().numpy())
@@ -119,7 +143,9 @@ def commit(store: Store, key: str, chosen: Mapping[str, Any], la: Any) -> dict[s
         evidence = float(la.log_marginal_likelihood())
     manifest = {
         "format_version": FORMAT_VERSION,
+        "key": key,
         "settings": dict(chosen),
+        "shards": list(shards),
         "prefix": prefix,
         "arrays": store.write_arrays(prefix, {"prior_precision": values}),
         "sigma_noise": noise,

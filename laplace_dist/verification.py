@@ -7,12 +7,13 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any
 
 import torch
 
 from laplace.curvature.sums import sum_in_order
-from laplace_dist import evaluate, partials, reduce, resume
+from laplace_dist import evaluate, partials, reduce, resume, tune
 from laplace_dist.errors import CheckpointError, SettingsError, StorageError
 from laplace_dist.localdisk import TEMP
 from laplace_dist.plan import Plan, open_json
@@ -36,6 +37,7 @@ class Report:
         segments: Planned segments.
         versions: Whole posterior versions.
         problems: `(key, what is wrong and what to do)` for every bad object.
+        notes: `(key, what is still to do)` where a run ended before a step that the same command takes.
         orphans: Hours since the last write, by attempt directory or temporary file that no manifest names.
         collected: Those of them that were deleted.
     """
@@ -46,6 +48,7 @@ class Report:
     segments: int = 0
     versions: list[str] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
     orphans: dict[str, float] = field(default_factory=dict)
     collected: list[str] = field(default_factory=list)
 
@@ -103,7 +106,7 @@ class _Check:
             raise
         except CheckpointError as error:
             self.report.problems.append((key, str(error)))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             if isinstance(error, SettingsError):
                 raise
             self.report.problems.append((key, f"{key} is altered: it has not the fields of its kind ({error!r})"))
@@ -114,16 +117,17 @@ class _Check:
         weights = resume.WEIGHTS
         if weights in keys or any(key.startswith("partials/") for key in keys):
             self.attempt(weights, lambda: check_weights(store.read(weights), plan.weights, weights))
-        if resume.CONFIG in keys:
-            self.attempt(resume.CONFIG, lambda: resume.check_yaml(store.read(resume.CONFIG)))
+        if resume.CONFIG in keys or any(key.startswith("partials/") for key in keys):
+            self.attempt(resume.CONFIG, lambda: resume.read_config(store))
         manifests = self.partials(plan, keys)
         for key in keys:
             if _MANIFEST.fullmatch(key) and not key.startswith("partials/") and key != evaluate.METRICS:
                 if key.startswith("posteriors/"):
                     self.version(plan, key, manifests)
                 else:
-                    self.follow_on(key)
+                    self.follow_on(key, keys)
         self.pointers(keys, manifests, plan)
+        self.unmerged(keys)
 
     def partials(self, plan: Plan, keys: list[str]) -> dict[str, dict[str, Any]]:
         """Check every manifest of a segment; return those that are good by the segment's id."""
@@ -160,12 +164,12 @@ class _Check:
                 if value is not None:
                     yield torch.from_numpy(value)
 
-        if len(manifests) == len(plan.segments):
-            total = sum_in_order(good())
-            return total if len(self.report.problems) == before else None
-        for _ in good():
-            pass
-        return None
+        values = good()
+        first = next(values, None)
+        if first is None:
+            return None
+        total = sum_in_order(chain([first], values))
+        return total if len(self.report.problems) == before and len(manifests) == len(plan.segments) else None
 
     def version(self, plan: Plan, key: str, manifests: Mapping[str, Any]) -> None:
         """Check a posterior version: manifest, arrays, and its sums where they can be formed."""
@@ -177,9 +181,6 @@ class _Check:
         current = len(manifests) == len(plan.segments) and reduce.version_name(plan, manifests.values()) == version
         for name, place in manifest["factors"].items():
             array = f"{place['prefix']}/{name}"
-            if not str(place["prefix"]).startswith(f"posteriors/{version}/"):
-                self.report.problems.append((key, f"{key} is altered: it names {array}, which is not its own"))
-                continue
             self.groups(place["prefix"], [name])
             value = self.attempt(array, lambda n=name, p=place: self.store.read_array(p["prefix"], n, p["entry"]))
             total = self.sums[name] if current else None
@@ -188,15 +189,20 @@ class _Check:
         if len(self.report.problems) == before:
             self.report.versions.append(version)
 
-    def follow_on(self, key: str) -> None:
-        """Check a manifest of tuning or evaluation and the arrays that it names."""
+    def follow_on(self, key: str, keys: Collection[str]) -> None:
+        """Check a manifest of tuning or evaluation, the shards that it was made of, and the arrays that it names."""
         manifest = self.attempt(key, lambda: open_json(self.store.read(key), key))
-        if manifest is None or "arrays" not in manifest:
+        if manifest is None:
             return
-        prefix = str(manifest["prefix"])
-        if not prefix.startswith(key.removesuffix(".json") + "/"):
-            self.report.problems.append((key, f"{key} is altered: it names {prefix}, which is not its own"))
+        if "scores" in manifest:
+            self.attempt(key, lambda: tune.read_shard(self.store, key))
+        for shard in _shards(key, manifest):
+            if shard not in keys:
+                text = f"{shard} is missing, and {key} was made of it. Restore it from a copy, or delete {key} and run"
+                self.report.problems.append((shard, f"{text} its job again."))
+        if "arrays" not in manifest:
             return
+        prefix = manifest["prefix"]
         self.groups(prefix, manifest["arrays"])
         for name, entry in manifest["arrays"].items():
             self.attempt(f"{prefix}/{name}", lambda n=name, e=entry: self.store.read_array(prefix, n, e))
@@ -232,8 +238,29 @@ class _Check:
                 if wanted != current["version"]:
                     text = f"it names version {current['version']}, but the committed partials make {wanted}"
                     problems.append((resume.CURRENT, f"{resume.CURRENT}: {text}. Run the fit job again."))
+        elif any(key.startswith(("tuning/", "evaluation/")) for key in keys):
+            text = (
+                f"{resume.CURRENT} is missing, though its posterior was used. Run the fit job again: it writes it anew."
+            )
+            problems.append((resume.CURRENT, text))
+        elif self.report.versions:
+            text = (
+                f"{resume.CURRENT} is missing: the posterior is committed and not yet in force. Run the fit job again."
+            )
+            self.report.notes.append((resume.CURRENT, text))
         if evaluate.METRICS in keys:
             self.attempt(evaluate.METRICS, lambda: self.metrics(keys))
+        elif any(re.fullmatch(r"evaluation/[^/]+\.json", key) for key in keys):
+            text = f"{evaluate.METRICS} is missing: the evaluation is committed and not yet shown. Run its job again."
+            self.report.notes.append((evaluate.METRICS, text))
+
+    def unmerged(self, keys: Collection[str]) -> None:
+        """Note shards of tuning and evaluation that no manifest was made of: a crash before, or a deletion after."""
+        shards = [re.fullmatch(r"((?:tuning|evaluation)/[^/]+)/[^/]+\.json", key) for key in keys]
+        for stem in sorted({match[1] for match in shards if match}):
+            if (key := f"{stem}.json") not in keys:
+                text = f"{key} is missing: its shards are committed and not yet merged. Run its job again."
+                self.report.notes.append((key, text))
 
     def metrics(self, keys: list[str]) -> None:
         """Check that `evaluation/metrics.json`, which carries no digest, repeats a sealed evaluation."""
@@ -266,9 +293,9 @@ class _Check:
                 self.report.orphans[place] = max(0.0, (now - time).total_seconds() / 3600)
         if older_than is None:
             return
-        if not readable:
+        if not readable or any(_MANIFEST.fullmatch(key) for key, _ in self.report.problems):
             self.report.problems.append(
-                ("orphans", "nothing was collected: a manifest that cannot be read may name what looks like an orphan")
+                ("orphans", "nothing was collected: what looks like an orphan may belong to a manifest that is bad")
             )
             return
         for place, age in self.report.orphans.items():
@@ -288,3 +315,11 @@ class _Check:
             except (CheckpointError, SettingsError, AttributeError, TypeError):
                 return named, False
         return named, True
+
+
+def _shards(key: str, manifest: Mapping[str, Any]) -> list[str]:
+    """Return the keys of the shards that a tuning or an evaluation was made of."""
+    shards = manifest.get("shards", [])
+    if isinstance(shards, Mapping):
+        return [evaluate.shard_key(key, split, shard) for split, ids in shards.items() for shard in ids]
+    return [tune.shard_key(key, shard) for shard in shards]

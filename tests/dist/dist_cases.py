@@ -118,10 +118,11 @@ class Deadly(Watched):
 
 
 class Failing(Watched):
-    """Raises an error at the trap."""
+    """Raises an error at the trap, until it is mended."""
 
     def at_trap(self) -> None:
-        raise OSError("the disk of this data set is gone")
+        if not (self.folder / "mended").exists():
+            raise OSError("the disk of this data set is gone")
 
 
 def wait_for(folder: Path, pattern: str, seconds: float = 120.0) -> Path:
@@ -156,7 +157,7 @@ class InlinePool:
             worker.start()
             self._idle.append(worker)
 
-    def submit(self, task, timeout) -> None:
+    def submit(self, task) -> None:
         worker = self._idle.popleft()
         try:
             self._events.append(Event(task, receipt=worker.run(task.target, dict(task.kwargs))))
@@ -164,7 +165,7 @@ class InlinePool:
             self._events.append(Event(task, refusal=error))
         self._idle.append(worker)
 
-    def wait(self, seconds: float) -> list[Event]:
+    def wait(self, seconds: float, limit) -> list[Event]:
         return [self._events.popleft()] if self._events else []
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from contextlib import ExitStack
@@ -37,14 +38,15 @@ def executable() -> str:
 
 
 class S3Server:
-    """One server process; `stop` kills it and keeps its data, `start` brings it back on the same port.
+    """One server process; `stop` kills it and keeps its data, `start` brings it back on the same ports.
 
     Args:
         folder: Where data, credentials and the log go.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.process, self.port = folder, None, None
+        self.folder, self.process, self.ports = folder, None, {}
+        self._restart: threading.Thread | None = None
         self.key, self.secret = f"key{secrets.token_hex(8)}", f"secret{secrets.token_hex(16)}"
         self.log = folder / "weed.log"
         self.credentials = folder / "s3.json"
@@ -54,6 +56,11 @@ class S3Server:
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }
         self.credentials.write_text(json.dumps({"identities": [identity]}))
+
+    @property
+    def port(self) -> int:
+        """The port on which clients reach it."""
+        return self.ports["s3"]
 
     @property
     def options(self) -> dict:
@@ -74,23 +81,46 @@ class S3Server:
                 if self._answers():
                     return self
                 time.sleep(0.02)
-            self.stop()
+            self._kill()
         tail = self.log.read_text(errors="replace")[-4000:]
         raise AssertionError(f"the S3 server did not start in {tries} tries; the end of its log:\n{tail}")
 
     def stop(self) -> None:
         """Kill the server's own process, as if its machine had lost power."""
+        self.wait_for_restart()
+        self._kill()
+
+    def outage(self, seconds: float) -> None:
+        """Kill the server now and bring it back after so many seconds, in the background."""
+        self.stop()
+
+        def later() -> None:
+            time.sleep(seconds)
+            self.start()
+
+        self._restart = threading.Thread(target=later)
+        self._restart.start()
+
+    def wait_for_restart(self) -> None:
+        """Wait until the server is back after an outage, if there was one."""
+        if self._restart is not None:
+            self._restart.join()
+            self._restart = None
+
+    def _kill(self) -> None:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
             self.process = None
 
     def _launch(self) -> None:
-        ports = dict(zip([*SERVICES, *(f"{s}.grpc" for s in SERVICES)], free_ports(2 * len(SERVICES)), strict=True))
-        self.port = ports["s3"] if self.port is None or not self._is_free(self.port) else self.port
-        ports["s3"] = self.port
+        if not all(self._is_free(port) for port in self.ports.values()):  # clients know the S3 port only
+            self.ports = {"s3": self.port} if self._is_free(self.port) else {}
+        names = [*SERVICES, *(f"{s}.grpc" for s in SERVICES)]
+        self.ports = {**dict(zip(names, free_ports(len(names)), strict=True)), **self.ports}
         flags = [
-            f"-{name.replace('.grpc', '')}.port{'.grpc' if 'grpc' in name else ''}={p}" for name, p in ports.items()
+            f"-{name.replace('.grpc', '')}.port{'.grpc' if 'grpc' in name else ''}={port}"
+            for name, port in self.ports.items()
         ]
         data = self.folder / "data"
         data.mkdir(exist_ok=True)

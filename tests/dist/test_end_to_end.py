@@ -157,17 +157,7 @@ def test_a_segment_that_kills_every_worker_is_named(cluster, tmp_path):
     with pytest.raises(RunFailed, match=r"segment 000001 \(examples 8 to 15\) failed 3 times.*process or node died"):
         fit(chosen)
     assert sum(12 in examples for examples in examples_read(folder).values()) == 3
-    assert "000001" not in attempts(tmp_path / "run")
-
-
-def test_an_example_that_cannot_be_read_is_named(cluster, tmp_path):
-    folder = tmp_path / "signals"
-    folder.mkdir()
-    chosen = dist_cases.config(
-        tmp_path / "run", num_workers=2, data="dist_cases:Failing", data_args={"folder": str(folder), "trap": 43}
-    )
-    with pytest.raises(RunFailed, match=r"segment 000005 .*3 times.*example 43 cannot be read.*disk of this data set"):
-        fit(chosen)
+    assert sorted(attempts(tmp_path / "run")) == [name for name in SEGMENTS if name != "000001"], "the others are done"
 
 
 def test_nan_in_a_worker_names_the_example_at_once(cluster, tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from dataclasses import replace
 
 import pytest
 
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
-from laplace_dist.loop import Event, Task, run_tasks
+from laplace_dist.limit import ENOUGH, FLOOR_SECONDS, TIMES, Limit, measured_limit
+from laplace_dist.loop import ANY_FAILURE, SET_ASIDE, Event, Task, run_tasks
 
 
 class Script:
@@ -26,13 +28,13 @@ class Script:
         new = max(0, min(wanted, self.size) - self.alive)
         self.idle, self.alive, self.started = self.idle + new, self.alive + new, self.started + new
 
-    def submit(self, task, timeout):
+    def submit(self, task):
         assert self.idle > 0, "one task in flight per worker"
         self.idle -= 1
         self.flight.append(task)
         self.most = max(self.most, len(self.flight))
 
-    def wait(self, seconds):
+    def wait(self, seconds, limit):
         task = self.flight.pop()  # the last first: the order of finishing is not the order of the plan
         self.attempts[task.what] += 1
         answer = self.answer(task, self.attempts[task.what])
@@ -47,9 +49,9 @@ def tasks(n):
     return [Task("m:f", {}, f"task {i}") for i in range(n)]
 
 
-def run(pool, todo):
-    done = []
-    run_tasks(pool, todo, lambda task, receipt: done.append((task.what, receipt["of"])))
+def run(pool, todo, **options):
+    done = options.pop("done", [])
+    run_tasks(pool, todo, lambda task, receipt: done.append((task.what, receipt["of"])), **options)
     return done
 
 
@@ -95,23 +97,49 @@ def test_a_failed_task_is_done_again_by_another_worker():
     assert pool.started == pool.size + 2
 
 
-def test_the_same_failure_three_times_stops_the_run_and_names_the_task():
-    pool = Script(lambda task, attempt: "it hurts" if task.what == "task 1" else None)
-    with pytest.raises(RunFailed, match=r"task 1 failed 3 times, the last time because it hurts.*same command again"):
-        run(pool, tasks(4))
+def test_a_task_that_fails_three_times_is_set_aside_and_fails_the_run_after_the_others():
+    pool, done, said = Script(lambda task, attempt: "it hurts" if task.what == "task 1" else None), [], []
+    with pytest.raises(
+        RunFailed, match=r"^task 1 failed 3 times, the last time because it hurts\. .*same command again"
+    ):
+        run(pool, tasks(40), done=done, say=said.append)
     assert pool.attempts["task 1"] == 3
+    assert {what for what, _ in done} == {f"task {i}" for i in range(40)} - {"task 1"}
+    assert said == ["task 1: it hurts; it is done again"] * 2 + [
+        "task 1: it hurts; it is set aside, and the others go on"
+    ]
 
 
-def test_different_failures_of_one_task_stop_the_run_too():
-    pool = Script(lambda task, attempt: f"reason {attempt}" if task.what == "task 0" else None, size=1)
-    with pytest.raises(RunFailed, match="task 0 failed 6 times, the last time because reason 6"):
+def test_failures_that_differ_only_in_numbers_and_ids_are_the_same():
+    pool = Script(lambda task, attempt: f"partials/000001/{attempt}ab{'c' * attempt}/w: no answer in {attempt} s")
+    with pytest.raises(RunFailed, match="task 0 failed 3 times"):
+        run(pool, tasks(1))
+
+
+def test_different_failures_of_one_task_end_too():
+    reasons = ["red", "green", "blue"]
+    pool = Script(lambda task, attempt: reasons[attempt % 3] if task.what == "task 0" else None, size=1)
+    with pytest.raises(RunFailed, match="task 0 failed 6 times, the last time because red"):
         run(pool, tasks(30))
+    assert pool.attempts["task 0"] == 6
+
+
+def test_many_bad_tasks_stop_the_run_before_all_of_them_were_tried():
+    """Every other one is bad, so that successes lie in between."""
+    pool, done = Script(lambda task, attempt: "bad" if int(task.what[5:]) % 2 else None, size=1), []
+    with pytest.raises(RunFailed) as caught:
+        run(pool, tasks(1000), done=done)
+    bad = [
+        line for line in str(caught.value).splitlines() if line.endswith(" failed 3 times, the last time because bad.")
+    ]
+    assert len(bad) == SET_ASIDE
+    assert len(done) < 4 * SET_ASIDE
 
 
 def test_failures_all_over_the_place_stop_the_run():
-    pool = Script(lambda task, attempt: f"{task.what} {attempt}", size=40)
+    pool = Script(lambda task, attempt: "bad" * attempt, size=40)
     with pytest.raises(RunFailed, match="120 failures in a row"):
-        run(pool, tasks(100))
+        run(pool, tasks(1000))
 
 
 def test_many_failures_with_progress_in_between_do_not_stop_the_run():
@@ -139,8 +167,64 @@ def test_workers_that_cannot_start_stop_the_run():
         def top_up(self, wanted):
             self.started += 1
 
-        def wait(self, seconds):
+        def wait(self, seconds, limit):
             return [Event(None, failure="ImportError: no such module")]
 
-    with pytest.raises(RunFailed, match="starting a worker failed 3 times.*no such module"):
+    with pytest.raises(RunFailed, match="starting a worker failed 6 times.*no such module"):
         run(Broken(), tasks(2))
+
+
+def test_starts_that_fail_now_and_then_do_not_stop_a_run():
+    """On machines that come and go, over a long run."""
+
+    class Flapping(Script):
+        def wait(self, seconds, limit):
+            return [*super().wait(seconds, limit), *[Event(None, failure="its node died")] * (ANY_FAILURE - 1)]
+
+    assert len(run(Flapping(size=4), tasks(40))) == 40
+
+
+# ------------------------------------------------------------------ the time-out of a task
+
+
+def test_the_limit_is_a_multiple_of_the_slowest_with_a_floor():
+    assert measured_limit(ENOUGH - 1, 1000.0) is None, "too few to tell"
+    assert measured_limit(ENOUGH, 1e-3) == FLOOR_SECONDS >= 60
+    assert measured_limit(ENOUGH, FLOOR_SECONDS) == TIMES * FLOOR_SECONDS
+
+
+def test_a_limit_follows_the_tasks_and_says_so_once():
+    limit = Limit()
+    assert (limit.seconds, limit.news()) == (None, None)
+    for seconds in (100.0, 200.0, 1.0):
+        limit.finished(seconds)
+    assert limit.seconds == 2000.0
+    assert limit.news() == (
+        "time-out of a task: 2000 s, 10 times the slowest so far and at least 300 s; --segment-timeout sets another"
+    )
+    limit.finished(300.0)
+    assert (limit.seconds, limit.news()) == (3000.0, None)
+
+
+def test_a_given_limit_stays():
+    limit = Limit(8.0)
+    assert limit.news() == "time-out of a task: 8 s, as --segment-timeout says"
+    for _ in range(5):
+        limit.finished(100.0)
+    assert limit.seconds == 8.0
+
+
+def test_the_pool_gets_a_limit_from_the_times_that_it_reports():
+    class Timed(Script):
+        limits = []
+
+        def wait(self, seconds, limit):
+            self.limits.append(limit.seconds)
+            [event] = super().wait(seconds, limit)
+            return [replace(event, seconds=100.0)]
+
+    run(Timed(size=1), tasks(5), limit=Limit())
+    assert Timed.limits == [None, None, None, 1000.0, 1000.0]
+    Timed.limits.clear()
+    run(Timed(size=1), tasks(2))
+    assert Timed.limits == [float("inf")] * 2, "stages whose tasks are not alike have none"

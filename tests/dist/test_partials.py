@@ -211,7 +211,7 @@ FOREIGN = [
     ({"stop": 99}, "its stop is 99, expected 16"),
     ({"n_data": 7}, "its n_data is 7, expected 8"),
     ({"prefix": "../elsewhere"}, "its prefix is '../elsewhere'"),
-    ({"attempt": "../../x", "prefix": "partials/000001/../../x"}, "not a key inside the checkpoint"),
+    ({"attempt": "../../x", "prefix": "partials/000001/../../x"}, "its attempt"),
     ({"arrays": {}}, "differs in conv.bias, conv.weight/A"),
 ]
 

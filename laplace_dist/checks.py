@@ -1,0 +1,58 @@
+"""What is refused before a fit although every setting alone is fine: it would fail, or mean nothing, only afterwards."""
+
+from __future__ import annotations
+
+from laplace_dist import data
+from laplace_dist.config import Config
+from laplace_dist.errors import SettingsError
+
+
+def check_splits(config: Config) -> None:
+    """Refuse data that lacks a split which tuning or evaluation will ask for.
+
+    Raises:
+        SettingsError: Naming the split.
+    """
+    tuning = ["val"] if not config.skip_tune and config.tuning == "gridsearch" else []
+    for name in tuning + ([] if config.skip_evaluate else ["test", *ood(config)]):
+        try:
+            data.load_split(config, name)
+        except (ValueError, KeyError) as error:
+            if isinstance(error, SettingsError):
+                raise
+            remedy = "--tune-method marglik or --skip-tune" if name == "val" else "--skip-evaluate"
+            raise SettingsError(
+                f"--data: {config.data!r} gives no split {name!r} ({type(error).__name__}: {error}); provide it, or "
+                f"use {remedy}"
+            ) from error
+
+
+def ood(config: Config) -> list[str]:
+    """Return the out-of-distribution splits that an evaluation uses: none for regression."""
+    return config.ood if config.likelihood == "classification" else []
+
+
+def check_predictive(config: Config) -> None:
+    """Refuse combinations of settings that would fail, or mean nothing, only after the fit.
+
+    Raises:
+        SettingsError: Naming the fields.
+    """
+    if config.pred_type == "nn" and config.likelihood == "classification" and config.link_approx != "mc":
+        raise SettingsError(
+            f"--link-approx: got {config.link_approx!r} with --pred-type nn, which samples networks; expected mc"
+        )
+    if config.tuning == "gridsearch" and config.likelihood == "regression" and config.pred_type == "glm":
+        raise SettingsError(
+            "--tune-method: got 'gridsearch' for regression, where the mean of the linearised network does not depend "
+            "on the prior; expected marglik, or --pred-type nn"
+        )
+    if config.prior_structure == "diag" and config.hessian_structure == "kron":
+        raise SettingsError(
+            "--prior-structure: got 'diag' for a kron posterior, whose factors do not commute with a diagonal; expected "
+            "scalar or layerwise, or a diag or full fit"
+        )
+    if config.tuning == "gridsearch" and config.prior_structure != "scalar":
+        raise SettingsError(
+            f"--prior-structure: got {config.prior_structure!r} with --tune-method gridsearch; expected scalar"
+        )

@@ -1,0 +1,189 @@
+"""What a remote storage's failures mean, and trying again while they may pass: outages, throttling, lost answers."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
+PATIENCE = 120.0  # seconds for which a storage that does not answer, or answers with a failure, is tried again
+SLOWEST = 5.0  # seconds between two tries, at most
+
+FAILURES: tuple[type[Exception], ...] = (OSError, asyncio.TimeoutError)
+_NO_CREDENTIALS: tuple[type[Exception], ...] = ()
+_PASSING: tuple[type[Exception], ...] = (asyncio.TimeoutError, TimeoutError, ConnectionError)
+_PASSING_NUMBERS = (errno.EBUSY, errno.EREMOTEIO, errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.EHOSTUNREACH)
+# Of the 4xx, those that ask for another try; 412 is final only where the object that stood in the way can be read.
+_PASSING_ANSWERS = (408, 409, 412, 425, 429)
+try:  # the remote file systems' own failures, where they are installed
+    from aiohttp import ClientError as HttpError
+    from botocore import exceptions as boto
+    from botocore.parsers import ResponseParserError
+
+    FAILURES = (*FAILURES, boto.BotoCoreError, boto.ClientError, HttpError, ResponseParserError)
+    _NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.TokenRetrievalError)
+    _PASSING += (boto.HTTPClientError, boto.ConnectionError, boto.ResponseStreamingError, boto.IncompleteReadError)
+    _PASSING += (HttpError, ResponseParserError)
+except ImportError:
+    pass
+
+_log = logging.getLogger(__name__)
+_told = float("-inf")  # when a warning was last logged
+
+
+# ------------------------------------------------------------------ what a failure means
+
+
+def refuses(error: Exception) -> bool:
+    """Say whether an error means that the credentials or the bucket are wrong, so that trying again is no use."""
+    return isinstance(error, (PermissionError, *_NO_CREDENTIALS)) or no_bucket(error)
+
+
+def no_bucket(error: BaseException | None) -> bool:
+    """Say whether an error, or what it came from, is an object store's answer that there is no such bucket."""
+    return any(response.get("Error", {}).get("Code") == "NoSuchBucket" for response in _responses(error))
+
+
+def lost_upload(error: BaseException | None) -> bool:
+    """Say whether an error is the answer that an upload in parts is over, which a retry of its last step gets."""
+    return any(response.get("Error", {}).get("Code") == "NoSuchUpload" for response in _responses(error))
+
+
+def may_pass(error: BaseException) -> bool:
+    """Say whether the same request may succeed later: no answer, a broken one, 5xx, or one that asks to wait."""
+    if refuses(error):  # type: ignore[arg-type]
+        return False
+    for response in _responses(error):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+        return status >= 500 or status in _PASSING_ANSWERS
+    return isinstance(error, _PASSING) or getattr(error, "errno", None) in _PASSING_NUMBERS
+
+
+def _responses(error: BaseException | None) -> list[Mapping[str, Any]]:
+    """Return the answers of an object store that an error, or what it came from, carries."""
+    found, seen = [], 0
+    while error is not None and seen < 8:
+        response = getattr(error, "response", None)
+        if isinstance(response, Mapping):
+            found.append(response)
+        handled = None if error.__suppress_context__ else error.__context__
+        error, seen = error.__cause__ or handled, seen + 1
+    return found
+
+
+# ------------------------------------------------------------------ trying again
+
+
+def patiently(call: Callable[[], Any], what: str = "", scrub: Callable[[str], str] = str) -> Any:
+    """Return what a call returns, trying it again for `PATIENCE` seconds while its failure may pass.
+
+    The waits grow exponentially up to `SLOWEST` and are drawn at random, so that workers do not come back together.
+    Trouble that lasts for longer than `SLOWEST` is logged as a warning, by one thread of many, once in so many seconds.
+
+    Args:
+        call: Safe to repeat.
+        what: What is being tried, for the log.
+        scrub: Removes secrets from the log.
+
+    Raises:
+        Exception: The last failure, as the call raised it.
+    """
+
+    def tell(state: RetryCallState) -> None:
+        global _told
+        now = time.monotonic()
+        if state.seconds_since_start >= SLOWEST and now - _told >= SLOWEST:
+            _told = now
+            error = state.outcome.exception()
+            text = scrub(f"{what}: {type(error).__name__}: {error}")
+            _log.warning("the storage has been failing for %.0f s; trying again. %s", state.seconds_since_start, text)
+
+    tries = Retrying(
+        retry=retry_if_exception(may_pass),
+        wait=wait_random_exponential(multiplier=0.2, max=SLOWEST),
+        stop=stop_after_delay(PATIENCE),
+        before_sleep=tell,
+        reraise=True,
+    )
+    return tries(call)
+
+
+class Patient:
+    """The operations of a remote file system that a store uses, each tried again while its failure may pass.
+
+    All of them have the same effect once or many times, so that an answer may be lost. Creating without overwriting is
+    not among them: see `remote.create`.
+
+    Args:
+        fs: An fsspec file system.
+        scrub: Removes secrets from the log.
+    """
+
+    def __init__(self, fs: Any, scrub: Callable[[str], str]) -> None:
+        self.fs, self.scrub = fs, scrub
+
+    def _try(self, call: Callable[[], Any], what: str) -> Any:
+        try:
+            return patiently(call, what, self.scrub)
+        except FileNotFoundError as error:
+            if no_bucket(error):  # not a missing object, which may be as it should be
+                raise PermissionError("there is no such bucket") from error
+            raise
+
+    def cat_file(self, path: str) -> bytes:
+        """Return an object's bytes."""
+        return self._try(lambda: self.fs.cat_file(path), f"reading {path}")
+
+    def cat(self, paths: list[str], on_error: str = "return") -> dict[str, Any]:
+        """Return the bytes of objects, or the exception, by path; only those that failed are asked for again."""
+        found: dict[str, Any] = {}
+
+        def missing() -> None:
+            left = [path for path in paths if path not in found or _failed(found[path])]
+            found.update(self.fs.cat(left, on_error=on_error))
+            for path in left:
+                if _failed(found[path]):
+                    raise found[path]
+
+        try:
+            self._try(missing, f"reading {len(paths)} objects")
+        except FAILURES:
+            if not found:
+                raise
+        return found
+
+    def pipe_file(self, path: str, data: bytes) -> None:
+        """Write an object, over an old one if there is one."""
+        self._try(lambda: self.fs.pipe_file(path, data), f"writing {path}")
+
+    def info(self, path: str) -> dict[str, Any]:
+        """Return what is known of an object."""
+        return self._try(lambda: self.fs.info(path), f"finding {path}")
+
+    def find(self, path: str, **options: Any) -> Any:
+        """Return all objects under a path."""
+        return self._try(lambda: self.fs.find(path, **options), f"listing {path}")
+
+    def ls(self, path: str, **options: Any) -> Any:
+        """Return what lies directly in a path."""
+        return self._try(lambda: self.fs.ls(path, **options), f"listing {path}")
+
+    def rm(self, path: str, recursive: bool) -> None:
+        """Delete what is under a path and look that it is gone, since deleting many at once reports no failures."""
+
+        def gone() -> None:
+            self.fs.rm(path, recursive=recursive)
+            left = [info for info in self.fs.find(path, detail=True).values() if info["type"] == "file"]
+            if left:
+                raise OSError(errno.EBUSY, f"{len(left)} objects are still there after they were deleted")
+
+        self._try(gone, f"deleting {path}")
+
+
+def _failed(value: Any) -> bool:
+    return isinstance(value, Exception) and may_pass(value)

@@ -1,0 +1,92 @@
+"""What the tests of storage faults share: a pool that notes what was done, and outages at chosen points."""
+
+from __future__ import annotations
+
+import re
+import threading
+from pathlib import Path
+
+import dist_cases
+from torch import nn
+
+from laplace_dist.errors import StorageError
+from laplace_dist.store import Store
+
+# Few requests, yet every kind of object: two segments, one shard each of validation, test and out-of-distribution data.
+SMALL = {
+    "subset_of_weights": "last_layer",
+    "segment_size": 24,
+    "batch_size": 8,
+    "skip_tune": False,
+    "skip_evaluate": False,
+    "ood": ["other"],
+}
+
+
+class Recording(dist_cases.InlinePool):
+    """Notes the tasks that were carried out and what they returned."""
+
+    def __init__(self, config, size=1):
+        super().__init__(config, size)
+        self.receipts = []
+
+    def wait(self, *arguments):
+        events = super().wait(*arguments)
+        self.receipts += [(event.task.target.partition(":")[2], event.receipt) for event in events]
+        return events
+
+    def of(self, name):
+        return [receipt for done, receipt in self.receipts if done == name]
+
+
+def recorded_run(config) -> tuple[str, Recording]:
+    """Carry out the stages of a run in this process; returns the version and the pool that did the work."""
+    with dist_cases.inline_job(config) as job:
+        job._pool = pool = Recording(job.config)
+        job.open()
+        job.map()
+        version = job.reduce()
+        tuning = None if config.skip_tune else job.tune(version)
+        if not config.skip_evaluate:
+            job.evaluate(version, tuning)
+        return version, pool
+
+
+class Outages:
+    """Kills an S3 server when a store is about to do certain things, and brings it back some time later.
+
+    Args:
+        server: The server.
+        points: `(method of Store, pattern of the key, seconds)`; each happens once, in any order.
+    """
+
+    def __init__(self, monkeypatch, server, points):
+        self.fired = []
+        self._server, self._points, self._lock = server, list(points), threading.Lock()
+        for method in {method for method, _, _ in points}:
+            monkeypatch.setattr(Store, method, self._watched(method, getattr(Store, method)))
+
+    def _watched(self, method, call):
+        def watched(store, key, *arguments):
+            with self._lock:
+                for point in self._points:
+                    if point[0] == method and re.fullmatch(point[1], key):
+                        self._points.remove(point)
+                        self.fired.append(f"{method} {key}")
+                        self._server.outage(point[2])
+                        break
+            return call(store, key, *arguments)
+
+        return watched
+
+
+def model_without_storage(folder: str) -> nn.Module:
+    """Return the usual model; the first worker that asks for it is told that the storage does not answer."""
+    if dist_cases.in_worker():
+        try:
+            (Path(folder) / "refused").touch(exist_ok=False)
+        except FileExistsError:
+            pass
+        else:
+            raise StorageError("s3://bucket/run/weights.safetensors: could not read it")
+    return dist_cases.convnet()
