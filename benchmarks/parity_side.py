@@ -14,8 +14,20 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 LIKELIHOODS = ("classification", "regression")
-STRUCTURES = ("full", "kron", "diag")
-SUBSETS = ("all", "last_layer")
+# What is compared with every GGN and EF backend, and with every Hessian backend.
+POSTERIORS = [(structure, subset) for structure in ("full", "kron", "diag") for subset in ("all", "last_layer")] + [
+    ("full", "subnetwork"),
+    ("diag", "subnetwork"),
+    ("gp", "all"),
+    ("gp", "last_layer"),
+    ("gp, independent outputs", "all"),
+    ("full", "marglik_training"),
+    ("kron", "marglik_training"),
+    ("diag", "marglik_training"),
+]
+HESSIANS = [("full", "all"), ("lowrank", "all")]
+PRIOR, NOISE = 2.0, 0.7
+HESSIAN_PRIOR = 200.0  # large enough for a Hessian at random weights, which is indefinite
 NETWORKS = ("mlp", "cnn")
 
 
@@ -45,42 +57,116 @@ def backends(which: str) -> dict[str, type]:
     import laplace.curvature as c
 
     if which == "ours":
-        return {"native GGN": c.NativeGGN, "native EF": c.NativeEF}
+        return {"native GGN": c.NativeGGN, "native EF": c.NativeEF, "native Hessian": c.NativeHessian}
     return {
         "curvlinops GGN": c.CurvlinopsGGN,
         "curvlinops EF": c.CurvlinopsEF,
+        "curvlinops Hessian": c.CurvlinopsHessian,
         "asdl GGN": c.AsdlGGN,
         "asdl EF": c.AsdlEF,
+        "asdl Hessian": c.AsdlHessian,
         "backpack GGN": c.BackPackGGN,
         "backpack EF": c.BackPackEF,
     }
 
 
-def measure(kind: str, likelihood: str, structure: str, subset: str, backend: type, dtype: torch.dtype) -> dict:
-    """Posterior precision, evidence and predictive of one posterior, or the reason why there is none."""
+def fit(kind: str, likelihood: str, structure: str, subset: str, backend: type, dtype: torch.dtype):
+    """A fitted posterior."""
     from laplace import Laplace
 
-    noise = {"sigma_noise": 0.7} if likelihood == "regression" else {}
-    loader, x = data(likelihood, dtype)
+    model, (loader, _) = network(kind, 3, dtype), data(likelihood, dtype)
+    kwargs: dict = {"sigma_noise": NOISE} if likelihood == "regression" else {}
+    structure, _, independent = structure.partition(", ")
+    if structure == "gp":
+        kwargs |= {"n_subset": 40, "independent_outputs": bool(independent)}
+    if subset == "subnetwork":
+        kwargs["subnetwork_indices"] = subnetwork(model)
+    prior = HESSIAN_PRIOR if backend.__name__.endswith("Hessian") else PRIOR
+    la = Laplace(
+        model,
+        likelihood,
+        subset_of_weights=subset,
+        hessian_structure=structure,
+        prior_precision=prior,
+        backend=backend,
+        **kwargs,
+    )
+    la.fit(loader)
+    return la
+
+
+def subnetwork(model: nn.Module) -> torch.Tensor:
+    """Every third parameter."""
+    return torch.arange(0, sum(p.numel() for p in model.parameters()), 3)
+
+
+def train(kind: str, likelihood: str, structure: str, backend: type, dtype: torch.dtype):
+    """Weights and hyperparameters trained together, and the evidence of every step."""
+    from laplace import marglik_training
+
+    la, _, margliks, _ = marglik_training(
+        network(kind, 3, dtype),
+        data(likelihood, dtype)[0],
+        likelihood,
+        structure,
+        backend=backend,
+        optimizer_kwargs={"lr": 1e-2},
+        n_epochs=5,
+        prior_structure="scalar",
+    )
+    return la, torch.as_tensor(margliks)
+
+
+def measure(kind: str, likelihood: str, structure: str, subset: str, backend: type, dtype: torch.dtype) -> dict:
+    """Posterior precision, evidence and predictives of one posterior, or the reason why there is none."""
     try:
-        la = Laplace(
-            network(kind, 3, dtype),
-            likelihood,
-            subset_of_weights=subset,
-            hessian_structure=structure,
-            prior_precision=2.0,
-            backend=backend,
-            **noise,
-        )
-        la.fit(loader)
-        precision = la.posterior_precision
-        precision = precision.to_matrix() if structure == "kron" else precision
-        evidence = la.log_marginal_likelihood()
-        predictive = la(x) if likelihood == "classification" else torch.cat([t.flatten() for t in la(x)])
+        if subset == "marglik_training":
+            la, evidence = train(kind, likelihood, structure, backend, dtype)
+            precision = torch.cat([la.prior_precision.reshape(-1), torch.as_tensor(la.sigma_noise).reshape(-1)])
+        else:
+            la = fit(kind, likelihood, structure, subset, backend, dtype)
+            evidence = la.log_marginal_likelihood()
+            precision = None if structure.startswith("gp") else dense(la.posterior_precision, structure)
+        slope = None if subset == "marglik_training" else gradient(la, likelihood)
+        found = {
+            "precision": precision,
+            "evidence": evidence,
+            "gradient": slope,
+            **predictives(la, likelihood, data(likelihood, dtype)[1]),
+        }
     except Exception as error:  # noqa: BLE001 - whatever a peer raises becomes the table's entry
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
-    found = {"precision": precision, "evidence": evidence, "predictive": predictive}
-    return {name: value.detach().double() for name, value in found.items()}
+    return {name: value.detach().double() for name, value in found.items() if value is not None}
+
+
+def dense(precision, structure: str) -> torch.Tensor:
+    """A posterior precision as one tensor."""
+    if structure == "lowrank":
+        (vectors, values), prior = precision
+        return vectors * values @ vectors.T + torch.diag(prior)
+    return precision.to_matrix() if structure == "kron" else precision
+
+
+def gradient(la, likelihood: str) -> torch.Tensor:
+    """Derivatives of the evidence in prior precision and noise."""
+    prior = la.prior_precision.detach().reshape(-1)[:1].clone().requires_grad_()
+    noise = [torch.full((1,), NOISE, dtype=prior.dtype, requires_grad=True)] if likelihood == "regression" else []
+    found = torch.autograd.grad(la.log_marginal_likelihood(prior, *noise), [prior, *noise])
+    la.prior_precision = prior.detach()
+    if noise:
+        la.sigma_noise = NOISE
+    return torch.cat(found)
+
+
+def predictives(la, likelihood: str, x: torch.Tensor) -> dict:
+    """The default predictive, and the other links of a classifier or the joint covariance of a regression."""
+    if likelihood == "regression":
+        return {
+            "predictive": torch.cat([t.detach().flatten() for t in la(x)]),
+            "links, joint": torch.cat([t.detach().flatten() for t in la(x, joint=True)]),
+        }
+    links = [la(x, link_approx=link).detach() for link in ("bridge", "bridge_norm")]
+    return {"predictive": la(x), "links, joint": torch.cat(links)}
 
 
 def main() -> None:
@@ -91,13 +177,18 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    import laplace.curvature
+
+    if hasattr(laplace.curvature, "NativeGGN") != (arguments.which == "ours"):
+        raise SystemExit(f"This environment's laplace is not {arguments.which}: {laplace.curvature.__file__}")
     results = {}
     for dtype in (torch.float64, torch.float32):
         torch.set_default_dtype(dtype)
-        for kind, likelihood, structure, subset in itertools.product(NETWORKS, LIKELIHOODS, STRUCTURES, SUBSETS):
+        for kind, likelihood in itertools.product(NETWORKS, LIKELIHOODS):
             for name, backend in backends(arguments.which).items():
-                key = f"{str(dtype)[6:]}|{kind}|{likelihood}|{structure}|{subset}|{name}"
-                results[key] = measure(kind, likelihood, structure, subset, backend, dtype)
+                for structure, subset in HESSIANS if name.endswith("Hessian") else POSTERIORS:
+                    key = f"{str(dtype)[6:]}|{kind}|{likelihood}|{structure}|{subset}|{name}"
+                    results[key] = measure(kind, likelihood, structure, subset, backend, dtype)
     torch.save(results, arguments.out)
 
 

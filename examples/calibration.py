@@ -45,11 +45,7 @@ def main(out: str | None = "calibration.png") -> dict[str, dict[str, float]]:
 
 def reliability_diagram(scores: dict[str, dict[str, torch.Tensor]], out: str, bins: int = 10) -> None:
     """Draw accuracy against confidence, one line per predictor."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, panel = plt.subplots(figsize=(5, 5), constrained_layout=True)
     panel.plot([0, 1], [0, 1], color="grey", linestyle=":", label="calibrated")
     for name, values in scores.items():
@@ -62,6 +58,18 @@ def reliability_diagram(scores: dict[str, dict[str, torch.Tensor]], out: str, bi
     panel.legend()
     figure.savefig(out, dpi=120)
     plt.close(figure)
+
+
+def pyplot():
+    """Matplotlib that draws into files."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise SystemExit(f'The plot needs matplotlib: pip install -e ".[examples]" ({error})') from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
 
 
 if __name__ == "__main__":

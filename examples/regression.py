@@ -92,11 +92,7 @@ def main(epochs: int = 1000, out: str | None = "regression.png") -> dict[str, La
 
 def plot(fitted: dict[str, Laplace], x: torch.Tensor, y: torch.Tensor, grid: torch.Tensor, out: str) -> None:
     """Draw one panel per fit."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, panels = plt.subplots(1, len(fitted), figsize=(10, 3.5), sharey=True, constrained_layout=True)
     for panel, (name, la) in zip(panels, fitted.items(), strict=True):
         mean, deviation = predictive(la, grid)
@@ -111,6 +107,18 @@ def plot(fitted: dict[str, Laplace], x: torch.Tensor, y: torch.Tensor, grid: tor
     panels[0].legend(loc="lower left")
     figure.savefig(out, dpi=120)
     plt.close(figure)
+
+
+def pyplot():
+    """Matplotlib that draws into files."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise SystemExit(f'The plot needs matplotlib: pip install -e ".[examples]" ({error})') from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """laplace-torch installs a package of the same import name; say so at once instead of failing somewhere else.
 
-Imported before everything else in the package, as files of the two may be mixed.
+Imported before everything else in the package, as files of the two may be mixed; and by modules that the other does not have,
+such as ``laplace.errors`` and ``laplace.tuning``. Where it was installed later, the package's own ``__init__`` is the other's:
+then ``import laplace`` is laplace-torch, and the first of these modules says so, as ``laplace_dist`` does by importing them.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from laplace import _clash as _clash  # says so where laplace-torch has replaced laplace/__init__.py
+
 
 class NonFiniteError(ValueError):
     """NaN or Inf met while curvature was accumulated.

@@ -186,7 +186,7 @@ def sampled_outputs(la: ParametricLaplace, x: Any, n_samples: int, generator: to
     return torch.stack(outputs)
 
 
-def samples(
+def function_samples(
     la: ParametricLaplace,
     x: Any,
     pred_type: PredType | str = PredType.GLM,
@@ -194,13 +194,26 @@ def samples(
     diagonal_output: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draws from the predictive ``(n_samples, batch, …, outputs)``: probabilities, or outputs for regression."""
+    """Draws of the network's outputs under the posterior, ``(n_samples, batch, …, outputs)``.
+
+    Args:
+        la: A fitted posterior.
+        x: Inputs ``(batch, …)`` or a dict-like batch.
+        pred_type: ``'glm'`` draws from the Gaussian over outputs, ``'nn'`` runs networks drawn from the posterior.
+        n_samples: Number of draws.
+        diagonal_output: Ignore covariances between outputs, where these are Gaussian.
+        generator: Source of the draws.
+    """
     la._check_fitted()
     pred_type = parse(PredType, pred_type, "pred_type")
     check_combination(la, pred_type, LinkApprox.MC)
     if pred_type is PredType.NN:
-        draws = sampled_outputs(la, x, n_samples, generator)
-    else:
-        f, variance = glm_distribution(la, x, diagonal_output)
-        draws = la.functional_samples(f, variance, n_samples, generator=generator)
+        return sampled_outputs(la, x, n_samples, generator)
+    f, variance = glm_distribution(la, x, diagonal_output)
+    return gaussian_samples(f.flatten(1), variance, n_samples, generator).reshape(n_samples, *f.shape)
+
+
+def samples(la: ParametricLaplace, x: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Draws from the predictive: probabilities, or outputs for regression; see :func:`function_samples`."""
+    draws = function_samples(la, x, *args, **kwargs)
     return draws.softmax(-1) if la.likelihood is Likelihood.CLASSIFICATION else draws

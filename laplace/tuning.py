@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from laplace import _clash as _clash  # says so where laplace-torch has replaced laplace/__init__.py
 from laplace import predictive
+from laplace.utils.batches import is_metric, joined
 from laplace.utils.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, parse
 
 if TYPE_CHECKING:
@@ -50,8 +52,10 @@ def optimize_prior_precision(
         init_prior_prec: Where Adam starts; a tensor also fixes the structure.
         prior_structure: ``'scalar'``, ``'layerwise'`` or ``'diag'``.
         val_loader: Validation batches for the grid.
-        loss: A function of all predictions and targets, or a torchmetrics metric; each value of the grid gets its own.
-            None: negative log likelihood for classification, mean squared error for regression.
+        loss: A function of all predictions at once, called with what :func:`laplace.utils.validate` gives it: probabilities
+            and targets, or for regression means, variances and targets. Or a torchmetrics metric of probabilities or means
+            and targets, of which each value of the grid gets its own. None: negative log likelihood for classification,
+            mean squared error for regression.
         log_prior_prec_min: Lower end of the grid, as an exponent.
         log_prior_prec_max: Upper end of the grid, as an exponent.
         grid_size: Number of values on the grid.
@@ -179,7 +183,7 @@ def score_grid(
     total, n = torch.zeros(len(grid), dtype=torch.float64), 0
     for x, y in la._batches(loader):
         for index, prediction in _sweep(la, x, grid, link_approx, pred_type, n_samples, seed):
-            total[index] += _summed_loss(la, prediction, y)
+            total[index] += _summed_loss(la, prediction[0], y)
         n += y.numel()
     if n == 0:
         raise ValueError("The validation data is empty.")
@@ -193,62 +197,67 @@ def _summed_loss(la: ParametricLaplace, prediction: Tensor, y: Tensor) -> float:
     return float(-picked.clamp(min=torch.finfo(torch.float64).tiny).log().sum())
 
 
-def _sweep(la, x: Any, grid: Tensor, link_approx, pred_type, n_samples: int, seed: int):
-    """Predictions (probabilities or means) for every value of the grid, one forward and backward pass in all."""
+def _sweep(la, x: Any, grid: Tensor, link_approx, pred_type, n_samples: int, seed: int, spread: bool = False):
+    """Predictions for every value of the grid, one forward and backward pass in all.
+
+    Yields indices with ``(probabilities,)``, or ``(means,)`` for regression, and with ``spread`` ``(means, variances)``.
+    """
     pred_type, link_approx = parse(PredType, pred_type, "pred_type"), parse(LinkApprox, link_approx, "link_approx")
     predictive.check_combination(la, pred_type, link_approx)
     regression = la.likelihood is Likelihood.REGRESSION
     priors = [value.reshape(1).to(la._device, la._dtype) for value in grid]
     if pred_type is PredType.NN:
-        yield from _sweep_networks(la, x, priors, n_samples, seed)
+        yield from _sweep_networks(la, x, priors, n_samples, seed, spread)
         return
     capture = la.backend.capture(x)
-    if regression:  # the mean of the linearised network does not depend on the prior
-        yield from ((index, capture.f) for index in range(len(grid)))
+    if regression and not spread:  # the mean of the linearised network does not depend on the prior
+        yield from ((index, (capture.f,)) for index in range(len(grid)))
         return
-    diagonal = link_approx is LinkApprox.PROBIT
+    diagonal = link_approx is LinkApprox.PROBIT and not regression
     outputs = capture.f[0].numel()
     step = max(1, _SWEEP // (len(capture.f) * outputs * (1 if diagonal else outputs)))
     for start in range(0, len(priors), step):
         variances = la._glm_variance(capture, priors[start : start + step], diagonal)
         for index, variance in enumerate(variances.detach(), start):
+            if regression:
+                yield index, (capture.f, variance)
+                continue
             generator = torch.Generator(la._device).manual_seed(seed)
-            yield index, predictive.link(capture.f, variance, link_approx, n_samples, generator)
+            yield index, (predictive.link(capture.f, variance, link_approx, n_samples, generator),)
 
 
-def _sweep_networks(la, x: Any, priors: list[Tensor], n_samples: int, seed: int):
-    before = la.prior_precision
+def _sweep_networks(la, x: Any, priors: list[Tensor], n_samples: int, seed: int, spread: bool):
+    before, regression = la.prior_precision, la.likelihood is Likelihood.REGRESSION
     try:
         for index, prior in enumerate(priors):
             la.prior_precision = prior
             generator = torch.Generator(la._device).manual_seed(seed)
             outputs = predictive.sampled_outputs(la, x, n_samples, generator)
-            yield index, (outputs if la.likelihood is Likelihood.REGRESSION else outputs.softmax(-1)).mean(0)
+            mean = (outputs if regression else outputs.softmax(-1)).mean(0)
+            yield index, (mean, outputs.var(0)) if regression and spread else (mean,)
     finally:
         la.prior_precision = before
 
 
 def _score_with(la, loader, grid: Tensor, loss: Any, link_approx, pred_type, n_samples: int) -> Tensor:
     """Scores under a user's loss: a metric of its own per value, or a function of all predictions."""
-    running = hasattr(loss, "update") and hasattr(loss, "compute")
+    running = is_metric(loss)
     metrics = [copy.deepcopy(loss).to(la._device) for _ in grid] if running else []
     for metric in metrics:
         metric.reset()
-    predictions: list[list[Tensor]] = [[] for _ in grid]
-    targets: list[Tensor] = []
+    rows: list[list[tuple[Tensor, ...]]] = [[] for _ in grid]
+    seen = False
     for x, y in la._batches(loader):
-        for index, prediction in _sweep(la, x, grid, link_approx, pred_type, n_samples, seed=0):
+        seen = True
+        for index, prediction in _sweep(la, x, grid, link_approx, pred_type, n_samples, seed=0, spread=not running):
             if running:
-                metrics[index].update(prediction, y)
+                metrics[index].update(prediction[0], y)
             else:
-                predictions[index].append(prediction)
-        targets.append(y)
-    if not targets:
+                rows[index].append((*prediction, y))
+    if not seen:
         raise ValueError("The validation data is empty.")
-    score: Callable[[int], Any] = (
-        (lambda i: metrics[i].compute()) if running else (lambda i: loss(torch.cat(predictions[i]), torch.cat(targets)))
-    )
-    return torch.tensor([float(score(i)) for i in range(len(grid))], dtype=torch.float64)
+    scores = [metric.compute() for metric in metrics] if running else [loss(*joined(values)) for values in rows]
+    return torch.tensor([float(score) for score in scores], dtype=torch.float64)
 
 
 def select_prior_precision(grid: Tensor, scores: Tensor) -> Tensor:

@@ -44,14 +44,14 @@ class Arrays:
             CheckpointError: A name is not usable, or the bytes read back are not those written.
         """
         check_names(arrays)
-        for key in self.group_keys(prefix, arrays):
-            self._put(key, _GROUP)
 
         def write(name: str) -> dict[str, Any]:
             return self._write_array(f"{prefix}/{name}", arrays[name], name in symmetric)
 
         with ThreadPoolExecutor(1 if self.is_local else _THREADS) as pool:  # requests to an object store overlap
+            groups = pool.map(lambda key: self._put(key, _GROUP), self.group_keys(prefix, arrays))
             entries = dict(zip(arrays, pool.map(write, arrays), strict=True))
+            list(groups)  # raises what went wrong there
         self._flush(prefix)
         return entries
 

@@ -13,7 +13,8 @@ from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
 from laplace_dist.limit import Limit
 
 SAME_FAILURE = 3  # a task with the same failure as often as this is set aside: the others go on without it
-ANY_FAILURE = 6  # or with failures of any kind; and as many starts of workers in a row stop the run
+ANY_FAILURE = 6  # or with failures of any kind
+START_FAILURES = 8  # starts of workers that fail with no task finished in between stop the run
 SET_ASIDE = 10  # tasks set aside that stop the run, since then it is not a few examples that are bad
 TICK_SECONDS = 1.0
 
@@ -102,8 +103,9 @@ class Budget:
         seen = self._by_task.setdefault(what, Counter())
         kind = re.sub(r"\w*\d\w*", "#", why)  # attempt ids, addresses and times differ where the failure is the same
         seen[kind] += 1
-        same = SAME_FAILURE if task is not None else ANY_FAILURE  # nodes may come and go while workers start
-        spent = seen[kind] >= same or seen.total() >= ANY_FAILURE
+        # Nodes may come and go while workers start, and the pool waits longer from start to start.
+        same, any_ = (SAME_FAILURE, ANY_FAILURE) if task is not None else (START_FAILURES, START_FAILURES)
+        spent = seen[kind] >= same or seen.total() >= any_
         if spent:
             times = seen[kind] if seen[kind] >= same else seen.total()
             self.set_aside.append(f"{what} failed {times} times, the last time because {why}")

@@ -6,24 +6,20 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import chain
 from typing import Any
 
 import torch
 
 from laplace.curvature.sums import sum_in_order
-from laplace_dist import evaluate, partials, reduce, resume, tune
+from laplace_dist import evaluate, orphans, partials, reduce, resume, tune
 from laplace_dist.errors import CheckpointError, SettingsError, StorageError
 from laplace_dist.localdisk import TEMP
 from laplace_dist.plan import Plan, open_json
 from laplace_dist.posterior import read_current
 from laplace_dist.store import Store
 from laplace_dist.weights import check_weights
-
-# Attempt directories, and the temporary files of a crashed commit: only these are ever collected.
-_ATTEMPT = re.compile(r"((?:partials|posteriors|tuning)/[^/]+/[^/]+|evaluation/[^/]+/[^/]+/[^/]+)/.+")
-_MANIFEST = re.compile(r"(?:partials|posteriors|tuning|evaluation)/[^/]+\.json|(?:tuning|evaluation)/[^/]+/[^/]+\.json")
 
 
 @dataclass
@@ -88,7 +84,7 @@ def verify(
     plan = check.attempt(resume.PLAN, lambda: resume.read_plan(store))
     if plan is not None:
         check.run(plan, keys)
-    check.orphans(times, collect_orphans_older_than)
+    check.collect(times, collect_orphans_older_than)
     return check.report
 
 
@@ -121,7 +117,7 @@ class _Check:
             self.attempt(resume.CONFIG, lambda: resume.read_config(store))
         manifests = self.partials(plan, keys)
         for key in keys:
-            if _MANIFEST.fullmatch(key) and not key.startswith("partials/") and key != evaluate.METRICS:
+            if orphans.MANIFEST.fullmatch(key) and not key.startswith("partials/") and key != evaluate.METRICS:
                 if key.startswith("posteriors/"):
                     self.version(plan, key, manifests)
                 else:
@@ -278,22 +274,12 @@ class _Check:
 
     # -------------------------------------------------------------- orphans
 
-    def orphans(self, times: Mapping[str, datetime], older_than: float | None) -> None:
+    def collect(self, times: Mapping[str, datetime], older_than: float | None) -> None:
         """Find what no manifest names, and delete what is old enough unless a manifest cannot be read."""
-        newest: dict[str, datetime] = {}
-        for key, time in times.items():
-            match = _ATTEMPT.fullmatch(key)
-            place = key if TEMP in key else match and match[1]
-            if place:
-                newest[place] = max(time, newest.get(place, time))
-        named, readable = self._named()
-        now = datetime.now(UTC)
-        for place, time in newest.items():
-            if place not in named:
-                self.report.orphans[place] = max(0.0, (now - time).total_seconds() / 3600)
+        self.report.orphans, readable = orphans.find(self.store, times)
         if older_than is None:
             return
-        if not readable or any(_MANIFEST.fullmatch(key) for key, _ in self.report.problems):
+        if not readable or any(orphans.MANIFEST.fullmatch(key) for key, _ in self.report.problems):
             self.report.problems.append(
                 ("orphans", "nothing was collected: what looks like an orphan may belong to a manifest that is bad")
             )
@@ -302,19 +288,6 @@ class _Check:
             if age >= older_than:
                 self.store.delete_tree(place)
                 self.report.collected.append(place)
-
-    def _named(self) -> tuple[set[str], bool]:
-        """Return the attempt directories that manifests name, and whether all manifests could be read."""
-        named: set[str] = set()
-        keys = [key for key in self.store.list() if _MANIFEST.fullmatch(key) and key != evaluate.METRICS]
-        for key, content in self.store.read_many(keys):
-            try:
-                manifest = open_json(content, key)
-                places = [manifest, *manifest.get("factors", {}).values()]
-                named |= {place["prefix"] for place in places if "prefix" in place}
-            except (CheckpointError, SettingsError, AttributeError, TypeError):
-                return named, False
-        return named, True
 
 
 def _shards(key: str, manifest: Mapping[str, Any]) -> list[str]:

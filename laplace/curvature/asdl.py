@@ -99,15 +99,33 @@ class AsdlGGN(AsdlInterface, GGNInterface):
     """Exact GGN, or its Monte-Carlo Fisher estimate, by ASDL.
 
     Args:
-        *args: As for :class:`laplace.curvature.GGNInterface`.
+        model: As for :class:`laplace.curvature.GGNInterface`, like all further arguments but one.
+        likelihood: See there.
+        last_layer: See there.
+        subnetwork_indices: See there.
+        dict_key_x: See there.
+        dict_key_y: See there.
+        stochastic: See there.
         asdl_fisher_kwargs: ``n_mc_samples`` and ``seed`` under ASDL's own names; the rest of ASDL's settings follow from
             likelihood and structure.
-        **kwargs: As for :class:`laplace.curvature.GGNInterface`.
+        **kwargs: See there.
     """
 
     takes_fisher_kwargs = True
 
-    def __init__(self, *args: Any, asdl_fisher_kwargs: dict[str, Any] | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        last_layer: bool = False,
+        subnetwork_indices: torch.LongTensor | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        stochastic: bool = False,
+        *,
+        asdl_fisher_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
         """See the class."""
         ours = {"n_mc_samples": "num_samples", "seed": "seed"}
         for name, value in (asdl_fisher_kwargs or {}).items():
@@ -117,11 +135,13 @@ class AsdlGGN(AsdlInterface, GGNInterface):
                     "follow from the likelihood, the structure and backend_kwargs={'stochastic': …}."
                 )
             kwargs[ours[name]] = value
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, stochastic, **kwargs
+        )
 
 
-class AsdlEF(AsdlInterface, EFInterface):
-    """Empirical Fisher by ASDL."""
+class _Order:
+    """The documented order of arguments of ASDL's other backends, in which a subnetwork has no position."""
 
     def __init__(
         self,
@@ -136,20 +156,12 @@ class AsdlEF(AsdlInterface, EFInterface):
         super().__init__(model, likelihood, last_layer, dict_key_x=dict_key_x, dict_key_y=dict_key_y, **kwargs)
 
 
-class AsdlHessian(HessianInterface, AsdlInterface):
-    """Dense Hessian, and its eigenpairs from Hessian-vector products, by ASDL."""
+class AsdlEF(_Order, AsdlInterface, EFInterface):
+    """Empirical Fisher by ASDL."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: Likelihood | str,
-        last_layer: bool = False,
-        dict_key_x: str = "input_ids",
-        dict_key_y: str = "labels",
-        **kwargs: Any,
-    ):
-        """See :class:`laplace.curvature.hessian.HessianInterface`."""
-        super().__init__(model, likelihood, last_layer, dict_key_x=dict_key_x, dict_key_y=dict_key_y, **kwargs)
+
+class AsdlHessian(_Order, HessianInterface, AsdlInterface):
+    """Dense Hessian, and its eigenpairs from Hessian-vector products, by ASDL."""
 
     def curvature_product(self, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
         """Summed loss of one batch, and its Hessian times ``vectors`` ``(parameters, k)``."""

@@ -224,7 +224,19 @@ def jacobians(capture, blocks: tuple[Block, ...]) -> Tensor:
     require_jacobians(
         len(capture.f), capture.f[0].numel(), sum(b.size for b in blocks), capture.dtype, capture.f.device
     )
-    return torch.stack([jacobian_rows(capture, blocks, v) for v in output_directions(capture.f)], 1)
+    return torch.cat(list(jacobian_chunks(capture, blocks)))
+
+
+def jacobian_chunks(capture, blocks: tuple[Block, ...]) -> Iterator[Tensor]:
+    """Dense Jacobians ``(examples, outputs, parameters)`` of a few examples at a time, in order."""
+    directions = list(output_directions(capture.f))
+    gradients = [capture.gradients(v) for v in directions]
+    for start, stop in chunks(len(capture.f), len(directions) * sum(block.size for block in blocks)):
+        rows = [
+            torch.cat([row_of_block(block, g, capture, v, start, stop) for block in blocks], 1)
+            for g, v in zip(gradients, directions, strict=True)
+        ]
+        yield torch.stack(rows, 1)
 
 
 def require_jacobians(n: int, outputs: int, parameters: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -35,9 +35,18 @@ def is_covered(module: nn.Module) -> bool:
     """Whether the curvature of this module can be contracted from captured inputs and output gradients."""
     if is_outer(module) or isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)) or _is_conv(module):
         return True
+    if _is_transformers_rms_norm(module):
+        return True
     if isinstance(module, nn.Embedding):
         return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
     return isinstance(module, _BATCH_NORMS) and module.track_running_stats
+
+
+def _is_transformers_rms_norm(module: nn.Module) -> bool:
+    """Whether this is the RMS norm of a Hugging Face model, of which every family has a class of its own."""
+    kind = type(module)
+    ours = kind.__module__.startswith("transformers.") and kind.__name__.endswith("RMSNorm")
+    return ours and hasattr(module, "variance_epsilon")
 
 
 def _is_conv(module: nn.Module) -> bool:
@@ -76,6 +85,9 @@ def _normalised(module: nn.Module, x: Tensor) -> Tensor:
         return F.layer_norm(x, module.normalized_shape, eps=module.eps)
     if isinstance(module, nn.RMSNorm):
         return F.rms_norm(x, module.normalized_shape, eps=module.eps)
+    if _is_transformers_rms_norm(module):
+        single = x.float()  # as these do, whatever the model's type
+        return single * torch.rsqrt(single.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
     if isinstance(module, nn.GroupNorm):
         return F.group_norm(x, module.num_groups, eps=module.eps)
     return F.batch_norm(x, module.running_mean.to(x), module.running_var.to(x), eps=module.eps)

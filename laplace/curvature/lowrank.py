@@ -8,6 +8,7 @@ estimator's own; those of the Hessian differentiate the gradient along :math:`u`
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -20,9 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace import likelihood as lik
 from laplace.curvature.capture import eval_mode
+from laplace.utils import memory
 
 _OVERSAMPLE = 4  # vectors in a block beyond the rank that is asked for
 _PASSES = 60  # passes over the data before the search is stopped
+_FINEST = 1e-10  # residual, relative to the largest eigenvalue, that is small enough for any use
 
 
 def eigenpairs(backend: Any, data_loader: Iterable, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +58,7 @@ def eigenpairs(backend: Any, data_loader: Iterable, rank: int) -> tuple[Tensor, 
         _check_same(seen[0], summary, ordered=backend.stochastic)
         return total
 
-    device, dtype = backend.params[0].device, backend.sums_dtype
+    device, dtype = backend.params[0].device, backend.params[0].dtype
     with _one_seed(backend):
         vectors, values = block_lanczos(product, size, rank, dtype, device)
     if len(values) == 0:
@@ -63,6 +66,7 @@ def eigenpairs(backend: Any, data_loader: Iterable, rank: int) -> tuple[Tensor, 
             "The curvature has no positive eigenvalue at these weights, so there is no low-rank posterior. Train the model, "
             "or use a GGN backend."
         )
+    vectors, values = vectors.to(backend.sums_dtype), values.to(backend.sums_dtype)
     return vectors, values, torch.tensor(seen[0].loss, dtype=torch.float64, device=device)
 
 
@@ -75,33 +79,42 @@ def block_lanczos(
 ) -> tuple[Tensor, Tensor]:
     """Positive eigenpairs among the ``rank`` largest of a symmetric matrix that is given by its products.
 
-    The start is drawn with a fixed seed, so equal products give equal results.
+    The start is drawn with a fixed seed, so equal products give equal results. All but the products themselves is done in
+    float64: eigenvalues far below the largest one then come out as precisely as the products are.
 
     Args:
-        product: Maps ``(size, k)`` to the matrix times it.
+        product: Maps ``(size, k)`` in float64 to the matrix times it.
         size: Width of the matrix.
         rank: How many eigenpairs at most.
-        dtype: Floating-point type; residuals are driven below its precision to the power ⅔.
+        dtype: Floating-point type whose precision the products have. The search ends when the residuals come near to it, or
+            stop falling.
         device: Where to work.
 
     Returns:
-        Vectors ``(size, k)`` and values ``(k,)``, falling.
+        Vectors ``(size, k)`` and values ``(k,)``, falling, both float64.
+
+    Raises:
+        NotEnoughMemoryError: If the vectors cannot fit into memory.
 
     Warns:
-        UserWarning: If the residuals are still larger after 60 products.
+        UserWarning: If the residuals are still large after 60 products.
     """
     if rank < 1:
         raise ValueError(f"The rank must be at least 1, got {rank}.")
-    tolerance = torch.finfo(dtype).eps ** (2 / 3)
-    start = torch.randn(size, min(size, rank + _OVERSAMPLE), generator=torch.Generator().manual_seed(0))
-    basis = torch.linalg.qr(start.to(device, dtype))[0]
+    width, precision = min(size, rank + _OVERSAMPLE), torch.finfo(dtype).eps
+    tolerance = max(4 * precision, _FINEST)
+    _require(size, 4 * width, device)
+    basis = torch.linalg.qr(torch.randn(size, width, generator=torch.Generator().manual_seed(0)).to(device).double())[0]
     images = newest = product(basis)
+    before = math.inf
     for _ in range(_PASSES - 1):
         values, vectors, residual, scale = _ritz(basis, images, rank)
         block = _new_directions(basis, newest, tolerance * scale)
-        if residual <= tolerance * scale or block.shape[1] == 0:
+        stuck = before / 2 < residual <= 100 * tolerance * scale
+        if residual <= tolerance * scale or stuck or block.shape[1] == 0:
             break
-        newest = product(block)
+        _require(size, 2 * basis.shape[1] + 5 * block.shape[1], device)
+        before, newest = residual, product(block)
         basis, images = torch.cat([basis, block], 1), torch.cat([images, newest], 1)
     else:
         values, vectors, residual, scale = _ritz(basis, images, rank)
@@ -111,8 +124,18 @@ def block_lanczos(
                 "the largest eigenvalue. Ask for fewer.",
                 stacklevel=2,
             )
-    keep = values > tolerance * scale
+    keep = values > max(precision * scale, _FINEST / 4 * scale, min(residual, tolerance * scale))
     return vectors[:, keep].contiguous(), values[keep]
+
+
+def _require(size: int, vectors: int, device: torch.device | str) -> None:
+    """Stop before vectors that cannot fit into memory."""
+    memory.require(
+        memory.tensor_bytes(size, vectors),
+        device,
+        f"The search for eigenpairs among {size:,} parameters",
+        "Lower low_rank, or use hessian_structure='kron' or 'diag'.",
+    )
 
 
 def _ritz(basis: Tensor, images: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:

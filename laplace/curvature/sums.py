@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from laplace import _clash as _clash  # says so where laplace-torch has replaced laplace/__init__.py
 from laplace.utils import memory
 
 _SMALLER = {

@@ -125,12 +125,20 @@ def _project(values: Tensor, basis: Tensor | None) -> Tensor:
     return values if basis is None else values @ basis.to(values.dtype)
 
 
-def dense_variance(
-    rows: Tensor, basis: Tensor, weights: Sequence[Callable[[int], Tensor]], n_priors: int, diagonal: bool
-) -> Tensor:
-    """Predictive variances from dense Jacobians ``(batch, outputs, parameters)`` and one basis over all parameters."""
+def dense_variance(rows: Tensor, basis: Tensor, weights: Sequence[Tensor], diagonal: bool) -> Tensor:
+    """Predictive variances from dense Jacobians ``(batch, outputs, parameters)`` and one basis over all parameters.
+
+    Args:
+        rows: The Jacobians.
+        basis: Orthonormal, or a root of the covariance.
+        weights: For every prior, the variances in the basis.
+        diagonal: Return the variances of the outputs alone instead of their covariance.
+
+    Returns:
+        ``(priors, batch, outputs)`` if ``diagonal`` else ``(priors, batch, outputs, outputs)``.
+    """
     projected = rows @ basis.to(rows.dtype)
-    shape = (n_priors, rows.shape[0], rows.shape[1]) + (() if diagonal else (rows.shape[1],))
+    shape = (len(weights), rows.shape[0], rows.shape[1]) + (() if diagonal else (rows.shape[1],))
     total = torch.zeros(shape, dtype=rows.dtype, device=rows.device)
-    _add_rows(total, projected, weights[0], diagonal)
+    _add_rows(total, projected, lambda t: weights[t], diagonal)
     return total

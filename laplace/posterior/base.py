@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from math import log, pi, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
+from torch.utils.data import DataLoader
 
+from laplace import tuning
 from laplace.curvature.curvature import CurvatureInterface
-from laplace.utils.enums import Likelihood, PriorStructure, parse
+from laplace.posterior.arguments import ORDER, by_name, signature
+from laplace.utils.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, parse
 
 _LOG_SQRT_2PI = log(sqrt(2 * pi))
 
@@ -37,6 +41,14 @@ class BaseLaplace:
         ValueError: If an argument is unknown or out of range; the message lists what is valid.
     """
 
+    order = ORDER
+
+    def __init_subclass__(cls, **kwargs: Any):
+        """Show every documented argument of a class; a class with a constructor of its own shows that."""
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = signature(cls) if hasattr(cls.__init__, "__wrapped__") else None
+
+    @by_name
     def __init__(
         self,
         model: nn.Module,
@@ -244,3 +256,53 @@ class BaseLaplace:
 
     def _check_fitted(self) -> None:
         raise NotImplementedError
+
+    # --- what every approximation does ---------------------------------------------------------------------------
+
+    def fit(self, train_loader: DataLoader) -> None:
+        """Add up curvature over a data loader."""
+        raise NotImplementedError
+
+    def log_marginal_likelihood(
+        self, prior_precision: Tensor | None = None, sigma_noise: Tensor | None = None
+    ) -> Tensor:
+        """Laplace approximation of the evidence."""
+        raise NotImplementedError
+
+    def __call__(self, x: Any, pred_type: PredType | str = PredType.GLM, **kwargs: Any) -> Any:
+        """Posterior predictive."""
+        raise NotImplementedError
+
+    def predictive(
+        self,
+        x: Tensor | MutableMapping[str, Any],
+        pred_type: PredType | str,
+        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        n_samples: int = 100,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The same as calling the object; see :func:`laplace.predictive.predict`."""
+        return self(x, pred_type=pred_type, link_approx=link_approx, n_samples=n_samples, **kwargs)
+
+    def optimize_prior_precision(
+        self,
+        pred_type: PredType | str = PredType.GLM,
+        method: TuningMethod | str = TuningMethod.MARGLIK,
+        n_steps: int = 100,
+        lr: float = 0.1,
+        init_prior_prec: float | Tensor = 1.0,
+        prior_structure: PriorStructure | str = PriorStructure.SCALAR,
+        val_loader: DataLoader | None = None,
+        loss: Any = None,
+        log_prior_prec_min: float = -4,
+        log_prior_prec_max: float = 4,
+        grid_size: int = 100,
+        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        n_samples: int = 100,
+        verbose: bool = False,
+        progress_bar: bool = False,
+        log_prior_prec_base: float = 10.0,
+    ) -> None:
+        """Choose the prior precision after the fit; see :func:`laplace.tuning.optimize_prior_precision`."""
+        arguments = {k: v for k, v in locals().items() if k != "self"}
+        tuning.optimize_prior_precision(self, **arguments)

@@ -2,6 +2,7 @@ r"""Dense posterior: :math:`P = H / (\sigma^2 T) + \mathrm{diag}(p_0)`."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from laplace.curvature import contract
 from laplace.curvature.curvature import EFInterface, GGNInterface
 from laplace.curvature.sums import CurvatureSums
 from laplace.curvature.variance import dense_variance
+from laplace.posterior.arguments import by_name
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.utils import memory
+from laplace.utils.matrix import eigh, shifted
 
 
 class FullLaplace(ParametricLaplace):
@@ -27,11 +30,12 @@ class FullLaplace(ParametricLaplace):
 
     structure = "full"
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    @by_name
+    def __init__(self, **kwargs: Any):
         """See :class:`laplace.BaseLaplace`."""
-        self._eigen: tuple[Tensor, Tensor] | None = None
+        self._eigen: tuple[Tensor, Tensor, Tensor] | None = None
         self._scale: Tensor | None = None
-        super().__init__(*args, **kwargs)
+        super().__init__(**kwargs)
 
     def _finalize(self, sums: CurvatureSums) -> None:
         self.H = sums.tensors["full"]
@@ -41,22 +45,23 @@ class FullLaplace(ParametricLaplace):
         self._scale = None
 
     @property
-    def _spectrum(self) -> tuple[Tensor, Tensor]:
-        """Eigenvectors and eigenvalues of ``H``; that of a GGN or Fisher has negative ones by rounding alone."""
+    def _spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Eigenvalues of ``H`` in float64, which of them may be zero but for rounding, and eigenvectors."""
         self._check_fitted()
         if self._eigen is None:
-            self._require(4, "The eigendecomposition", torch.float64)
-            symmetric = (self.H.double() + self.H.double().T) / 2
-            values, vectors = torch.linalg.eigh(symmetric)
-            semidefinite = isinstance(self.backend, (GGNInterface, EFInterface))
+            self._require(4, "The eigendecomposition")
+            values, vectors = eigh(self.H)
             rounding = len(values) * torch.finfo(self.params[0].dtype).eps * values.abs().max()
-            values = values.clamp(min=0) if semidefinite else values.where(values < -rounding, values.clamp(min=0))
-            self._eigen = vectors.to(self.H.dtype), values.to(self.H.dtype)
+            if isinstance(self.backend, (GGNInterface, EFInterface)):
+                rounding = math.inf
+            self._eigen = values, values > -rounding, vectors
         return self._eigen
 
     def _shifted(self, prior_precision: Tensor) -> Tensor:
-        """Eigenvalues of the posterior precision for a scalar prior precision."""
-        values = self._H_factor * self._spectrum[1] + prior_precision
+        """Eigenvalues of the posterior precision for a scalar prior precision, in float64."""
+        values, rounded, _ = self._spectrum
+        values, prior = self._H_factor.double() * values, prior_precision.double()
+        values = torch.where(rounded, shifted(values, prior), values + prior)
         if not bool((values > 0).all()):
             raise _not_positive_definite()
         return values
@@ -64,23 +69,26 @@ class FullLaplace(ParametricLaplace):
     @property
     def posterior_precision(self) -> Tensor:
         """Posterior precision ``(parameters, parameters)``."""
+        return self._double_precision().to(self.H.dtype)
+
+    def _double_precision(self) -> Tensor:
+        """Posterior precision in float64: next to large curvature, float32 has no digits left for the prior."""
         self._check_fitted()
-        return self._H_factor * self.H + torch.diag(self.prior_precision_diag)
+        self._require(4, "Computing with the float64 form")
+        return self._H_factor.double() * self.H.double() + torch.diag(self.prior_precision_diag.double())
 
     @property
     def posterior_scale(self) -> Tensor:
         r"""Lower triangular root :math:`L` of the covariance, :math:`LL^\top = P^{-1}`."""
         if self._scale is None or self._scale.requires_grad:
-            self._check_fitted()
-            self._require(4, "The Cholesky factor", self.H.dtype)
-            self._scale = invsqrt_precision(self.posterior_precision)
+            self._scale = invsqrt_precision(self._double_precision()).to(self.H.dtype)
         return self._scale
 
-    def _require(self, copies: int, what: str, dtype: torch.dtype) -> None:
+    def _require(self, copies: int, what: str) -> None:
         """Stop before a factorisation that cannot fit into memory."""
         size = len(self.H)
         memory.require(
-            copies * memory.tensor_bytes(size, size, dtype=dtype),
+            copies * memory.tensor_bytes(size, size),
             self.H.device,
             f"{what} of a dense posterior precision over {size:,} parameters",
             "Use hessian_structure='kron' or 'diag', subset_of_weights='last_layer', or a smaller subnetwork.",
@@ -95,12 +103,19 @@ class FullLaplace(ParametricLaplace):
     @property
     def log_det_posterior_precision(self) -> Tensor:
         r"""Log determinant :math:`\log\det P`."""
+        return (self.log_det_ratio + self.log_det_prior_precision).to(self._dtype)
+
+    @property
+    def log_det_ratio(self) -> Tensor:
+        r""":math:`\log\det P - \log\det P_0`, as one sum in float64: the two may be large where this is small."""
         if len(self.prior_precision) == 1:
-            return self._shifted(self.prior_precision).log().sum()
-        factor, info = torch.linalg.cholesky_ex(self.posterior_precision)
-        if int(info) != 0:
-            raise _not_positive_definite()
-        return 2 * factor.diagonal().log().sum()
+            terms = (self._shifted(self.prior_precision) / self.prior_precision.double()).log()
+        else:
+            factor, info = torch.linalg.cholesky_ex(self._double_precision())
+            if int(info) != 0:
+                raise _not_positive_definite()
+            terms = 2 * factor.diagonal().log() - self.prior_precision_diag.double().log()
+        return terms.sum().to(self._dtype)
 
     def square_norm(self, value: Tensor) -> Tensor:
         r""":math:`\Delta^\top P \Delta` with :math:`\Delta` = ``value - mean``."""
@@ -125,14 +140,14 @@ class FullLaplace(ParametricLaplace):
 
     def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor:
         blocks = self.sums_spec().blocks
-        rows = contract.jacobians(capture, blocks)
         if len(prior_precisions) == 1 and self._scale_is_cheaper(prior_precisions[0]):
-            ones = torch.ones(rows.shape[-1], dtype=rows.dtype, device=rows.device)
-            return dense_variance(rows, self.posterior_scale, [lambda t: ones], 1, diagonal)
-        if any(len(p) > 1 for p in prior_precisions):
+            basis, weights = self.posterior_scale, [torch.ones(len(self.H), dtype=self.H.dtype, device=self.H.device)]
+        elif any(len(p) > 1 for p in prior_precisions):
             raise ValueError("A sweep over prior precisions of a full posterior takes scalars only.")
-        weights = [lambda t: self._shifted(prior_precisions[t]).reciprocal()]
-        return dense_variance(rows, self._spectrum[0], weights, len(prior_precisions), diagonal)
+        else:
+            basis, weights = self._spectrum[2], [self._shifted(p).reciprocal() for p in prior_precisions]
+        parts = contract.jacobian_chunks(capture, blocks)
+        return torch.cat([dense_variance(rows, basis, weights, diagonal) for rows in parts], 1)
 
     def _scale_is_cheaper(self, prior_precision: Tensor) -> bool:
         return prior_precision is self.prior_precision and (self._eigen is None or len(prior_precision) > 1)

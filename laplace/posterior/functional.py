@@ -17,27 +17,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch import Tensor
 
 from laplace import likelihood as lik
 from laplace.curvature import kernel
 from laplace.curvature.capture import eval_mode
 from laplace.curvature.contract import output_directions
 from laplace.curvature.curvature import EFInterface, GGNInterface
-from laplace.curvature.sums import CurvatureSums, SumsSpec
+from laplace.curvature.sums import SumsSpec
 from laplace.curvature.variance import Basis, block_variance
 from laplace.errors import NotFittedError
+from laplace.posterior.arguments import before, by_name
+from laplace.posterior.base import BaseLaplace
 from laplace.posterior.last_layer import LLLaplace
 from laplace.posterior.parametric import ParametricLaplace
+from laplace.posterior.refusals import NoWeights
 from laplace.utils import memory
 from laplace.utils.enums import PredType
+from laplace.utils.subset import subset_of
+
+_OWN = ("independent_outputs", "seed")
 
 
-class FunctionalLaplace(ParametricLaplace):
+class FunctionalLaplace(NoWeights, ParametricLaplace):
     r"""Laplace approximation in function space, over all weights: a Gaussian process conditioned on some of the data.
 
     Its cost grows with the number of examples it is conditioned on and with the outputs, not with the square of the number of
@@ -45,14 +50,12 @@ class FunctionalLaplace(ParametricLaplace):
     all of the data. The log likelihood in the evidence is that of all of the data.
 
     Args:
-        model: Trained network.
-        likelihood: ``'classification'`` or ``'regression'``.
         n_subset: Number of examples to condition on; None for all.
-        *args: Further positional arguments of :class:`laplace.BaseLaplace`; the prior precision is a scalar.
         independent_outputs: One process per output instead of a joint one; ignores what outputs tell about each other, and
             needs one ``M x M`` matrix per output instead of one of all.
         seed: Seed of the choice of the subset.
-        **kwargs: Further keyword arguments of :class:`laplace.BaseLaplace`.
+        **kwargs: Further arguments of :class:`laplace.BaseLaplace`; the likelihood is ``'classification'`` or
+            ``'regression'``, and the prior precision a scalar.
 
     Attributes:
         n_data: Number of examples in the data set.
@@ -64,13 +67,18 @@ class FunctionalLaplace(ParametricLaplace):
 
     structure = "gp"
     pred_types = (PredType.GP,)
+    why_not = (
+        "a functional (GP) posterior: it is conditioned on examples, has no curvature that adds up and no distribution over "
+        "weights. Fit once over all of the data, or use hessian_structure='kron', 'diag' or 'full'."
+    )
 
+    order = (*before(BaseLaplace.order, "sigma_noise", "n_subset")[:-1], *_OWN)
+
+    @by_name
     def __init__(
         self,
-        model: nn.Module,
-        likelihood: str,
+        *,
         n_subset: int | None = None,
-        *args: Any,
         independent_outputs: bool = False,
         seed: int = 0,
         **kwargs: Any,
@@ -85,7 +93,7 @@ class FunctionalLaplace(ParametricLaplace):
         self._vectors: Tensor | None = None
         self._rows: kernel.Rows = {}
         self._subset: list[tuple[Any, Tensor]] = []
-        super().__init__(model, likelihood, *args, **kwargs)
+        super().__init__(**kwargs)
 
     def _check_fitted(self) -> None:
         if self.spectrum is None:
@@ -139,7 +147,8 @@ class FunctionalLaplace(ParametricLaplace):
             size = n_data if self.n_subset is None else self.n_subset
             if size > n_data:
                 raise ValueError(f"n_subset={size} is more than the {n_data} examples of the data.")
-            self._condition(list(self._chosen(train_loader, n_data, size)), loss, n_data)
+            subset = subset_of(train_loader, n_data, size, self.seed, self.dict_key_y)
+            self._condition(list(self._batches(subset)), loss, n_data)
         except ValueError:
             self._spec, self.n_outputs = before
             self.backend.spec = self._spec
@@ -158,26 +167,6 @@ class FunctionalLaplace(ParametricLaplace):
         if n == 0:
             raise ValueError("The data loader is empty, so there is nothing to fit. An earlier fit stays as it was.")
         return loss, n
-
-    def _chosen(self, loader: Iterable, n_data: int, size: int) -> Iterator[tuple[Any, Tensor]]:
-        """Batches of the subset; the same examples at every call where the loader's data set can be indexed."""
-        if size == n_data:
-            yield from self._batches(loader)
-            return
-        from laplace.utils.utils import SoDSampler
-
-        sampler = SoDSampler(n_data, size, self.seed)
-        usual = isinstance(loader, DataLoader) and isinstance(loader.sampler, (SequentialSampler, RandomSampler))
-        if usual and loader.batch_size is not None and len(loader.dataset) == n_data:
-            subset = DataLoader(loader.dataset, loader.batch_size, sampler=sampler, collate_fn=loader.collate_fn)
-            yield from self._batches(subset)
-            return
-        indices, start = torch.tensor(sampler.indices), 0
-        for x, y in self._batches(loader):
-            own = indices[(indices >= start) & (indices < start + len(y))] - start
-            start += len(y)
-            if len(own):
-                yield _pick(x, own.to(y.device)), y[own.to(y.device)]
 
     def _condition(self, subset: list[tuple[Any, Tensor]], loss: Tensor, n_data: int) -> None:
         """Set everything that depends on the data."""
@@ -300,6 +289,10 @@ class FunctionalLaplace(ParametricLaplace):
         """Draws from the predictive; see :func:`laplace.predictive.samples`. ``pred_type`` is ``'gp'``."""
         return super().predictive_samples(x, pred_type, *args, **kwargs)
 
+    def functional_samples(self, x: Any, pred_type: PredType | str = PredType.GP, *args: Any, **kwargs: Any) -> Tensor:
+        """Draws of functions; see :func:`laplace.predictive.function_samples`. ``pred_type`` is ``'gp'``."""
+        return super().functional_samples(x, pred_type, *args, **kwargs)
+
     def optimize_prior_precision(self, pred_type: PredType | str = PredType.GP, *args: Any, **kwargs: Any) -> None:
         """Choose the scalar prior precision after the fit; see :func:`laplace.tuning.optimize_prior_precision`."""
         super().optimize_prior_precision(pred_type, *args, **kwargs)
@@ -326,47 +319,8 @@ class FunctionalLaplace(ParametricLaplace):
         subset = [(x.to(self._device) if isinstance(x, Tensor) else x, y.to(self._device)) for x, y in state["subset"]]
         self._condition(subset, state["loss"].to(self._device), state["n_data"])
 
-    # --- what a process has not ----------------------------------------------------------------------------------
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise ValueError(
-            f"{what} is not possible for a functional (GP) posterior: it is conditioned on examples, has no curvature that "
-            "adds up and no distribution over weights. Fit once over all of the data, or use hessian_structure='kron', "
-            "'diag' or 'full'."
-        )
-
-    def zero_sums(self) -> CurvatureSums:
-        """Refused: a process is not a sum."""
-        self._refuse("zero_sums()")
-
-    def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
-        """Refused: a process is not a sum."""
-        self._refuse("accumulate()")
-
-    def set_sums(self, sums: CurvatureSums) -> None:
-        """Refused: a process is not a sum."""
-        self._refuse("set_sums()")
-
-    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
-        """Refused: draw functions with :meth:`predictive_samples`."""
-        self._refuse("sample()")
-
-    @property
-    def posterior_precision(self) -> Any:
-        """Refused: there is no distribution over weights."""
-        self._refuse("posterior_precision")
-
-    def square_norm(self, value: Tensor) -> Tensor:
-        """Refused: there is no distribution over weights."""
-        self._refuse("square_norm()")
-
 
 class FunctionalLLLaplace(LLLaplace, FunctionalLaplace):
     """Gaussian-process posterior of the last layer."""
 
-
-def _pick(x: Any, indices: Tensor) -> Any:
-    """Some examples of a batch of inputs."""
-    if isinstance(x, Mapping):
-        return {k: v[indices.to(v.device)] if isinstance(v, Tensor) else v for k, v in x.items()}
-    return x[indices]
+    order = (*before(LLLaplace.order, "sigma_noise", "n_subset")[:-1], *_OWN)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from laplace.curvature.sums import CurvatureSums
 from laplace.curvature.variance import Basis, block_variance
+from laplace.posterior.arguments import before, by_name
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.utils.matrix import Kron, KronDecomposed
 
@@ -21,7 +22,6 @@ class KronLaplace(ParametricLaplace):
     :math:`\sum_n g_n g_n^\top` for a bias.
 
     Args:
-        *args: As for :class:`laplace.BaseLaplace`.
         damping: Add the root of the prior precision to each factor's eigenvalues instead of the prior precision to
             their products.
         **kwargs: As for :class:`laplace.BaseLaplace`.
@@ -33,12 +33,15 @@ class KronLaplace(ParametricLaplace):
 
     structure = "kron"
 
-    def __init__(self, *args: Any, damping: bool = False, **kwargs: Any):
+    order = before(ParametricLaplace.order, "backend_kwargs", "damping")
+
+    @by_name
+    def __init__(self, *, damping: bool = False, **kwargs: Any):
         """See the class."""
         self.damping = damping
         self.H_facs: Kron | None = None
         self._decomposed: KronDecomposed | None = None
-        super().__init__(*args, **kwargs)
+        super().__init__(**kwargs)
 
     def _finalize(self, sums: CurvatureSums) -> None:
         self.H_facs = Kron.from_sums(sums, sums.n_data)
@@ -71,6 +74,11 @@ class KronLaplace(ParametricLaplace):
     def log_det_posterior_precision(self) -> Tensor:
         r"""Log determinant :math:`\log\det P`."""
         return self.posterior_precision.logdet()
+
+    @property
+    def log_det_ratio(self) -> Tensor:
+        r""":math:`\log\det P - \log\det P_0`, as one sum: the two may be large where this is small."""
+        return self.posterior_precision.logdet_ratio()
 
     def square_norm(self, value: Tensor) -> Tensor:
         r""":math:`\Delta^\top P \Delta` with :math:`\Delta` = ``value - mean``."""

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from laplace.curvature.sums import SumsSpec
+from laplace.posterior.arguments import before, by_name
 from laplace.posterior.diag import DiagLaplace
 from laplace.posterior.full import FullLaplace
 from laplace.posterior.kron import KronLaplace
 from laplace.posterior.parametric import ParametricLaplace
+from laplace.predictive import glm_distribution
 from laplace.utils.feature_extractor import FeatureExtractor, FeatureReduction
+
+_ORDER = before(before(ParametricLaplace.order, "dict_key_x", "feature_reduction"), "backend_kwargs", "last_layer_name")
 
 
 class LLLaplace(ParametricLaplace):
@@ -21,27 +25,36 @@ class LLLaplace(ParametricLaplace):
 
     Args:
         model: Network that ends in :class:`torch.nn.Linear`.
-        likelihood: As for :class:`laplace.BaseLaplace`.
-        *args: Further positional arguments of :class:`laplace.BaseLaplace`.
+        enable_backprop: Keep the graph from the inputs to the predictive.
         feature_reduction: How features with a position dimension are reduced, as the model itself does it.
         last_layer_name: Name of the last layer; found by a forward pass if None.
-        **kwargs: Further keyword arguments of :class:`laplace.BaseLaplace`.
+        **kwargs: Further arguments of :class:`laplace.BaseLaplace`.
     """
 
+    order = _ORDER
+
+    @by_name
     def __init__(
         self,
+        *,
         model: nn.Module,
-        likelihood: str,
-        *args: Any,
+        enable_backprop: bool = False,
         feature_reduction: FeatureReduction | str | None = None,
         last_layer_name: str | None = None,
         **kwargs: Any,
     ):
         """See the class."""
-        extractor = FeatureExtractor(
-            model, last_layer_name, kwargs.get("enable_backprop", False), feature_reduction=feature_reduction
-        )
-        super().__init__(extractor, likelihood, *args, **kwargs)
+        if isinstance(model, FeatureExtractor):
+            last_layer_name = last_layer_name or model.last_layer_name
+            model, feature_reduction = model.model, feature_reduction or model.feature_reduction
+        extractor = FeatureExtractor(model, last_layer_name, enable_backprop, feature_reduction=feature_reduction)
+        super().__init__(model=extractor, enable_backprop=enable_backprop, **kwargs)
+
+    @torch.no_grad()
+    def functional_variance_fast(self, X: Tensor | MutableMapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Mean and variances of every output by itself, ``(batch, outputs)`` each, without covariances between outputs."""
+        self._check_fitted()
+        return glm_distribution(self, X, diagonal=True)
 
     def _find_params(self) -> None:
         if self.model.last_layer_name is None:
@@ -80,6 +93,8 @@ class FullLLLaplace(LLLaplace, FullLaplace):
 
 class KronLLLaplace(LLLaplace, KronLaplace):
     """Kronecker-factored posterior over the last layer."""
+
+    order = before(LLLaplace.order, "backend_kwargs", "damping")
 
 
 class DiagLLLaplace(LLLaplace, DiagLaplace):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,12 @@ from laplace.curvature.curvature import CurvatureInterface
 from laplace.curvature.hessian import NativeHessian
 from laplace.curvature.sums import CurvatureSums, Factor, SumsSpec
 from laplace.curvature.variance import Basis, block_variance
+from laplace.posterior.arguments import by_name
 from laplace.posterior.parametric import ParametricLaplace
+from laplace.posterior.refusals import NotASum
 
 
-class LowRankLaplace(ParametricLaplace):
+class LowRankLaplace(NotASum, ParametricLaplace):
     """Laplace approximation over all weights with the leading eigenpairs of the curvature.
 
     The default backend is :class:`laplace.curvature.NativeHessian`: the same matrix as that of ``AsdlHessian``, the customary
@@ -40,10 +42,15 @@ class LowRankLaplace(ParametricLaplace):
     """
 
     structure = "lowrank"
+    why_not = (
+        "a low-rank posterior: eigenpairs of parts of the data do not add up. Fit once over all of it, or use "
+        "hessian_structure='kron', 'diag' or 'full', which add up."
+    )
 
-    def __init__(self, *args: Any, backend: type[CurvatureInterface] | None = NativeHessian, **kwargs: Any):
+    @by_name
+    def __init__(self, *, backend: type[CurvatureInterface] | None = NativeHessian, **kwargs: Any):
         """See :class:`laplace.BaseLaplace`."""
-        super().__init__(*args, backend=backend or NativeHessian, **kwargs)
+        super().__init__(backend=backend or NativeHessian, **kwargs)
 
     # --- fitting -------------------------------------------------------------------------------------------------
 
@@ -97,20 +104,6 @@ class LowRankLaplace(ParametricLaplace):
             raise ValueError("The data loader is empty, so there is nothing to fit. An earlier fit stays as it was.")
         return first, n
 
-    def zero_sums(self) -> CurvatureSums:
-        """Refused: eigenpairs are not sums."""
-        self._refuse("zero_sums()")
-
-    def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
-        """Refused: eigenpairs are not sums."""
-        self._refuse("accumulate()")
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise ValueError(
-            f"{what} is not possible for a low-rank posterior: eigenpairs of parts of the data do not add up. Fit once over "
-            "all of it, or use hessian_structure='kron', 'diag' or 'full', which add up."
-        )
-
     def _finalize(self, sums: CurvatureSums) -> None:
         self.H = sums.tensors["vectors"], sums.tensors["values"]
 
@@ -148,9 +141,13 @@ class LowRankLaplace(ParametricLaplace):
     @property
     def log_det_posterior_precision(self) -> Tensor:
         r"""Log determinant :math:`\log\det P`."""
-        prior = self.prior_precision_diag
-        _, factor = self._core(prior)
-        return prior.log().sum() + (2 * factor.diagonal().log().sum()).to(self._dtype)
+        return self.log_det_prior_precision + self.log_det_ratio
+
+    @property
+    def log_det_ratio(self) -> Tensor:
+        r""":math:`\log\det P - \log\det P_0`, which is :math:`\log\det(I + G)`."""
+        _, factor = self._core(self.prior_precision_diag)
+        return (2 * factor.diagonal().log().sum()).to(self._dtype)
 
     def square_norm(self, value: Tensor) -> Tensor:
         r""":math:`\Delta^\top P \Delta` with :math:`\Delta` = ``value - mean``."""

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from laplace import predictive, tuning
+from laplace import predictive
 from laplace.curvature.coverage import CoverageReport, coverage_report
 from laplace.curvature.sums import CurvatureSums, SumsSpec
 from laplace.errors import NotFittedError
 from laplace.posterior import state
+from laplace.posterior.arguments import by_name
 from laplace.posterior.base import BaseLaplace
 from laplace.utils.batches import batches
-from laplace.utils.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod
+from laplace.utils.enums import Likelihood, LinkApprox, PredType
 
 
 class ParametricLaplace(BaseLaplace):
@@ -35,11 +36,12 @@ class ParametricLaplace(BaseLaplace):
     pred_types = (PredType.GLM, PredType.NN)
     H: Any = None
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    @by_name
+    def __init__(self, **kwargs: Any):
         """See :class:`BaseLaplace`."""
         self.sums: CurvatureSums | None = None
         self._spec: SumsSpec | None = None
-        super().__init__(*args, **kwargs)
+        super().__init__(**kwargs)
         if self.likelihood is Likelihood.REWARD_MODELING and self.structure not in ("kron", "diag"):
             raise ValueError(
                 f"likelihood='reward_modeling' has no {self.structure!r} posterior; valid hessian_structures are 'kron' and "
@@ -288,48 +290,14 @@ class ParametricLaplace(BaseLaplace):
 
     def functional_samples(
         self,
-        f_mu: Tensor,
-        f_var: Tensor,
+        x: Tensor | MutableMapping[str, Any],
+        pred_type: PredType | str = PredType.GLM,
         n_samples: int = 100,
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draws ``(n_samples, batch, …, outputs)`` from the Gaussian over the outputs.
-
-        Args:
-            f_mu: Means ``(batch, …, outputs)``.
-            f_var: Covariances ``(batch, outputs, outputs)`` over the flattened outputs, or variances ``(batch, outputs)``.
-            n_samples: Number of draws.
-            diagonal_output: Ignore covariances between outputs.
-            generator: Source of the draws.
-        """
-        if diagonal_output and f_var.ndim == 3:
-            f_var = f_var.diagonal(dim1=1, dim2=2)
-        draws = predictive.gaussian_samples(f_mu.flatten(1), f_var, n_samples, generator)
-        return draws.reshape(n_samples, *f_mu.shape)
-
-    def optimize_prior_precision(
-        self,
-        pred_type: PredType | str = PredType.GLM,
-        method: TuningMethod | str = TuningMethod.MARGLIK,
-        n_steps: int = 100,
-        lr: float = 0.1,
-        init_prior_prec: float | Tensor = 1.0,
-        prior_structure: PriorStructure | str = PriorStructure.SCALAR,
-        val_loader: DataLoader | None = None,
-        loss: Any = None,
-        log_prior_prec_min: float = -4,
-        log_prior_prec_max: float = 4,
-        grid_size: int = 100,
-        link_approx: LinkApprox | str = LinkApprox.PROBIT,
-        n_samples: int = 100,
-        verbose: bool = False,
-        progress_bar: bool = False,
-        log_prior_prec_base: float = 10.0,
-    ) -> None:
-        """Choose the prior precision after the fit; see :func:`laplace.tuning.optimize_prior_precision`."""
-        arguments = {k: v for k, v in locals().items() if k != "self"}
-        tuning.optimize_prior_precision(self, **arguments)
+        """Draws of the outputs, which are logits for a classifier; see :func:`laplace.predictive.function_samples`."""
+        return predictive.function_samples(self, x, pred_type, n_samples, diagonal_output, generator)
 
     # --- state ---------------------------------------------------------------------------------------------------
 

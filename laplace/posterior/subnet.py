@@ -10,26 +10,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from laplace.curvature.subnetwork import check_subnetwork_indices, split_indices
+from laplace.posterior.arguments import before, by_name
 from laplace.posterior.diag import DiagLaplace
 from laplace.posterior.full import FullLaplace
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.utils.enums import PriorStructure
+
+_BY_NAME = {"enable_backprop", "dict_key_x", "dict_key_y"}  # have no documented position
 
 
 class SubnetLaplace(ParametricLaplace):
     """Base of the subnetwork posteriors; the structures' algebra is that of their siblings, over the subnetwork.
 
     Args:
-        model: Trained network.
-        likelihood: As for :class:`laplace.BaseLaplace`.
         subnetwork_indices: Indices of the vector of all parameters with ``requires_grad``
             (``parameters_to_vector(p for p in model.parameters() if p.requires_grad)``), a sorted LongTensor without
             repeats; see :mod:`laplace.utils.subnetmask`.
-        *args: Further positional arguments of :class:`laplace.BaseLaplace`.
-        **kwargs: Further keyword arguments of :class:`laplace.BaseLaplace`. ``prior_precision`` is a scalar or has one
+        **kwargs: Further arguments of :class:`laplace.BaseLaplace`. ``prior_precision`` is a scalar or has one
             value per subnetwork parameter; ``prior_mean`` may also have one value per parameter of the model.
 
     Attributes:
@@ -42,17 +42,13 @@ class SubnetLaplace(ParametricLaplace):
         ValueError: If the indices are missing, not a 1-D LongTensor, unsorted, repeated or out of range.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: str,
-        subnetwork_indices: torch.LongTensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ):
+    order = tuple(n for n in before(ParametricLaplace.order, "sigma_noise", "subnetwork_indices") if n not in _BY_NAME)
+
+    @by_name
+    def __init__(self, *, subnetwork_indices: torch.LongTensor | None = None, **kwargs: Any):
         """See the class."""
         self.subnetwork_indices = subnetwork_indices
-        super().__init__(model, likelihood, *args, **kwargs)
+        super().__init__(**kwargs)
 
     def _set_sizes(self) -> None:
         n_params = sum(p.numel() for p in self.params)

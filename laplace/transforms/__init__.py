@@ -7,6 +7,7 @@ which may start from a prior's or from that of an earlier stream.
 
 from __future__ import annotations
 
+from laplace import _clash as _clash  # says so where laplace-torch has replaced laplace/__init__.py
 from laplace.transforms import dense_ef, dense_ggn, dense_hessian, diag_fisher, diag_ggn
 from laplace.transforms.states import DenseLaplaceState, DiagLaplaceState, Transform
 

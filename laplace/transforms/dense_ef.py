@@ -9,11 +9,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from laplace.transforms.gradients import per_sample_gradients
-from laplace.transforms.states import SCALAR, DenseLaplaceState, Transform, add_dense, init_dense, sample_dense
+from laplace.transforms.states import DenseLaplaceState, Transform, add_dense
+from laplace.transforms.states import init_dense as init
+from laplace.transforms.states import sample_dense as sample
 
 __all__ = ["DenseLaplaceState", "build", "init", "sample", "update"]
 
@@ -38,11 +39,6 @@ def build(
     )
 
 
-def init(params: Any, init_prec: Tensor | float = 0.0) -> DenseLaplaceState:
-    """The state before any batch; see :func:`laplace.transforms.states.init_dense`."""
-    return init_dense(params, init_prec)
-
-
 def update(
     state: DenseLaplaceState,
     batch: Any,
@@ -64,10 +60,3 @@ def update(
     """
     gradients, aux = per_sample_gradients(log_posterior, state.params, batch, per_sample)
     return add_dense(state, sum(g.T @ g for g in gradients), aux, inplace)
-
-
-def sample(
-    state: DenseLaplaceState, sample_shape: torch.Size = SCALAR, generator: torch.Generator | None = None
-) -> Any:
-    """Draw parameter trees; see :func:`laplace.transforms.states.sample_dense`."""
-    return sample_dense(state, sample_shape, generator)

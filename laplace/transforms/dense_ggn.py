@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace.transforms.states import SCALAR, DenseLaplaceState, Transform, add_dense, init_dense, sample_dense
+from laplace.transforms.states import DenseLaplaceState, Transform, add_dense
+from laplace.transforms.states import init_dense as init
+from laplace.transforms.states import sample_dense as sample
 from laplace.transforms.trees import flatten, identity, over_rows
 
 __all__ = ["DenseLaplaceState", "build", "init", "sample", "update"]
@@ -45,11 +47,6 @@ def build(
         partial(init, init_prec=init_prec),
         partial(update, forward=forward, outer_log_likelihood=outer_log_likelihood),
     )
-
-
-def init(params: Any, init_prec: Tensor | float = 0.0) -> DenseLaplaceState:
-    """The state before any batch; see :func:`laplace.transforms.states.init_dense`."""
-    return init_dense(params, init_prec)
 
 
 def update(
@@ -84,13 +81,6 @@ def update(
     loss_gradient = torch.func.grad(lambda z: -outer_log_likelihood(unflatten_z(z), batch).sum())
     curvature = _ggn(lambda theta: outputs(theta)[0], loss_gradient, vector, z)
     return add_dense(state, curvature, aux, inplace)
-
-
-def sample(
-    state: DenseLaplaceState, sample_shape: torch.Size = SCALAR, generator: torch.Generator | None = None
-) -> Any:
-    """Draw parameter trees; see :func:`laplace.transforms.states.sample_dense`."""
-    return sample_dense(state, sample_shape, generator)
 
 
 def _ggn(

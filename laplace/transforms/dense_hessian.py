@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace.transforms.states import SCALAR, DenseLaplaceState, Transform, add_dense, init_dense, sample_dense
+from laplace.transforms.states import DenseLaplaceState, Transform, add_dense
+from laplace.transforms.states import init_dense as init
+from laplace.transforms.states import sample_dense as sample
 from laplace.transforms.trees import flatten, identity, over_rows
 
 __all__ = ["DenseLaplaceState", "build", "init", "sample", "update"]
@@ -33,11 +35,6 @@ def build(log_posterior: Callable[[Any, Any], tuple[Tensor, Any]], init_prec: Te
         ``init(params)`` and ``update(state, batch, inplace=False)``.
     """
     return Transform(partial(init, init_prec=init_prec), partial(update, log_posterior=log_posterior))
-
-
-def init(params: Any, init_prec: Tensor | float = 0.0) -> DenseLaplaceState:
-    """The state before any batch; see :func:`laplace.transforms.states.init_dense`."""
-    return init_dense(params, init_prec)
 
 
 def update(
@@ -65,10 +62,3 @@ def update(
     basis = identity(len(vector), vector)
     rows = over_rows(lambda v: torch.func.jvp(gradient, (vector,), (v,))[1], basis, len(vector))
     return add_dense(state, torch.cat(list(rows)), aux, inplace)
-
-
-def sample(
-    state: DenseLaplaceState, sample_shape: torch.Size = SCALAR, generator: torch.Generator | None = None
-) -> Any:
-    """Draw parameter trees; see :func:`laplace.transforms.states.sample_dense`."""
-    return sample_dense(state, sample_shape, generator)

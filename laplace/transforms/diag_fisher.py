@@ -9,11 +9,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from laplace.transforms.gradients import per_sample_gradients
-from laplace.transforms.states import SCALAR, DiagLaplaceState, Transform, add_diag, init_diag, sample_diag
+from laplace.transforms.states import DiagLaplaceState, Transform, add_diag
+from laplace.transforms.states import init_diag as init
+from laplace.transforms.states import sample_diag as sample
 
 __all__ = ["DiagLaplaceState", "build", "init", "sample", "update"]
 
@@ -39,11 +40,6 @@ def build(
     )
 
 
-def init(params: Any, init_prec_diag: Any = 0.0) -> DiagLaplaceState:
-    """The state before any batch; see :func:`laplace.transforms.states.init_diag`."""
-    return init_diag(params, init_prec_diag)
-
-
 def update(
     state: DiagLaplaceState,
     batch: Any,
@@ -65,8 +61,3 @@ def update(
     """
     gradients, aux = per_sample_gradients(log_posterior, state.params, batch, per_sample)
     return add_diag(state, sum(g.square().sum(0) for g in gradients), aux, inplace)
-
-
-def sample(state: DiagLaplaceState, sample_shape: torch.Size = SCALAR, generator: torch.Generator | None = None) -> Any:
-    """Draw parameter trees; see :func:`laplace.transforms.states.sample_diag`."""
-    return sample_diag(state, sample_shape, generator)

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace.transforms.states import SCALAR, DiagLaplaceState, Transform, add_diag, init_diag, sample_diag
+from laplace.transforms.states import DiagLaplaceState, Transform, add_diag
+from laplace.transforms.states import init_diag as init
+from laplace.transforms.states import sample_diag as sample
 from laplace.transforms.trees import examples, flatten, per_example
 
 __all__ = ["DiagLaplaceState", "build", "init", "sample", "update"]
@@ -44,11 +46,6 @@ def build(
         partial(init, init_prec_diag=init_prec_diag),
         partial(update, forward=forward, outer_log_likelihood=outer_log_likelihood),
     )
-
-
-def init(params: Any, init_prec_diag: Any = 0.0) -> DiagLaplaceState:
-    """The state before any batch; see :func:`laplace.transforms.states.init_diag`."""
-    return init_diag(params, init_prec_diag)
 
 
 def update(
@@ -87,11 +84,6 @@ def update(
     width = len(vector) * values.shape[1]
     curvature = sum(d.sum(0) for d in per_example(diagonal, batch, vectors, values, width=width))
     return add_diag(state, curvature, aux, inplace)
-
-
-def sample(state: DiagLaplaceState, sample_shape: torch.Size = SCALAR, generator: torch.Generator | None = None) -> Any:
-    """Draw parameter trees; see :func:`laplace.transforms.states.sample_diag`."""
-    return sample_diag(state, sample_shape, generator)
 
 
 def _output_hessians(z: Any, batch: Any, outer_log_likelihood: Callable[[Any, Any], Tensor]) -> Tensor:

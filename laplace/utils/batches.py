@@ -1,8 +1,8 @@
-"""Batches of a data loader as inputs and targets, wherever they come from."""
+"""Batches of a data loader as inputs and targets, wherever they come from, and what is gathered over them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -30,3 +30,13 @@ def batches(
         else:
             x, y = batch
             yield (x.to(device) if isinstance(x, Tensor) else x), y.to(device)
+
+
+def joined(rows: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Rows of tensors, one row per batch, as one tensor per column."""
+    return [torch.cat(column) for column in zip(*rows, strict=True)]
+
+
+def is_metric(loss: Any) -> bool:
+    """Whether a loss is a running metric with torchmetrics' interface, rather than a function."""
+    return hasattr(loss, "update") and hasattr(loss, "compute")

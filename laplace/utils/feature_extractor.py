@@ -103,9 +103,11 @@ class FeatureExtractor(nn.Module):
         Raises:
             ValueError: If that layer is not linear, or if something follows it that changes the output.
         """
-        order: list[tuple[str, nn.Module]] = []
+        ran: list[tuple[str, nn.Module, tuple, Tensor]] = []  # the latest alone
         handles = [
-            module.register_forward_hook(lambda m, args, output, name=name: order.append((name, m)))
+            module.register_forward_hook(
+                lambda m, args, out, name=name: ran.__setitem__(slice(None), [(name, m, args, out)])
+            )
             for name, module in self.model.named_modules()
             if not list(module.children())
         ]
@@ -114,23 +116,22 @@ class FeatureExtractor(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        if not order or not isinstance(order[-1][1], nn.Linear):
-            last = f"{order[-1][0]!r} ({type(order[-1][1]).__name__})" if order else "unknown"
+        name, layer, inputs, logits = ran[0] if ran else ("", None, (), None)
+        if not isinstance(layer, nn.Linear):
+            last = f"{name!r} ({type(layer).__name__})" if ran else "unknown"
             raise ValueError(
                 f"The layer that ran last is {last}, not nn.Linear. Models for last-layer Laplace end in a linear layer "
                 "and return logits; if the last layer is elsewhere, pass last_layer_name."
             )
-        self.set_last_layer(order[-1][0])
         with torch.no_grad():
-            _, features = self.forward_with_features(x)
-            rebuilt = self.last_layer(features)
+            rebuilt = nn.functional.linear(self._reduce(inputs[0], logits, out), layer.weight, layer.bias)
         if rebuilt.shape != out.shape or not torch.allclose(rebuilt, out, rtol=1e-3, atol=1e-4):
-            self.last_layer_name = None
             raise ValueError(
-                f"The model's output {tuple(out.shape)} is not the output of its last layer {order[-1][0]!r} "
+                f"The model's output {tuple(out.shape)} is not the output of its last layer {name!r} "
                 f"{tuple(rebuilt.shape)}. Return raw logits, or state the model's own reduction with feature_reduction "
                 f"({', '.join(repr(r.value) for r in FeatureReduction)})."
             )
+        self.set_last_layer(name)
         return out
 
     def _reduce(self, features: Tensor, logits: Tensor, out: Tensor) -> Tensor:

@@ -99,15 +99,16 @@ class Kron:
                 f"The eigendecomposition of a Kronecker factor of width {len(widest):,}",
                 "Use hessian_structure='diag', or set requires_grad=False on the parameters of that layer.",
             )
-        done: dict[int, tuple[Tensor | None, Tensor]] = {}
+        done: dict[int, tuple[Tensor, Tensor | None]] = {}
         for number, factors in enumerate(self.kfacs):
             for factor in factors:
                 if id(factor) not in done:
                     if not bool(torch.isfinite(factor).all()):
                         raise ValueError(f"A Kronecker factor of block {number} holds NaN or Inf.")
-                    done[id(factor)] = symeig(factor) if factor.ndim == 2 else (None, factor.clamp(min=0))
-        vectors = [[done[id(f)][0] for f in fs] for fs in self.kfacs]
-        values = [[done[id(f)][1] for f in fs] for fs in self.kfacs]
+                    values, vectors = eigh(factor) if factor.ndim == 2 else (factor.clamp(min=0), None)
+                    done[id(factor)] = values.to(factor.dtype), vectors
+        values = [[done[id(f)][0] for f in fs] for fs in self.kfacs]
+        vectors = [[done[id(f)][1] for f in fs] for fs in self.kfacs]
         return KronDecomposed(vectors, values, damping=damping)
 
     def diag(self) -> Tensor:
@@ -136,7 +137,8 @@ class KronDecomposed:
 
     Attributes:
         eigenvectors: For each block, one orthonormal matrix per factor (None for the identity).
-        eigenvalues: For each block, one vector per factor.
+        eigenvalues: For each block, one vector per factor. Those that are zero but for rounding may be slightly negative;
+            see :func:`shifted`.
         deltas: One additive constant per block, ``(blocks,)``.
         damping: Add :math:`\sqrt\delta` to the eigenvalues of each factor instead of :math:`\delta` to their product.
     """
@@ -191,14 +193,20 @@ class KronDecomposed:
         """Eigenvalues of one block including its delta, ``(out, in)`` or ``(out,)``."""
         values, delta = self.eigenvalues[block], self.deltas[block]
         if len(values) == 1:
-            return values[0] + delta
+            return shifted(values[0], delta)
         if self.damping:
-            return torch.outer(values[0] + delta.sqrt(), values[1] + delta.sqrt())
-        return torch.outer(values[0], values[1]) + delta
+            return torch.outer(shifted(values[0], delta.sqrt()), shifted(values[1], delta.sqrt()))
+        return shifted(torch.outer(values[0], values[1]), delta)
 
     def logdet(self) -> Tensor:
-        """Log determinant, differentiable in the deltas and in a scalar factor."""
-        return torch.stack([self.spectrum(i).log().sum() for i in range(len(self))]).sum()
+        """Log determinant, differentiable in the deltas and in a scalar factor; logarithms are added up in float64."""
+        total = torch.stack([self.spectrum(i).double().log().sum() for i in range(len(self))]).sum()
+        return total.to(self.deltas.dtype)
+
+    def logdet_ratio(self) -> Tensor:
+        """Log determinant minus that of the deltas alone, as one sum: the two may be large where this is small."""
+        terms = [(self.spectrum(i).double() / self.deltas[i].double()).log().sum() for i in range(len(self))]
+        return torch.stack(terms).sum().to(self.deltas.dtype)
 
     def bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
         """Rows of ``W`` times the matrix raised to ``exponent``.
@@ -259,10 +267,29 @@ class KronDecomposed:
         return (left @ ((left.T @ matrix @ right) * spectrum) @ right.T).flatten(1)
 
 
+def eigh(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues in float64, ascending, and eigenvectors in the type of ``M``; of its symmetric part, found in float64."""
+    values, vectors = torch.linalg.eigh((M.double() + M.double().mT) / 2)
+    return values, vectors.to(M.dtype)
+
+
 def symeig(M: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvectors and non-negative eigenvalues of a symmetric positive semi-definite matrix, computed in float64."""
-    values, vectors = torch.linalg.eigh((M.double() + M.double().T) / 2)
-    return vectors.to(M.dtype), values.clamp(min=0).to(M.dtype)
+    """Non-negative eigenvalues in ascending order, and eigenvectors, of a symmetric positive semi-definite matrix.
+
+    Computed in float64; the order of the pair is that of :func:`torch.linalg.eigh`.
+    """
+    values, vectors = eigh(M)
+    return values.clamp(min=0).to(M.dtype), vectors
+
+
+def shifted(values: Tensor, delta: Tensor) -> Tensor:
+    r"""Eigenvalues of a semi-definite matrix plus :math:`\delta \ge 0`, never below :math:`\delta / 2`.
+
+    Eigenvalues that are zero scatter about zero by the rounding of the matrix. To set the negative ones to zero would leave the
+    positive ones alone, and add a bias to every sum over many of them, such as a log determinant; their errors cancel if both
+    signs are kept. Only those that would come near to making the matrix singular are stopped.
+    """
+    return torch.maximum(values, -delta / 2) + delta
 
 
 def _dense(factors: Sequence[Tensor]) -> Tensor:

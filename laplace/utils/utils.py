@@ -1,37 +1,24 @@
-"""Small helpers under their customary import path."""
+"""Small helpers under their customary import path; :mod:`laplace.utils` has them all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 
-from laplace.posterior.full import invsqrt_precision
-from laplace.predictive import gaussian_samples as normal_samples
-from laplace.utils import matrix
-from laplace.utils.batches import batches
+from laplace.posterior.full import invsqrt_precision as invsqrt_precision
+from laplace.predictive import gaussian_samples
+from laplace.utils.batches import batches, is_metric, joined
 from laplace.utils.enums import Likelihood, LinkApprox, PredType, PriorStructure, parse
+from laplace.utils.matrix import symeig as symeig
+from laplace.utils.subset import SoDSampler as SoDSampler
 
 if TYPE_CHECKING:
     from laplace.posterior.parametric import ParametricLaplace
 
-__all__ = [
-    "SoDSampler",
-    "block_diag",
-    "diagonal_add_scalar",
-    "expand_prior_precision",
-    "fix_prior_prec_structure",
-    "get_nll",
-    "invsqrt_precision",
-    "kron",
-    "normal_samples",
-    "parameters_per_layer",
-    "symeig",
-    "validate",
-]
+normal_samples = gaussian_samples
 
 
 def get_nll(out_dist: Tensor, targets: Tensor) -> Tensor:
@@ -64,7 +51,7 @@ def validate(
     Raises:
         ValueError: If the loader is empty.
     """
-    running = hasattr(loss, "update") and hasattr(loss, "compute")
+    running = is_metric(loss)
     if running:
         loss.reset()
     rows: list[tuple[Tensor, ...]] = []
@@ -85,7 +72,7 @@ def validate(
             rows.append((*out, y))
     if not seen:
         raise ValueError("The validation data is empty.")
-    return float(loss.compute() if running else loss(*[torch.cat(column) for column in zip(*rows, strict=True)]))
+    return float(loss.compute() if running else loss(*joined(rows)))
 
 
 def parameters_per_layer(model: nn.Module) -> list[int]:
@@ -124,16 +111,6 @@ def fix_prior_prec_structure(
     return torch.as_tensor(prior_prec_init, device=device, dtype=dtype).reshape(1).repeat(sizes[structure])
 
 
-def symeig(M: Tensor) -> tuple[Tensor, Tensor]:
-    """Non-negative eigenvalues in ascending order, and eigenvectors, of a symmetric positive semi-definite matrix.
-
-    The order of the pair is that of :func:`torch.linalg.eigh`; :func:`laplace.utils.matrix.symeig` returns the
-    eigenvectors first.
-    """
-    vectors, values = matrix.symeig(M)
-    return values, vectors
-
-
 def kron(t1: Tensor, t2: Tensor) -> Tensor:
     """Kronecker product of two matrices."""
     return torch.kron(t1, t2)
@@ -147,31 +124,3 @@ def block_diag(blocks: Sequence[Tensor]) -> Tensor:
 def diagonal_add_scalar(X: Tensor, value: float | Tensor) -> Tensor:
     """``X + value · I`` for a square matrix, as a new tensor."""
     return X + value * torch.eye(len(X), dtype=X.dtype, device=X.device)
-
-
-class SoDSampler(Sampler[int]):
-    """The same random subset of a data set at every pass: "subset of data" for posteriors that scale with its size.
-
-    Args:
-        N: Number of examples in the data set.
-        M: Number of examples in the subset.
-        seed: Seed of the choice.
-
-    Raises:
-        ValueError: If the subset is empty or larger than the data set.
-    """
-
-    def __init__(self, N: int, M: int, seed: int = 0):
-        """See the class."""
-        if not 0 < M <= N:
-            raise ValueError(f"A subset of M={M} examples must have between 1 and N={N}.")
-        order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
-        self.indices = order[:M].sort().values.tolist()
-
-    def __iter__(self) -> Iterator[int]:
-        """Indices in ascending order."""
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        """Size of the subset."""
-        return len(self.indices)

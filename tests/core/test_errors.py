@@ -240,7 +240,10 @@ def test_python_numbers_keep_double_precision():
 
 BEFORE_FIT = {
     "call": lambda la, x: la(x),
+    "predictive": lambda la, x: la.predictive(x, "glm", "probit", 10),
     "predictive_samples": lambda la, x: la.predictive_samples(x),
+    "functional_samples": lambda la, x: la.functional_samples(x),
+    "gridsearch": lambda la, x: la.optimize_prior_precision(method="gridsearch", val_loader=[(x, x)]),
     "sample": lambda la, x: la.sample(2),
     "evidence": lambda la, x: la.log_marginal_likelihood(),
     "log_likelihood": lambda la, x: la.log_likelihood,
@@ -262,6 +265,36 @@ def test_calls_before_fit(name, subset, structure):
     la = Laplace(model, "classification", subset, structure)
     with pytest.raises(NotFittedError, match=r"fit\(train_loader\)"):
         BEFORE_FIT[name](la, x)
+
+
+@pytest.mark.parametrize("structure", ["lowrank", "gp", "subnetwork"])
+@pytest.mark.parametrize(
+    "name", ["call", "predictive_samples", "functional_samples", "evidence", "log_likelihood", "state_dict"]
+)
+def test_calls_before_fit_of_the_other_posteriors(name, structure):
+    model, x, _ = CASES["mlp"].make()
+    if structure == "subnetwork":
+        la = Laplace(model, "classification", "subnetwork", "diag", subnetwork_indices=torch.tensor([1, 4]))
+    else:
+        la = Laplace(model, "classification", "all", structure)
+    with pytest.raises(NotFittedError, match=r"fit\(train_loader\)"):
+        BEFORE_FIT[name](la, x)
+
+
+@pytest.mark.parametrize("structure", ["full", "kron", "diag", "lowrank", "gp"])
+def test_gradients_that_were_switched_after_the_fit_are_named(structure):
+    """The posterior is over what had gradients then; over other parameters its numbers would mean nothing."""
+    model, x, y = CASES["mlp"].make()
+    la = Laplace(model, "classification", "all", structure)
+    la.fit(loader(x, y))
+    before = la(x)
+    model[0].bias.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"requires_grad of \['0.bias'\] has changed since the fit: .* over 4 .* now has 3"
+    ):
+        la(x)
+    model[0].bias.requires_grad_(True)
+    assert torch.equal(la(x), before)
 
 
 def test_sums_that_do_not_fit_are_refused():

@@ -1,6 +1,7 @@
 """The examples run, and say what they are there to show."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,37 @@ def test_calibration_is_better_than_the_map(tmp_path):
         assert table[name]["ece"] < table["MAP"]["ece"]
         assert abs(table[name]["accuracy"] - table["MAP"]["accuracy"]) < 0.02
     assert out.stat().st_size > 10_000
+
+
+def test_a_hugging_face_classifier_gains_by_every_posterior():
+    table = load("huggingface").main()
+    assert set(table) == {"MAP", "last_layer × full", "all × kron", "mlp × diag"}
+    assert table["MAP"]["accuracy"] > 0.75  # it has learned; a coin has 0.5, and labels are wrong one time in ten
+    for name in set(table) - {"MAP"}:
+        assert table[name]["nll"] < table["MAP"]["nll"] - 0.05
+        assert abs(table[name]["accuracy"] - table["MAP"]["accuracy"]) < 0.02
+
+
+def test_lora_weights_alone_have_a_distribution(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    table = load("lora").main()
+    assert "256 of 4080 weights have a distribution" in capsys.readouterr().out
+    assert table["MAP"]["accuracy"] > 0.7
+    for name in ("LoRA × kron", "LoRA × diag"):
+        assert table[name]["nll"] < table["MAP"]["nll"] - 0.005
+        assert abs(table[name]["accuracy"] - table["MAP"]["accuracy"]) < 0.02
+
+
+@pytest.mark.parametrize(
+    "name, package",
+    [("huggingface", "transformers"), ("lora", "peft"), ("regression", "matplotlib"), ("calibration", "matplotlib")],
+)
+def test_a_missing_package_is_named_with_what_to_install(name, package, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=f'needs {package}: pip install -e "'):
+        module = load(name)
+        module.pyplot()
 
 
 def test_rewards_follow_the_preference_and_are_less_certain_far_away():

@@ -14,6 +14,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
 )
 
 from laplace import Laplace
@@ -119,6 +121,34 @@ def test_all_weights(name, structure):
         n for n, _ in model.named_parameters() if "wpe" in n or "position_embeddings" in n
     ]
     check(la, model, data, structure)
+
+
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=12, hidden_size=4, intermediate_size=6, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=6, num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    model = Classifier(LlamaForSequenceClassification(config)).double().eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name:
+                p.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+@pytest.mark.parametrize("structure", ["diag", "kron"])
+def test_norms_of_llama_need_no_automatic_differentiation(structure):
+    model, data = llama(), batches()
+    la = Laplace(model, "classification", "all", structure)
+    la.fit(data)
+    assert not [row for row in la.coverage if "autograd" in row[2]]
+    assert sum(row[2].startswith("LlamaRMSNorm") for row in la.coverage) == 3
+    norms = torch.cat([torch.full((p.numel(),), "norm" in name) for name, p in model.named_parameters()])
+    found = la.H if structure == "diag" else la.H_facs.to_matrix().diagonal()
+    truth = dense(model, data)[0].diagonal()  # Llama's norms run in float32, whatever the model's type
+    assert naive.relative_error(found[norms], truth[norms]) < 1e-6
+    assert structure == "kron" or naive.relative_error(found, truth) < 1e-6
 
 
 @pytest.mark.parametrize("kind", BATCHES)

@@ -168,13 +168,13 @@ def test_zero_factors_follow_the_model():
 
 def test_eigenvalues_are_non_negative_and_vectors_orthonormal():
     root = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
-    vectors, values = symeig(root @ root.T)  # rank 2: rounding makes some eigenvalues slightly negative
+    values, vectors = symeig(root @ root.T)  # rank 2: rounding makes some eigenvalues slightly negative
     assert values.dtype == vectors.dtype == torch.float32
     assert float(values.min()) >= 0
     assert torch.allclose(vectors.T @ vectors, torch.eye(5), atol=1e-6)
     assert torch.allclose((vectors * values) @ vectors.T, root @ root.T, atol=1e-5)
     lower_triangle_differs = torch.tensor([[2.0, 1.0], [0.0, 2.0]])
-    vectors, values = symeig(lower_triangle_differs)
+    values, vectors = symeig(lower_triangle_differs)
     assert torch.allclose((vectors * values) @ vectors.T, torch.tensor([[2.0, 0.5], [0.5, 2.0]]))
 
 
@@ -201,3 +201,23 @@ def test_bare_decomposition_has_no_deltas():
     decomposed = KronDecomposed([[torch.eye(2)]], [[torch.tensor([1.0, 2.0])]])
     assert decomposed.deltas.tolist() == [0.0]
     assert decomposed.logdet().item() == pytest.approx(torch.tensor(2.0).log().item())
+
+
+def test_rounded_zeros_cancel_in_the_log_determinant():
+    """A float32 matrix of low rank: the exact log determinant is that of its float64 original."""
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(3, 80, generator=generator, dtype=torch.float64) * torch.tensor([[100.0], [10.0], [1.0]])
+    exact = root.T @ root
+    noise = torch.randn(80, 80, generator=generator, dtype=torch.float64)
+    noise = (noise + noise.T) * 3e-9 * float(exact.diagonal().max())  # as rounding to float32 would leave it
+    delta = torch.tensor([0.1], dtype=torch.float64)
+    truth = Kron([[exact]]).decompose() + delta
+    rounded = Kron([[exact + noise]]).decompose() + delta
+    ratio = float(truth.logdet_ratio())
+    assert float(rounded.logdet_ratio()) == pytest.approx(ratio, rel=5e-3)
+    clamped = [[rounded.eigenvalues[0][0].clamp(min=0)]]
+    biased = KronDecomposed(rounded.eigenvectors, clamped) + delta
+    assert float(biased.logdet_ratio()) > 1.03 * ratio  # what setting the negative half of them to zero would do
+    assert float(truth.logdet_ratio()) == pytest.approx(float(truth.logdet() - 80 * delta.log()), rel=1e-12)
+    tiny = Kron([[exact + noise]]).decompose() + 1e-12  # far below the rounding: stopped, never negative
+    assert bool((tiny.spectrum(0) > 0).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -107,7 +108,8 @@ def test_interruptions_pass(monkeypatch, tmp_path):
 
 def python(code, *path, check=True):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    command, folder = [sys.executable, "-c", code], path[0]  # the working directory comes first on the path
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
     assert not check or result.returncode == 0, result.stderr
     return result
 
@@ -171,3 +173,32 @@ def test_the_clash_is_said_by_the_import_itself(tmp_path):
     assert same.returncode == 1
     assert "ImportError: laplace-dist and laplace-torch 0.3 are both installed in" in same.stderr
     assert "Warning" not in python("import laplace._clash", ROOT).stderr
+
+
+LEFT = ["laplace.tuning", "laplace.errors", "laplace.curvature.sums", "laplace.transforms", "laplace_dist.worker"]
+
+
+def test_laplace_torch_installed_later_is_found_by_what_it_leaves(tmp_path):
+    """It has replaced ``__init__`` and whatever else has the same name; the other modules are still this package's."""
+    (tmp_path / "laplace_torch-0.3.dist-info").mkdir()
+    (tmp_path / "laplace_torch-0.3.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: laplace-torch\nVersion: 0.3\n"
+    )
+    shutil.copytree(ROOT / "laplace", tmp_path / "laplace", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "laplace_dist").symlink_to(ROOT / "laplace_dist")
+    for name in ("__init__.py", "curvature/__init__.py", "utils/__init__.py", "laplace.py", "utils/enums.py"):
+        (tmp_path / "laplace" / name).write_text("Laplace = 'of laplace-torch'\n")
+    code = f"""
+import importlib, laplace
+print(laplace.Laplace)
+for name in {LEFT}:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        print(name, error)
+"""
+    said = python(code, tmp_path).stdout.splitlines()
+    assert said[0] == "of laplace-torch"
+    for name, line in zip(LEFT, said[1:], strict=True):
+        assert line.startswith(f"{name} laplace-dist and laplace-torch 0.3 are both installed in")
+        assert "pip uninstall laplace-torch && pip install --force-reinstall" in line

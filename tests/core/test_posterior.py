@@ -351,6 +351,31 @@ def test_fit_without_override_adds(subset, structure):
     assert torch.equal(dense_curvature(parts), dense_curvature(whole))
 
 
+class OnlyBatches:
+    """Batches, without a length and without a data set that has one."""
+
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("backend", ["native", "curvlinops"])
+@pytest.mark.parametrize("subset, structure", SIX)
+def test_examples_are_counted_not_asked_for(subset, structure, backend):
+    from laplace.curvature import backend_class
+
+    model, x, y = CASES["mlp"].make(n=7)
+    found = []
+    for data in (OnlyBatches((x[:4], y[:4]), (x[4:], y[4:])), loader(x, y, batch_size=4)):
+        la = Laplace(model, "classification", subset, structure, backend=backend_class(backend, "ggn")[0])
+        la.fit(data)
+        assert la.n_data == 7
+        found.append(dense_curvature(la))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("subset, structure", SIX)
 def test_a_second_fit_forgets_the_first(subset, structure):
     """Whatever is cached from the first fit must not survive the second, nor an addition to it."""

@@ -11,6 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from laplace import Laplace, tuning
 from laplace.tuning import prior_precision_grid, score_grid, select_prior_precision
+from laplace.utils import validate
 
 from .models import CASES, loader
 from .test_posterior import COMBINATIONS, SIX, close, fitted, prior_of
@@ -213,11 +214,77 @@ def test_torchmetrics_are_copied_per_value(metric):
     assert float(metric.compute()) == used
 
 
+@pytest.mark.parametrize("pred_type, link", [("glm", "probit"), ("nn", "mc")])
+def test_custom_losses_of_regression_see_the_variances_of_every_value(pred_type, link):
+    """As ``validate`` calls them: the mean of the linearised network is the same for every prior, its variance is not."""
+    la, (x, y) = fitted("all", "kron", "regression"), validation("regression")
+
+    def gaussian(mean, variance, targets):
+        variance = variance.diagonal(dim1=1, dim2=2) if variance.ndim == 3 else variance
+        return torch.nn.functional.gaussian_nll_loss(mean, targets, variance + 0.1)
+
+    scores = tuning._score_with(la, [(x, y)], GRID, gaussian, link, pred_type, 50)
+    assert len(set(scores.tolist())) == len(GRID)
+    if pred_type == "glm":
+        for value, score in zip(GRID, scores, strict=True):
+            la.prior_precision = value
+            assert float(score) == pytest.approx(validate(la, loader(x, y, 3), gaussian), rel=1e-10)
+    arguments = {"log_prior_prec_min": -2, "log_prior_prec_max": 2, "grid_size": 5, "n_samples": 50}
+    la.optimize_prior_precision(
+        pred_type, "gridsearch", val_loader=[(x, y)], loss=gaussian, link_approx=link, **arguments
+    )
+    grid = prior_precision_grid(-2, 2, 5)
+    best = grid[tuning._score_with(la, [(x, y)], grid, gaussian, link, pred_type, 50).argmin()]
+    assert float(la.prior_precision) == pytest.approx(float(best))
+
+
 def test_torchmetrics_for_regression():
     la, (x, y) = fitted("all", "diag", "regression"), validation("regression")
     scores = tuning._score_with(la, loader(x, y, 3), GRID, MeanSquaredError(), "mc", "nn", 5)
     total, n = score_grid(la, loader(x, y, 3), GRID, "mc", "nn", 5)
     assert torch.allclose(scores, total / n, rtol=1e-6)
+
+
+@pytest.mark.parametrize("subset, structure", SIX)
+def test_a_grid_is_one_pass_over_the_data(subset, structure):
+    """However many values there are: every batch goes through the network once."""
+    la, (x, y) = fitted(subset, structure), validation(n=9)
+    batches, rows = Counted([(x[:4], y[:4]), (x[4:], y[4:])]), []
+    network = la.model.model if subset == "last_layer" else la.model
+    handle = network.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    la.optimize_prior_precision(method="gridsearch", val_loader=batches, grid_size=50)
+    handle.remove()
+    assert batches.passes == 1
+    assert rows == [4, 5]
+
+
+class Counted(list):
+    """Batches that know how often they were asked for."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize(
+    "subset, structure, expected", [("all", "full", 1), ("last_layer", "full", 1), ("all", "kron", 4)]
+)
+def test_the_evidence_of_a_scalar_prior_costs_one_eigendecomposition(subset, structure, expected, monkeypatch):
+    """Of the whole matrix, or one of each Kronecker factor; and no factorisation at any step."""
+    la, counts = fitted(subset, structure), {"eigh": 0, "cholesky_ex": 0}
+    for name in counts:
+        plain = getattr(torch.linalg, name)
+
+        def counted(*args, plain=plain, name=name, **kwargs):
+            counts[name] += 1
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(torch.linalg, name, counted)
+    la.optimize_prior_precision(method="marglik", n_steps=30)
+    la.log_marginal_likelihood(torch.tensor(3.0))
+    assert counts == {"eigh": expected, "cholesky_ex": 0}
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------

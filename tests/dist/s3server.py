@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -20,13 +21,32 @@ SERVICES = ("master", "volume", "filer", "s3", "admin")
 BUCKET = "laplace-tests"
 
 
+PORTS = range(
+    20_000, 32_000
+)  # below those that systems give to outgoing connections, which could take one in an outage
+
+
+def bind(port: int) -> socket.socket | None:
+    """Return a socket that holds a port, or None if something has it."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((HOST, port))
+    except OSError:
+        sock.close()
+        return None
+    return sock
+
+
 def free_ports(count: int) -> list[int]:
-    """Return ports that nothing listens on at the moment; they are all held while they are drawn."""
+    """Return ports that nothing has at the moment; they are all held while they are drawn."""
+    held: dict[int, socket.socket] = {}
     with ExitStack() as stack:
-        held = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in held:
-            sock.bind((HOST, 0))
-        return [sock.getsockname()[1] for sock in held]
+        while len(held) < count:
+            port = random.SystemRandom().choice(PORTS)
+            if port not in held and (sock := bind(port)):
+                held[port] = stack.enter_context(sock)
+        return list(held)
 
 
 def executable() -> str:
@@ -139,8 +159,9 @@ class S3Server:
 
     @staticmethod
     def _is_free(port: int) -> bool:
-        with socket.socket() as sock:
-            return sock.connect_ex((HOST, port)) != 0
+        if sock := bind(port):
+            sock.close()
+        return sock is not None
 
     def _answers(self) -> bool:
         """Say whether an object can be written and read."""

@@ -12,14 +12,13 @@ from torch import nn
 from laplace_dist.errors import StorageError
 from laplace_dist.store import Store
 
-# Few requests, yet every kind of object: two segments, one shard each of validation, test and out-of-distribution data.
+# Few requests, yet every kind of object: two segments, three shards each of validation and test data.
 SMALL = {
     "subset_of_weights": "last_layer",
     "segment_size": 24,
     "batch_size": 8,
     "skip_tune": False,
     "skip_evaluate": False,
-    "ood": ["other"],
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import socket
@@ -11,6 +12,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from node_cluster import NodeCluster
+from ray.job_submission import JobStatus, JobSubmissionClient
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from laplace_dist.posterior import read_current
@@ -38,8 +41,6 @@ def free_port():
 @retry(stop=stop_after_delay(90), wait=wait_fixed(1), retry=retry_if_exception_type((ConnectionError, RuntimeError)))
 def wait_for_agent(address):
     """Return once the cluster takes jobs: its agent comes to life some seconds after the head."""
-    from ray.job_submission import JobSubmissionClient
-
     JobSubmissionClient(address).submit_job(entrypoint="true")
 
 
@@ -55,8 +56,9 @@ def plain_environment():
 def head(plain_environment):
     """Start a head node as `ray start --head` does, on loopback, and return the address of its jobs."""
     folder = tempfile.mkdtemp(prefix="ld-head-")  # short: sockets lie in it
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     flags = [f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}"]
+    flags += [f"--dashboard-agent-listen-port={agent}"]  # which takes the jobs; Ray's own number may be in use
     flags += ["--node-ip-address=127.0.0.1", "--num-cpus=2", "--object-store-memory=80000000", "--disable-usage-stats"]
     with open(f"{folder}/head.log", "w") as log:
         process = subprocess.Popen(
@@ -74,27 +76,60 @@ def head(plain_environment):
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture
+def nodes(plain_environment):
+    """Start a head without a CPU and two nodes with one each, and return the address of its jobs."""
+    port = free_port()
+    with NodeCluster(2, plain_environment, port, free_port()):
+        wait_for_agent(f"http://127.0.0.1:{port}")
+        yield f"http://127.0.0.1:{port}"
+
+
 def submit(head, environment, *arguments):
     command = [BIN / "ray", "job", "submit", "--address", head, "--working-dir", ".", "--", "python", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_a_submitted_job_reaches_the_bytes_of_a_local_run(head, plain_environment, tmp_path):
-    local = [sys.executable, "jobs/fit_kron.py", "--ray-address=local", "--skip-tune", "--skip-evaluate"]
+@pytest.fixture(scope="module")
+def local(plain_environment, tmp_path_factory):
+    """Return the digests of the factors of the demo on a private cluster."""
+    url = tmp_path_factory.mktemp("local")
+    command = [sys.executable, "jobs/fit_kron.py", "--ray-address=local", "--skip-tune", "--skip-evaluate"]
     subprocess.run(
-        [*local, f"--checkpoint={tmp_path / 'local'}"],
+        [*command, f"--checkpoint={url}"],
         cwd=ROOT,
         env={**plain_environment, "PYTHONPATH": str(ROOT)},
         check=True,
         capture_output=True,
         timeout=300,
     )
+    return factor_digests(url)
+
+
+def test_a_submitted_job_reaches_the_bytes_of_a_local_run(head, local, plain_environment, tmp_path):
     done = submit(head, plain_environment, "jobs/fit_kron.py", "--checkpoint", str(tmp_path / "submitted"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
     assert "Ray: the cluster at" in done.stdout
     assert "accuracy" in done.stdout
-    assert factor_digests(tmp_path / "submitted") == factor_digests(tmp_path / "local")
+    assert factor_digests(tmp_path / "submitted") == local
+
+
+def test_a_job_on_several_nodes_reaches_the_same_bytes(nodes, local, tmp_path):
+    """Without a working directory to upload, since these nodes share one disk, where Ray would keep one copy for all."""
+    client = JobSubmissionClient(nodes)
+    job = client.submit_job(
+        entrypoint=f"{sys.executable} {ROOT}/jobs/fit_kron.py --checkpoint={tmp_path / 'run'} --skip-tune --skip-evaluate",
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    )
+
+    async def until_it_ends():
+        async for _ in client.tail_job_logs(job):
+            pass
+
+    asyncio.run(asyncio.wait_for(until_it_ends(), 200))
+    assert client.get_job_status(job) == JobStatus.SUCCEEDED, client.get_job_logs(job)
+    assert factor_digests(tmp_path / "run") == local
 
 
 def test_a_job_whose_settings_refuse_is_failed_with_the_message_in_its_log(head, plain_environment, tmp_path):

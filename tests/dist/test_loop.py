@@ -9,7 +9,7 @@ import pytest
 
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
 from laplace_dist.limit import ENOUGH, FLOOR_SECONDS, TIMES, Limit, measured_limit
-from laplace_dist.loop import ANY_FAILURE, SET_ASIDE, Event, Task, run_tasks
+from laplace_dist.loop import SET_ASIDE, START_FAILURES, Event, Task, run_tasks
 
 
 class Script:
@@ -170,7 +170,7 @@ def test_workers_that_cannot_start_stop_the_run():
         def wait(self, seconds, limit):
             return [Event(None, failure="ImportError: no such module")]
 
-    with pytest.raises(RunFailed, match="starting a worker failed 6 times.*no such module"):
+    with pytest.raises(RunFailed, match="starting a worker failed 8 times.*no such module"):
         run(Broken(), tasks(2))
 
 
@@ -179,7 +179,7 @@ def test_starts_that_fail_now_and_then_do_not_stop_a_run():
 
     class Flapping(Script):
         def wait(self, seconds, limit):
-            return [*super().wait(seconds, limit), *[Event(None, failure="its node died")] * (ANY_FAILURE - 1)]
+            return [*super().wait(seconds, limit), *[Event(None, failure="its node died")] * (START_FAILURES - 1)]
 
     assert len(run(Flapping(size=4), tasks(40))) == 40
 

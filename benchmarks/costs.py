@@ -1,0 +1,183 @@
+"""What checkpointing costs: commits beside the map phase, the start of a resume, reading 10,000 manifests.
+
+    python benchmarks/costs.py [commit] [resume] [manifests]
+
+One process, one thread. `resume` needs no Ray: it measures what the driver does before it submits the first task of the
+reduction. The S3 server is that of the tests (SeaweedFS), on loopback, so that its two processes share the cores.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests" / "dist"), str(HERE)]
+
+from map_phase import BATCH  # noqa: E402
+from s3server import S3Server  # noqa: E402
+
+from laplace_dist import partials, reduce, resume  # noqa: E402
+from laplace_dist.config import Config  # noqa: E402
+from laplace_dist.driver import Job  # noqa: E402
+from laplace_dist.plan import Plan, Segment, build_plan, seal_json  # noqa: E402
+from laplace_dist.store import Store  # noqa: E402
+from laplace_dist.worker import Context, map_segment  # noqa: E402
+
+SEGMENTS, MANIFESTS = 500, 10_000
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def tiny_data(split: str, n: int = SEGMENTS * 4) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.rand(n, 16, generator=generator), torch.randint(0, 4, (n,), generator=generator))
+
+
+def timed(call: Callable[[], object]) -> tuple[float, object]:
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
+
+
+def commit(places: dict[str, tuple[str, dict]], segments: int = 3) -> None:
+    """Print the share of commits in the time of segments of the default size: 60,000 images, a CNN, exact-GGN Kron."""
+    for where, (url, options) in places.items():
+        config = Config(
+            model="map_phase:network",
+            data="map_phase:examples",
+            checkpoint=f"{url}/commit",
+            storage_options=options,
+            batch_size=BATCH,
+            gpus_per_worker=0.0,
+            ray_address="local",
+            skip_tune=True,
+            skip_evaluate=True,
+        )
+        with Job(config, say=lambda text: None) as job:
+            job.open()
+            context, plan = Context(job.config), job.plan
+            map_segment(context, vars(plan.segments[0]))  # loads the model, and every library once
+            total, receipts = timed(lambda: [map_segment(context, vars(s)) for s in plan.segments[1 : 1 + segments]])  # noqa: B023
+            spent = sum(receipt["seconds"] for receipt in receipts)
+            size = plan.segments[0].stop
+            print(
+                f"commit, {where}: {spent / segments:.3f} s of {total / segments:.2f} s per segment of {size} examples: "
+                f"{100 * spent / (total - spent):.2f} % of the map time",
+                flush=True,
+            )
+
+
+def resuming(places: dict[str, tuple[str, dict]]) -> None:
+    """Print how long a run of 500 committed segments takes from the command's settings to the first sum."""
+    for where, (url, options) in places.items():
+        config = Config(
+            model="costs:tiny",
+            data="costs:tiny_data",
+            checkpoint=f"{url}/resume",
+            storage_options=options,
+            batch_size=4,
+            segment_size=4,
+            gpus_per_worker=0.0,
+            skip_tune=True,
+            skip_evaluate=True,
+        )
+        with Job(config, say=lambda text: None) as job:
+            job.open()
+            plan, context = job.plan, Context(job.config)
+            sums = context.la.zero_sums()
+            for offset, x, y in context.batches("train", 0, 4):
+                context.la.accumulate(sums, x, y, offset=offset)
+            for segment in plan.segments:
+                tensors = {name: tensor + segment.start for name, tensor in sums.to_tensors().items()}
+                partials.commit_partial(job.store, plan, segment, tensors, 4, partials.new_attempt())
+
+        def until_the_first_task() -> str:
+            with Job(config, say=lambda text: None) as job:  # noqa: B023
+                job.open()
+                assert not resume.remaining(job.plan, resume.committed(job.store, job.plan, arrays=False))
+                version = reduce.version_of(job.store, job.plan)
+                assert not job.store.exists(reduce.version_key(version))
+                return version
+
+        seconds, version = timed(until_the_first_task)
+        context = Context(config)
+        group = reduce.groups(context.plan.spec)[0]
+        first, _ = timed(lambda: reduce.reduce_group(context, version, group))  # noqa: B023
+        print(
+            f"resume, {where}: {seconds:.2f} s until the reduction of {SEGMENTS} segments is submitted; the task that sums "
+            f"all {len(group)} factors of {SEGMENTS} partials takes {first:.1f} s",
+            flush=True,
+        )
+
+
+def ten_thousand(places: dict[str, tuple[str, dict]]) -> None:
+    """Print how long it takes to list 10,000 manifests and to verify every one of them against the plan."""
+    factors = {f"layer{i}.weight/{side}": {"shape": [64, 64], "symmetric": True} for i in range(5) for side in "AB"}
+    data, settings = {"length": MANIFESTS, "sha256": "0" * 64}, {"batch_size": 1, "segment_size": 1}
+    model = {"path": "m:f", "args": {}}
+    plan = build_plan(settings, data=data, weights="0" * 64, model=model, spec={"factors": factors, "dtype": "float32"})
+    for where, (url, options) in places.items():
+        store = Store(f"{url}/manifests", options)
+        store.create(resume.PLAN, plan.to_json())
+        contents = {partials.manifest_key(segment.id): manifest(plan, segment) for segment in plan.segments}
+        if store.is_local:
+            for key, content in contents.items():
+                store._put(key, content)
+        else:
+            store._fs.fs.pipe({f"{store._root}/{key}": content for key, content in contents.items()})
+        size = sum(map(len, contents.values())) / len(contents)
+        seconds, found = timed(lambda: resume.committed(store, plan))  # noqa: B023
+        assert len(found) == MANIFESTS
+        print(f"manifests, {where}: {MANIFESTS} of {size:.0f} bytes listed and verified in {seconds:.1f} s", flush=True)
+
+
+def manifest(plan: Plan, segment: Segment) -> bytes:
+    """Return a manifest as a commit writes it."""
+    entry = {"sha256": "0" * 64, "shape": [64, 64], "dtype": "float32", "packed": True, "metadata_sha256": "0" * 64}
+    loss = {**entry, "shape": [], "dtype": "float64", "packed": False}
+    attempt = partials.new_attempt()
+    return seal_json(
+        {
+            "format_version": plan.format_version,
+            "plan": plan.digest,
+            "segment": segment.id,
+            "start": segment.start,
+            "stop": segment.stop,
+            "attempt": attempt,
+            "n_data": segment.stop - segment.start,
+            "prefix": f"partials/{segment.id}/{attempt}",
+            "arrays": {
+                **{name: {**entry, "stored_bytes": 9000} for name in plan.spec["factors"]},
+                partials.LOSS: {**loss, "stored_bytes": 600},
+            },
+        }
+    )
+
+
+def main() -> None:
+    """Print the figures that were asked for, or all of them."""
+    torch.set_num_threads(1)
+    measures = {"commit": commit, "resume": resuming, "manifests": ten_thousand}
+    with tempfile.TemporaryDirectory() as folder:
+        server = S3Server(Path(folder)).start()
+        try:
+            places = {"directory": (f"{folder}/local", {}), "S3": (server.url(), server.options)}
+            for name in sys.argv[1:] or measures:
+                measures[name](places)
+        finally:
+            server.stop()
+
+
+if __name__ == "__main__":
+    main()

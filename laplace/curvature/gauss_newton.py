@@ -1,0 +1,112 @@
+r"""Curvature of Gauss-Newton type from Jacobians: the GGN, its Monte-Carlo Fisher estimate, and the empirical Fisher.
+
+All are :math:`\sum_n J_n^\top \left(\sum_k v_{nk} v_{nk}^\top\right) J_n` with directions :math:`v_{nk}` in output space.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace import likelihood as lik
+from laplace.curvature import lowrank
+from laplace.curvature.interface import CurvatureInterface
+from laplace.utils.enums import Likelihood
+
+
+class GGNInterface(CurvatureInterface):
+    """Generalised Gauss-Newton from dense Jacobians, or its Monte-Carlo Fisher estimate.
+
+    Args:
+        model: As for :class:`CurvatureInterface`, like all further arguments but the two below.
+        likelihood: See there.
+        last_layer: See there.
+        subnetwork_indices: See there.
+        dict_key_x: See there.
+        dict_key_y: See there.
+        low_rank: See there.
+        stochastic: Sample labels from the model (Fisher) instead of summing over classes (GGN).
+        num_samples: Labels drawn per example if ``stochastic``.
+        seed: Seed of these draws. None draws a seed from torch's global generator at every batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        last_layer: bool = False,
+        subnetwork_indices: torch.LongTensor | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        stochastic: bool = False,
+        num_samples: int = 1,
+        seed: int | None = None,
+        low_rank: int = 10,
+    ):
+        """See the class."""
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples} must be at least 1.")
+        self.stochastic = stochastic
+        self.num_samples = num_samples
+        self.seed = seed
+        super().__init__(model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, low_rank)
+
+    def directions(self, f: Tensor, y: Tensor, offset: int = 0):
+        """Output directions whose outer products sum to the output Hessian or its estimate."""
+        if not self.stochastic:
+            return lik.hessian_root(self.likelihood, f)
+        seed = int(torch.randint(1 << 60, ())) if self.seed is None else self.seed
+        return lik.sampled_gradients(self.likelihood, f, self.num_samples, seed, offset)
+
+    def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Dense GGN of one batch."""
+        return _full_from_jacobians(self, x, y)
+
+    def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Diagonal of the dense GGN of one batch."""
+        return _diag_from_jacobians(self, x, y)
+
+    def curvature_product(self, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
+        """Summed loss of one batch, and its GGN times ``vectors`` ``(parameters, k)``."""
+        return lowrank.gauss_newton_product(self, x, y, vectors, offset)
+
+
+class EFInterface(CurvatureInterface):
+    r"""Empirical Fisher :math:`\sum_n \nabla\ell_n \nabla\ell_n^\top` at the data's own labels."""
+
+    def directions(self, f: Tensor, y: Tensor, offset: int = 0):
+        """The one gradient per example."""
+        return iter([lik.gradient(self.likelihood, f, y)])
+
+    def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Dense empirical Fisher of one batch."""
+        return _full_from_jacobians(self, x, y)
+
+    def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Diagonal of the dense empirical Fisher of one batch."""
+        return _diag_from_jacobians(self, x, y)
+
+    def curvature_product(self, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
+        """Summed loss of one batch, and its empirical Fisher times ``vectors`` ``(parameters, k)``."""
+        return lowrank.gauss_newton_product(self, x, y, vectors, offset)
+
+
+def _rows(backend: GGNInterface | EFInterface, x: Any, y: Tensor):
+    js, f = backend.jacobians(x)
+    lik.check_targets(backend.likelihood, f, y, backend._offset)
+    loss = lik.loss_sum(backend.likelihood, f, y)
+    flat = js.flatten(1, -2)
+    directions = backend.directions(f.to(js.dtype), y, backend._offset)
+    return loss, (torch.bmm(v.reshape(len(f), 1, -1), flat)[:, 0] for v in directions)
+
+
+def _full_from_jacobians(backend: GGNInterface | EFInterface, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+    loss, rows = _rows(backend, x, y)
+    return loss, sum(r.T @ r for r in rows)
+
+
+def _diag_from_jacobians(backend: GGNInterface | EFInterface, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+    loss, rows = _rows(backend, x, y)
+    return loss, sum(r.square().sum(0) for r in rows)

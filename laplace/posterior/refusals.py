@@ -1,0 +1,52 @@
+"""What posteriors that are no sums over data, or have no distribution over weights, cannot do; they say why."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from laplace.curvature.sums import CurvatureSums
+
+
+class NotASum:
+    """Of a posterior whose curvature does not add up over batches.
+
+    Attributes:
+        why_not: What kind of posterior it is, why it does not add up, and what to do instead.
+    """
+
+    why_not: str
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(f"{what} is not possible for {self.why_not}")
+
+    def zero_sums(self) -> CurvatureSums:
+        """Refused: it is not a sum."""
+        self._refuse("zero_sums()")
+
+    def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
+        """Refused: it is not a sum."""
+        self._refuse("accumulate()")
+
+
+class NoWeights(NotASum):
+    """Of a posterior over functions."""
+
+    def set_sums(self, sums: CurvatureSums) -> None:
+        """Refused: it is not a sum."""
+        self._refuse("set_sums()")
+
+    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+        """Refused: draw functions with ``functional_samples`` or ``predictive_samples``."""
+        self._refuse("sample()")
+
+    @property
+    def posterior_precision(self) -> Any:
+        """Refused: there is no distribution over weights."""
+        self._refuse("posterior_precision")
+
+    def square_norm(self, value: Tensor) -> Tensor:
+        """Refused: there is no distribution over weights."""
+        self._refuse("square_norm()")

@@ -1,0 +1,53 @@
+"""What crashed attempts leave behind: arrays that no manifest names, found by their age."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+from laplace_dist import evaluate
+from laplace_dist.errors import CheckpointError, SettingsError
+from laplace_dist.localdisk import TEMP
+from laplace_dist.plan import open_json
+from laplace_dist.store import Store
+
+MANIFEST = re.compile(r"(?:partials|posteriors|tuning|evaluation)/[^/]+\.json|(?:tuning|evaluation)/[^/]+/[^/]+\.json")
+# Attempt directories, and the temporary files of a crashed commit: only these are ever collected.
+_ATTEMPT = re.compile(r"((?:partials|posteriors|tuning)/[^/]+/[^/]+|evaluation/[^/]+/[^/]+/[^/]+)/.+")
+
+
+def find(store: Store, times: Mapping[str, datetime]) -> tuple[dict[str, float], bool]:
+    """Return the hours since the last write of every attempt that no manifest names, and whether all could be read.
+
+    Args:
+        store: The checkpoint.
+        times: When every object was last written, as listed before this call reads the manifests: what is committed in
+            between is named by then, so that it is not taken for an orphan.
+    """
+    newest: dict[str, datetime] = {}
+    for key, time in times.items():
+        match = _ATTEMPT.fullmatch(key)
+        place = key if TEMP in key else match and match[1]
+        if place:
+            newest[place] = max(time, newest.get(place, time))
+    named, readable = _named(store)
+    now = datetime.now(UTC)
+    ages = {
+        place: max(0.0, (now - time).total_seconds() / 3600) for place, time in newest.items() if place not in named
+    }
+    return ages, readable
+
+
+def _named(store: Store) -> tuple[set[str], bool]:
+    """Return the attempt directories that manifests name, and whether all manifests could be read."""
+    named: set[str] = set()
+    keys = [key for key in store.list() if MANIFEST.fullmatch(key) and key != evaluate.METRICS]
+    for key, content in store.read_many(keys):
+        try:
+            manifest = open_json(content, key)
+        except (CheckpointError, SettingsError):
+            return named, False
+        places = [manifest, *manifest.get("factors", {}).values()]
+        named |= {place["prefix"] for place in places if "prefix" in place}
+    return named, True

@@ -1,0 +1,157 @@
+"""A disk that fills up, or is read-only, at any stage of a run: an error that says so, nothing half, then the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from pathlib import Path
+
+import dist_cases
+import pytest
+from storage_cases import SMALL, recorded_run
+from test_integrity import facts
+
+import laplace_dist
+from laplace_dist import load_posterior, localdisk, resume, store
+from laplace_dist.errors import RunFailed, SettingsError
+from laplace_dist.store import Store
+
+
+class Disk:
+    """Takes the place of `open` where objects are written; the `full_at`-th write and all later ones find no space.
+
+    Attributes:
+        writes: What each write was for, the attempts' ids left out.
+    """
+
+    def __init__(self, monkeypatch, full_at=0, code=errno.ENOSPC):
+        self.full_at, self.code, self.writes = full_at, code, []
+        monkeypatch.setattr(store, "open", self.open, raising=False)
+        monkeypatch.setattr(localdisk, "open", self.open, raising=False)
+        link, replace = os.link, os.replace
+        self.pending = ""
+        monkeypatch.setattr(localdisk.os, "link", lambda a, b: self.place(b) or link(a, b))
+        monkeypatch.setattr(localdisk.os, "replace", lambda a, b: self.place(b) or replace(a, b))
+
+    def place(self, path):
+        """Note where the temporary file that was written last has gone."""
+        self.writes[-1] = self.kind(path)
+
+    @staticmethod
+    def kind(path):
+        name = re.sub(r".*/run/", "", str(path))
+        kind = "chunk" if "/c" in name else name.rpartition("/")[2] if "zarr.json" in name else "manifest"
+        return "probe" if name.startswith("probe-") else f"{name.split('/')[0]} {kind}"
+
+    def open(self, path, mode):
+        file = open(path, mode)  # noqa: SIM115 - the caller closes it
+        if "x" in mode:
+            write = file.write
+            self.writes.append(self.kind(path))
+
+            def write_or_fail(data):
+                if self.full_at and len(self.writes) >= self.full_at:
+                    write(data[: len(data) // 2])
+                    raise OSError(self.code, os.strerror(self.code))
+                return write(data)
+
+            file = _File(file, write_or_fail)
+        return file
+
+
+class _File:
+    def __init__(self, file, write):
+        self._file, self.write = file, write
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+
+def attempt(url):
+    return recorded_run(dist_cases.config(url, **SMALL))
+
+
+def test_a_disk_that_fills_up_at_any_stage_stops_the_run_and_nothing_is_half_committed(tmp_path, monkeypatch):
+    """At the first and the last write of every kind: plan, weights, settings, arrays and manifests of all stages."""
+    with monkeypatch.context() as patch:
+        disk = Disk(patch)
+        attempt(tmp_path / "whole" / "run")
+    expected = facts(tmp_path / "whole" / "run")
+    kinds = set(disk.writes)
+    assert kinds >= {"probe", "plan.json manifest", "weights.safetensors manifest", "config.yaml manifest"}
+    assert kinds >= {f"{folder} chunk" for folder in ("partials", "posteriors", "tuning", "evaluation")}
+    assert kinds >= {
+        f"{folder} manifest" for folder in ("partials", "posteriors", "tuning", "evaluation", "CURRENT.json")
+    }
+    fatal = {disk.writes.index(kind) + 1 for kind in kinds}
+    fatal |= {len(disk.writes) - disk.writes[::-1].index(kind) for kind in kinds}
+    for at in sorted(fatal):
+        url = tmp_path / str(at) / "run"
+        with monkeypatch.context() as patch:
+            full = Disk(patch, at)
+            with pytest.raises(RunFailed, match=r"no space left on the device.*Free some space.*Run the same command"):
+                attempt(url)
+            assert full.writes[at - 1 :], disk.writes[at - 1]
+        if (url / "plan.json").exists():
+            assert laplace_dist.verify(str(url)).problems == [], disk.writes[at - 1]
+        assert not list(url.rglob(".tmp-*"))
+        before = {path: path.read_bytes() for path in url.glob("partials/*.json")}
+        attempt(url)
+        assert facts(url) == expected, disk.writes[at - 1]
+        assert all(path.read_bytes() == data for path, data in before.items()), "a finished segment was done again"
+        shutil.rmtree(url)
+
+
+def tune_again(url):
+    """Tune a finished run with other settings."""
+    with dist_cases.inline_job(dist_cases.config(url, **{**SMALL, "grid_size": 5})) as job:
+        job.tune(job.current_version())
+
+
+def test_a_run_in_a_read_only_directory_can_be_read_and_says_why_it_does_not_go_on(tmp_path, monkeypatch):
+    """As where the file system was mounted read-only after the run."""
+    url = tmp_path / "run"
+    attempt(url)
+    kept = {key: Store(str(url)).read(key) for key in Store(str(url)).list()}
+    expected = facts(url)
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch:
+        Disk(patch, 1, errno.EROFS)
+        for name in ("makedirs", "link", "replace", "unlink", "mkdir"):
+            patch.setattr(os, name, refuse)
+        assert facts(url) == expected
+        assert laplace_dist.verify(str(url)).ok
+        assert laplace_dist.status(str(url))["complete"]
+        for call in (
+            lambda: attempt(url),
+            lambda: attempt(tmp_path / "new"),
+            lambda: tune_again(url),
+        ):
+            with pytest.raises(
+                SettingsError, match=r"--checkpoint '.*': cannot write .*Read-only file system.*may write"
+            ):
+                call()
+    for path in [*url.rglob(".tmp-*"), *url.glob("probe-*")]:  # what the stand-in could not clean up
+        path.unlink()
+    assert {key: Store(str(url)).read(key) for key in Store(str(url)).list()} == kept
+    assert not (tmp_path / "new").exists()
+
+
+def test_loading_needs_no_write(tmp_path, monkeypatch):
+    url = Path(tmp_path / "run")
+    attempt(url)
+    disk = Disk(monkeypatch)
+    load_posterior(str(url), dist_cases.convnet())
+    resume.read_config(Store(str(url)))
+    assert disk.writes == []

@@ -1,0 +1,267 @@
+"""Workers and drivers that die, hang, run out of memory or meet bad data at exact places; on a directory and on S3."""
+
+from __future__ import annotations
+
+import ast
+import re
+import signal
+
+import dist_cases
+import fault_cases
+import pytest
+from fault_cases import fault
+
+import laplace_dist
+from laplace_dist import fit, limit, status
+from laplace_dist.errors import RunFailed
+from laplace_dist.pool import why_it_died, why_it_failed
+from laplace_dist.store import Store
+
+FULL = {"skip_tune": False, "skip_evaluate": False, "ood": ["other"], "grid_size": 5}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Return all that comes out of a run to which nothing happens, with tuning and evaluation."""
+    url = tmp_path_factory.mktemp("undisturbed")
+    dist_cases.run_inline(dist_cases.config(url, **FULL))
+    return fault_cases.outcome(Store(str(url)))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return where processes leave notes."""
+    place = tmp_path / "notes"
+    place.mkdir()
+    return place
+
+
+@pytest.fixture(params=["directory", "s3"])
+def place(request, tmp_path):
+    """Return the settings that say where a run goes, and its store."""
+    if request.param == "directory":
+        return {"url": str(tmp_path / "run")}, Store(str(tmp_path / "run"))
+    server = request.getfixturevalue("s3")
+    url = server.url()
+    return {"url": url, "storage_options": server.options}, Store(url, server.options)
+
+
+# ------------------------------------------------------------------ a worker dies
+
+
+WORKER_FAULTS = {
+    "000001": fault("worker", "write_arrays", "partials/000001/.*", "before"),
+    "000002": fault("worker", "_put", "partials/000002/.*/c/.*", "middle"),
+    "000003": fault("worker", "create", "partials/000003.json", "before"),
+    "000004": fault("worker", "create", "partials/000004.json", "after"),
+}
+
+
+def test_a_worker_killed_at_each_stage_of_a_segment_changes_no_byte(cluster, undisturbed, folder, place, capsys):
+    """Before the write; with half a chunk written; before the manifest; and after it, before anybody heard of it."""
+    where, store = place
+    fit(fault_cases.config(where.pop("url"), folder, WORKER_FAULTS.values(), num_workers=2, **where))
+    notes = {name: fault_cases.fired(folder, chosen) for name, chosen in WORKER_FAULTS.items()}
+    assert len({note["pid"] for note in notes.values()}) == 4, "each of them killed another process"
+    assert fault_cases.factors(store) == undisturbed["factors"]
+
+    times = fault_cases.reads(folder)
+    killed = range(8, 40)
+    assert times == {index: 2 if index in killed else 1 for index in range(1, 44)}, "nothing else was done again"
+    manifests = fault_cases.manifests(store)
+    assert len(manifests) == 6
+    assert manifests["partials/000004.json"].decode() == notes["000004"]["data"], "the dead worker's commit stands"
+    assert fault_cases.orphans(store) == {"partials/000002", "partials/000003"}, "the second attempt of 4 was deleted"
+    said = capsys.readouterr().out
+    assert said.count("process or node died") == 4 and said.count("it is done again") == 4
+
+    laplace_dist.verify(store.url, store._options, collect_orphans_older_than=0)
+    assert fault_cases.orphans(store) == set()
+    assert fault_cases.factors(store) == undisturbed["factors"]
+
+
+def test_a_worker_killed_in_reduction_tuning_or_evaluation_changes_nothing(cluster, undisturbed, folder, tmp_path):
+    faults = [
+        fault("worker", "_put", "posteriors/.*/c/.*", "middle"),
+        fault("worker", "create", "tuning/.*/.*.json", "after"),
+        fault("worker", "create", "evaluation/.*/test-.*.json", "before"),
+    ]
+    fit(fault_cases.config(tmp_path / "run", folder, faults, num_workers=2, **FULL))
+    assert len({fault_cases.fired(folder, chosen)["pid"] for chosen in faults}) == 3
+    store = Store(str(tmp_path / "run"))
+    assert fault_cases.outcome(store) == undisturbed
+    assert set(fault_cases.reads(folder).values()) == {1}
+
+
+# ------------------------------------------------------------------ the driver dies
+
+
+DRIVER_FAULTS = {
+    "before the plan": fault("driver", "create", "plan.json", "before"),
+    "planned": fault("driver", "create", "plan.json", "after"),
+    "mapping": fault("driver", "done", "map/2", "before"),
+    "between the last partial and the reduction": fault("driver", "done", "map/5", "after"),
+    "reduced, not committed": fault("driver", "create", "posteriors/.*.json", "before"),
+    "committed, not current": fault("driver", "create", "CURRENT.json", "before"),
+    "tuning": fault("driver", "done", "tune/1", "before"),
+    "evaluation": fault("driver", "done", "evaluate/1", "before"),
+    "report": fault("driver", "replace", "evaluation/metrics.json", "before"),
+}
+
+
+def test_a_driver_killed_at_each_stage_is_continued_by_the_same_command(
+    cluster, undisturbed, folder, tmp_path, environment
+):
+    """One command, submitted again after each of nine deaths: no example is read by two workers."""
+    store, stages = Store(str(tmp_path / "run")), []
+    chosen = fault_cases.config(
+        tmp_path / "run", folder, DRIVER_FAULTS.values(), num_workers=1, ray_address=cluster, **FULL
+    )
+    before: dict[str, bytes] = {}
+    for stage, planted in DRIVER_FAULTS.items():
+        process = fault_cases.start_job(tmp_path / "job.json", environment, chosen=chosen)
+        out, err = process.communicate()
+        assert process.returncode == -signal.SIGKILL, (stage, out, err)
+        assert fault_cases.fired(folder, planted)["pid"] == process.pid
+        now = {key: store.read(key) for key in store.list() if key.endswith(".json")}
+        assert before.items() <= {**now, "CURRENT.json": before.get("CURRENT.json", b"")}.items(), stage
+        stages.append((stage, len(fault_cases.manifests(store)), store.exists("CURRENT.json")))
+        before = now
+    assert [count for _, count, _ in stages] == [0, 0, 3, 6, 6, 6, 6, 6, 6]
+    assert [current for *_, current in stages] == [False] * 6 + [True] * 3
+
+    process = fault_cases.start_job(tmp_path / "job.json", environment, chosen=chosen)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "map: 6 of 6 segments were committed before" in out
+    assert "/s," not in out and "evaluate:" not in out, "all of it was done before"
+    assert fault_cases.outcome(store) == undisturbed
+    for split, examples in (("train", 44), ("val", 20), ("test", 20), ("other", 20)):
+        assert fault_cases.reads(folder, split) == {index: 1 for index in range(1, examples)}, split
+
+
+# ------------------------------------------------------------------ two at once
+
+
+def test_two_drivers_on_one_checkpoint_at_once_both_finish(undisturbed, cluster, folder, place, tmp_path, environment):
+    """They start together, and both have each segment ready before either commits it: one wins, one deletes its own."""
+    where, store = place
+    keys = ["plan.json", r"partials/\d+.json"]
+    faults = [fault("driver", "create", keys[0], act="meet"), fault("worker", "create", keys[1], act="meet")]
+    faults += [fault("driver", "create", key, act="meet") for key in ("posteriors/.*.json", "CURRENT.json")]
+    chosen = fault_cases.config(where.pop("url"), folder, faults, num_workers=1, ray_address=cluster, **where, **FULL)
+    jobs = [fault_cases.start_job(tmp_path / f"{i}.json", environment, chosen=chosen) for i in range(2)]
+    ends = [(process.communicate(), process.returncode) for process in jobs]
+    assert [code for _, code in ends] == [0, 0], ends
+    assert len(list(folder.glob("fired-*"))) == 2 * 9, "at the plan, six segments, the posterior, CURRENT"
+    assert set(fault_cases.reads(folder).values()) == {2}
+    assert len(fault_cases.manifests(store)) == 6
+    assert status(store.url, store._options)["examples_committed"] == 44
+    assert fault_cases.outcome(store) == undisturbed
+    assert fault_cases.orphans(store) == set(), "every loser has deleted its arrays"
+
+
+# ------------------------------------------------------------------ a worker hangs
+
+
+def test_a_worker_that_hangs_is_found_by_the_measured_time_out(
+    cluster, undisturbed, folder, tmp_path, monkeypatch, capsys
+):
+    """It is stopped for good, holding the only free CPU; nobody gave a time-out."""
+    import ray
+
+    monkeypatch.setattr(limit, "FLOOR_SECONDS", 6.0)
+    monkeypatch.setattr(limit, "TIMES", 1)
+    others = ray.remote(num_cpus=3)(object).remote()
+    planted = fault("worker", "write_arrays", "partials/000004/.*", act="stop")
+    fit(fault_cases.config(tmp_path / "run", folder, [planted], num_workers=1))
+    ray.kill(others)
+    pid = fault_cases.fired(folder, planted)["pid"]
+    fault_cases.wait_until_gone(pid)  # it was ended, and its CPU was given to another worker
+    assert fault_cases.factors(Store(str(tmp_path / "run"))) == undisturbed["factors"]
+    assert fault_cases.reads(folder) == {index: 2 if 32 <= index < 40 else 1 for index in range(1, 44)}
+    said = capsys.readouterr().out
+    assert "map: time-out of a task: 6 s, 1 times the slowest so far and at least 6 s; --segment-timeout" in said
+    assert "segment 000004 (examples 32 to 39): its worker seems to hang: it took longer than 6 s" in said
+
+
+# ------------------------------------------------------------------ memory
+
+
+def test_a_worker_without_memory_says_what_to_lower(cluster, undisturbed, folder, tmp_path, capsys):
+    """The allocator of torch refuses for real, once."""
+    planted = fault("worker", "write_arrays", "partials/000001/.*", act="exhaust")
+    fit(fault_cases.config(tmp_path / "run", folder, [planted], num_workers=1))
+    fault_cases.fired(folder, planted)
+    assert fault_cases.factors(Store(str(tmp_path / "run"))) == undisturbed["factors"]
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "segment 000001" in line]
+    assert "allocate" in line and "The worker ran out of memory" in line
+    assert all(f"--{name}" in line for name in ("num-workers", "batch-size", "hessian-structure", "fresh"))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to"), OSError("std::bad_alloc")]
+)
+def test_errors_that_mean_too_little_memory_are_told_from_others(error):
+    assert "--batch-size" in why_it_failed(error)
+    assert why_it_failed(RuntimeError("the shapes differ")) == "RuntimeError: the shapes differ"
+
+
+def test_what_ray_says_of_a_dead_worker_is_told_with_what_to_do(cluster):
+    from ray import exceptions
+
+    assert "--num-workers" in why_it_died(exceptions.OutOfMemoryError("Task was killed due to the node running low"))
+    assert "process or node died" in why_it_died(exceptions.ActorDiedError())
+
+
+# ------------------------------------------------------------------ bad data
+
+
+def test_an_example_that_cannot_be_read_costs_only_its_segment(cluster, undisturbed, folder, tmp_path):
+    """The others are finished first; once it is mended, the same command does that segment alone."""
+    chosen = dist_cases.config(
+        tmp_path / "run", num_workers=2, data="dist_cases:Failing", data_args={"folder": str(folder), "trap": 12}
+    )
+    store = Store(str(tmp_path / "run"))
+    with pytest.raises(
+        RunFailed, match=r"segment 000001 \(examples 8 to 15\) failed 3 times.*example 12 cannot be read"
+    ):
+        fit(chosen)
+    before, first = fault_cases.manifests(store), fault_cases.reads(folder)
+    assert sorted(before) == [f"partials/{i:06d}.json" for i in (0, 2, 3, 4, 5)]
+    assert first[12] == 3 and first[13] == 0 and first[43] == 1
+
+    (folder / "mended").touch()
+    fit(chosen)
+    after = fault_cases.manifests(store)
+    assert {key: after[key] for key in before} == before
+    assert set(fault_cases.reads(folder) - first) == set(range(8, 16)), "only this segment was read again"
+    assert fault_cases.factors(store) == undisturbed["factors"]
+
+
+# ------------------------------------------------------------------ the clock
+
+
+def test_a_clock_that_jumps_back_at_every_commit_changes_nothing(cluster, undisturbed, folder, tmp_path, environment):
+    faults = [fault(where, "create", ".*", act="jump") for where in ("driver", "worker")]
+    faults.append(fault("driver", "done", "map/.*", act="jump"))
+    chosen = fault_cases.config(tmp_path / "run", folder, faults, num_workers=2, ray_address=cluster, **FULL)
+    process = fault_cases.start_job(tmp_path / "job.json", environment, chosen=chosen)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert re.search(r"^map: 6/6 segments, \d{1,4} examples/s, 00:00:\d\d$", out, re.MULTILINE), "no time is negative"
+    assert len(list(folder.glob("fired-worker*partials*"))) == 6
+    assert list(folder.glob("fired-driver*posteriors*"))
+    assert fault_cases.outcome(Store(str(tmp_path / "run"))) == undisturbed
+    assert set(fault_cases.reads(folder).values()) == {1}
+
+
+def test_nothing_but_the_age_of_orphans_is_told_by_the_clock_on_the_wall():
+    found = set()
+    for path in (fault_cases.ROOT / "laplace_dist").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+            imported = isinstance(node, ast.ImportFrom) and node.module == "time"
+            if imported or re.fullmatch(r"time\.(time|time_ns|localtime|gmtime)|.*datetime\.(now|utcnow|today)", name):
+                found.add(path.name)
+    assert found == {"verification.py"}
