@@ -18,7 +18,8 @@ from laplace_dist.errors import CheckpointError
 from laplace_dist.packing import check_names, mirror, pack, triangle, unpack
 
 CHUNK_BYTES = 8 * 2**20  # compressing, sending and reading back hold about four chunks for each array in progress
-_THREADS = 8
+_REQUESTS = 32  # at once to an object store, where each waits for the network; fewer where chunks are large,
+_IN_FLIGHT = 256 * 2**20  # so that they hold no more bytes than these
 _GROUP = json.dumps({"attributes": {}, "zarr_format": 3, "node_type": "group"}).encode()
 
 
@@ -48,7 +49,7 @@ class Arrays:
         def write(name: str) -> dict[str, Any]:
             return self._write_array(f"{prefix}/{name}", arrays[name], name in symmetric)
 
-        with ThreadPoolExecutor(1 if self.is_local else _THREADS) as pool:  # requests to an object store overlap
+        with ThreadPoolExecutor(1 if self.is_local else _threads(arrays)) as pool:
             groups = pool.map(lambda key: self._put(key, _GROUP), self.group_keys(prefix, arrays))
             entries = dict(zip(arrays, pool.map(write, arrays), strict=True))
             list(groups)  # raises what went wrong there
@@ -145,6 +146,12 @@ class Arrays:
             raise self._altered(f"{key}/{number}", f"it does not decode ({error})") from error
         finally:
             del memory[number]
+
+
+def _threads(arrays: Mapping[str, np.ndarray]) -> int:
+    """Return how many arrays are written at once to an object store."""
+    largest = max((min(value.nbytes, CHUNK_BYTES) for value in arrays.values()), default=1)
+    return min(_REQUESTS, _IN_FLIGHT // (4 * max(1, largest)))
 
 
 def _stored_shape(shape: Sequence[int], packed: bool) -> tuple[int, ...]:

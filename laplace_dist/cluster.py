@@ -78,9 +78,9 @@ def _token_at_hand() -> bool:
 def _authentication(local: bool) -> Iterator[None]:
     """Set Ray's token authentication for the duration of a connection, unless the user has chosen a mode.
 
-    Ray listens on every interface, so a private cluster always asks for a token. Left alone, Ray would write one to the
-    home directory, which silently turns authentication on for whatever the user starts later; so a private cluster
-    gets a token that lives in this process's environment only. A running cluster gets the user's token if there is
+    Other users of the machine reach loopback, so a private cluster always asks for a token. Left alone, Ray would write
+    one to the home directory, which silently turns authentication on for whatever the user starts later; so a private
+    cluster gets a token that lives in this process's environment only. A running cluster gets the user's token if there is
     one: clusters without authentication ignore it, and those with it turn away whoever sends none.
     """
     global _process_token
@@ -108,6 +108,26 @@ def _reread_authentication() -> None:
 
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have whatever Ray starts meanwhile listen on loopback alone; on Linux it would listen on every interface.
+
+    This is Ray's switch for systems on which a cluster has one machine. Ray reads it at import and its processes when
+    they start, so both are told; afterwards this process may join a cluster of several machines again.
+    """
+    from ray._private import ray_constants
+
+    name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    before, constant = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        os.environ.update({} if before is None else {name: before})
+        ray_constants.ENABLE_RAY_CLUSTER = constant
 
 
 # ------------------------------------------------------------------ the connection
@@ -172,6 +192,7 @@ class Cluster:
             self.say(f"Ray: starting a private cluster on this machine ({why})")
             asked = (self.config.num_workers or 0) * self.config.cpus_per_worker
             cores = max(os.cpu_count() or 1, asked)
+            stack.enter_context(_on_loopback())
             ray.init("local", num_cpus=cores, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
         else:
             self.say(f"Ray: the cluster at {address} ({why})")

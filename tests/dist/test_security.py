@@ -6,10 +6,13 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import dist_cases
+import psutil
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
@@ -318,9 +321,41 @@ def test_messages_are_scrubbed_of_every_form_of_an_option():
 # ------------------------------------------------------------------ what listens
 
 
-def test_what_the_tests_start_listens_on_loopback_only(s3):
-    """The S3 server of the tests; Ray itself listens everywhere, behind its token."""
-    import psutil
+def listening(process):
+    """Return the addresses at which a process and its descendants accept connections."""
+    connections = [c for one in (process, *process.children(recursive=True)) for c in one.net_connections("inet")]
+    return {c.laddr.ip.removeprefix("::ffff:") for c in connections if c.status == psutil.CONN_LISTEN}
 
-    addresses = {c.laddr.ip for c in psutil.Process(s3.process.pid).net_connections("inet") if c.status == "LISTEN"}
-    assert addresses == {"127.0.0.1"}
+
+def test_the_s3_server_of_the_tests_listens_on_loopback_only(s3):
+    assert listening(psutil.Process(s3.process.pid)) == {"127.0.0.1"}
+
+
+PRIVATE = """
+import sys
+from laplace_dist.cluster import Cluster
+from laplace_dist.config import Config
+demo = {"model": "laplace_dist.demo:network", "data": "laplace_dist.demo:digits"}
+config = Config(**demo, ray_address="local", num_workers=1, gpus_per_worker=0, checkpoint=sys.argv[1])
+cluster = Cluster(config, say=lambda _: None)
+pool = cluster.pool()
+pool.top_up(1)
+while not pool.idle:
+    pool.wait(1.0, None)
+print("ready", flush=True)
+sys.stdin.read()
+cluster.close()
+"""
+
+
+def test_a_private_cluster_listens_on_loopback_only(tmp_path, environment):
+    """Head, node, agents, driver and a worker."""
+    plain = {name: value for name, value in environment.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", PRIVATE, str(tmp_path)]
+    with subprocess.Popen(command, env=plain, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        while (line := process.stdout.readline()) and line != "ready\n":
+            pass
+        found = listening(psutil.Process(process.pid))
+        process.stdin.close()
+    assert process.returncode == 0
+    assert found == {"127.0.0.1"}
