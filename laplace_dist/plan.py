@@ -127,15 +127,15 @@ def default_segment_size(n: int, batch_size: int) -> int:
     A segment ends in a commit: pack, compress, flush, read back. On one core it costs about 25 ns per entry of a d x d
     factor (0.4 s for d = 4096), and a fixed 3 ms per factor. A batch of 256 in an exact GGN fit of 10 classes takes
     some 20 products of 256 x d by d x d for the passes and the Gram matrices, at 50 GFLOP/s about 200 ns per entry, of
-    two factors. So a commit costs about a quarter of a batch, and 16 batches per segment keep it under 2 % of the
-    time. It is more where a batch is cheap beside its factors: one output, small batches, a GPU. Give the segment size
-    there.
+    two factors. So a commit to a directory costs about a quarter of a batch; to an object store, with some sixty
+    requests, half a batch. 32 batches per segment keep both under 2 % of the time. It is more where a batch is cheap
+    beside its factors: one output, small batches, a GPU. Give the segment size there.
 
     Against that stand the balance between workers and the work lost in a crash, which want many segments. The rule:
 
-    * about 16 batches per segment; fewer, the square root of their number, where there are less than 256 batches in
-      all and the whole fit is short;
-    * more than 16 where there would otherwise be more than 4096 segments;
+    * about 32 batches per segment; fewer, twice the square root of their number, where there are less than 256 batches
+      in all and the whole fit is short;
+    * more than 32 where there would otherwise be more than 4096 segments;
     * segments of even size whose number is a multiple of 4 where whole batches allow it, so that 2 or 4 workers
       finish together.
 
@@ -144,7 +144,7 @@ def default_segment_size(n: int, batch_size: int) -> int:
         batch_size: Examples per batch.
     """
     batches = max(1, math.ceil(n / batch_size))
-    wanted = max(min(16, math.isqrt(batches - 1) + 1), math.ceil(batches / 4096))
+    wanted = max(min(32, 2 * (math.isqrt(batches - 1) + 1)), math.ceil(batches / 4096))
     count = 4 * math.ceil(math.ceil(batches / wanted) / 4)
     return math.ceil(batches / count) * batch_size
 

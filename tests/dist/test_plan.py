@@ -59,11 +59,14 @@ def test_default_segments_are_few_and_long_enough(n, batch_size):
     assert size % batch_size == 0
     assert count <= 4096
     if batches >= 256:
-        assert size // batch_size >= 13
-        assert count >= 12
+        assert size // batch_size >= 20
+        assert count >= 8
 
 
-@pytest.mark.parametrize(("n", "batch_size", "batches", "count"), [(60_000, 256, 15, 16), (1, 256, 1, 1), (5, 2, 1, 3)])
+@pytest.mark.parametrize(
+    ("n", "batch_size", "batches", "count"),
+    [(60_000, 256, 30, 8), (1_000_000, 256, 32, 123), (1, 256, 1, 1), (5, 2, 1, 3)],
+)
 def test_default_segment_sizes(n, batch_size, batches, count):
     size = default_segment_size(n, batch_size)
     assert size == batches * batch_size
