@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from plots import pyplot
 from torch.utils.data import DataLoader
 
 from laplace import Laplace
@@ -58,18 +59,6 @@ def reliability_diagram(scores: dict[str, dict[str, torch.Tensor]], out: str, bi
     panel.legend()
     figure.savefig(out, dpi=120)
     plt.close(figure)
-
-
-def pyplot():
-    """Matplotlib that draws into files."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SystemExit(f'The plot needs matplotlib: pip install -e ".[examples]" ({error})') from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from plots import pyplot
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -107,18 +108,6 @@ def plot(fitted: dict[str, Laplace], x: torch.Tensor, y: torch.Tensor, grid: tor
     panels[0].legend(loc="lower left")
     figure.savefig(out, dpi=120)
     plt.close(figure)
-
-
-def pyplot():
-    """Matplotlib that draws into files."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SystemExit(f'The plot needs matplotlib: pip install -e ".[examples]" ({error})') from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
 
 
 if __name__ == "__main__":

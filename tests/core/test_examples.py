@@ -9,6 +9,12 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
+@pytest.fixture(autouse=True)
+def beside_each_other(monkeypatch):
+    """Examples import each other as scripts in one folder do."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
 def load(name):
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -47,8 +53,7 @@ def test_a_hugging_face_classifier_gains_by_every_posterior():
         assert abs(table[name]["accuracy"] - table["MAP"]["accuracy"]) < 0.02
 
 
-def test_lora_weights_alone_have_a_distribution(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def test_lora_weights_alone_have_a_distribution(capsys):
     table = load("lora").main()
     assert "256 of 4080 weights have a distribution" in capsys.readouterr().out
     assert table["MAP"]["accuracy"] > 0.7
@@ -62,7 +67,6 @@ def test_lora_weights_alone_have_a_distribution(monkeypatch, capsys):
     [("huggingface", "transformers"), ("lora", "peft"), ("regression", "matplotlib"), ("calibration", "matplotlib")],
 )
 def test_a_missing_package_is_named_with_what_to_install(name, package, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit, match=f'needs {package}: pip install -e "'):
         module = load(name)
