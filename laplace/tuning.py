@@ -111,7 +111,9 @@ def maximize_evidence(
     Raises:
         ValueError: If the evidence becomes NaN or Inf.
     """
-    start = [prior_precision] if sigma_noise is None else [prior_precision, torch.as_tensor(sigma_noise)]
+    start = (
+        [prior_precision] if sigma_noise is None else [prior_precision, torch.as_tensor(sigma_noise, device=la._device)]
+    )
     logs = [value.detach().to(la._device, la._dtype).log().requires_grad_(True) for value in start]
     optimizer = torch.optim.Adam(logs, lr=lr)
     before = la.prior_precision.detach(), la.sigma_noise.detach()
@@ -150,7 +152,7 @@ def prior_precision_grid(log_min: float = -4, log_max: float = 4, size: int = 10
         raise ValueError(
             f"A grid from {log_min} to {log_max} with {size} values is empty; give size >= 1 and min <= max."
         )
-    return torch.logspace(log_min, log_max, size, base=base, dtype=torch.float64)
+    return torch.logspace(log_min, log_max, size, base=base, dtype=torch.float64, device="cpu")
 
 
 def score_grid(
@@ -180,7 +182,7 @@ def score_grid(
     Raises:
         ValueError: If the loader is empty.
     """
-    total, n = torch.zeros(len(grid), dtype=torch.float64), 0
+    total, n = torch.zeros(len(grid), dtype=torch.float64, device="cpu"), 0
     for x, y in la._batches(loader):
         for index, prediction in _sweep(la, x, grid, link_approx, pred_type, n_samples, seed):
             total[index] += _summed_loss(la, prediction[0], y)
@@ -257,7 +259,7 @@ def _score_with(la, loader, grid: Tensor, loss: Any, link_approx, pred_type, n_s
     if not seen:
         raise ValueError("The validation data is empty.")
     scores = [metric.compute() for metric in metrics] if running else [loss(*joined(values)) for values in rows]
-    return torch.tensor([float(score) for score in scores], dtype=torch.float64)
+    return torch.tensor([float(score) for score in scores], dtype=torch.float64, device="cpu")
 
 
 def select_prior_precision(grid: Tensor, scores: Tensor) -> Tensor:

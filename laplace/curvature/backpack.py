@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from laplace import likelihood as lik
 from laplace.curvature.curvature import EFInterface, GGNInterface
+from laplace.curvature.noise import fresh_seed
 from laplace.curvature.optional import import_optional
 from laplace.curvature.per_example import Gradients, PerExampleInterface
 from laplace.utils.enums import Likelihood
@@ -110,7 +111,7 @@ class BackPackGGN(BackPackInterface, GGNInterface):
         if not self.stochastic:
             yield
             return
-        seed = int(torch.randint(1 << 31, ())) if self.seed is None else self.seed * 1_000_003 + self._offset
+        seed = fresh_seed(31) if self.seed is None else self.seed * 1_000_003 + self._offset
         with torch.random.fork_rng():
             torch.manual_seed(seed % (1 << 62))
             yield

@@ -17,6 +17,7 @@ from torch import nn
 from laplace.curvature import contract
 from laplace.curvature.capture import Capture
 from laplace.curvature.layers import is_covered, is_outer, is_transposed, weight_shape_2d
+from laplace.curvature.noise import fixed_directions
 from laplace.curvature.sums import Block, Factor, SumsSpec
 
 
@@ -101,7 +102,7 @@ def _verified(model: nn.Module, found: dict[str, Source], x: Any) -> dict[str, S
     capture = Capture(model, x, layers, dtype=torch.float64)
     if not capture._output.requires_grad:
         raise ValueError("The model's output does not depend on any of its parameters with requires_grad=True.")
-    v = torch.randn(capture.f.shape, generator=torch.Generator().manual_seed(0)).to(capture.f)
+    v = fixed_directions(capture.f)
     v[:-1] = 0
     truth = torch.autograd.grad(capture._output, [known[n] for n in names], v, retain_graph=True, allow_unused=True)
     gradients = capture.gradients(v)

@@ -15,6 +15,7 @@ from laplace.curvature import lowrank
 from laplace.curvature.capture import eval_mode
 from laplace.curvature.curvature import CurvatureInterface, EFInterface, GGNInterface
 from laplace.curvature.hessian import HessianInterface
+from laplace.curvature.noise import fixed_directions, fresh_seed
 from laplace.curvature.optional import import_optional
 from laplace.curvature.sums import CurvatureSums
 from laplace.utils.enums import Likelihood
@@ -106,7 +107,7 @@ class CurvlinopsInterface(CurvatureInterface):
     def _operator_seed(self) -> int:
         seed = getattr(self, "seed", None)
         if seed is None:
-            return int(torch.randint(1 << 31, ()))
+            return fresh_seed(31)
         return (seed * 1_000_003 + self._offset) % (1 << 31)
 
     @contextmanager
@@ -224,7 +225,7 @@ class CurvlinopsHessian(HessianInterface, CurvlinopsInterface):
                 num_data=len(y),
                 batch_size_fn=lambda _: len(y),
             )
-            probe = torch.randn(len(vectors), 1, generator=torch.Generator().manual_seed(0)).to(vectors)
+            probe = fixed_directions(vectors, (len(vectors), 1))
             product = operator @ torch.cat([vectors, probe], 1).to(self.params[0].dtype)
         product = product.to(vectors.dtype) * self._scale
         truth = lowrank.hessian_product(self, x, y, probe, offset)[1]

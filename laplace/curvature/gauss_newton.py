@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from laplace import likelihood as lik
 from laplace.curvature import lowrank
 from laplace.curvature.interface import CurvatureInterface
+from laplace.curvature.noise import fresh_seed
 from laplace.utils.enums import Likelihood
 
 
@@ -57,7 +58,7 @@ class GGNInterface(CurvatureInterface):
         """Output directions whose outer products sum to the output Hessian or its estimate."""
         if not self.stochastic:
             return lik.hessian_root(self.likelihood, f)
-        seed = int(torch.randint(1 << 60, ())) if self.seed is None else self.seed
+        seed = fresh_seed() if self.seed is None else self.seed
         return lik.sampled_gradients(self.likelihood, f, self.num_samples, seed, offset)
 
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace import likelihood as lik
 from laplace.curvature.capture import eval_mode
+from laplace.curvature.noise import fixed_directions, fresh_seed
 from laplace.utils import memory
 
 _OVERSAMPLE = 4  # vectors in a block beyond the rank that is asked for
@@ -104,7 +105,7 @@ def block_lanczos(
     width, precision = min(size, rank + _OVERSAMPLE), torch.finfo(dtype).eps
     tolerance = max(4 * precision, _FINEST)
     _require(size, 4 * width, device)
-    basis = torch.linalg.qr(torch.randn(size, width, generator=torch.Generator().manual_seed(0)).to(device).double())[0]
+    basis = torch.linalg.qr(fixed_directions(torch.empty(0, dtype=torch.float64, device=device), (size, width)))[0]
     images = newest = product(basis)
     before = math.inf
     for _ in range(_PASSES - 1):
@@ -267,7 +268,7 @@ def _one_seed(backend: Any) -> Iterator[None]:
     if not backend.stochastic or backend.seed is not None:
         yield
         return
-    backend.seed = int(torch.randint(1 << 60, ()))
+    backend.seed = fresh_seed()
     try:
         yield
     finally:

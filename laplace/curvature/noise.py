@@ -4,9 +4,13 @@ A Monte-Carlo Fisher is a sum over examples, so its noise has to belong to the e
 or the order in which work was done. Each number is a hash of its coordinates (the SplitMix64 finaliser of Steele, Lea and
 Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014), computed in wrapping 64-bit integer arithmetic,
 which gives the same bits on every device.
+
+Beside them: directions that are the same at every call, and a seed where the user gave none.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -48,3 +52,19 @@ def uniform(seed: int, examples: Tensor, draws: int) -> Tensor:
 def normal(seed: int, examples: Tensor, draws: int) -> Tensor:
     """Standard normal numbers by the inverse distribution function; same coordinates as :func:`uniform`."""
     return torch.special.ndtri(uniform(seed, examples, draws))
+
+
+def fixed_directions(like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """Standard normal numbers of a tensor's type and place, drawn on the host: the same ones at every call.
+
+    Args:
+        like: The tensor.
+        shape: That of the numbers; the tensor's own if None.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(shape or like.shape, generator=generator, device="cpu").to(like)
+
+
+def fresh_seed(bits: int = 60) -> int:
+    """Draw a seed from torch's global generator, which ``torch.manual_seed`` controls."""
+    return int(torch.randint(1 << bits, (), device="cpu"))

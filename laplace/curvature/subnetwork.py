@@ -57,7 +57,7 @@ def split_indices(indices: Tensor, sizes: Mapping[str, int]) -> dict[str, tuple[
         For each tensor that holds any of them, its own flat indices, or None where that is all of its entries.
     """
     indices = indices.cpu()
-    edges = torch.tensor([0, *sizes.values()]).cumsum(0)
+    edges = torch.tensor([0, *sizes.values()], device="cpu").cumsum(0)
     cuts = torch.searchsorted(indices, edges).tolist()
     found: dict[str, tuple[int, ...] | None] = {}
     for number, (name, size) in enumerate(sizes.items()):

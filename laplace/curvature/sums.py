@@ -66,8 +66,8 @@ class Block:
 
     @cached_property
     def indices(self) -> Tensor:
-        """``chosen`` as a tensor."""
-        return torch.tensor(self.chosen)
+        """``chosen`` as a tensor on the host."""
+        return torch.tensor(self.chosen, device="cpu")
 
 
 @dataclass(frozen=True)

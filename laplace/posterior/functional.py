@@ -271,7 +271,9 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
         capture.jacobians = {name: value.double() for name, value in capture.jacobians.items()}
         blocks = self._spec.blocks
         only_diagonal = diagonal or self.independent_outputs
-        ones = [torch.ones(b.shape[0], b.size // b.shape[0]).to(capture.f).double() for b in blocks]
+        ones = [
+            torch.ones(b.shape[0], b.size // b.shape[0], dtype=torch.float64, device=capture.f.device) for b in blocks
+        ]
         weights = [lambda t, w=w: w for w in ones]
         prior = block_variance(capture, blocks, [Basis()] * len(blocks), weights, 1, only_diagonal)[0]
         rows = kernel.rows_of(capture, blocks, output_directions(capture.f))

@@ -247,8 +247,11 @@ class KronDecomposed:
         blocks = []
         for i, vectors in enumerate(self.eigenvectors):
             spectrum = (self.spectrum(i) ** exponent).flatten()
-            q = _dense(vectors) if vectors[0] is not None else torch.eye(len(spectrum)).to(spectrum)
-            blocks.append((q * spectrum) @ q.T)
+            if vectors[0] is None:
+                blocks.append(torch.diag(spectrum))
+            else:
+                q = _dense(vectors)
+                blocks.append((q * spectrum) @ q.T)
         return torch.block_diag(*blocks)
 
     def _size(self, block: int) -> int:

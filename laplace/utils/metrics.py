@@ -71,7 +71,7 @@ def summarize_classification(
     }
     for name, outside in (ood_confidence or {}).items():
         inside = scores["confidence"]
-        labels = torch.cat([torch.ones(len(inside)), torch.zeros(len(outside))]).long()
+        labels = torch.cat([torch.ones_like(inside), torch.zeros_like(outside)]).long()
         result[f"ood_auroc/{name}"] = binary_auroc(torch.cat([inside, outside]), labels).item()
     return result
 

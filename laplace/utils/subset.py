@@ -26,7 +26,7 @@ class SoDSampler(Sampler[int]):
         """See the class."""
         if not 0 < M <= N:
             raise ValueError(f"A subset of M={M} examples must have between 1 and N={N}.")
-        order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(N, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
         self.indices = order[:M].sort().values.tolist()
 
     def __iter__(self) -> Iterator[int]:
@@ -54,7 +54,7 @@ def subset_of(loader: Iterable, n_data: int, size: int, seed: int = 0, dict_key_
     usual = isinstance(loader, DataLoader) and isinstance(loader.sampler, (SequentialSampler, RandomSampler))
     if usual and loader.batch_size is not None and len(loader.dataset) == n_data:
         return DataLoader(loader.dataset, loader.batch_size, sampler=sampler, collate_fn=loader.collate_fn)
-    return _picked(loader, torch.tensor(sampler.indices), dict_key_y)
+    return _picked(loader, torch.tensor(sampler.indices, device="cpu"), dict_key_y)
 
 
 def _picked(loader: Iterable, indices: Tensor, dict_key_y: str) -> Iterator[Any]:
