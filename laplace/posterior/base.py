@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from laplace import tuning
 from laplace.curvature.curvature import CurvatureInterface
 from laplace.posterior.arguments import ORDER, by_name, signature
-from laplace.utils.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, parse
+from laplace.utils.enums import Likelihood, LinkApprox, PredType, PriorStructure, parse
 
 _LOG_SQRT_2PI = log(sqrt(2 * pi))
 
@@ -284,25 +284,4 @@ class BaseLaplace:
         """The same as calling the object; see :func:`laplace.predictive.predict`."""
         return self(x, pred_type=pred_type, link_approx=link_approx, n_samples=n_samples, **kwargs)
 
-    def optimize_prior_precision(
-        self,
-        pred_type: PredType | str = PredType.GLM,
-        method: TuningMethod | str = TuningMethod.MARGLIK,
-        n_steps: int = 100,
-        lr: float = 0.1,
-        init_prior_prec: float | Tensor = 1.0,
-        prior_structure: PriorStructure | str = PriorStructure.SCALAR,
-        val_loader: DataLoader | None = None,
-        loss: Any = None,
-        log_prior_prec_min: float = -4,
-        log_prior_prec_max: float = 4,
-        grid_size: int = 100,
-        link_approx: LinkApprox | str = LinkApprox.PROBIT,
-        n_samples: int = 100,
-        verbose: bool = False,
-        progress_bar: bool = False,
-        log_prior_prec_base: float = 10.0,
-    ) -> None:
-        """Choose the prior precision after the fit; see :func:`laplace.tuning.optimize_prior_precision`."""
-        arguments = {k: v for k, v in locals().items() if k != "self"}
-        tuning.optimize_prior_precision(self, **arguments)
+    optimize_prior_precision = tuning.optimize_prior_precision
