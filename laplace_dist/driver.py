@@ -115,12 +115,14 @@ class Job:
         """Return the posterior version that a follow-on job works on.
 
         Raises:
-            SettingsError: The run has none yet.
+            SettingsError: The run has none yet, or cannot be written to.
         """
         try:
-            return posterior.read_current(self.store)["version"]
+            version = posterior.read_current(self.store)["version"]
         except MissingObjectError as error:
             raise SettingsError(f"--checkpoint: got {self.given.checkpoint!r}; {error}") from error
+        self.store.check_writable()
+        return version
 
     # -------------------------------------------------------------- the stages of fit
 
@@ -258,8 +260,6 @@ class Job:
         def tick() -> None:
             if progress is not None:
                 progress.tick(self._pool.busy)
-            if limit is not None and (news := limit.news()):
-                say(news)
 
         def say(text: str) -> None:
             self.say(f"{progress.stage}: {text}" if progress is not None else text)

@@ -33,7 +33,6 @@ class Limit:
     given: float | None = None
     _finished: int = 0
     _slowest: float = 0.0
-    _told: bool = False
 
     def finished(self, seconds: float) -> None:
         """Record the time that a task took."""
@@ -44,13 +43,6 @@ class Limit:
     def seconds(self) -> float | None:
         """Seconds that a task may take; None for as long as it likes."""
         return self.given if self.given is not None else measured_limit(self._finished, self._slowest)
-
-    def news(self) -> str | None:
-        """Return a line that says which limit is in force, once, as soon as there is one."""
-        if self._told or self.seconds is None:
-            return None
-        self._told = True
-        return f"time-out of a task: {self}"
 
     def __str__(self) -> str:
         if self.given is not None:

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from functools import wraps
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import dist_cases
@@ -110,7 +111,7 @@ def _note(folder: Path, chosen: dict[str, Any], label: str, args: tuple) -> bool
     return True
 
 
-ONCE = ("kill", "stop", "exhaust")
+ONCE = ("kill", "stop", "exhaust", "eat")
 
 
 def kill(folder: Path, label: str) -> None:
@@ -126,6 +127,13 @@ def stop(folder: Path, label: str) -> None:
 def exhaust(folder: Path, label: str) -> None:
     """Ask for more memory than there is."""
     torch.empty(2**50)
+
+
+def eat(folder: Path, label: str) -> None:
+    """Take 6 GB, piece by piece, and hold them until somebody ends this process; give them back after a minute."""
+    held = [torch.ones(2**24) for _ in range(96)]
+    Event().wait(60)
+    held.clear()
 
 
 def meet(folder: Path, label: str) -> None:

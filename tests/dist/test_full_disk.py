@@ -6,6 +6,8 @@ import errno
 import os
 import re
 import shutil
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import dist_cases
@@ -14,7 +16,8 @@ from storage_cases import SMALL, recorded_run
 from test_integrity import facts
 
 import laplace_dist
-from laplace_dist import load_posterior, localdisk, resume, store
+from laplace_dist import fit, load_posterior, localdisk, resume, store
+from laplace_dist.driver import evaluate_posterior, tune_posterior
 from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.store import Store
 
@@ -80,7 +83,7 @@ def attempt(url):
 
 
 def test_a_disk_that_fills_up_at_any_stage_stops_the_run_and_nothing_is_half_committed(tmp_path, monkeypatch):
-    """At the first and the last write of every kind: plan, weights, settings, arrays and manifests of all stages."""
+    """At every single write: of plan, weights, settings, arrays and manifests of all stages."""
     with monkeypatch.context() as patch:
         disk = Disk(patch)
         attempt(tmp_path / "whole" / "run")
@@ -91,9 +94,7 @@ def test_a_disk_that_fills_up_at_any_stage_stops_the_run_and_nothing_is_half_com
     assert kinds >= {
         f"{folder} manifest" for folder in ("partials", "posteriors", "tuning", "evaluation", "CURRENT.json")
     }
-    fatal = {disk.writes.index(kind) + 1 for kind in kinds}
-    fatal |= {len(disk.writes) - disk.writes[::-1].index(kind) for kind in kinds}
-    for at in sorted(fatal):
+    for at in range(1, len(disk.writes) + 1):
         url = tmp_path / str(at) / "run"
         with monkeypatch.context() as patch:
             full = Disk(patch, at)
@@ -112,8 +113,60 @@ def test_a_disk_that_fills_up_at_any_stage_stops_the_run_and_nothing_is_half_com
 
 def tune_again(url):
     """Tune a finished run with other settings."""
-    with dist_cases.inline_job(dist_cases.config(url, **{**SMALL, "grid_size": 5})) as job:
-        job.tune(job.current_version())
+    tune_posterior(dist_cases.config(url, **{**SMALL, "grid_size": 5}))
+
+
+@pytest.fixture
+def open_folder():
+    """Return a folder that every user of the machine may enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@contextmanager
+def reader_only(folder):
+    """Take away the right to write from every file and directory, and the rights of root from this process."""
+    places = [folder, *folder.rglob("*")]
+    modes = {path: path.stat().st_mode for path in places}
+    root = os.geteuid() == 0
+    for path in places:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    if root:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(PermissionError):
+            (folder / "new").mkdir()
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        for path, mode in modes.items():
+            path.chmod(mode)
+
+
+def test_a_run_whose_directory_may_only_be_read_is_read_and_jobs_say_why_they_stop(open_folder):
+    """By the permissions of the file system, before any cluster is asked for."""
+    url = open_folder / "run"
+    attempt(url)
+    kept = {path: path.read_bytes() for path in url.rglob("*") if path.is_file()}
+    expected = facts(url)
+    with reader_only(open_folder):
+        assert facts(url) == expected
+        assert laplace_dist.verify(str(url)).ok
+        assert laplace_dist.status(str(url))["complete"]
+        load_posterior(str(url), dist_cases.convnet())
+        chosen = {**SMALL, "ray_address": "127.0.0.1:1"}
+        for call in (
+            lambda: fit(dist_cases.config(url, **chosen)),
+            lambda: fit(dist_cases.config(open_folder / "new", **chosen)),
+            lambda: tune_again(url),
+            lambda: evaluate_posterior(dist_cases.config(url, **chosen)),
+        ):
+            with pytest.raises(SettingsError, match=r"--checkpoint '.*': cannot write .*Permission denied.*may write to"):
+                call()
+    assert {path: path.read_bytes() for path in url.rglob("*") if path.is_file()} == kept
+    assert list(open_folder.iterdir()) == [url]
 
 
 def test_a_run_in_a_read_only_directory_can_be_read_and_says_why_it_does_not_go_on(tmp_path, monkeypatch):
