@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from laplace_dist.packing import check_names, mirror, pack, triangle, unpack
 CHUNK_BYTES = 8 * 2**20  # compressing, sending and reading back hold about four chunks for each array in progress
 _REQUESTS = 32  # at once to an object store, where each waits for the network; fewer where chunks are large,
 _IN_FLIGHT = 256 * 2**20  # so that they hold no more bytes than these
+_AHEAD = 32 * 2**20  # bytes of arrays that are read before they are asked for
 _GROUP = json.dumps({"attributes": {}, "zarr_format": 3, "node_type": "group"}).encode()
 
 
@@ -90,6 +93,25 @@ class Arrays:
         for matrix in _matrices(value) if entry["packed"] else ():
             mirror(matrix)
         return value
+
+    def read_arrays(self, wanted: Iterable[tuple[str, str, Mapping[str, Any]]]) -> Iterator[Callable[[], np.ndarray]]:
+        """Yield, for every `(prefix, name, entry)` in order, a call that returns its array or raises as `read_array` does.
+
+        Small arrays of an object store are read ahead, several at once, since each of their requests waits for the
+        network; a large one is read when the ones before it have been taken, so that there is one at a time.
+        """
+        if self.is_local:
+            yield from (partial(self.read_array, *one) for one in wanted)
+            return
+        waiting: deque[tuple[Future, int]] = deque()
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            for prefix, name, entry in wanted:
+                size = math.prod(entry["shape"]) * np.dtype(entry["dtype"]).itemsize
+                while waiting and (len(waiting) >= _REQUESTS or size + sum(held for _, held in waiting) > _AHEAD):
+                    yield waiting.popleft()[0].result
+                waiting.append((pool.submit(self.read_array, prefix, name, entry), size))
+            while waiting:
+                yield waiting.popleft()[0].result
 
     def _write_array(self, key: str, value: np.ndarray, packed: bool) -> dict[str, Any]:
         value = np.asarray(value)

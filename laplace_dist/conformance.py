@@ -206,6 +206,22 @@ class StoreConformance:
         store.delete_tree("p/0/a")
         assert store.list() == []
 
+    def test_many_arrays_come_in_order_and_a_bad_one_fails_alone(self, store: Store) -> None:
+        """However many are read at once; of the missing one it is said when its turn comes, and the others are read."""
+        rng, factors = np.random.default_rng(0), {}
+        for number in range(40):
+            shape = (1_500, 1_500) if number == 20 else (number + 1, 3)
+            factors[f"f{number}"] = rng.standard_normal(shape, np.float32)
+        entries = store.write_arrays("group", factors)
+        store.delete_tree("group/f7/zarr.json")
+        reads = store.read_arrays(("group", name, entry) for name, entry in entries.items())
+        for (name, value), read in zip(factors.items(), reads, strict=True):
+            if name == "f7":
+                with pytest.raises(CheckpointError, match="group/f7/zarr.json is missing"):
+                    read()
+            else:
+                assert np.array_equal(read(), value)
+
     def test_arrays_are_plain_zarr(self, store: Store) -> None:
         """`zarr.open_group` alone reads them, whatever the store."""
         store.write_arrays("p/0", ARRAYS, SYMMETRIC)

@@ -140,9 +140,22 @@ def parse_manifest(data: bytes, plan: Plan, segment: Segment) -> dict[str, Any]:
     if named != planned:
         odd = sorted(name for name in named.keys() | planned.keys() if named.get(name) != planned.get(name))
         raise CheckpointError(
-            f"{key} does not name the factors of the plan; it differs in {', '.join(odd[:5])}. Delete it"
+            f"{key} does not name the factors of the plan; it differs in {', '.join(odd[:5])}. Delete it "
+            "to have the segment recomputed, or start again with --fresh."
         )
     return manifest
+
+
+def place_of(manifest: Mapping[str, Any], name: str) -> tuple[str, str, dict[str, Any]]:
+    """Return what `Store.read_array` and `read_arrays` need for one factor of a committed partial.
+
+    Raises:
+        CheckpointError: The manifest does not name it.
+    """
+    if name not in manifest["arrays"]:
+        names = ", ".join(sorted(manifest["arrays"])[:8])
+        raise CheckpointError(f"{manifest_key(manifest['segment'])} names no factor {name!r}; it has {names}")
+    return manifest["prefix"], name, manifest["arrays"][name]
 
 
 def read_factor(store: Store, manifest: Mapping[str, Any], name: str) -> np.ndarray:
@@ -151,10 +164,7 @@ def read_factor(store: Store, manifest: Mapping[str, Any], name: str) -> np.ndar
     Raises:
         CheckpointError: The manifest does not name it, or something is missing, truncated or altered.
     """
-    if name not in manifest["arrays"]:
-        names = ", ".join(sorted(manifest["arrays"])[:8])
-        raise CheckpointError(f"{manifest_key(manifest['segment'])} names no factor {name!r}; it has {names}")
-    return store.read_array(manifest["prefix"], name, manifest["arrays"][name])
+    return store.read_array(*place_of(manifest, name))
 
 
 def _arrays(plan: Plan, segment: Segment, tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ import torch
 
 from laplace.curvature.sums import sum_in_order
 from laplace_dist.errors import CheckpointError
-from laplace_dist.partials import LOSS, manifest_key, new_attempt, parse_manifest, read_factor
+from laplace_dist.partials import LOSS, manifest_key, new_attempt, parse_manifest, place_of
 from laplace_dist.plan import FORMAT_VERSION, Plan, open_json, seal_json
 from laplace_dist.store import Store
 
@@ -89,7 +89,8 @@ def reduce_group(context: Any, version: str, names: list[str]) -> dict[str, Any]
     found = {}
     for name in names:
         prefix = f"posteriors/{version}/{new_attempt()}"
-        total = sum_in_order(torch.from_numpy(read_factor(store, manifest, name)) for manifest in slim)
+        reads = store.read_arrays(place_of(manifest, name) for manifest in slim)
+        total = sum_in_order(torch.from_numpy(read()) for read in reads)
         symmetric = {name} if name != LOSS and plan.spec["factors"][name]["symmetric"] else set()
         entry = store.write_arrays(prefix, {name: total.numpy()}, symmetric)[name]
         found[name] = {"prefix": prefix, "entry": entry}

@@ -151,12 +151,15 @@ class _Check:
         before = len(self.report.problems)
 
         def good() -> Iterator[torch.Tensor]:
-            for segment in plan.segments:
-                manifest = manifests.get(segment.id)
-                if manifest is None:
-                    continue
-                key = f"{manifest['prefix']}/{name}"
-                value = self.attempt(key, lambda m=manifest: partials.read_factor(self.store, m, name))
+            ordered = [manifests[segment.id] for segment in plan.segments if segment.id in manifests]
+            keys = [f"{manifest['prefix']}/{name}" for manifest in ordered]
+            places = [
+                self.attempt(k, lambda m=m: partials.place_of(m, name)) for k, m in zip(keys, ordered, strict=True)
+            ]
+            named = [(key, place) for key, place in zip(keys, places, strict=True) if place is not None]
+            reads = self.store.read_arrays(place for _, place in named)
+            for (key, _), read in zip(named, reads, strict=True):
+                value = self.attempt(key, read)
                 if value is not None:
                     yield torch.from_numpy(value)
 
@@ -181,7 +184,8 @@ class _Check:
             value = self.attempt(array, lambda n=name, p=place: self.store.read_array(p["prefix"], n, p["entry"]))
             total = self.sums[name] if current else None
             if value is not None and total is not None and value.tobytes() != total.numpy().tobytes():
-                self.report.problems.append((array, f"{array} is not the sum of the committed partials. Delete {key}"))
+                text = f"{array} is not the sum of the committed partials. Delete {key} and run the fit job again."
+                self.report.problems.append((array, text))
         if len(self.report.problems) == before:
             self.report.versions.append(version)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from laplace import likelihood as lik
 from laplace.curvature.capture import eval_mode
 from laplace.curvature.noise import fixed_directions, fresh_seed
 from laplace.utils import memory
+from laplace.utils.batches import batches
 
 _OVERSAMPLE = 4  # vectors in a block beyond the rank that is asked for
 _PASSES = 60  # passes over the data before the search is stopped
@@ -235,11 +236,8 @@ class _Summary:
 def _pass(backend: Any, data_loader: Iterable, vectors: Tensor) -> tuple[_Summary, Tensor]:
     """One pass over the data: its summary and the summed product."""
     loss, order, total, n = 0.0, 0.0, torch.zeros_like(vectors), 0
-    device = backend.params[0].device
-    for batch in data_loader:
-        x, y = (batch, batch[backend.dict_key_y]) if isinstance(batch, MutableMapping) else batch
-        x = x.to(device) if isinstance(x, Tensor) else x
-        batch_loss, product = backend.curvature_product(x, y.to(device), vectors, n)
+    for x, y in batches(data_loader, backend.params[0].device, backend.dict_key_y):
+        batch_loss, product = backend.curvature_product(x, y, vectors, n)
         loss, order, n = loss + float(batch_loss), order + n * float(batch_loss), n + len(y)
         total += product
     if n == 0:

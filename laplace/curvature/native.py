@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from laplace import likelihood as lik
@@ -80,6 +81,4 @@ class NativeEF(_Native, EFInterface):
 
 def diag_vector(sums: CurvatureSums) -> Tensor:
     """The diagonal as one vector in the order of the parameters."""
-    from torch import cat
-
-    return cat([sums.tensors[block.factors[0]].flatten() for block in sums.spec.blocks])
+    return torch.cat([sums.tensors[block.factors[0]].flatten() for block in sums.spec.blocks])
