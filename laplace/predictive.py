@@ -213,7 +213,14 @@ def function_samples(
     return gaussian_samples(f.flatten(1), variance, n_samples, generator).reshape(n_samples, *f.shape)
 
 
-def samples(la: ParametricLaplace, x: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Draws from the predictive: probabilities, or outputs for regression; see :func:`function_samples`."""
-    draws = function_samples(la, x, *args, **kwargs)
+def samples(
+    la: ParametricLaplace,
+    x: Any,
+    pred_type: PredType | str = PredType.GLM,
+    n_samples: int = 100,
+    diagonal_output: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draws from the predictive: probabilities, or outputs for regression; arguments as of :func:`function_samples`."""
+    draws = function_samples(la, x, pred_type, n_samples, diagonal_output, generator)
     return draws.softmax(-1) if la.likelihood is Likelihood.CLASSIFICATION else draws

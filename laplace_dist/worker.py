@@ -160,13 +160,13 @@ class Worker:
         """Fix what the bits depend on, and the allocator's habits; returns the process id."""
         _share_one_heap()
         torch.set_num_threads(self._config.cpus_per_worker)
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.benchmark = False
         if self._gpu and not torch.cuda.is_available():
             raise SettingsError(
                 f"gpus_per_worker={self._config.gpus_per_worker}: Ray gave this worker a GPU, but torch cannot use one "
                 "on that node. Install a CUDA build of torch there, or set gpus_per_worker to 0."
             )
+        if self._gpu:
+            _deterministic_kernels()
         self._context = Context(self._config, "cuda" if self._gpu else "cpu")
         return os.getpid()
 
@@ -174,6 +174,14 @@ class Worker:
         """Call `target`, written `module:function`, with this worker's context and return its receipt."""
         module, _, name = target.partition(":")
         return getattr(importlib.import_module(module), name)(self._context, **kwargs)
+
+
+def _deterministic_kernels() -> None:
+    """Have CUDA add in the same order every time; an operation that cannot warns, and does as it likes."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = False
 
 
 def _share_one_heap() -> None:

@@ -45,9 +45,7 @@ class AsdlInterface(PerExampleInterface):
         Raises:
             ValueError: If a parameter belongs to no Linear or Conv2d layer, or ASDL does not take a layer's use.
         """
-        if self.spec is None or self.spec.structure != "kron":
-            self.initialize(x, "kron")
-        self._check_blocks()
+        self._initialize_kron(x, self.package)
         module, inputs = self._module(x)
         layers = {b.layer: module if self.last_layer else module.get_submodule(b.layer) for b in self.spec.blocks}
         for name, layer in layers.items():
@@ -68,14 +66,6 @@ class AsdlInterface(PerExampleInterface):
                 factors.append(found[block.layer]["A"] / (positions[block.layer] * N))
             kfacs.append(factors)
         return lik.loss_sum(self.likelihood, f, y), Kron(kfacs)
-
-    def _check_blocks(self) -> None:
-        missing = [block.parameter for block in self.spec.blocks if not block.has_factors]
-        if missing:
-            raise ValueError(
-                f"ASDL has no Kronecker factors for {missing}. Use the native backend, which gives them a diagonal block, "
-                "or set requires_grad=False on them."
-            )
 
     @contextmanager
     def _linearised(self, module: nn.Module, x: Any) -> Iterator[tuple[Tensor, Gradients]]:

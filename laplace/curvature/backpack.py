@@ -74,9 +74,7 @@ class BackPackGGN(BackPackInterface, GGNInterface):
         Raises:
             ValueError: If a layer is not one that BackPACK has these factors for.
         """
-        if self.spec is None or self.spec.structure != "kron":
-            self.initialize(x, "kron")
-        self._check_blocks()
+        self._initialize_kron(x, self.package)
         module, inputs = self._module(x)
         loss_module = bp.extend(type(self.lossfunc)(reduction="sum"))
         bp.extend(module)
@@ -96,14 +94,6 @@ class BackPackGGN(BackPackInterface, GGNInterface):
             factors = getattr(parameters[key], name)
             kfacs.append([factors[0] * self.factor, *[a * (len(y) / N) for a in factors[1:]]])
         return lik.loss_sum(self.likelihood, f, y), Kron(kfacs)
-
-    def _check_blocks(self) -> None:
-        missing = [block.parameter for block in self.spec.blocks if not block.has_factors]
-        if missing:
-            raise ValueError(
-                f"BackPACK has no Kronecker factors for {missing}. Use the native backend, which gives them a diagonal "
-                "block, or set requires_grad=False on them."
-            )
 
     @contextmanager
     def _own_generator(self) -> Iterator[None]:

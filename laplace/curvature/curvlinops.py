@@ -47,14 +47,7 @@ class CurvlinopsInterface(CurvatureInterface):
         Raises:
             ValueError: If a parameter belongs to no Linear or Conv2d layer, or curvlinops does not take a layer's use.
         """
-        if self.spec is None or self.spec.structure != "kron":
-            self.initialize(x, "kron")
-        missing = [block.parameter for block in self.spec.blocks if not block.has_factors]
-        if missing:
-            raise ValueError(
-                f"curvlinops has no Kronecker factors for {missing}. Use the native backend, which gives them a diagonal "
-                "block, or set requires_grad=False on them."
-            )
+        self._initialize_kron(x, "curvlinops")
         with self._counted_calls() as calls:
             f, model, inputs = self._outputs(x)
         self._check_layers(calls)

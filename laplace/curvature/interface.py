@@ -125,6 +125,17 @@ class CurvatureInterface:
         self.spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs, kept)
         return self.spec
 
+    def _initialize_kron(self, x: Tensor | MutableMapping[str, Any], package: str) -> None:
+        """Initialise for Kronecker factors, and refuse parameters that the package behind this backend has none for."""
+        if self.spec is None or self.spec.structure != "kron":
+            self.initialize(x, "kron")
+        missing = [block.parameter for block in self.spec.blocks if not block.has_factors]
+        if missing:
+            raise ValueError(
+                f"{package} has no Kronecker factors for {missing}. Use the native backend, which gives them a diagonal "
+                "block, or set requires_grad=False on them."
+            )
+
     def capture(self, x: Tensor | MutableMapping[str, Any]) -> Capture | LastLayerCapture:
         """One forward pass that remembers what every contraction needs."""
         assert self.spec is not None, "initialize() comes first"

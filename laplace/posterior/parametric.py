@@ -18,7 +18,7 @@ from laplace.posterior import state
 from laplace.posterior.arguments import by_name
 from laplace.posterior.base import BaseLaplace
 from laplace.utils.batches import batches
-from laplace.utils.enums import Likelihood, LinkApprox, PredType
+from laplace.utils.enums import Likelihood, PredType
 
 
 class ParametricLaplace(BaseLaplace):
@@ -251,53 +251,9 @@ class ParametricLaplace(BaseLaplace):
 
     # --- predictive ----------------------------------------------------------------------------------------------
 
-    def __call__(
-        self,
-        x: Tensor | MutableMapping[str, Any],
-        pred_type: PredType | str = PredType.GLM,
-        joint: bool = False,
-        link_approx: LinkApprox | str = LinkApprox.PROBIT,
-        n_samples: int = 100,
-        diagonal_output: bool = False,
-        generator: torch.Generator | None = None,
-        fitting: bool = False,
-        **model_kwargs: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Posterior predictive; see :func:`laplace.predictive.predict`."""
-        return predictive.predict(
-            self,
-            x,
-            pred_type=pred_type,
-            joint=joint,
-            link_approx=link_approx,
-            n_samples=n_samples,
-            diagonal_output=diagonal_output,
-            generator=generator,
-            fitting=fitting,
-            **model_kwargs,
-        )
-
-    def predictive_samples(
-        self,
-        x: Tensor | MutableMapping[str, Any],
-        pred_type: PredType | str = PredType.GLM,
-        n_samples: int = 100,
-        diagonal_output: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Draws from the predictive ``(n_samples, batch, outputs)``; see :func:`laplace.predictive.samples`."""
-        return predictive.samples(self, x, pred_type, n_samples, diagonal_output, generator)
-
-    def functional_samples(
-        self,
-        x: Tensor | MutableMapping[str, Any],
-        pred_type: PredType | str = PredType.GLM,
-        n_samples: int = 100,
-        diagonal_output: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Draws of the outputs, which are logits for a classifier; see :func:`laplace.predictive.function_samples`."""
-        return predictive.function_samples(self, x, pred_type, n_samples, diagonal_output, generator)
+    __call__ = predictive.predict
+    predictive_samples = predictive.samples
+    functional_samples = predictive.function_samples
 
     # --- state ---------------------------------------------------------------------------------------------------
 
