@@ -18,13 +18,18 @@ from laplace.utils.enums import Likelihood
 
 
 def check_targets(likelihood: Likelihood, f: Tensor, y: Tensor, offset: int = 0) -> None:
-    """Refuse targets that do not fit the outputs.
+    """Refuse outputs that are not finite, and targets that do not fit them.
 
     Raises:
         ValueError: On wrong shape, float labels for classification, labels out of range.
         NonFiniteError: On NaN or Inf in regression targets or in the outputs.
     """
     check_finite("The model's output", f, offset)
+    check_shapes(likelihood, f, y, offset)
+
+
+def check_shapes(likelihood: Likelihood, f: Tensor, y: Tensor, offset: int = 0) -> None:
+    """Refuse targets that do not fit the shape of the outputs, as :func:`check_targets` does."""
     if likelihood is Likelihood.REGRESSION:
         if y.shape != f.shape:
             raise ValueError(

@@ -56,6 +56,10 @@ def marglik_training(
 ) -> tuple[ParametricLaplace, nn.Module, list[float], list[float]]:
     """Optimise weights and hyperparameters jointly; this replaces ordinary training.
 
+    The loss of the weights is torch's mean (over examples, and over outputs of a regression or positions) plus the prior over
+    the number of examples, as in laplace-torch: of several outputs or positions, the prior weighs as many times more in it
+    than in the negative log joint. The evidence is exact in either case.
+
     Args:
         model: Network that returns logits or regression means; trained in place.
         train_loader: Training batches. Without ``len(train_loader.dataset)``, examples are counted in one pass.
@@ -93,6 +97,9 @@ def marglik_training(
     likelihood = parse(Likelihood, likelihood, "likelihood")
     if likelihood is Likelihood.REWARD_MODELING:
         raise ValueError("marglik_training takes likelihood='classification' or 'regression', not 'reward_modeling'.")
+    structure = parse(HessianStructure, hessian_structure, "hessian_structure")
+    if structure.value not in ("kron", "diag", "full"):
+        raise ValueError(f"marglik_training takes hessian_structure='kron', 'diag' or 'full', not {structure.value!r}.")
     for name, value in (
         ("n_epochs", n_epochs),
         ("marglik_frequency", marglik_frequency),
@@ -196,7 +203,8 @@ def _train_epoch(
     r"""One epoch on the mean loss plus :math:`\tfrac{1}{2N c}\,\theta^\top P_0\,\theta`; returns its mean per example.
 
     :math:`c` turns the mean of torch's loss into the mean negative log likelihood: :math:`1/T` for cross entropy,
-    :math:`1/(2\sigma^2T)` for the squared error.
+    :math:`1/(2\sigma^2T)` for the squared error. Torch's means are over outputs and positions too; of several, the prior then
+    counts as many times as there are.
     """
     regression = la.likelihood is Likelihood.REGRESSION
     criterion = nn.MSELoss() if regression else nn.CrossEntropyLoss()
@@ -206,14 +214,14 @@ def _train_epoch(
     la.model.train()
     for x, y in batches(loader, la._device, la.dict_key_y):
         optimizer.zero_grad()
-        f = la.model(x)
+        f, examples = la.model(x), len(y)
         if not regression:
             f, y = f.flatten(0, -2), y.flatten()
         delta = parameters_to_vector(la.params) - mean
         loss = criterion(f, y) + 0.5 * (precision * delta * delta).sum() / n_data / scale
         loss.backward()
         optimizer.step()
-        total += loss.item() * len(y)
+        total += loss.item() * examples
         if scheduler is not None:
             scheduler.step()
     return total / n_data

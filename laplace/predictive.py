@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from laplace.curvature.capture import eval_mode
+from laplace.utils.batches import joined
 from laplace.utils.enums import Likelihood, LinkApprox, PredType, parse
 
 if TYPE_CHECKING:
@@ -65,6 +66,10 @@ def predict(
     regression = la.likelihood is Likelihood.REGRESSION or (la.likelihood is Likelihood.REWARD_MODELING and not fitting)
     if joint and not regression:
         raise ValueError("joint=True is for regression; class probabilities have no joint Gaussian.")
+    if joint and (pred_type is PredType.NN or diagonal_output):
+        raise ValueError(
+            "joint=True is the covariance of a Gaussian over all outputs: give it pred_type='glm' and diagonal_output=False."
+        )
     if pred_type is PredType.NN:
         outputs = sampled_outputs(la, x, n_samples, generator)
         return (outputs.mean(0), outputs.var(0)) if regression else outputs.softmax(-1).mean(0)
@@ -95,9 +100,12 @@ def glm_distribution(la: ParametricLaplace, x: Any, diagonal: bool = False) -> t
         js, f = la.backend.jacobians(x, enable_backprop=True)
         covariance = la.functional_variance(js)
         return f, covariance.diagonal(dim1=-2, dim2=-1) if diagonal else covariance
-    capture = la.backend.capture(x)
-    variance = la._glm_variance(capture, [la.prior_precision], diagonal)[0]
-    return capture.f, variance.detach()
+    found = []
+    for _, inputs in la.backend.parts(x):
+        capture = la.backend.capture(inputs)
+        found.append((capture.f, la._glm_variance(capture, [la.prior_precision], diagonal)[0].detach()))
+    f, variance = joined(found)
+    return f, variance
 
 
 def _joint(la: ParametricLaplace, x: Any) -> tuple[Tensor, Tensor]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from laplace import _clash as _clash  # says so where laplace-torch has replaced laplace/__init__.py
+from laplace import likelihood as lik
 from laplace import predictive
 from laplace.utils.batches import is_metric, joined
 from laplace.utils.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, parse
@@ -78,10 +79,10 @@ def optimize_prior_precision(
             raise ValueError("method='gridsearch' needs val_loader; without validation data use method='marglik'.")
         grid = prior_precision_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
         if loss is None:
-            total, n = score_grid(la, val_loader, grid, link_approx, pred_type, n_samples)
+            total, n = score_grid(la, val_loader, grid, link_approx, pred_type, n_samples, progress_bar=progress_bar)
             scores = total / n
         else:
-            scores = _score_with(la, val_loader, grid, loss, link_approx, pred_type, n_samples)
+            scores = _score_with(la, val_loader, grid, loss, link_approx, pred_type, n_samples, progress_bar)
         la.prior_precision = select_prior_precision(grid, scores)
     if verbose:
         print(f"Optimized prior precision is {la.prior_precision}.")
@@ -163,6 +164,7 @@ def score_grid(
     pred_type: PredType | str = PredType.GLM,
     n_samples: int = 100,
     seed: int = 0,
+    progress_bar: bool = False,
 ) -> tuple[Tensor, int]:
     """Summed loss of every prior precision on the grid, each by itself, in one pass over the data.
 
@@ -174,22 +176,31 @@ def score_grid(
         pred_type: ``'glm'`` or ``'nn'``.
         n_samples: Samples of predictives that draw any.
         seed: Seed of these samples; all values of the grid see the same draws.
+        progress_bar: Show progress over batches.
 
     Returns:
         Negative log likelihoods (squared errors for regression) summed over examples, ``(len(grid),)`` float64, and the
         number of terms (examples, or examples times outputs for regression). Both add up over shards of the data.
 
     Raises:
-        ValueError: If the loader is empty.
+        ValueError: If the loader is empty, or targets do not fit the predictions.
     """
     total, n = torch.zeros(len(grid), dtype=torch.float64, device="cpu"), 0
-    for x, y in la._batches(loader):
+    examples = 0
+    for x, y in _parts(la, loader, progress_bar):
         for index, prediction in _sweep(la, x, grid, link_approx, pred_type, n_samples, seed):
+            if index == 0:
+                lik.check_shapes(la.backend.likelihood, prediction[0], y, examples)
             total[index] += _summed_loss(la, prediction[0], y)
-        n += y.numel()
+        n, examples = n + y.numel(), examples + len(y)
     if n == 0:
         raise ValueError("The validation data is empty.")
     return total, n
+
+
+def _parts(la: ParametricLaplace, loader: Iterable, progress_bar: bool) -> Iterator[tuple[Any, Tensor]]:
+    for x, y in la._batches(loader, progress_bar, "Scoring prior precisions"):
+        yield from ((inputs, targets) for _, inputs, targets in la._parts(x, y))
 
 
 def _summed_loss(la: ParametricLaplace, prediction: Tensor, y: Tensor) -> float:
@@ -241,7 +252,9 @@ def _sweep_networks(la, x: Any, priors: list[Tensor], n_samples: int, seed: int,
         la.prior_precision = before
 
 
-def _score_with(la, loader, grid: Tensor, loss: Any, link_approx, pred_type, n_samples: int) -> Tensor:
+def _score_with(
+    la, loader, grid: Tensor, loss: Any, link_approx, pred_type, n_samples: int, progress_bar: bool = False
+) -> Tensor:
     """Scores under a user's loss: a metric of its own per value, or a function of all predictions."""
     running = is_metric(loss)
     metrics = [copy.deepcopy(loss).to(la._device) for _ in grid] if running else []
@@ -249,7 +262,7 @@ def _score_with(la, loader, grid: Tensor, loss: Any, link_approx, pred_type, n_s
         metric.reset()
     rows: list[list[tuple[Tensor, ...]]] = [[] for _ in grid]
     seen = False
-    for x, y in la._batches(loader):
+    for x, y in _parts(la, loader, progress_bar):
         seen = True
         for index, prediction in _sweep(la, x, grid, link_approx, pred_type, n_samples, seed=0, spread=not running):
             if running:

@@ -7,12 +7,14 @@ that call ``layer_norm`` are therefore differentiated by ordinary autograd, one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from laplace.utils.batches import length_of, part_of
 
 
 class _LayerNormSeen(TorchDispatchMode):
@@ -28,7 +30,7 @@ class _LayerNormSeen(TorchDispatchMode):
 def calls_layer_norm(model: nn.Module, x: Any) -> bool:
     """Whether a forward pass runs ``layer_norm``."""
     with torch.no_grad(), _LayerNormSeen() as mode:
-        model(_rows(x, slice(0, 1)))
+        model(part_of(x, slice(0, 1)))
     return mode.seen
 
 
@@ -45,11 +47,10 @@ def plain_jacobians(model: nn.Module, x: Any, names: Iterable[str]) -> tuple[dic
     """
     fixed = {name: p.detach() for name, p in model.named_parameters()}
     chosen = {name: fixed[name].clone().requires_grad_(True) for name in names}
-    n = len(next(iter(x.values())) if isinstance(x, MutableMapping) else x)
     outputs, rows = [], []
     with torch.enable_grad():
-        for i in range(n):
-            f = torch.func.functional_call(model, {**fixed, **chosen}, (_rows(x, slice(i, i + 1)),))[0]
+        for i in range(length_of(x)):
+            f = torch.func.functional_call(model, {**fixed, **chosen}, (part_of(x, slice(i, i + 1)),))[0]
             outputs.append(f)
             rows.append([_gradients(value, list(chosen.values())) for value in f.flatten()])
     f = torch.stack(outputs)
@@ -63,9 +64,3 @@ def plain_jacobians(model: nn.Module, x: Any, names: Iterable[str]) -> tuple[dic
 def _gradients(value: Tensor, params: list[Tensor]) -> list[Tensor]:
     grads = torch.autograd.grad(value, params, create_graph=True, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
-
-
-def _rows(x: Any, part: slice) -> Any:
-    if isinstance(x, MutableMapping):
-        return {key: value[part] if isinstance(value, Tensor) else value for key, value in x.items()}
-    return x[part]

@@ -119,12 +119,11 @@ class Capture:
         n = len(self.f)
         return value.unflatten(0, (n, len(value) // n)) if len(value) % n == 0 else value[None]
 
-    def gradients(self, v: Tensor, last: bool = False) -> dict[str, Tensor]:
+    def gradients(self, v: Tensor) -> dict[str, Tensor]:
         """Output gradients of every layer for one direction.
 
         Args:
             v: Direction in output space, shaped like :attr:`f`.
-            last: Free the graph; no further direction can follow.
 
         Returns:
             ``(batch, positions, out)`` by layer.
@@ -132,9 +131,7 @@ class Capture:
         if not self._calls:
             return {}
         edges = [edge for _, _, edge in self._calls]
-        grads = torch.autograd.grad(
-            self._output, edges, v.to(self._output.dtype), retain_graph=not last, allow_unused=True
-        )
+        grads = torch.autograd.grad(self._output, edges, v.to(self._output.dtype), retain_graph=True, allow_unused=True)
         found: dict[str, list[Tensor]] = {}
         for (name, _, _), g in zip(self._calls, grads, strict=True):
             if g is None:
@@ -167,7 +164,7 @@ class LastLayerCapture:
         """All features at once; they exist already."""
         yield self.inputs(layer)
 
-    def gradients(self, v: Tensor, last: bool = False) -> dict[str, Tensor]:
+    def gradients(self, v: Tensor) -> dict[str, Tensor]:
         """The direction itself, ``(batch, positions, out)``."""
         return {self._name: gradients_by_position(self.modules[self._name], v).to(self.dtype)}
 
@@ -192,7 +189,7 @@ def per_example_jacobians(
             raise
         found, f = plain_jacobians(model, x, names)
         jacobians = {name: value.flatten(1, f.ndim - 1) for name, value in found.items()}
-    return {name: value.detach().flatten(2).to(dtype) for name, value in jacobians.items()}
+    return {name: value.detach().reshape(*value.shape[:2], -1).to(dtype) for name, value in jacobians.items()}
 
 
 def refuses_vmap(error: RuntimeError) -> bool:

@@ -239,13 +239,16 @@ def jacobian_chunks(capture, blocks: tuple[Block, ...]) -> Iterator[Tensor]:
         yield torch.stack(rows, 1)
 
 
-def require_jacobians(n: int, outputs: int, parameters: int, dtype: torch.dtype, device: torch.device) -> None:
+def require_jacobians(
+    n: int, outputs: int, parameters: int, dtype: torch.dtype, device: torch.device, of: str = ""
+) -> None:
     """Stop before dense Jacobians, and the rows that they are stacked from, exceed the free memory."""
     memory.require(
         2 * memory.tensor_bytes(n, outputs, parameters, dtype=dtype),
         device,
-        f"Dense Jacobians of {n} examples x {outputs} outputs x {parameters:,} parameters",
-        "Pass fewer examples at once, or use a posterior that needs no Jacobian: hessian_structure='kron' or 'diag'.",
+        f"Dense Jacobians of {n} examples x {outputs} outputs x {parameters:,} parameters{of}",
+        "Pass fewer examples at once; use a posterior that needs no Jacobian, hessian_structure='kron' or 'diag'; or set "
+        "requires_grad=False on parameters without a contraction of their own (la.coverage names them).",
     )
 
 

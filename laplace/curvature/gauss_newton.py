@@ -75,7 +75,11 @@ class GGNInterface(CurvatureInterface):
 
 
 class EFInterface(CurvatureInterface):
-    r"""Empirical Fisher :math:`\sum_n \nabla\ell_n \nabla\ell_n^\top` at the data's own labels."""
+    r"""Empirical Fisher :math:`\sum_n \nabla\ell_n \nabla\ell_n^\top` at the data's own labels.
+
+    The gradients are those at unit noise and temperature; posteriors scale their sum by :math:`1/(\sigma^2 T)` as they scale
+    the GGN, as laplace-torch does. The empirical Fisher of the scaled likelihood itself would have the square of that.
+    """
 
     def directions(self, f: Tensor, y: Tensor, offset: int = 0):
         """The one gradient per example."""

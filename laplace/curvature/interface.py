@@ -15,16 +15,26 @@ from torch import Tensor, nn
 from laplace import likelihood as lik
 from laplace.curvature import lowrank
 from laplace.curvature.backprop import calls_layer_norm, plain_jacobians
-from laplace.curvature.capture import Capture, LastLayerCapture, eval_mode, input_tensors, rebuild_inputs, refuses_vmap
+from laplace.curvature.capture import (
+    Capture,
+    LastLayerCapture,
+    eval_mode,
+    input_tensors,
+    ranges,
+    rebuild_inputs,
+    refuses_vmap,
+)
 from laplace.curvature.contract import require_jacobians
 from laplace.curvature.coverage import find_layers, sums_spec
 from laplace.curvature.subnetwork import check_subnetwork_indices, split_indices
 from laplace.curvature.sums import CurvatureSums, SumsSpec
+from laplace.utils.batches import length_of, part_of
 from laplace.utils.enums import Likelihood, parse
 from laplace.utils.feature_extractor import FeatureExtractor
 from laplace.utils.matrix import Kron
 
 _FEW = 8  # examples that are enough to compare captured gradients with automatic differentiation
+_JACOBIANS = 1 << 24  # elements of the Jacobians of parameters without a covered layer that are held at once
 
 
 class CurvatureInterface:
@@ -117,11 +127,11 @@ class CurvatureInterface:
             if self.last_layer:
                 layer = self.model.last_layer_name
                 found = dict.fromkeys(shapes, (layer, "last layer"))
-                n_outputs = self.model(x).shape[-1]
             else:
                 found = find_layers(self.model, list(shapes), x)
-                with torch.no_grad():
-                    n_outputs = self.model(x).shape[-1]
+            with torch.no_grad():
+                f = self.model(x)
+        n_outputs = f[0].numel() if self.likelihood is Likelihood.REGRESSION else f.shape[-1]
         self.spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs, kept)
         return self.spec
 
@@ -149,6 +159,25 @@ class CurvatureInterface:
             layers = dict.fromkeys(block.layer for block in self.spec.blocks if block.layer is not None)
             others = [block.parameter for block in self.spec.blocks if block.layer is None]
             return Capture(self.model, x, layers, others, self.spec.torch_dtype)
+
+    def parts(self, x: Tensor | MutableMapping[str, Any]) -> list[tuple[slice, Any]]:
+        """Parts of a batch that are captured one after the other, each with its range of examples.
+
+        There is one, the whole batch, unless parameters need Jacobians of their own: those of a part hold about ``_JACOBIANS``
+        elements.
+
+        Raises:
+            NotEnoughMemoryError: If those of one example are larger than the free memory.
+        """
+        assert self.spec is not None, "initialize() comes first"
+        n, others = length_of(x), [block for block in self.spec.blocks if block.layer is None]
+        if not others:
+            return [(slice(0, n), x)]
+        outputs, size = self._outputs_per_example(x), sum(torch.Size(block.shape).numel() for block in others)
+        names = ", ".join(block.parameter for block in others)
+        require_jacobians(1, outputs, size, self.spec.torch_dtype, self.params[0].device, f" ({names})")
+        found = [slice(start, stop) for start, stop in ranges(n, outputs * size, _JACOBIANS)]
+        return [(part, part_of(x, part)) for part in found] if len(found) > 1 else [(slice(0, n), x)]
 
     def _check_gradients(self) -> None:
         """Refuse a model whose ``requires_grad`` flags are not those that it was initialised with."""
@@ -212,7 +241,9 @@ class CurvatureInterface:
             return self.last_layer_jacobians(x, enable_backprop)
         named, kept = self.named_params, self.kept_entries()
         sizes = [named[name].numel() if own is None else len(own) for name, own in kept.items()]
-        require_jacobians(_length(x), self._outputs_per_example(x), sum(sizes), self.sums_dtype, self.params[0].device)
+        require_jacobians(
+            length_of(x), self._outputs_per_example(x), sum(sizes), self.sums_dtype, self.params[0].device
+        )
 
         def outputs(parameters: dict[str, Tensor], example: Any) -> tuple[Tensor, Tensor]:
             batch = rebuild_inputs(x, example, lambda t: t.unsqueeze(0))
@@ -230,7 +261,7 @@ class CurvatureInterface:
                         raise
             if js is None:
                 js, f = plain_jacobians(self.model, x, kept)
-        rows = [js[name].flatten(f.ndim) for name in kept]
+        rows = [js[name].reshape(len(f), f[0].numel(), -1) for name in kept]
         rows = [r if own is None else r[..., list(own)] for r, own in zip(rows, kept.values(), strict=True)]
         flat = torch.cat(rows, -1).to(self.sums_dtype)
         return (flat, f) if enable_backprop else (flat.detach(), f.detach())
@@ -238,7 +269,7 @@ class CurvatureInterface:
     def _outputs_per_example(self, x: Any) -> int:
         """Number of outputs of an example, over all its positions."""
         with eval_mode(self.model), torch.no_grad():
-            return self.model(_few(x))[0].numel()
+            return self.model(part_of(x, slice(0, 2)))[0].numel()
 
     def last_layer_jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         """Dense Jacobians with respect to the last layer, ``(batch, outputs, last-layer parameters)``."""
@@ -252,7 +283,7 @@ class CurvatureInterface:
             parts.append(torch.einsum("n...i,cd->n...cdi", features, identity).flatten(-2))
         if layer.bias is not None and layer.bias.requires_grad:
             parts.append(identity.expand(*f.shape, -1))
-        js = torch.cat(parts, -1).to(self.sums_dtype)
+        js = torch.cat(parts, -1).flatten(1, -2).to(self.sums_dtype)
         return (js, f) if enable_backprop else (js.detach(), f.detach())
 
     def gradients(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,7 +291,7 @@ class CurvatureInterface:
         js, f = self.jacobians(x)
         lik.check_targets(self.likelihood, f, y)
         gradient = lik.gradient(self.likelihood, f.to(js.dtype), y)
-        return torch.einsum("ncp,nc->np", js, gradient), lik.loss_sum(self.likelihood, f, y)
+        return torch.einsum("ncp,nc->np", js, gradient.flatten(1)), lik.loss_sum(self.likelihood, f, y)
 
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Dense curvature of one batch ``(parameters, parameters)``."""
@@ -289,11 +320,6 @@ class CurvatureInterface:
             ValueError: See :func:`laplace.curvature.lowrank.eigenpairs`.
         """
         return lowrank.eigenpairs(self, data_loader, self.low_rank)
-
-
-def _length(x: Any) -> int:
-    """Number of examples of a batch of inputs."""
-    return len(next(v for v in x.values() if isinstance(v, Tensor)) if isinstance(x, MutableMapping) else x)
 
 
 def _few(x: Any) -> Any:

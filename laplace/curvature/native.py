@@ -11,6 +11,7 @@ from laplace import likelihood as lik
 from laplace.curvature import contract
 from laplace.curvature.curvature import EFInterface, GGNInterface
 from laplace.curvature.sums import CurvatureSums
+from laplace.utils.batches import joined, length_of
 from laplace.utils.matrix import Kron
 
 
@@ -52,8 +53,15 @@ class _Native:
             return self.functorch_jacobians(x, enable_backprop)
         if self.spec is None:
             self.initialize(x, "diag")
-        capture = self.capture(x)
-        return contract.jacobians(capture, self.spec.blocks), capture.f
+        blocks = self.spec.blocks
+        size, dtype = sum(block.size for block in blocks), self.spec.torch_dtype
+        contract.require_jacobians(length_of(x), self._outputs_per_example(x), size, dtype, self.params[0].device)
+        found = []
+        for _, inputs in self.parts(x):
+            capture = self.capture(inputs)
+            found.append((torch.cat(list(contract.jacobian_chunks(capture, blocks))), capture.f))
+        js, f = joined(found)
+        return js, f
 
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Dense curvature of one batch ``(parameters, parameters)``."""

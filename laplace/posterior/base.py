@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from math import log, pi, sqrt
 from typing import Any
 
@@ -17,6 +17,21 @@ from laplace.posterior.arguments import ORDER, by_name, signature
 from laplace.utils.enums import Likelihood, LinkApprox, PredType, PriorStructure, parse
 
 _LOG_SQRT_2PI = log(sqrt(2 * pi))
+
+
+def spread(prior_precision: Tensor, sizes: Sequence[int]) -> Tensor:
+    """A scalar, layerwise or diagonal prior precision as one value per parameter, for tensors of these sizes.
+
+    Raises:
+        ValueError: On another number of values.
+    """
+    if len(prior_precision) == 1:
+        return prior_precision.expand(sum(sizes))
+    if len(prior_precision) == sum(sizes):
+        return prior_precision
+    if len(prior_precision) != len(sizes):
+        raise ValueError(f"prior_prec has {len(prior_precision)} values; valid are 1, {len(sizes)} or {sum(sizes)}.")
+    return prior_precision.repeat_interleave(torch.tensor(sizes, device=prior_precision.device))
 
 
 class BaseLaplace:
@@ -234,12 +249,7 @@ class BaseLaplace:
     @property
     def prior_precision_diag(self) -> Tensor:
         """Precision of the prior, one value per parameter ``(parameters,)``."""
-        value = self.prior_precision
-        if len(value) == 1:
-            return value.expand(self.n_params)
-        if len(value) == self.n_params:
-            return value
-        return torch.cat([v.expand(p.numel()) for v, p in zip(value, self.params, strict=True)])
+        return spread(self.prior_precision, [p.numel() for p in self.params])
 
     def initial_prior_precision(self, value: float | Tensor, structure: PriorStructure | str) -> Tensor:
         """A prior precision of the given structure, filled with ``value`` where that is a scalar."""

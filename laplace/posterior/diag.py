@@ -10,6 +10,7 @@ from torch import Tensor
 from laplace.curvature.native import diag_vector
 from laplace.curvature.sums import Block, CurvatureSums
 from laplace.curvature.variance import Basis, block_variance
+from laplace.posterior.base import spread
 from laplace.posterior.parametric import ParametricLaplace
 
 
@@ -74,24 +75,15 @@ class DiagLaplace(ParametricLaplace):
 
     def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor:
         blocks = self.sums_spec().blocks
-        curvature = (self._H_factor * self.H).split([block.size for block in blocks])
+        sizes = [block.size for block in blocks]
+        curvature = (self._H_factor * self.H).split(sizes)
+        priors = [spread(value, sizes).split(sizes) for value in prior_precisions]
 
         def weight(index: int):
-            def variance(t: int) -> Tensor:
-                prior = self._prior_of_block(prior_precisions[t], index)
-                return _whole(blocks[index], (curvature[index] + prior).reciprocal())
-
-            return variance
+            return lambda t: _whole(blocks[index], (curvature[index] + priors[t][index]).reciprocal())
 
         weights = [weight(i) for i in range(len(blocks))]
         return block_variance(capture, blocks, [Basis()] * len(blocks), weights, len(prior_precisions), diagonal)
-
-    def _prior_of_block(self, prior_precision: Tensor, index: int) -> Tensor:
-        """Part of a scalar, layerwise or diagonal prior precision that belongs to one parameter tensor."""
-        sizes = [block.size for block in self.sums_spec().blocks]
-        if len(prior_precision) == 1:
-            return prior_precision[0]
-        return prior_precision.split(sizes)[index] if len(prior_precision) == sum(sizes) else prior_precision[index]
 
 
 def _whole(block: Block, variances: Tensor) -> Tensor:
@@ -99,4 +91,4 @@ def _whole(block: Block, variances: Tensor) -> Tensor:
     if block.chosen is not None:
         whole = torch.zeros(torch.Size(block.shape).numel(), dtype=variances.dtype, device=variances.device)
         variances = whole.index_put((block.indices.to(whole.device),), variances)
-    return variances if len(block.shape) == 1 else variances.view(block.shape[0], -1)
+    return variances if len(block.shape) < 2 else variances.view(block.shape[0], -1)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from laplace import likelihood as lik
-from laplace.curvature import kernel
+from laplace.curvature import contract, kernel
 from laplace.curvature.capture import eval_mode
 from laplace.curvature.contract import output_directions
 from laplace.curvature.curvature import EFInterface, GGNInterface
@@ -141,18 +141,13 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
             self._refuse("fit(override=False)")
         if isinstance(train_loader, Iterator):
             raise ValueError("A GP fit passes over the data twice; give a DataLoader or list, not an iterator.")
-        before = self._spec, self.n_outputs
-        try:
+        with self._or_as_before():
             loss, n_data = self._loss_of(train_loader, progress_bar)
             size = n_data if self.n_subset is None else self.n_subset
             if size > n_data:
                 raise ValueError(f"n_subset={size} is more than the {n_data} examples of the data.")
             subset = subset_of(train_loader, n_data, size, self.seed, self.dict_key_y)
             self._condition(list(self._batches(subset)), loss, n_data)
-        except ValueError:
-            self._spec, self.n_outputs = before
-            self.backend.spec = self._spec
-            raise
 
     def _loss_of(self, loader: Iterable, progress_bar: bool) -> tuple[Tensor, int]:
         """Summed loss at the MAP and number of examples; initialises with the first batch."""
@@ -171,9 +166,13 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
     def _condition(self, subset: list[tuple[Any, Tensor]], loss: Tensor, n_data: int) -> None:
         """Set everything that depends on the data."""
         parts, start = [], 0
+        size = sum(len(y) for _, y in subset)
         for x, y in subset:
-            capture = self.backend.capture(x)
-            parts.append(kernel.rows_of(capture, self._spec.blocks, self._roots(capture.f, y, start)))
+            for first, inputs, targets in self._parts(x, y):
+                capture = self.backend.capture(inputs)
+                directions = self._roots(capture.f, targets, start + first)
+                self._require_rows(capture, size, len(directions))
+                parts.append(kernel.rows_of(capture, self._spec.blocks, directions))
             start += len(y)
         rows = kernel.concatenate(parts)
         gram = self._gram(rows, rows)
@@ -190,6 +189,16 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
             return directions
         root = sum(v.square() for v in directions).sqrt().flatten(1)  # of the diagonal
         return [(root * unit).reshape(f.shape) for unit in output_directions(root)]
+
+    def _require_rows(self, capture: Any, n: int, directions: int) -> None:
+        """Stop before rows that have no factors, kept for all examples, exceed the free memory."""
+        explicit = [block for block in self._spec.blocks if not contract.is_outer_weight(block, capture)]
+        memory.require(
+            memory.tensor_bytes(n, directions, sum(block.size for block in explicit), dtype=self._spec.torch_dtype),
+            self._device,
+            f"The rows of {n} examples along {directions} directions for parameters without factors",
+            "Lower n_subset, or set requires_grad=False on embeddings and other parameters that la.coverage gives no factors.",
+        )
 
     def _gram(self, one: kernel.Rows, two: kernel.Rows) -> Tensor:
         """Inner products of all rows: ``(1, n · k, m · l)``, or ``(outputs, n, m)`` of independent ones."""
@@ -271,9 +280,8 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
         capture.jacobians = {name: value.double() for name, value in capture.jacobians.items()}
         blocks = self._spec.blocks
         only_diagonal = diagonal or self.independent_outputs
-        ones = [
-            torch.ones(b.shape[0], b.size // b.shape[0], dtype=torch.float64, device=capture.f.device) for b in blocks
-        ]
+        widths = [b.shape[0] if b.shape else 1 for b in blocks]
+        ones = [capture.f.new_ones(w, b.size // w, dtype=torch.float64) for w, b in zip(widths, blocks, strict=True)]
         weights = [lambda t, w=w: w for w in ones]
         prior = block_variance(capture, blocks, [Basis()] * len(blocks), weights, 1, only_diagonal)[0]
         rows = kernel.rows_of(capture, blocks, output_directions(capture.f))

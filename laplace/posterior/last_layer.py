@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from laplace.curvature.capture import eval_mode
 from laplace.curvature.sums import SumsSpec
 from laplace.posterior.arguments import before, by_name
 from laplace.posterior.diag import DiagLaplace
@@ -50,9 +51,11 @@ class LLLaplace(ParametricLaplace):
         extractor = FeatureExtractor(model, last_layer_name, enable_backprop, feature_reduction=feature_reduction)
         super().__init__(model=extractor, enable_backprop=enable_backprop, **kwargs)
 
-    @torch.no_grad()
     def functional_variance_fast(self, X: Tensor | MutableMapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Mean and variances of every output by itself, ``(batch, outputs)`` each, without covariances between outputs."""
+        """Mean and variances of every output by itself, ``(batch, outputs)`` each, without covariances between outputs.
+
+        The documentation names the variances alone; laplace-torch 0.3 returns both, and so does this.
+        """
         self._check_fitted()
         return glm_distribution(self, X, diagonal=True)
 
@@ -70,21 +73,29 @@ class LLLaplace(ParametricLaplace):
         return {"last_layer": True, **super()._backend_arguments()}
 
     def initialize(self, x: Tensor | MutableMapping[str, Any]) -> SumsSpec:
-        """Find the last layer and decide how its curvature is obtained."""
-        if self.model.last_layer_name is None:
-            training = [m for m in self.model.modules() if m.training]
-            self.model.eval()
-            with torch.no_grad():
+        """Find the last layer, or check the one that was named, and decide how its curvature is obtained.
+
+        Raises:
+            ValueError: If the model's output is not that of a linear last layer.
+        """
+        with eval_mode(self.model), torch.no_grad():
+            if self.model.last_layer_name is None:
                 self.model.find_last_layer(x)
-            for module in training:
-                module.training = True
-            self._find_params()
+                self._find_params()
+            else:
+                self.model.check_last_layer(x)
         return super().initialize(x)
 
-    def _adopt_parameters(self, spec: SumsSpec) -> None:
-        if self.model.last_layer_name is None:
-            self.model.set_last_layer(spec.blocks[0].layer)
-            self._find_params()
+    def _adopt_parameters(self, spec: SumsSpec) -> Callable[[], None]:
+        if self.model.last_layer_name is not None:
+            return super()._adopt_parameters(spec)
+        self.model.set_last_layer(spec.blocks[0].layer)
+        self._find_params()
+        return self._forget_parameters
+
+    def _forget_parameters(self) -> None:
+        self.model.last_layer_name = None
+        self._find_params()
 
 
 class FullLLLaplace(LLLaplace, FullLaplace):

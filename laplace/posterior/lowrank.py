@@ -23,6 +23,7 @@ from laplace.curvature.hessian import NativeHessian
 from laplace.curvature.sums import CurvatureSums, Factor, SumsSpec
 from laplace.curvature.variance import Basis, block_variance
 from laplace.posterior.arguments import by_name
+from laplace.posterior.base import spread
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.posterior.refusals import NotASum
 
@@ -77,8 +78,7 @@ class LowRankLaplace(NotASum, ParametricLaplace):
         """
         if not override:
             self._refuse("fit(override=False)")
-        before = self._spec, self.n_outputs
-        try:
+        with self._or_as_before():
             x, n_data = self._first_inputs(train_loader)
             spec = self.initialize(x)
             vectors, values, loss = self.backend.eig_lowrank(train_loader)
@@ -86,10 +86,6 @@ class LowRankLaplace(NotASum, ParametricLaplace):
             tensors = {"vectors": vectors.to(spec.torch_dtype), "values": values.to(spec.torch_dtype)}
             loss = torch.as_tensor(loss, dtype=torch.float64, device=self._device)
             self.set_sums(CurvatureSums(replace(spec, factors=factors), tensors, loss, n_data))
-        except ValueError:
-            self._spec, self.n_outputs = before
-            self.backend.spec = self._spec
-            raise
 
     def _first_inputs(self, loader: Iterable) -> tuple[Any, int]:
         """Inputs of the first batch, and the number of examples in all."""
@@ -197,7 +193,7 @@ class LowRankLaplace(NotASum, ParametricLaplace):
                 scalars = scalars or self._from_unit_prior(capture, blocks, diagonal)
                 prior, total, projected = value.double().expand(self.n_params), *(s / value.double() for s in scalars)
             else:
-                prior = self._spread(value.double())
+                prior = spread(value.double(), [p.numel() for p in self.params])
                 total = self._prior_variance(capture, blocks, prior, diagonal)
                 projected = self._projected(capture, blocks, self.H[0].double() / prior[:, None])
             half = self._half(projected, prior)
@@ -211,18 +207,20 @@ class LowRankLaplace(NotASum, ParametricLaplace):
 
     def _prior_variance(self, capture: Any, blocks: Any, prior: Tensor, diagonal: bool) -> Tensor:
         parts = prior.reciprocal().split([block.size for block in blocks])
-        weights = [p if len(b.shape) == 1 else p.view(b.shape[0], -1) for p, b in zip(parts, blocks, strict=True)]
+        weights = [p if len(b.shape) < 2 else p.view(b.shape[0], -1) for p, b in zip(parts, blocks, strict=True)]
         functions = [lambda t, w=w: w for w in weights]
         return block_variance(capture, blocks, [Basis()] * len(blocks), functions, 1, diagonal)[0]
 
     def _projected(self, capture: Any, blocks: Any, matrix: Tensor) -> Tensor:
         """Jacobians times a thin matrix, ``(batch, outputs, rank)``, one output at a time."""
-        rows = (contract.jacobian_rows(capture, blocks, v) for v in contract.output_directions(capture.f))
-        return torch.stack([row.double() @ matrix for row in rows], 1)
-
-    def _spread(self, prior_precision: Tensor) -> Tensor:
-        """A layerwise or diagonal prior precision as one value per parameter."""
-        if len(prior_precision) == self.n_params:
-            return prior_precision
-        sizes = torch.tensor([p.numel() for p in self.params], device=prior_precision.device)
-        return prior_precision.repeat_interleave(sizes)
+        places = matrix.split([block.size for block in blocks])
+        projected = []
+        for v in contract.output_directions(capture.f):
+            gradients = capture.gradients(v)
+            total = torch.zeros(len(v), matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+            for block, place in zip(blocks, places, strict=True):
+                for start, stop in contract.chunks(len(v), block.size):
+                    rows = contract.row_of_block(block, gradients, capture, v, start, stop)
+                    total[start:stop] += rows.double() @ place
+            projected.append(total)
+        return torch.stack(projected, 1)

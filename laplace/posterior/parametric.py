@@ -3,7 +3,8 @@ r"""Laplace approximations :math:`\mathcal N(\theta_{\mathrm{MAP}}, P^{-1})` ove
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,8 +84,32 @@ class ParametricLaplace(BaseLaplace):
         return CurvatureSums.zero(self.sums_spec(), self._device)
 
     def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
-        """Add one batch to raw sums in place; ``offset`` is the index of its first example in the data set."""
-        self.backend.accumulate(sums, x, y.to(self._device), offset)
+        """Add one batch to raw sums in place; ``offset`` is the index of its first example in the data set.
+
+        Raises:
+            ValueError: If a regression's outputs are more or fewer per example than those of the first batch, which the
+                evidence counts on; or as the backend's ``accumulate``.
+        """
+        self.backend.spec = sums.spec
+        y = y.to(self._device)
+        if self.likelihood is Likelihood.REGRESSION and y.ndim > 2 and y[0].numel() != sums.spec.n_outputs:
+            raise ValueError(
+                f"Targets of shape {tuple(y.shape)} have {y[0].numel()} values per example, those of the first batch had "
+                f"{sums.spec.n_outputs}. Give sequences of one length."
+            )
+        for start, inputs, targets in self._parts(x, y):
+            self.backend.accumulate(sums, inputs, targets, offset + start)
+
+    def _parts(self, x: Any, y: Tensor) -> Iterator[tuple[int, Any, Tensor]]:
+        """The parts in which a batch is captured: number of the first example, inputs, targets."""
+        parts = self.backend.parts(x)
+        if len(parts) == 1:
+            yield 0, x, y
+            return
+        if len(y) != parts[-1][0].stop:
+            raise ValueError(f"There are {len(y)} targets, but {parts[-1][0].stop} inputs in this batch.")
+        for part, inputs in parts:
+            yield part.start, inputs, y[part]
 
     def set_sums(self, sums: CurvatureSums) -> None:
         """Finalise raw sums: from here on this is a fitted posterior, and the sums belong to it.
@@ -123,15 +148,23 @@ class ParametricLaplace(BaseLaplace):
             NonFiniteError: On NaN or Inf; names the examples. An earlier fit stays as it was.
             ValueError: On an empty loader or targets that do not fit. An earlier fit stays as it was.
         """
-        try:
+        with self._or_as_before():
             sums = self._sum_over(train_loader, progress_bar)
             if not override and self.sums is not None:
                 sums.merge(self.sums)
             self.set_sums(sums)
+
+    @contextmanager
+    def _or_as_before(self) -> Iterator[None]:
+        """Where a fit fails, what an earlier one knew about the layers stays."""
+        before, done = (self._spec, self.n_outputs), False
+        try:
+            yield
+            done = True
         finally:
-            if self.sums is not None:  # after a failure, what an earlier fit knew about the layers
-                self._spec = self.backend.spec = self.sums.spec
-                self.n_outputs = self.sums.spec.n_outputs
+            if not done:
+                self._spec, self.n_outputs = before
+                self.backend.spec = self._spec
 
     def _sum_over(self, train_loader: DataLoader, progress_bar: bool) -> CurvatureSums:
         sums: CurvatureSums | None = None
@@ -148,16 +181,23 @@ class ParametricLaplace(BaseLaplace):
         """Learn from the first batch what the sums look like."""
         self.initialize(x)
 
-    def _batches(self, loader: DataLoader, progress_bar: bool = False) -> Iterator[tuple[Any, Tensor]]:
+    def _batches(
+        self, loader: DataLoader, progress_bar: bool = False, what: str = "Computing Hessian"
+    ) -> Iterator[tuple[Any, Tensor]]:
         """Batches on the model's device, as inputs and targets."""
         if progress_bar:
             from tqdm.auto import tqdm
 
-            loader = tqdm(loader, desc="[Computing Hessian]")
+            loader = tqdm(loader, desc=f"[{what}]")
         yield from batches(loader, self._device, self.dict_key_y)
 
-    def _adopt_parameters(self, spec: SumsSpec) -> None:
-        """Subsets of weights that depend on the data find their parameters from a stored specification here."""
+    def _adopt_parameters(self, spec: SumsSpec) -> Callable[[], None]:
+        """Subsets of weights that depend on the data find their parameters from a stored specification here.
+
+        Returns:
+            What takes that back.
+        """
+        return lambda: None
 
     # --- what a structure provides -------------------------------------------------------------------------------
 
@@ -234,10 +274,15 @@ class ParametricLaplace(BaseLaplace):
             ValueError: If ``sigma_noise`` is given for a likelihood without noise.
         """
         self._check_fitted()
+        before = self.prior_precision
         if prior_precision is not None:
             self.prior_precision = prior_precision
         if sigma_noise is not None:
-            self.sigma_noise = sigma_noise
+            try:
+                self.sigma_noise = sigma_noise
+            except ValueError:
+                self.prior_precision = before
+                raise
         return self.log_likelihood - 0.5 * (self.log_det_ratio + self.scatter)
 
     def log_prob(self, value: Tensor, normalized: bool = True) -> Tensor:

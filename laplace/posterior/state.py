@@ -46,20 +46,21 @@ def load_state_dict(la: ParametricLaplace, state: dict[str, Any]) -> None:
             raise ValueError(f"The state's {key} is {state[key]!r}, but this is {ours!r}.")
     spec = SumsSpec.from_json(state["spec"])
     content = la._read_state(state)
-    la._adopt_parameters(spec)
-    mean = state["mean"].to(la._device)
-    now = torch.nn.utils.parameters_to_vector(la.params).detach()
-    if mean.shape != now.shape or not torch.equal(mean, now.to(mean.dtype)):
-        raise ValueError(
-            "The state was fitted at other parameters than the model has now. Load the model's own state dict first."
-        )
     names = ("temperature", "sigma_noise", "prior_mean", "prior_precision")
     before = {name: getattr(la, name) for name in names}
+    forget = la._adopt_parameters(spec)
     try:
+        mean = state["mean"].to(la._device)
+        now = torch.nn.utils.parameters_to_vector(la.params).detach()
+        if mean.shape != now.shape or not torch.equal(mean, now.to(mean.dtype)):
+            raise ValueError(
+                "The state was fitted at other parameters than the model has now. Load the model's own state dict first."
+            )
         for name in names:
             setattr(la, name, state[name])
         la._take_state(content)
     except ValueError:
+        forget()
         for name, value in before.items():
             setattr(la, name, value)
         raise

@@ -32,6 +32,19 @@ def batches(
             yield (x.to(device) if isinstance(x, Tensor) else x), y.to(device)
 
 
+def length_of(x: Any) -> int:
+    """Number of examples of a batch of inputs: of a tensor, or of the first tensor of a dict-like batch."""
+    return len(next(v for v in x.values() if isinstance(v, Tensor) and v.ndim) if isinstance(x, MutableMapping) else x)
+
+
+def part_of(x: Any, part: slice | Tensor) -> Any:
+    """Some examples of a batch of inputs, by a range or by indices: of a tensor, or of every tensor of a dict-like batch."""
+    if isinstance(x, MutableMapping):
+        rows = {key: value[part] for key, value in x.items() if isinstance(value, Tensor) and value.ndim}
+        return {**x, **rows}
+    return x[part]
+
+
 def joined(rows: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
     """Rows of tensors, one row per batch, as one tensor per column."""
     return [torch.cat(column) for column in zip(*rows, strict=True)]

@@ -88,14 +88,18 @@ class FeatureExtractor(nn.Module):
         """Outputs and (reduced) inputs of the last layer."""
         if self.last_layer_name is None:
             self.find_last_layer(x)
+        out, kept = self._run(x)
+        features = self._reduce(*kept[-1], out)
+        return out, features if self.enable_backprop else features.detach()
+
+    def _run(self, x: Tensor | MutableMapping[str, Any]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Outputs, and input and output of every call of the last layer."""
         kept: list[tuple[Tensor, Tensor]] = []
         handle = self.last_layer.register_forward_hook(lambda module, args, output: kept.append((args[0], output)))
         try:
-            out = self.model(x)
+            return self.model(x), kept
         finally:
             handle.remove()
-        features = self._reduce(*kept[-1], out)
-        return out, features if self.enable_backprop else features.detach()
 
     def find_last_layer(self, x: Tensor | MutableMapping[str, Any]) -> Tensor:
         """Take the layer that ran last, and check that the model's output is its output.
@@ -123,16 +127,32 @@ class FeatureExtractor(nn.Module):
                 f"The layer that ran last is {last}, not nn.Linear. Models for last-layer Laplace end in a linear layer "
                 "and return logits; if the last layer is elsewhere, pass last_layer_name."
             )
-        with torch.no_grad():
-            rebuilt = nn.functional.linear(self._reduce(inputs[0], logits, out), layer.weight, layer.bias)
+        self._check(name, layer, inputs[0], logits, out)
+        self.set_last_layer(name)
+        return out
+
+    def check_last_layer(self, x: Tensor | MutableMapping[str, Any]) -> None:
+        """Check that the model's output is the output of the layer that was named.
+
+        Raises:
+            ValueError: If that layer does not run, or if something follows it that changes the output.
+        """
+        out, kept = self._run(x)
+        if not kept:
+            raise ValueError(
+                f"The layer last_layer_name={self.last_layer_name!r} does not run in the model's forward pass."
+            )
+        self._check(self.last_layer_name, self.last_layer, *kept[-1], out)
+
+    @torch.no_grad()
+    def _check(self, name: str, layer: nn.Linear, features: Tensor, logits: Tensor, out: Tensor) -> None:
+        rebuilt = nn.functional.linear(self._reduce(features, logits, out), layer.weight, layer.bias)
         if rebuilt.shape != out.shape or not torch.allclose(rebuilt, out, rtol=1e-3, atol=1e-4):
             raise ValueError(
                 f"The model's output {tuple(out.shape)} is not the output of its last layer {name!r} "
                 f"{tuple(rebuilt.shape)}. Return raw logits, or state the model's own reduction with feature_reduction "
                 f"({', '.join(repr(r.value) for r in FeatureReduction)})."
             )
-        self.set_last_layer(name)
-        return out
 
     def _reduce(self, features: Tensor, logits: Tensor, out: Tensor) -> Tensor:
         if self.feature_reduction is None or features.ndim == 2:

@@ -24,8 +24,8 @@ class RunningNLLMetric(Metric):
         """See the class."""
         super().__init__()
         self.ignore_index = ignore_index
-        self.add_state("nll_sum", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("n_valid_labels", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("nll_sum", default=torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("n_valid_labels", default=torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, probs: Tensor, targets: Tensor) -> None:
         """Add one batch.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from laplace.posterior.base import spread
 from laplace.posterior.full import invsqrt_precision as invsqrt_precision
 from laplace.predictive import gaussian_samples
 from laplace.utils.batches import batches, is_metric, joined
@@ -53,6 +54,7 @@ def validate(
     """
     running = is_metric(loss)
     if running:
+        loss = loss.to(laplace._device) if hasattr(loss, "to") else loss
         loss.reset()
     rows: list[tuple[Tensor, ...]] = []
     seen = False
@@ -86,15 +88,7 @@ def expand_prior_precision(prior_prec: Tensor, model: nn.Module) -> Tensor:
     Raises:
         ValueError: On another number of values.
     """
-    sizes = parameters_per_layer(model)
-    prior_prec = prior_prec.reshape(-1)
-    if len(prior_prec) == 1:
-        return prior_prec.expand(sum(sizes))
-    if len(prior_prec) == sum(sizes):
-        return prior_prec
-    if len(prior_prec) != len(sizes):
-        raise ValueError(f"prior_prec has {len(prior_prec)} values; valid are 1, {len(sizes)} or {sum(sizes)}.")
-    return prior_prec.repeat_interleave(torch.tensor(sizes, device=prior_prec.device))
+    return spread(prior_prec.reshape(-1), parameters_per_layer(model))
 
 
 def fix_prior_prec_structure(

@@ -84,6 +84,17 @@ class Residual(nn.Module):
         return self.last(torch.tanh(self.norm(out)))
 
 
+class Gated(nn.Module):
+    """A learned scale without dimensions, as of a residual gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.gate, self.last = nn.Linear(3, 4), nn.Parameter(torch.tensor(0.7)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.gate * self.first(x)))
+
+
 class Words(nn.Module):
     """Embedding, per-token layer, pooling."""
 
@@ -171,6 +182,7 @@ CASES = {
     "tied": Case(Tied, fallback=("one.weight",), curvlinops=DENSE),
     "used-outside": Case(UsedOutside, fallback=("one.weight",), curvlinops=DENSE),
     "normed": Case(Normed, fallback=("ln.weight", "ln.bias", "bn.weight", "bn.bias"), curvlinops=DENSE),
+    "scalar": Case(Gated, fallback=("gate",), curvlinops=DENSE),
     "embedding": Case(Words, (3,), fallback=("table.weight",), vocabulary=6, curvlinops=DENSE),
     "inplace-relu": Case(lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 3))),
     "inplace-residual": Case(Residual),

@@ -26,10 +26,11 @@ WRONG_ROWS = "ASDL's per-example gradients of .* are not its gradients"
 REFUSED = {
     **{(name, s): PLAIN for name in ("same-dilation", "reflect", "circular-same") for s in STRUCTURES},
     **{("grouped", s): PLAIN for s in ("full", "diag")},
-    **{(name, "kron"): NO_FACTORS for name in ("grouped", "tied", "used-outside", "normed", "embedding")},
+    **{(name, "kron"): NO_FACTORS for name in ("grouped", "tied", "used-outside", "normed", "embedding", "scalar")},
     ("inplace-residual-fallback", "kron"): NO_FACTORS,
     **{(name, s): WRONG_ROWS for name in ("twice", "used-outside") for s in ("full", "diag")},
     ("twice", "kron"): "Layer 'shared' runs 2 times.*Use the native backend",
+    **{("scalar", s): r"no per-example gradients for 'gate' \(Gated\)" for s in ("full", "diag")},
     **{("embedding", s): r"no per-example gradients for 'table.weight' \(Embedding\)" for s in ("full", "diag")},
 }
 

@@ -20,7 +20,16 @@ NOT_SEQUENTIAL = "BackPACK backend takes nn.Sequential models only"
 NO_FACTORS = "BackPACK has no Kronecker factors for .*Use the native backend"
 SHARED = "sum over them before the outer product, which is not KFAC-expand.*Use the native backend"
 PADDING = "padded with a number of zeros"
-MODULES = ("twice", "tied", "used-outside", "normed", "embedding", "inplace-residual", "inplace-residual-fallback")
+MODULES = (
+    "twice",
+    "tied",
+    "used-outside",
+    "normed",
+    "embedding",
+    "inplace-residual",
+    "inplace-residual-fallback",
+    "scalar",
+)
 # What it refuses, by model and structure; everything else has to agree with the native backend.
 REFUSED = {
     **{(name, s): NOT_SEQUENTIAL for name in MODULES for s in STRUCTURES},

@@ -75,6 +75,22 @@ def test_values_are_those_without_gradients(subset, structure, likelihood):
         torch.testing.assert_close(one.detach(), two)
 
 
+@pytest.mark.parametrize("name", ["sequence-output", "sequence-regression", "scalar"])
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_outputs_with_positions_have_the_shapes_of_those_without_gradients(name, subset):
+    case = CASES[name]
+    model, x, y = case.make()
+    both = []
+    for graph in (True, False):
+        la = Laplace(model, case.likelihood, subset, "full", enable_backprop=graph)
+        la.fit(loader(x, y))
+        other = {"diagonal_output": True} if case.likelihood == "classification" else {"joint": True}
+        found = [la(x), la(x, **other)]
+        both.append([part.detach() for value in found for part in (value if isinstance(value, tuple) else (value,))])
+    for one, two in zip(*both, strict=True):
+        torch.testing.assert_close(one, two)
+
+
 class FunctionalNorm(nn.Module):
     """Layer norm by function, with affine parameters of its own."""
 
@@ -97,9 +113,7 @@ def test_every_network_differentiates(name):
     model, x, _ = NETWORKS[name].make()
     backend = NativeGGN(model, NETWORKS[name].likelihood)
     x = x[:2].clone().requires_grad_(True)
-    assert (
-        naive.relative_error(backend.jacobians(x, True)[0].detach().flatten(1, -2), naive.jacobians(model, x)) < 1e-10
-    )
+    assert naive.relative_error(backend.jacobians(x, True)[0].detach(), naive.jacobians(model, x)) < 1e-10
     assert gradcheck(lambda z: backend.jacobians(z, enable_backprop=True), (x,), fast_mode=True)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from laplace import Laplace, marglik_training
 from laplace.curvature import NativeEF, NativeGGN
-from laplace.utils import subnetmask
+from laplace.utils import RunningNLLMetric, subnetmask, validate
 
 from .models import CASES, mlp
 
@@ -109,6 +109,15 @@ def test_training_with_the_evidence_stays_with_the_model(elsewhere):
     _, loader = data("regression")
     la, model, _, losses = marglik_training(network(), loader, "regression", n_epochs=3, n_hypersteps=2)
     assert values((la.prior_precision, la.sigma_noise)).isfinite().all() and len(losses) == 3
+
+
+def test_validation_stays_with_the_model(elsewhere):
+    x, loader = data("classification")
+    la = Laplace(network(), "classification", "all", "diag")
+    la.fit(loader)
+    with torch.device("cpu"):
+        metric = RunningNLLMetric()
+    assert validate(la, loader, metric) > 0
 
 
 def test_subnetwork_masks_stay_with_the_model(elsewhere):

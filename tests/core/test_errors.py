@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from laplace import Laplace, NonFiniteError, NotFittedError
+from laplace import Laplace, NonFiniteError, NotFittedError, marglik_training
 from laplace.curvature import backend_class, backend_names
 from laplace.curvature.curvature import GGNInterface
 
@@ -377,8 +377,10 @@ def test_a_module_that_did_not_run_is_reported_and_has_zero_curvature():
 def test_last_layer_must_be_linear(model, message):
     _, x, y = CASES["mlp"].make()
     la = Laplace(model.double(), "classification", "last_layer", "kron")
+    model.train()
     with pytest.raises(ValueError, match=message):
         la.fit(loader(x, y))
+    assert all(module.training for module in model.modules()), "left as it was found"
 
 
 class Scaled(nn.Module):
@@ -392,9 +394,10 @@ class Scaled(nn.Module):
         return 2 * self.last(x)
 
 
-def test_the_last_layer_s_output_must_be_the_model_s():
+@pytest.mark.parametrize("name", [None, "last"])
+def test_the_last_layer_s_output_must_be_the_model_s(name):
     _, x, y = CASES["mlp"].make()
-    la = Laplace(Scaled().double(), "classification", "last_layer", "kron")
+    la = Laplace(Scaled().double(), "classification", "last_layer", "kron", last_layer_name=name)
     with pytest.raises(ValueError, match="is not the output of its last layer 'last'.*feature_reduction"):
         la.fit(loader(x, y))
 
@@ -438,3 +441,26 @@ def test_feature_reduction_repeats_what_the_model_does(how):
     assert torch.allclose(la(x), plain(features))
     with pytest.raises(ValueError, match="feature_reduction='max' is unknown; valid values are 'pick_first'"):
         Laplace(model, "classification", "last_layer", "full", feature_reduction="max")
+
+
+@pytest.mark.parametrize("options", [{"pred_type": "nn", "link_approx": "mc"}, {"diagonal_output": True}])
+def test_a_joint_predictive_is_gaussian_and_whole(options):
+    la, x = fitted("all", "diag", "regression"), CASES["regression"].make()[1]
+    with pytest.raises(ValueError, match="joint=True is the covariance of a Gaussian"):
+        la(x, joint=True, **options)
+
+
+def test_a_refused_state_leaves_the_last_layer_to_be_found():
+    state = fitted("last_layer", "kron").state_dict()
+    model = CASES["mlp"].make(seed=1)[0]
+    la = Laplace(model, "classification", "last_layer", "kron")
+    with pytest.raises(ValueError, match="fitted at other parameters"):
+        la.load_state_dict(state)
+    assert la.model.last_layer_name is None and la.params == []
+
+
+@pytest.mark.parametrize("structure", ["gp", "lowrank"])
+def test_marglik_training_of_what_is_no_sum(structure):
+    model, x, y = CASES["regression"].make()
+    with pytest.raises(ValueError, match=f"hessian_structure='kron', 'diag' or 'full', not '{structure}'"):
+        marglik_training(model, loader(x, y), "regression", structure, n_epochs=1)

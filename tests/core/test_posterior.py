@@ -234,11 +234,12 @@ def test_posterior_equals_dense_algebra(case, subset, structure, prior):
 
 
 @pytest.mark.parametrize("subset, structure", SIX)
-@pytest.mark.parametrize("case", ["mlp", "regression"])
+@pytest.mark.parametrize("case", ["mlp", "regression", "sequence-output", "sequence-regression", "scalar"])
 def test_log_likelihood_and_evidence_are_their_definitions(case, subset, structure):
-    la = fitted(subset, structure, case, temperature=0.8, **({"sigma_noise": 0.6} if case == "regression" else {}))
+    regression = CASES[case].likelihood == "regression"
+    la = fitted(subset, structure, case, temperature=0.8, **({"sigma_noise": 0.6} if regression else {}))
     model, x, y = CASES[case].make()
-    if case == "regression":
+    if regression:
         log_density = torch.distributions.Normal(model(x), 0.6).log_prob(y).sum().detach()
         constant = y.numel() * math.log(0.6 * math.sqrt(2 * math.pi))
         log_likelihood = (log_density + constant) / 0.8 - constant
@@ -250,6 +251,21 @@ def test_log_likelihood_and_evidence_are_their_definitions(case, subset, structu
     evidence = la.log_marginal_likelihood()
     assert evidence.shape == ()
     assert float(evidence) == pytest.approx(float(log_likelihood + prior + volume), rel=1e-10)
+
+
+def test_sequences_of_a_regression_have_one_length():
+    """The evidence counts the values of an example."""
+    model, x, y = CASES["sequence-regression"].make()
+    la = Laplace(model, "regression", "all", "diag")
+    with pytest.raises(ValueError, match=r"\(2, 1, 3\) have 3 values per example, those of the first batch had 6"):
+        la.fit([(x, y), (x[:2, :1], y[:2, :1])])
+
+
+def test_a_refused_noise_changes_nothing():
+    la = fitted("all", "kron", "regression")
+    with pytest.raises(ValueError, match="sigma_noise must be positive"):
+        la.log_marginal_likelihood(torch.tensor([7.0]), torch.tensor(-1.0))
+    assert la.prior_precision.tolist() == [1.0]
 
 
 @pytest.mark.parametrize("subset, structure", SIX)

@@ -13,7 +13,7 @@ from laplace import Laplace, tuning
 from laplace.tuning import prior_precision_grid, score_grid, select_prior_precision
 from laplace.utils import validate
 
-from .models import CASES, loader
+from .models import CASES, loader, mlp
 from .test_posterior import COMBINATIONS, SIX, close, fitted, prior_of
 
 GRID = torch.tensor([0.01, 0.3, 1.0, 7.0, 200.0], dtype=torch.float64)
@@ -356,3 +356,29 @@ def test_verbose_and_progress_bar(capsys):
     la = fitted(structure="diag")
     la.optimize_prior_precision(n_steps=1, verbose=True, progress_bar=True)
     assert "Optimized prior precision is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pred_type, link", [("glm", "probit"), ("nn", "mc")])
+def test_validation_targets_that_do_not_fit_are_refused(pred_type, link):
+    """A regression's (n,) against (n, 1) would be compared value by value with every other one."""
+    model = mlp(outputs=1).double()
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 1, dtype=torch.float64)
+    la = Laplace(model, "regression", "all", "diag")
+    la.fit([(x, y)])
+    with pytest.raises(ValueError, match=r"Targets of shape \(6,\) do not match outputs of shape \(6, 1\)"):
+        la.optimize_prior_precision(pred_type, "gridsearch", val_loader=[(x, y[:, 0])], link_approx=link)
+    model, x, y = CASES["mlp"].make()
+    la = Laplace(model, "classification", "all", "diag")
+    la.fit([(x, y)])
+    with pytest.raises(ValueError, match="Label 3 of example 5 is out of range"):
+        la.optimize_prior_precision(
+            pred_type, "gridsearch", val_loader=[(x, y), (x[:1], y[:1] * 0 + 3)], link_approx=link
+        )
+
+
+def test_a_grid_search_shows_its_progress(capsys):
+    model, x, y = CASES["mlp"].make()
+    la = Laplace(model, "classification", "all", "diag")
+    la.fit([(x, y)])
+    la.optimize_prior_precision(method="gridsearch", val_loader=[(x, y)], grid_size=3, progress_bar=True)
+    assert "[Scoring prior precisions]" in capsys.readouterr().err

@@ -1,0 +1,89 @@
+"""Parameters that need Jacobians of their own are treated a few examples at a time, and nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from laplace import Laplace, NotEnoughMemoryError
+from laplace.curvature import NativeEF, NativeGGN, interface
+from laplace.utils import memory
+
+from .models import CASES, loader
+from .test_memory import Largest
+
+FALLBACKS = ["tied", "used-outside", "scalar", "inplace-residual-fallback"]
+
+
+def everything(name, structure, backend=NativeGGN):
+    """Fit, evidence, predictives and a grid search, as one vector."""
+    case = CASES[name]
+    model, x, y = case.make(n=7)
+    kwargs = {"n_subset": 5} if structure == "gp" else {"backend": backend}
+    la = Laplace(model, case.likelihood, "all", structure, prior_precision=2.0, **kwargs)
+    la.fit(loader(x, y, 4))
+    found = [la(x), la.log_marginal_likelihood(), la.functional_samples(x, n_samples=2, generator=seeded())]
+    kind = "gp" if structure == "gp" else "glm"
+    la.optimize_prior_precision(kind, "gridsearch", val_loader=loader(x, y, 7), grid_size=3, log_prior_prec_min=-1)
+    found += [la(x), la.backend.jacobians(x)[0]]
+    return torch.cat([value.flatten() for value in found])
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.filterwarnings("ignore:The best prior precision")
+@pytest.mark.parametrize("name", FALLBACKS)
+@pytest.mark.parametrize("structure", ["full", "kron", "diag", "lowrank", "gp"])
+def test_one_example_at_a_time_gives_the_same(name, structure, monkeypatch):
+    expected = everything(name, structure)
+    monkeypatch.setattr(interface, "_JACOBIANS", 1)
+    torch.testing.assert_close(everything(name, structure), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend, kwargs", [(NativeEF, {}), (NativeGGN, {"stochastic": True, "seed": 3})])
+def test_draws_and_targets_stay_with_their_examples(backend, kwargs, monkeypatch):
+    def factors():
+        model, x, y = CASES["tied"].make(n=7)
+        la = Laplace(model, "classification", "all", "kron", backend=backend, backend_kwargs=kwargs)
+        la.fit(loader(x, y, 4))
+        return torch.cat([value.flatten() for value in la.sums.to_tensors().values()])
+
+    expected = factors()
+    monkeypatch.setattr(interface, "_JACOBIANS", 1)
+    torch.testing.assert_close(factors(), expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag"])
+def test_their_jacobians_stay_small(structure, monkeypatch):
+    """The tied weight has 9 entries: its Jacobians over 200 examples and 3 outputs would have 5,400."""
+    monkeypatch.setattr(interface, "_JACOBIANS", 300)
+    model, x, y = CASES["tied"].make(n=200)
+    la = Laplace(model, "classification", "all", structure)
+    with Largest() as largest:
+        la.fit(loader(x, y, 200))
+        la(x)
+    assert largest.shape.numel() <= 200 * 3 * 3, largest.shape
+
+
+def test_a_jacobian_of_one_example_that_cannot_fit_is_refused_by_name(monkeypatch):
+    model, x, y = CASES["tied"].make()
+    la = Laplace(model, "classification", "all", "diag")
+    la.initialize(x)
+    sums = la.zero_sums()
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 100)
+    with pytest.raises(
+        NotEnoughMemoryError, match=r"1 examples x 3 outputs x 9 parameters \(one.weight\) needs 432 bytes"
+    ):
+        la.accumulate(sums, x, y)
+    assert sums.n_data == 0
+
+
+def test_targets_of_another_number_are_refused(monkeypatch):
+    monkeypatch.setattr(interface, "_JACOBIANS", 1)
+    model, x, y = CASES["tied"].make(n=5)
+    la = Laplace(model, "classification", "all", "diag")
+    for targets in (y[:4], y.repeat(2)):
+        with pytest.raises(ValueError, match=f"{len(targets)} targets, but 5 inputs"):
+            la.fit([(x, targets)])
