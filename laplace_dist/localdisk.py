@@ -6,7 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 TEMP = ".tmp-"
 _THREADS = 8
@@ -66,12 +66,41 @@ def replace(path: str, data: bytes) -> None:
         os.replace(temp, path)
 
 
+def tree(top: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield every directory under `top`, itself included, with the names of its files.
+
+    Raises:
+        OSError: A directory cannot be listed; one that is gone has no files.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    for folder, _, names in os.walk(top, onerror=refuse):
+        yield folder, names
+
+
+def files(top: str) -> list[str]:
+    """Return the path of every file under `top`; raises as `tree`."""
+    return [os.path.join(folder, name) for folder, names in tree(top) for name in names]
+
+
+def times(top: str) -> dict[str, float]:
+    """Return when every file under `top` was last written, in seconds since 1970, by path; raises as `tree`."""
+    found = {}
+    for path in files(top):
+        with suppress(FileNotFoundError):
+            found[path] = os.lstat(path).st_mtime
+    return found
+
+
 def sync_tree(top: str, root: str) -> None:
     """Flush every file and directory under `top`, and the directories from there up to the one above `root`.
 
     All at once, because a file system's journal serves waiting flushes together: 120 of them take 15 ms, not 500.
     """
-    paths = [os.path.join(folder, name) for folder, _, files in os.walk(top) for name in ["", *files]]
+    paths = [os.path.join(folder, name) for folder, names in tree(top) for name in ["", *names]]
     while len(top) >= len(root):
         top = os.path.dirname(top)
         paths.append(top)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 
 from laplace_dist import evaluate
@@ -31,7 +31,7 @@ def find(store: Store, times: Mapping[str, datetime]) -> tuple[dict[str, float],
         place = key if TEMP in key else match and match[1]
         if place:
             newest[place] = max(time, newest.get(place, time))
-    named, readable = _named(store)
+    named, readable = _named(store, times)
     now = datetime.now(UTC)
     ages = {
         place: max(0.0, (now - time).total_seconds() / 3600) for place, time in newest.items() if place not in named
@@ -39,10 +39,17 @@ def find(store: Store, times: Mapping[str, datetime]) -> tuple[dict[str, float],
     return ages, readable
 
 
-def _named(store: Store) -> tuple[set[str], bool]:
-    """Return the attempt directories that manifests name, and whether all manifests could be read."""
+def _named(store: Store, before: Collection[str]) -> tuple[set[str], bool]:
+    """Return the attempt directories that manifests name, and whether all manifests could be read.
+
+    Args:
+        store: The checkpoint.
+        before: Keys that were listed before: a manifest among them counts too, if it is still there.
+    """
     named: set[str] = set()
-    keys = [key for key in store.list() if MANIFEST.fullmatch(key) and key != evaluate.METRICS]
+    now = set(store.list())
+    listed = now | {key for key in before if key not in now and MANIFEST.fullmatch(key) and store.exists(key)}
+    keys = sorted(key for key in listed if MANIFEST.fullmatch(key) and key != evaluate.METRICS)
     for key, content in store.read_many(keys):
         try:
             manifest = open_json(content, key)

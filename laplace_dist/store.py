@@ -117,8 +117,8 @@ class Store(Arrays):
         top = self._path(prefix) if prefix else self._root
         with self._reporting(prefix or ".", "list"):
             try:
-                if recursive:
-                    paths = self._fs.find(top)
+                if recursive:  # fsspec would leave out a local directory that it cannot list
+                    paths = localdisk.files(top) if self.is_local else self._fs.find(top)
                 else:
                     paths = [i["name"] for i in self._fs.ls(top, detail=True) if i["type"] == "file"]
             except (FileNotFoundError, NotADirectoryError) as error:
@@ -131,7 +131,10 @@ class Store(Arrays):
     def modified(self) -> dict[str, datetime]:
         """Return when every object was last written, by key; on a local disk with what a crash left half-written."""
         with self._reporting(".", "list"):
-            found = self._fs.find(self._root, detail=True)
+            if self.is_local:
+                found = {path: {"mtime": time} for path, time in localdisk.times(self._root).items()}
+            else:
+                found = self._fs.find(self._root, detail=True)
         times = {path[len(self._root) + 1 :]: _time(info) for path, info in found.items()}
         return {key: times[key] for key in sorted(times)}
 

@@ -9,6 +9,7 @@ import threading
 import uuid
 import zipfile
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laplace_dist import arrays as arrays_module
-from laplace_dist import packing, patience, remote
-from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError
+from laplace_dist import localdisk, packing, patience, remote
+from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError, StorageError
 from laplace_dist.packing import mirror, pack, unpack
 from laplace_dist.patience import Patient
 from laplace_dist.store import Store
@@ -110,6 +111,47 @@ def test_listing_and_deleting(store):
     store.delete_tree("p/1")
     store.delete_tree("p/none")
     assert store.list("p") == ["p/1.json"]
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "denied"), OSError(errno.EIO, "broken")])
+def test_a_directory_that_cannot_be_listed_is_an_error_and_not_empty(local, monkeypatch, error):
+    """Whoever lists would take what is in it for missing."""
+    for key in ("p/1.json", "p/1/x", "q"):
+        local.create(key, b"")
+    scandir = os.scandir
+
+    def broken(path):
+        if os.fspath(path).endswith("/p/1"):
+            raise error
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", broken)
+    for call in (local.list, local.modified, lambda: local.list("p"), lambda: local._flush("p")):
+        with pytest.raises((SettingsError, StorageError), match=error.strerror):
+            call()
+    assert local.list("p", recursive=False) == ["p/1.json"]
+    assert local.list("q") == local.list("none") == []
+
+
+def test_what_goes_while_it_is_listed_is_not_listed(local, monkeypatch):
+    for key in ("p/1.json", "q/x"):
+        local.create(key, b"")
+    lstat, scandir = os.lstat, os.scandir
+
+    def late(path, *, dir_fd=None):
+        local.delete_tree("p/1.json")
+        return lstat(path)
+
+    monkeypatch.setattr(localdisk, "os", SimpleNamespace(**{**vars(os), "lstat": late}))
+    assert list(local.modified()) == ["q/x"]
+    monkeypatch.undo()
+
+    def gone(path):
+        local.delete_tree("q")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", lambda path: gone(path) if str(path).endswith("/q") else scandir(path))
+    assert local.list() == []
 
 
 def test_a_missing_object_is_named_with_what_to_do(store):

@@ -219,6 +219,21 @@ def test_an_attempt_committed_while_verifying_is_not_collected(run, monkeypatch)
     assert store.read_array(open_json(manifest, key)["prefix"], "loss", open_json(manifest, key)["arrays"]["loss"]) > 0
 
 
+def test_what_a_manifest_of_the_first_listing_names_is_kept_though_the_second_one_misses_it(run, monkeypatch):
+    """The manifests are listed twice, and each listing counts."""
+    before = Store(str(run)).list()
+    listing = Store.list
+
+    def incomplete(self, prefix="", **options):
+        return [key for key in listing(self, prefix, **options) if not key.startswith("partials/")]
+
+    monkeypatch.setattr(Store, "list", incomplete)
+    report = laplace_dist.verify(str(run), collect_orphans_older_than=0)
+    monkeypatch.undo()
+    assert (report.orphans, report.collected) == ({}, [])
+    assert Store(str(run)).list() == before
+
+
 def test_nothing_is_collected_while_a_manifest_cannot_be_read(run):
     (run / "partials" / "000001.json").write_bytes(b"{")
     report = laplace_dist.verify(str(run), collect_orphans_older_than=0)
