@@ -170,7 +170,7 @@ class Cluster:
         """Join the cluster that `ray_address` means, or start a private one; does nothing when already connected.
 
         Raises:
-            SettingsError: No cluster answers at the address.
+            SettingsError: No cluster answers at the address, or one of other versions of Ray or Python.
         """
         if self._stack is not None:
             return
@@ -200,7 +200,7 @@ class Cluster:
             try:
                 if refusal is None:
                     ray.init(address, **common)
-            except (ConnectionError, ray.exceptions.RayError, ValueError) as error:
+            except (ConnectionError, ray.exceptions.RayError, ValueError, RuntimeError) as error:  # other versions, too
                 refusal = str(error)
             if refusal is not None:
                 raise SettingsError(

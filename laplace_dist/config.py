@@ -71,7 +71,7 @@ class Config(BaseModel):
     link_approx: Literal["probit", "mc", "bridge"] = Field("probit", description="approximation of the predictive")
     pred_type: Literal["glm", "nn"] = Field("glm", description="linearised, or by sampling networks")
     segment_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        None, description="seconds before a segment is redone"
+        None, description="seconds before a segment, or any other task, is given to another worker"
     )
     skip_tune: bool = Field(False, description="do not tune the prior precision")
     skip_evaluate: bool = Field(False, description="do not evaluate the predictive")

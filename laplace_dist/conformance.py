@@ -119,9 +119,11 @@ class StoreConformance:
         done = threading.Event()
 
         def write(_: int) -> set[bytes]:
-            for value in itertools.islice(itertools.cycle(values[::-1]), 12):
-                store.replace("CURRENT.json", value)
-            done.set()
+            try:
+                for value in itertools.islice(itertools.cycle(values[::-1]), 12):
+                    store.replace("CURRENT.json", value)
+            finally:
+                done.set()
             return set()
 
         def read(_: int) -> set[bytes]:

@@ -227,7 +227,8 @@ def batches(dataset: Any, start: int, stop: int, batch_size: int) -> Iterator[tu
 
 def _read_batch(dataset: Any, start: int, stop: int) -> Any:
     if isinstance(dataset, TensorDataset | ZarrSplit):
-        return dataset[start:stop]
+        with _naming(start, stop):
+            return dataset[start:stop]
     if hasattr(dataset, "__getitems__"):
         with _naming(start, stop):
             items = dataset.__getitems__(list(range(start, stop)))

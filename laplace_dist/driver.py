@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -12,7 +12,7 @@ from typing import Any
 from laplace_dist import checks, data, evaluate, posterior, reduce, resume, tune
 from laplace_dist.cluster import Cluster
 from laplace_dist.config import Config
-from laplace_dist.errors import MissingObjectError, SettingsError
+from laplace_dist.errors import ExampleError, MissingObjectError, SettingsError
 from laplace_dist.limit import Limit
 from laplace_dist.loop import Task, run_tasks
 from laplace_dist.plan import Plan, Segment, build_plan, default_segment_size, open_json, plan_segments
@@ -107,20 +107,33 @@ class Job:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.close()
-        self.cluster.close()
+        try:
+            if self._pool is not None:
+                self._pool.close()
+        finally:
+            self.cluster.close()
 
     def current_version(self) -> str:
         """Return the posterior version that a follow-on job works on.
 
+        The posterior's structure is the run's, whatever the settings say; the likelihood has to be given as it was for
+        the fit, since what the scores of the data mean depends on it.
+
         Raises:
-            SettingsError: The run has none yet, or cannot be written to.
+            SettingsError: The run has none yet, was fitted with another likelihood, or cannot be written to.
         """
         try:
             version = posterior.read_current(self.store)["version"]
         except MissingObjectError as error:
             raise SettingsError(f"--checkpoint: got {self.given.checkpoint!r}; {error}") from error
+        stored = self.plan.settings
+        likelihood = stored.get("likelihood")
+        if self.config.likelihood != likelihood:
+            raise SettingsError(
+                f"--likelihood: got {self.config.likelihood!r}, but the run at {self.store.url!r} was fitted with "
+                f"{likelihood!r}. Give --likelihood {likelihood}."
+            )
+        self.config = self.config.model_copy(update={"hessian_structure": stored.get("hessian_structure")})
         self.store.check_writable()
         return version
 
@@ -135,11 +148,13 @@ class Job:
         model = data.load_model(config)
         try:
             la = initialized(config, model, train)
-        except (ValueError, ImportError) as error:
+        except (ValueError, ImportError, ExampleError) as error:
             raise error if isinstance(error, SettingsError) else SettingsError(str(error)) from error
+        found = _fingerprint(train)
+        self.store.check_writable()  # before a cluster may be asked for its devices
         plan = build_plan(
             config.bits(device_type=self.cluster.device_type()),
-            data=data.fingerprint(train),
+            data=found,
             weights=weights_digest(model),
             model={"path": config.model, "args": config.model_args},
             spec=plain(la.sums_spec()),
@@ -158,7 +173,7 @@ class Job:
         left = resume.remaining(self.plan, done)
         progress = Progress("map", "segments", len(self.plan.segments), len(done))
         tasks = (_shard_task("worker:map_segment", "segment", segment, "segment") for segment in left)
-        self._run(tasks, progress, limit=self._limit())
+        self._run(tasks, progress)
 
     def reduce(self) -> str:
         """Sum the partials to a posterior version, if that is not done yet, and make it current."""
@@ -169,7 +184,8 @@ class Job:
                 Task("laplace_dist.reduce:reduce_group", {"version": version, "names": names}, f"sum of {names[0]}, …")
                 for names in groups
             )
-            receipts = self._run(tasks, Progress("reduce", "groups of factors", len(groups)), keep=True)
+            progress = Progress("reduce", "groups of factors", len(groups))
+            receipts = self._run(tasks, progress, keep=True, alike=False)
             reduce.commit_version(self.store, self.plan, version, receipts)
         try:
             current = posterior.read_current(self.store)
@@ -188,7 +204,7 @@ class Job:
         checks.check_predictive(config)
         grid = config.tuning == "gridsearch"
         validation = data.load_split(config, "val") if grid else None
-        chosen = tune.settings(config, data.fingerprint(validation) if grid else None)
+        chosen = tune.settings(config, _fingerprint(validation) if grid else None)
         key = tune.tuning_key(version, chosen)
         common = {"version": version, "key": key}
         if not self.store.exists(key):
@@ -197,10 +213,11 @@ class Job:
                 shards = _shards(len(validation), config.batch_size)
                 todo = [s for s in shards if not self.store.exists(tune.shard_key(key, s.id))]
                 tasks = (_shard_task("tune:score_shard", "validation shard", s, "shard", common) for s in todo)
-                self._run(tasks, Progress("tune", "shards", len(shards), len(shards) - len(todo)), limit=self._limit())
+                self._run(tasks, Progress("tune", "shards", len(shards), len(shards) - len(todo)))
                 last["shards"] = [asdict(shard) for shard in shards]
             target = f"laplace_dist.tune:{'merge_grid' if grid else 'tune_marglik'}"
-            receipts = self._run([Task(target, last, "tuning of the prior precision")], None, keep=True)
+            choice = Task(target, last, "tuning of the prior precision")
+            receipts = self._run([choice], Progress("tune", "results", 1), keep=True)
             for warning in receipts[0].get("warnings", []):
                 self.say(f"tune: warning: {warning}")
         posterior.write_current(self.store, version, key)
@@ -219,7 +236,7 @@ class Job:
         config = self.config
         checks.check_predictive(config)
         splits = {name: data.load_split(config, name) for name in ("test", *checks.ood(config))}
-        chosen = evaluate.settings(config, tuning, {name: data.fingerprint(split) for name, split in splits.items()})
+        chosen = evaluate.settings(config, tuning, {name: _fingerprint(split) for name, split in splits.items()})
         key = evaluate.evaluation_key(version, chosen)
         if not self.store.exists(key):
             shards = [(name, s) for name, split in splits.items() for s in _shards(len(split), config.batch_size)]
@@ -229,20 +246,25 @@ class Job:
                 _shard_task("evaluate:evaluate_shard", f"{name} shard", s, "shard", {**common, "split": name})
                 for name, s in todo
             )
-            self._run(tasks, Progress("evaluate", "shards", len(shards), len(shards) - len(todo)), limit=self._limit())
+            self._run(tasks, Progress("evaluate", "shards", len(shards), len(shards) - len(todo)))
             ids = {name: [s.id for other, s in shards if other == name] for name in splits}
             arguments = {"key": key, "chosen": chosen, "shards": ids}
-            self._run([Task("laplace_dist.evaluate:summarize", arguments, "summary of the scores")], None)
+            summary = Task("laplace_dist.evaluate:summarize", arguments, "summary of the scores")
+            self._run([summary], Progress("evaluate", "results", 1))
         metrics = open_json(self.store.read(key), key)["metrics"]
         self.store.replace(evaluate.METRICS, evaluate.metrics_json(version, tuning, metrics))
         return metrics
 
-    def _limit(self) -> Limit:
-        """Return how long a task over a range of examples may take."""
-        return Limit(self.config.segment_timeout)
+    def _run(self, tasks: Iterable[Task], progress: Progress, *, keep: bool = False, alike: bool = True) -> list[Any]:
+        """Carry out the tasks of a stage.
 
-    def _run(self, tasks: Any, progress: Progress | None, limit: Limit | None = None, keep: bool = False) -> list[Any]:
-        """Carry out tasks; returns the receipts if they are to be kept."""
+        Args:
+            tasks: Of the stage.
+            progress: Of the stage.
+            keep: Return the receipts.
+            alike: The tasks are of about one size, so that the time of those that finish says when one hangs; where they
+                are not, only a limit that the user gave holds.
+        """
         kept: list[Any] = []
         tasks = iter(tasks)
         first = next(tasks, None)
@@ -250,22 +272,34 @@ class Job:
             return kept
         if self._pool is None:
             self._pool = self.cluster.pool()
+        given = self.config.segment_timeout
 
         def on_done(_: Task, receipt: Mapping[str, Any]) -> None:
-            if progress is not None:
-                progress.done(receipt.get("examples", 0))
+            progress.done(receipt.get("examples", 0))
             if keep:
                 kept.append(receipt)
 
-        def tick() -> None:
-            if progress is not None:
-                progress.tick(self._pool.busy)
-
-        def say(text: str) -> None:
-            self.say(f"{progress.stage}: {text}" if progress is not None else text)
-
-        run_tasks(self._pool, chain([first], tasks), on_done, limit=limit, tick=tick, say=say)
+        run_tasks(
+            self._pool,
+            chain([first], tasks),
+            on_done,
+            limit=Limit(given if alike or given is not None else float("inf")),
+            tick=lambda: progress.tick(self._pool.busy),
+            say=lambda text: self.say(f"{progress.stage}: {text}"),
+        )
         return kept
+
+
+def _fingerprint(dataset: Any) -> dict[str, Any]:
+    """Return a split's fingerprint; an example that this process cannot read is refused as a setting is.
+
+    Raises:
+        SettingsError: Naming the example.
+    """
+    try:
+        return data.fingerprint(dataset)
+    except ExampleError as error:
+        raise SettingsError(str(error)) from error
 
 
 def _shards(n: int, batch_size: int) -> list[Segment]:
@@ -279,8 +313,12 @@ def _shard_task(target: str, noun: str, shard: Segment, argument: str, common: M
 
 
 def _absolute(config: Config) -> Config:
-    """Return the settings with relative paths made absolute."""
+    """Return the settings with relative paths, and those that begin with `~`, made absolute."""
     paths = {"checkpoint": config.checkpoint, "weights": config.weights}
     return config.model_copy(
-        update={name: os.path.abspath(path) for name, path in paths.items() if path and "://" not in path}
+        update={
+            name: os.path.abspath(os.path.expanduser(path))
+            for name, path in paths.items()
+            if path and "://" not in path
+        }
     )

@@ -60,6 +60,22 @@ def with_nan(split: str, at: int) -> TensorDataset:
     return TensorDataset(x, y)
 
 
+class _Unreadable(TensorDataset):
+    def __init__(self, *tensors: torch.Tensor, at: int) -> None:
+        super().__init__(*tensors)
+        self.at = at
+
+    def __getitem__(self, index):
+        if index == self.at or (isinstance(index, slice) and self.at in range(len(self))[index]):
+            raise OSError("the disk of this data set is gone")
+        return super().__getitem__(index)
+
+
+def unreadable(split: str, bad: str, at: int) -> TensorDataset:
+    """Return a split of which, if it is the bad one, one example cannot be read in any process."""
+    return _Unreadable(*tensors(split), at=at) if split == bad else blobs(split)
+
+
 def in_worker() -> bool:
     return os.path.basename(sys.argv[0]) == "default_worker.py"
 

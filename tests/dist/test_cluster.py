@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import socket
 
+import dist_cases
 import pytest
 
 from laplace_dist import cluster as module
-from laplace_dist.cluster import find_address
+from laplace_dist.cluster import Cluster, find_address
+from laplace_dist.errors import SettingsError
 
 
 @pytest.fixture
@@ -89,3 +91,17 @@ def test_without_a_token_a_running_cluster_is_joined_without(clean):
 def test_a_mode_that_the_user_has_chosen_is_left_alone(clean, monkeypatch, mode):
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     assert inside(local=True) == {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": None}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Version mismatch: Ray 1.0"), ConnectionError("refused")])
+def test_a_cluster_that_cannot_be_joined_is_refused_as_a_setting(clean, monkeypatch, listening, error):
+    """Ray raises a RuntimeError where the cluster has other versions of Ray or Python."""
+    import ray
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(module, "_connected", lambda: False)
+    with pytest.raises(SettingsError, match=f"--ray-address: cannot connect to '{listening}'.*{error}"):
+        Cluster(dist_cases.config(clean, ray_address=listening), say=lambda text: None).connect()

@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 
+import dist_cases
 import numpy as np
 import pytest
 import torch
@@ -375,6 +376,26 @@ def test_an_error_of_the_data_set_names_the_example(kind):
     assert 5 in caught.value.examples
     assert isinstance(caught.value.__cause__, KeyError)
     assert pickle.loads(pickle.dumps(caught.value)).examples == caught.value.examples
+
+
+def test_a_range_that_cannot_be_sliced_is_named(tmp_path):
+    """A chunk of the user's own Zarr data whose checksum is wrong; and a data set of tensors that raises."""
+    group = zarr.create_group(tmp_path / "data")
+    x = torch.arange(24.0).reshape(12, 2).numpy()
+    codec = {"compressors": zarr.codecs.Crc32cCodec()}
+    group.create_array("train/x", shape=x.shape, chunks=(4, 2), dtype=x.dtype, **codec)[:] = x
+    group.create_array("train/y", shape=(12,), chunks=(4,), dtype="int64")[:] = 0
+    chunk = tmp_path / "data" / "train" / "x" / "c" / "1" / "0"
+    content = bytearray(chunk.read_bytes())
+    content[3] ^= 1
+    chunk.write_bytes(content)
+    found = batches(ZarrSplit(str(tmp_path / "data"), "train"), 0, 12, 4)
+    assert next(found)[1].tolist() == x[:4].tolist()
+    with pytest.raises(ExampleError, match=r"examples 4 to 7 cannot be read \(.*checksum") as caught:
+        next(found)
+    assert caught.value.examples == [4, 5, 6, 7]
+    with pytest.raises(ExampleError, match=r"examples 4 to 7 cannot be read \(OSError"):
+        list(batches(dist_cases.unreadable("train", bad="train", at=6), 0, 12, 4))
 
 
 def test_examples_of_different_shapes_are_named():

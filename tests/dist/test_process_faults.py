@@ -9,10 +9,12 @@ import signal
 import dist_cases
 import fault_cases
 import pytest
+import zarr
 from fault_cases import fault
 
 import laplace_dist
 from laplace_dist import fit, limit, status
+from laplace_dist.driver import Job
 from laplace_dist.errors import RunFailed
 from laplace_dist.pool import why_it_died, why_it_failed
 from laplace_dist.store import Store
@@ -257,6 +259,31 @@ def test_an_example_that_cannot_be_read_costs_only_its_segment(cluster, undistur
     after = fault_cases.manifests(store)
     assert {key: after[key] for key in before} == before
     assert set(fault_cases.reads(folder) - first) == set(range(8, 16)), "only this segment was read again"
+    assert fault_cases.factors(store) == undisturbed["factors"]
+
+
+def test_a_chunk_of_the_data_that_is_damaged_costs_only_its_segment(cluster, undisturbed, tmp_path):
+    """Of a Zarr group, after the driver has read its sample; zarr's own checksum notices."""
+    group = zarr.create_group(tmp_path / "data")
+    for name, values in zip("xy", dist_cases.tensors("train"), strict=True):
+        chunks = (8, *values.shape[1:])
+        arguments = {"shape": values.shape, "chunks": chunks, "compressors": zarr.codecs.Crc32cCodec()}
+        group.create_array(f"train/{name}", dtype=values.numpy().dtype, **arguments)[:] = values.numpy()
+    chunk = tmp_path / "data" / "train" / "x" / "c" / "1" / "0" / "0" / "0"
+    good = chunk.read_bytes()
+    chosen = dist_cases.config(tmp_path / "run", num_workers=2, data=str(tmp_path / "data"))
+    with Job(chosen) as job:
+        job.open()
+        chunk.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+        message = r"segment 000001 .*failed 3 times.*ExampleError.*examples 8 to 11 cannot be read .*checksum"
+        with pytest.raises(RunFailed, match=message):
+            job.map()
+    store = Store(str(tmp_path / "run"))
+    before = fault_cases.manifests(store)
+    assert sorted(before) == [f"partials/{i:06d}.json" for i in (0, 2, 3, 4, 5)]
+    chunk.write_bytes(good)
+    fit(chosen)
+    assert before.items() <= fault_cases.manifests(store).items()
     assert fault_cases.factors(store) == undisturbed["factors"]
 
 

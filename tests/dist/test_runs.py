@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from laplace import Laplace
 from laplace.curvature import backend_class
-from laplace_dist import load_posterior, posterior, reduce, resume
+import laplace_dist
+from laplace_dist import cli, limit, load_posterior, posterior, reduce, resume
 from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError
 from laplace_dist.store import Store
 
@@ -194,6 +195,43 @@ def test_an_interrupted_evaluation_keeps_its_finished_shards(tmp_path):
     assert {name for name in kept if kept[name] != now[name]} == {"test-000001.json"}
 
 
+class Limits(dist_cases.InlinePool):
+    """Notes how long each kind of task might have taken at its end."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.seconds = {}
+
+    def wait(self, seconds, within):
+        events = super().wait(seconds, within)
+        self.seconds |= {event.task.target.partition(":")[2]: within.seconds for event in events}
+        return events
+
+
+@pytest.mark.parametrize("given", [None, 77.0])
+def test_a_time_out_that_the_user_gives_holds_for_every_task(tmp_path, given, monkeypatch, capsys):
+    """What is measured does not hold for the reduction, whose tasks differ in size, nor for what is one task alone."""
+    monkeypatch.setattr(limit, "ENOUGH", 2)
+    config = dist_cases.config(tmp_path, skip_tune=False, skip_evaluate=False, segment_timeout=given)
+    with dist_cases.inline_job(config) as job:
+        job._pool = pool = Limits(job.config)
+        job.open()
+        job.map()
+        version = job.reduce()
+        job.evaluate(version, job.tune(version))
+    several = limit.FLOOR_SECONDS if given is None else given
+    assert pool.seconds == {
+        "map_segment": several,
+        "reduce_group": math.inf if given is None else given,
+        "score_shard": several,
+        "merge_grid": given,
+        "evaluate_shard": several,
+        "summarize": given,
+    }
+    said = capsys.readouterr().out
+    assert "tune: 1/1 results" in said and "evaluate: 1/1 results" in said, "so that a line says when they hang"
+
+
 # ------------------------------------------------------------------ refusals
 
 
@@ -235,6 +273,75 @@ def test_follow_on_jobs_need_a_run(tmp_path):
 
     with pytest.raises(SettingsError, match="has no posterior yet"):
         driver.evaluate_posterior(dist_cases.config(tmp_path / "nothing"))
+
+
+def follow_on(config, work):
+    """Carry out a follow-on stage in this process, as its job does; returns what `work(job, version)` returns."""
+    with dist_cases.inline_job(config) as job:
+        return work(job, job.current_version())
+
+
+@pytest.mark.parametrize("job", ["tune", "evaluate"])
+def test_follow_on_jobs_refuse_another_likelihood_than_the_run_has(tmp_path, capsys, job):
+    """Without `--likelihood`, regression would be taken for classification."""
+    right = {"data": "dist_cases:regression_data", "likelihood": "regression"}
+    run(dist_cases.config(tmp_path / "run", **right))
+    before = Store(str(tmp_path / "run")).list()
+    flags = ["--model=dist_cases:convnet", "--data=dist_cases:regression_data", f"--checkpoint={tmp_path / 'run'}"]
+    assert cli.main(job, flags) == 2
+    said = capsys.readouterr().err
+    assert "--likelihood: got 'classification'" in said and "was fitted with 'regression'" in said
+    assert Store(str(tmp_path / "run")).list() == before
+    config = dist_cases.config(tmp_path / "run", **right)
+    key = follow_on(config, lambda job, version: job.tune(version))
+    assert posterior.read_tuning(Store(str(tmp_path / "run")), key)[0]["sigma_noise"] != 1.0
+
+
+def test_follow_on_jobs_take_the_structure_of_the_run(tmp_path):
+    """They are not asked for it, and a prior that fits it is not refused for the sake of the default."""
+    run(dist_cases.config(tmp_path, hessian_structure="diag"))
+    config = dist_cases.config(tmp_path, prior_structure="diag")
+    assert config.hessian_structure == "kron"
+    key = follow_on(config, lambda job, version: job.tune(version))
+    assert posterior.read_tuning(Store(str(tmp_path)), key)[1].numel() > 1
+
+
+def test_an_example_that_the_driver_cannot_read_is_refused_as_a_setting(tmp_path, capsys):
+    """It reads some of each split itself: the first, which shows the shapes, and a sample for the fingerprint."""
+    for number, (split, at) in enumerate((("train", 0), ("train", 43), ("val", 19), ("test", 0))):
+        flags = ["--model=dist_cases:convnet", "--data=dist_cases:unreadable", f"--checkpoint={tmp_path / 'run'}"]
+        flags += [f'--data-args={{"bad": "{split}", "at": {at}}}', "--batch-size=4", "--ray-address=127.0.0.1:1"]
+        if split == "train":
+            assert cli.main("fit", [*flags, "--gpus-per-worker=0"]) == 2
+            assert not (tmp_path / "run").exists()
+        else:
+            if number == 2:
+                run(dist_cases.config(tmp_path / "run"))
+            assert cli.main("tune" if split == "val" else "evaluate", flags) == 2
+        said = capsys.readouterr().err
+        assert f"--data: example {at} cannot be read (OSError: the disk of this data set is gone)" in said
+
+
+def test_the_cluster_is_left_even_if_the_workers_cannot_be_ended(tmp_path):
+    def fail():
+        raise ConnectionError("the cluster is gone")
+
+    job, left = dist_cases.inline_job(dist_cases.config(tmp_path)), []
+    job._pool.close, job.cluster.close = fail, lambda: left.append(True)
+    with pytest.raises(ConnectionError, match="the cluster is gone"), job:
+        pass
+    assert left == [True]
+
+
+def test_a_checkpoint_in_the_home_directory_may_be_written_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    torch.save(dist_cases.convnet().state_dict(), tmp_path / "weights.pt")
+    version, _ = run(dist_cases.config("~/runs/one", weights="~/weights.pt"))
+    assert (tmp_path / "runs" / "one" / "plan.json").exists() and not (tmp_path / "~").exists()
+    assert laplace_dist.status("~/runs/one")["complete"]
+    assert laplace_dist.verify("~/runs/one").versions == [version]
+    assert load_posterior("~/runs/one", dist_cases.convnet()).n_data == dist_cases.N
 
 
 def test_loading_refuses_another_model_and_names_what_is_missing(tmp_path):
