@@ -210,7 +210,10 @@ def wait_until_gone(pid: int, seconds: float = 60.0) -> None:
 
 
 def manifests(store: Store) -> dict[str, bytes]:
-    """Return the manifests of the committed segments; each holds an attempt id, so a second commit would differ."""
+    """Return the manifests of the committed segments.
+
+    They are created once, so they stay the same even if a segment is done again: `reads` says whether it was.
+    """
     return {key: store.read(key) for key in store.list("partials", recursive=False) if key.endswith(".json")}
 
 

@@ -17,6 +17,8 @@ from test_integrity import facts
 
 import laplace_dist
 from laplace_dist import fit, load_posterior, localdisk, resume, store
+from laplace_dist.cli import main
+from laplace_dist.cluster import Cluster
 from laplace_dist.driver import evaluate_posterior, tune_posterior
 from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.store import Store
@@ -94,6 +96,7 @@ def test_a_disk_that_fills_up_at_any_stage_stops_the_run_and_nothing_is_half_com
     assert kinds >= {
         f"{folder} manifest" for folder in ("partials", "posteriors", "tuning", "evaluation", "CURRENT.json")
     }
+    seen = set()
     for at in range(1, len(disk.writes) + 1):
         url = tmp_path / str(at) / "run"
         with monkeypatch.context() as patch:
@@ -104,11 +107,14 @@ def test_a_disk_that_fills_up_at_any_stage_stops_the_run_and_nothing_is_half_com
         if (url / "plan.json").exists():
             assert laplace_dist.verify(str(url)).problems == [], disk.writes[at - 1]
         assert not list(url.rglob(".tmp-*"))
-        before = {path: path.read_bytes() for path in url.glob("partials/*.json")}
-        attempt(url)
+        before = {path.stem for path in url.glob("partials/*.json")}
+        _, pool = attempt(url)
+        again = {receipt["segment"] for receipt in pool.of("map_segment")}
+        assert again == {f"{i:06d}" for i in range(2)} - before, "what was committed is not done again"
+        seen.add(len(before))
         assert facts(url) == expected, disk.writes[at - 1]
-        assert all(path.read_bytes() == data for path, data in before.items()), "a finished segment was done again"
         shutil.rmtree(url)
+    assert seen == {0, 1, 2}
 
 
 def tune_again(url):
@@ -122,6 +128,10 @@ def open_folder():
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         yield Path(folder)
+
+
+def asked(*_):
+    raise AssertionError("a cluster was asked for")
 
 
 @contextmanager
@@ -145,7 +155,7 @@ def reader_only(folder):
             path.chmod(mode)
 
 
-def test_a_run_whose_directory_may_only_be_read_is_read_and_jobs_say_why_they_stop(open_folder):
+def test_a_run_whose_directory_may_only_be_read_is_read_and_jobs_say_why_they_stop(open_folder, monkeypatch, capsys):
     """By the permissions of the file system, before any cluster is asked for."""
     url = open_folder / "run"
     attempt(url)
@@ -156,15 +166,21 @@ def test_a_run_whose_directory_may_only_be_read_is_read_and_jobs_say_why_they_st
         assert laplace_dist.verify(str(url)).ok
         assert laplace_dist.status(str(url))["complete"]
         load_posterior(str(url), dist_cases.convnet())
-        chosen = {**SMALL, "ray_address": "127.0.0.1:1"}
+        monkeypatch.setattr(Cluster, "connect", asked)
+        chosen = {**SMALL, "ray_address": "127.0.0.1:1", "gpus_per_worker": None}
+        message = r"--checkpoint '.*': cannot write .*Permission denied.*may write to"
         for call in (
             lambda: fit(dist_cases.config(url, **chosen)),
             lambda: fit(dist_cases.config(open_folder / "new", **chosen)),
             lambda: tune_again(url),
-            lambda: evaluate_posterior(dist_cases.config(url, **chosen)),
+            lambda: evaluate_posterior(dist_cases.config(url, **chosen, seed=1)),
         ):
-            with pytest.raises(SettingsError, match=r"--checkpoint '.*': cannot write .*Permission denied.*may write to"):
+            with pytest.raises(SettingsError, match=message):
                 call()
+        flags = ["--model=dist_cases:convnet", "--data=dist_cases:blobs", "--seed=1", "--ray-address=127.0.0.1:1"]
+        for job in ("fit", "tune", "evaluate"):
+            assert main(job, [*flags, f"--checkpoint={url}"]) == 2
+            assert re.search(message, capsys.readouterr().err)
     assert {path: path.read_bytes() for path in url.rglob("*") if path.is_file()} == kept
     assert list(open_folder.iterdir()) == [url]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from node_cluster import NodeCluster
 from ray.job_submission import JobStatus, JobSubmissionClient
+from s3server import free_ports
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from laplace_dist.posterior import read_current
@@ -31,11 +31,6 @@ def factor_digests(url):
     version = read_current(store)["version"]
     factors = read_version(store, read_plan(store), version)["factors"]
     return {name: place["entry"]["sha256"] for name, place in factors.items()}
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 @retry(stop=stop_after_delay(90), wait=wait_fixed(1), retry=retry_if_exception_type((ConnectionError, RuntimeError)))
@@ -56,7 +51,7 @@ def plain_environment():
 def head(plain_environment):
     """Start a head node as `ray start --head` does, on loopback, and return the address of its jobs."""
     folder = tempfile.mkdtemp(prefix="ld-head-")  # short: sockets lie in it
-    port, dashboard, agent = free_port(), free_port(), free_port()
+    port, dashboard, agent = free_ports(3)
     flags = [f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}"]
     flags += [f"--dashboard-agent-listen-port={agent}"]  # which takes the jobs; Ray's own number may be in use
     flags += ["--node-ip-address=127.0.0.1", "--num-cpus=2", "--object-store-memory=80000000", "--disable-usage-stats"]
@@ -79,8 +74,8 @@ def head(plain_environment):
 @pytest.fixture
 def nodes(plain_environment):
     """Start a head without a CPU and two nodes with one each, and return the address of its jobs."""
-    port = free_port()
-    with NodeCluster(2, plain_environment, port, free_port()):
+    port, agent = free_ports(2)
+    with NodeCluster(2, plain_environment, port, agent):
         wait_for_agent(f"http://127.0.0.1:{port}")
         yield f"http://127.0.0.1:{port}"
 

@@ -7,6 +7,7 @@ import json
 import logging
 
 import dist_cases
+import fault_cases
 import pytest
 import tenacity
 from botocore import exceptions as boto
@@ -88,7 +89,7 @@ def test_a_run_survives_outages_at_every_stage(server, undisturbed, monkeypatch,
     assert_no_secret(server, {"log": caplog.text})
 
 
-def test_ray_workers_survive_an_outage_of_ten_seconds(server, cluster, monkeypatch):
+def test_ray_workers_survive_an_outage_of_ten_seconds(server, cluster, monkeypatch, tmp_path):
     """It begins after the second of eleven segments, while the workers are busy with the next ones."""
     url, done = server.url(), Progress.done
 
@@ -104,11 +105,12 @@ def test_ray_workers_survive_an_outage_of_ten_seconds(server, cluster, monkeypat
     before = {}
     monkeypatch.setattr(Progress, "done", then_kill)
     changes = {"segment_size": 4, "subset_of_weights": "last_layer"}
-    fit(dist_cases.config(url, storage_options=server.options, num_workers=2, **changes))
+    fit(fault_cases.config(url, tmp_path, storage_options=server.options, num_workers=2, **changes))
     server.wait_for_restart()
     assert 2 <= len(before) < 11
     store = Store(url, server.options)
-    assert {key: store.read(key) for key in before} == before, "a finished segment was done again"
+    assert {key: store.read(key) for key in before} == before
+    assert fault_cases.reads(tmp_path) == {index: 1 for index in range(1, 44)}, "no segment was done again"
     assert_exactly_once(store)
     local = str(server.folder / "local")
     dist_cases.run_inline(dist_cases.config(local, **changes))
