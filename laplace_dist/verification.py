@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -10,6 +11,7 @@ from datetime import datetime
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 
 from laplace.curvature.sums import sum_in_order
@@ -108,6 +110,10 @@ class _Check:
             self.report.problems.append((key, f"{key} is altered: it has not the fields of its kind ({error!r})"))
         return None
 
+    def missing(self, key: str, keys: Collection[str]) -> bool:
+        """Say whether an object is neither among those listed first nor there now, as a job beside this may write it."""
+        return key not in keys and not self.store.exists(key)
+
     def run(self, plan: Plan, keys: list[str]) -> None:
         store = self.store
         weights = resume.WEIGHTS
@@ -140,11 +146,11 @@ class _Check:
                 found[segment.id] = manifest
                 self.groups(manifest["prefix"], manifest["arrays"])
         self.report.segments, self.report.committed = len(planned), len(found)
-        self.sums = {name: self.factor(plan, found, name) for name in (partials.LOSS, *plan.spec["factors"])}
+        self.sums = {name: self.sum_digest(plan, found, name) for name in (partials.LOSS, *plan.spec["factors"])}
         return found
 
-    def factor(self, plan: Plan, manifests: Mapping[str, Any], name: str) -> torch.Tensor | None:
-        """Read one factor of every partial; return the sum of them in plan order if the plan is covered and all are good.
+    def sum_digest(self, plan: Plan, manifests: Mapping[str, Any], name: str) -> bytes | None:
+        """Read one factor of every partial; return the digest of their sum in plan order if all are there and good.
 
         Memory is two copies of the factor, as in the reduction.
         """
@@ -168,7 +174,8 @@ class _Check:
         if first is None:
             return None
         total = sum_in_order(chain([first], values))
-        return total if len(self.report.problems) == before and len(manifests) == len(plan.segments) else None
+        whole = len(self.report.problems) == before and len(manifests) == len(plan.segments)
+        return _digest(total.numpy()) if whole else None
 
     def version(self, plan: Plan, key: str, manifests: Mapping[str, Any]) -> None:
         """Check a posterior version: manifest, arrays, and its sums where they can be formed."""
@@ -183,7 +190,7 @@ class _Check:
             self.groups(place["prefix"], [name])
             value = self.attempt(array, lambda n=name, p=place: self.store.read_array(p["prefix"], n, p["entry"]))
             total = self.sums[name] if current else None
-            if value is not None and total is not None and value.tobytes() != total.numpy().tobytes():
+            if value is not None and total is not None and _digest(value) != total:
                 text = f"{array} is not the sum of the committed partials. Delete {key} and run the fit job again."
                 self.report.problems.append((array, text))
         if len(self.report.problems) == before:
@@ -197,7 +204,7 @@ class _Check:
         if "scores" in manifest:
             self.attempt(key, lambda: tune.read_shard(self.store, key))
         for shard in _shards(key, manifest):
-            if shard not in keys:
+            if self.missing(shard, keys):
                 text = f"{shard} is missing, and {key} was made of it. Restore it from a copy, or delete {key} and run"
                 self.report.problems.append((shard, f"{text} its job again."))
         if "arrays" not in manifest:
@@ -223,7 +230,7 @@ class _Check:
                     f"{key} is missing, though the run has a posterior. Run the fit job again: it recomputes that segment.",
                 )
                 for key in missing
-                if key not in keys
+                if self.missing(key, keys)
             ]
         if resume.CURRENT in keys:
             current = self.attempt(resume.CURRENT, lambda: read_current(self.store))
@@ -231,13 +238,15 @@ class _Check:
             problems += [
                 (key, f"{key} is missing, and {resume.CURRENT} names it. Run the fit job again.")
                 for key in named
-                if key is not None and key not in keys
+                if key is not None and self.missing(key, keys)
             ]
             if current is not None and len(manifests) == len(plan.segments):
                 wanted = reduce.version_name(plan, manifests.values())
                 if wanted != current["version"]:
                     text = f"it names version {current['version']}, but the committed partials make {wanted}"
                     problems.append((resume.CURRENT, f"{resume.CURRENT}: {text}. Run the fit job again."))
+        elif self.store.exists(resume.CURRENT):
+            pass  # a job that runs beside this has just written it
         elif any(key.startswith(("tuning/", "evaluation/")) for key in keys):
             text = (
                 f"{resume.CURRENT} is missing, though its posterior was used. Run the fit job again: it writes it anew."
@@ -249,7 +258,7 @@ class _Check:
             )
             self.report.notes.append((resume.CURRENT, text))
         if evaluate.METRICS in keys:
-            self.attempt(evaluate.METRICS, lambda: self.metrics(keys))
+            self.attempt(evaluate.METRICS, self.metrics)
         elif any(re.fullmatch(r"evaluation/[^/]+\.json", key) for key in keys):
             text = f"{evaluate.METRICS} is missing: the evaluation is committed and not yet shown. Run its job again."
             self.report.notes.append((evaluate.METRICS, text))
@@ -262,13 +271,13 @@ class _Check:
                 text = f"{key} is missing: its shards are committed and not yet merged. Run its job again."
                 self.report.notes.append((key, text))
 
-    def metrics(self, keys: list[str]) -> None:
+    def metrics(self) -> None:
         """Check that `evaluation/metrics.json`, which carries no digest, repeats a sealed evaluation."""
         shown = json.loads(self.store.read(evaluate.METRICS))
         version = shown.pop("version")
         tuning = shown.pop("tuning")
         pattern = re.compile(rf"evaluation/{re.escape(str(version))}-[^/]+\.json")
-        for key in filter(pattern.fullmatch, keys):
+        for key in filter(pattern.fullmatch, self.store.list("evaluation", recursive=False)):
             sealed = self.attempt(key, lambda k=key: open_json(self.store.read(k), k))
             if sealed and sealed["metrics"] == shown and sealed["settings"]["tuning"] == tuning:
                 return
@@ -292,6 +301,11 @@ class _Check:
             if age >= older_than:
                 self.store.delete_tree(place)
                 self.report.collected.append(place)
+
+
+def _digest(value: np.ndarray) -> bytes:
+    """Return the sha256 of an array's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(value)).digest()
 
 
 def _shards(key: str, manifest: Mapping[str, Any]) -> list[str]:

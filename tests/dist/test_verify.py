@@ -17,7 +17,9 @@ import laplace_dist
 from laplace_dist import posterior
 from laplace_dist.cli import verify_main
 from laplace_dist.errors import SettingsError
+from laplace_dist.evaluate import METRICS
 from laplace_dist.plan import open_json, seal_json
+from laplace_dist.resume import CURRENT
 from laplace_dist.store import Store
 from laplace_dist.weights import dump_weights
 
@@ -25,13 +27,14 @@ ROOT = Path(__file__).resolve().parents[2]
 # Deleting these is the state before a step that the same command takes again, or costs nothing.
 REPEATABLE = ("config.yaml", "CURRENT.json", "evaluation/metrics.json")
 
+SETTINGS = {"skip_tune": False, "skip_evaluate": False, "ood": ["other"], "segment_size": 24, "batch_size": 8}
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """Return the directory of a finished run with everything that a run can have; not to be changed."""
     url = tmp_path_factory.mktemp("finished") / "run"
-    config = dist_cases.config(url, skip_tune=False, skip_evaluate=False, ood=["other"], segment_size=24, batch_size=8)
-    dist_cases.run_inline(config)
+    dist_cases.run_inline(dist_cases.config(url, **SETTINGS))
     return url
 
 
@@ -217,6 +220,48 @@ def test_an_attempt_committed_while_verifying_is_not_collected(run, monkeypatch)
     report = laplace_dist.verify(str(run), collect_orphans_older_than=0)
     assert report.collected == []
     assert store.read_array(open_json(manifest, key)["prefix"], "loss", open_json(manifest, key)["arrays"]["loss"]) > 0
+
+
+def test_a_job_that_finishes_while_verifying_raises_no_alarm(finished, tmp_path, monkeypatch):
+    """Its posterior version, tuning, evaluation and pointers come after the listing, or the listing met half of them."""
+    whole = Store(str(finished))
+    late = [key for key in whole.list() if key.split("/")[0] in ("posteriors", "tuning", "evaluation", "CURRENT.json")]
+    shards = [key for key in late if key.count("/") == 2 and key.endswith(".json")]
+    modified = Store.modified
+    for number, unlisted in enumerate((late, [k for k in late if k not in (CURRENT, METRICS)], [CURRENT], shards)):
+        run = Path(shutil.copytree(finished, tmp_path / str(number)))
+        for key in unlisted:
+            (run / key).unlink()
+
+        def then_finish(self, run=run):
+            times = modified(self)
+            for path in finished.rglob("*"):
+                if path.is_file() and not (run / path.relative_to(finished)).exists():
+                    (run / path.relative_to(finished)).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(path, run / path.relative_to(finished))
+            return times
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "modified", then_finish)
+            report = laplace_dist.verify(str(run))
+        assert (report.problems, report.orphans) == ([], {}), unlisted
+        assert laplace_dist.verify(str(run)).versions
+
+
+def test_an_evaluation_that_ends_while_verifying_is_no_alteration(run, monkeypatch):
+    """Other metrics are shown by the time they are read, and what they repeat was not listed."""
+    modified, config = Store.modified, dist_cases.config(run, **{**SETTINGS, "seed": 7})
+
+    def then_evaluate(self):
+        times = modified(self)
+        with dist_cases.inline_job(config) as job:
+            job.evaluate(job.current_version(), None)
+        return times
+
+    before = Store(str(run)).read(METRICS)
+    monkeypatch.setattr(Store, "modified", then_evaluate)
+    assert laplace_dist.verify(str(run)).problems == []
+    assert Store(str(run)).read(METRICS) != before
 
 
 def test_what_a_manifest_of_the_first_listing_names_is_kept_though_the_second_one_misses_it(run, monkeypatch):
