@@ -6,14 +6,18 @@ this is in the library. A fault fires once per folder, whichever process is firs
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from threading import Event
@@ -207,6 +211,14 @@ def wait_until_gone(pid: int, seconds: float = 60.0) -> None:
             return
         time.sleep(0.01)
     raise AssertionError(f"process {pid} still lives after {seconds} s")
+
+
+@contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Do something while no other process of this machine does the same."""
+    with open(Path(tempfile.gettempdir()) / f"laplace-dist-tests-{name}.lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # let go when it is closed
+        yield
 
 
 def manifests(store: Store) -> dict[str, bytes]:

@@ -16,6 +16,7 @@ import laplace_dist
 from laplace_dist import fit, limit, status
 from laplace_dist.driver import Job
 from laplace_dist.errors import RunFailed
+from laplace_dist.plan import default_segment_size, plan_segments
 from laplace_dist.pool import why_it_died, why_it_failed
 from laplace_dist.store import Store
 
@@ -93,6 +94,13 @@ def test_a_worker_killed_in_reduction_tuning_or_evaluation_changes_nothing(clust
     store = Store(str(tmp_path / "run"))
     assert fault_cases.outcome(store) == undisturbed
     assert set(fault_cases.reads(folder).values()) == {1}
+    assert set(fault_cases.reads(folder, "other").values()) == {1}
+    shards = plan_segments(20, default_segment_size(20, 4), 4)
+    for split, planted in (("val", faults[1]), ("test", faults[2])):
+        key = fault_cases.fired(folder, planted)["key"]
+        [again] = [range(s.start, s.stop) for s in shards if key.endswith(f"{s.id}.json")]
+        times = {index: 2 if index in again else 1 for index in range(1, 20)}
+        assert fault_cases.reads(folder, split) == times, f"of {split}, the shard of {key} alone is done again"
 
 
 # ------------------------------------------------------------------ the driver dies
@@ -176,15 +184,17 @@ def test_a_worker_that_hangs_is_found_by_the_measured_time_out(
     monkeypatch.setattr(limit, "TIMES", 1)
     others = ray.remote(num_cpus=3)(object).remote()
     planted = fault("worker", "write_arrays", "partials/000004/.*", act="stop")
-    fit(fault_cases.config(tmp_path / "run", folder, [planted], num_workers=1))
-    ray.kill(others)
+    try:
+        fit(fault_cases.config(tmp_path / "run", folder, [planted], num_workers=1))
+    finally:
+        ray.kill(others)
     pid = fault_cases.fired(folder, planted)["pid"]
     fault_cases.wait_until_gone(pid)  # it was ended, and its CPU was given to another worker
     assert fault_cases.factors(Store(str(tmp_path / "run"))) == undisturbed["factors"]
     assert fault_cases.reads(folder) == {index: 2 if 32 <= index < 40 else 1 for index in range(1, 44)}
     said = capsys.readouterr().out
-    why = "it took longer than 6 s, 1 times the slowest so far and at least 6 s; --segment-timeout sets another"
-    assert f"segment 000004 (examples 32 to 39): its worker seems to hang: {why}" in said
+    why = r"it took longer than \d+ s, 1 times the slowest so far and at least 6 s; --segment-timeout sets another"
+    assert re.search(rf"segment 000004 \(examples 32 to 39\): its worker seems to hang: {why}", said)
 
 
 # ------------------------------------------------------------------ memory
@@ -207,19 +217,21 @@ def test_a_worker_that_ray_ends_for_its_memory_is_replaced_and_says_what_to_lowe
     """Ray's own monitor ends it, since its limit lies 3 GB above what the machine uses now; the worker takes 6 GB."""
     from ray._private.utils import get_system_memory, get_used_memory
 
-    share = (get_used_memory() + 3 * 2**30) / get_system_memory()
-    watched = {"RAY_memory_usage_threshold": f"{share:.4f}", "RAY_memory_monitor_refresh_ms": "100"}
     planted = fault("worker", "write_arrays", "partials/000002/.*", act="eat")
     chosen = fault_cases.config(tmp_path / "run", folder, [planted], num_workers=1, ray_address="local")
-    process = fault_cases.start_job(tmp_path / "job.json", {**environment, **watched}, chosen=chosen)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    fault_cases.wait_until_gone(fault_cases.fired(folder, planted)["pid"])
-    [line] = [line for line in out.splitlines() if "segment 000002" in line]
-    assert "its node ran low on memory" in line and "it is done again" in line
-    assert all(f"--{name}" in line for name in ("num-workers", "batch-size", "hessian-structure", "fresh"))
+    with fault_cases.alone("memory"):
+        share = (get_used_memory() + 3 * 2**30) / get_system_memory()
+        watched = {"RAY_memory_usage_threshold": f"{share:.4f}", "RAY_memory_monitor_refresh_ms": "100"}
+        process = fault_cases.start_job(tmp_path / "job.json", {**environment, **watched}, chosen=chosen)
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        fault_cases.wait_until_gone(fault_cases.fired(folder, planted)["pid"])
+    lines = [line for line in out.splitlines() if "segment 000002" in line and "its node ran low on memory" in line]
+    assert lines and "it is done again" in lines[0]
+    assert all(f"--{name}" in lines[0] for name in ("num-workers", "batch-size", "hessian-structure", "fresh"))
     assert fault_cases.factors(Store(str(tmp_path / "run"))) == undisturbed["factors"]
-    assert fault_cases.reads(folder) == {index: 2 if 16 <= index < 24 else 1 for index in range(1, 44)}
+    times = fault_cases.reads(folder)  # others may be read twice, where something else takes memory meanwhile
+    assert set(times) == set(range(1, 44)) and all(times[index] >= 2 for index in range(16, 24))
 
 
 @pytest.mark.parametrize(
@@ -297,7 +309,7 @@ def test_a_clock_that_jumps_back_at_every_commit_changes_nothing(cluster, undist
     process = fault_cases.start_job(tmp_path / "job.json", environment, chosen=chosen)
     out, err = process.communicate()
     assert process.returncode == 0, err
-    assert re.search(r"^map: 6/6 segments, \d{1,4} examples/s, 00:00:\d\d$", out, re.MULTILINE), "no time is negative"
+    assert re.search(r"^map: 6/6 segments, \d+ examples/s, 00:\d\d:\d\d$", out, re.MULTILINE), "no time is negative"
     assert len(list(folder.glob("fired-worker*partials*"))) == 6
     assert list(folder.glob("fired-driver*posteriors*"))
     assert fault_cases.outcome(Store(str(tmp_path / "run"))) == undisturbed
