@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-import threading
 import uuid
 import zipfile
 from itertools import pairwise
@@ -166,24 +165,6 @@ def test_a_relative_directory_is_a_url_like_any_other(tmp_path, monkeypatch):
     Store("./runs/x/").create("k", b"v")
     assert Store(f"file://{tmp_path}/runs/x").read("k") == b"v"
     assert sorted(os.listdir(tmp_path / "runs" / "x")) == ["k"]
-
-
-def test_one_of_many_concurrent_creators_wins(local):
-    start, won = threading.Barrier(8), []
-
-    def race(number):
-        start.wait()
-        won.append((local.create("m.json", b"%d" % number), b"%d" % number))
-
-    threads = [threading.Thread(target=race, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    winners = [data for created, data in won if created]
-    assert len(won) == 8
-    assert winners == [local.read("m.json")]
-    assert local.list() == ["m.json"]
 
 
 def test_a_commit_is_flushed_before_it_is_linked_and_its_directory_after(local, monkeypatch):
