@@ -2,8 +2,8 @@
 #   make fit     the whole job on the bundled demo, with Ray workers on this machine
 #   make test    the test suite
 PYTHON ?= python3
-# Processes of the test suite: half of its time is spent waiting for clusters to start and for time-outs to pass.
-WORKERS ?= 2
+# Processes of the test suite: more than two cores, since most of its time is waiting for clusters to start and time-outs to pass.
+WORKERS ?= 3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml cluster/constraints.txt
@@ -16,7 +16,7 @@ fit: $(VENV)/.installed
 	$(BIN)/python jobs/fit_kron.py
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
