@@ -5,6 +5,7 @@ All are :math:`\sum_n J_n^\top \left(\sum_k v_{nk} v_{nk}^\top\right) J_n` with 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,33 @@ from laplace.curvature.noise import fresh_seed
 from laplace.utils.enums import Likelihood
 
 
-class GGNInterface(CurvatureInterface):
+class _Directional(CurvatureInterface):
+    r"""Curvature :math:`\sum_n \sum_k J_n^\top v_{nk} v_{nk}^\top J_n` along the ``directions`` :math:`v` of a subclass."""
+
+    def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Dense curvature of one batch ``(parameters, parameters)``, from dense Jacobians."""
+        loss, rows = self._rows(x, y)
+        return loss, sum(r.T @ r for r in rows)
+
+    def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Its diagonal ``(parameters,)``."""
+        loss, rows = self._rows(x, y)
+        return loss, sum(r.square().sum(0) for r in rows)
+
+    def curvature_product(self, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
+        """Summed loss of one batch, and its curvature times ``vectors`` ``(parameters, k)``."""
+        return lowrank.gauss_newton_product(self, x, y, vectors, offset)
+
+    def _rows(self, x: Any, y: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
+        """Summed loss, and for every direction the rows ``(batch, parameters)``."""
+        js, f = self.jacobians(x)
+        lik.check_targets(self.likelihood, f, y, self._offset)
+        loss = lik.loss_sum(self.likelihood, f, y)
+        directions, js = self.directions(f.to(js.dtype), y, self._offset), js.flatten(1, -2)
+        return loss, (torch.bmm(v.reshape(len(f), 1, -1), js)[:, 0] for v in directions)
+
+
+class GGNInterface(_Directional):
     """Generalised Gauss-Newton from dense Jacobians, or its Monte-Carlo Fisher estimate.
 
     Args:
@@ -61,20 +88,8 @@ class GGNInterface(CurvatureInterface):
         seed = fresh_seed() if self.seed is None else self.seed
         return lik.sampled_gradients(self.likelihood, f, self.num_samples, seed, offset)
 
-    def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Dense GGN of one batch."""
-        return _full_from_jacobians(self, x, y)
 
-    def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Diagonal of the dense GGN of one batch."""
-        return _diag_from_jacobians(self, x, y)
-
-    def curvature_product(self, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
-        """Summed loss of one batch, and its GGN times ``vectors`` ``(parameters, k)``."""
-        return lowrank.gauss_newton_product(self, x, y, vectors, offset)
-
-
-class EFInterface(CurvatureInterface):
+class EFInterface(_Directional):
     r"""Empirical Fisher :math:`\sum_n \nabla\ell_n \nabla\ell_n^\top` at the data's own labels.
 
     The gradients are those at unit noise and temperature; posteriors scale their sum by :math:`1/(\sigma^2 T)` as they scale
@@ -84,34 +99,3 @@ class EFInterface(CurvatureInterface):
     def directions(self, f: Tensor, y: Tensor, offset: int = 0):
         """The one gradient per example."""
         return iter([lik.gradient(self.likelihood, f, y)])
-
-    def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Dense empirical Fisher of one batch."""
-        return _full_from_jacobians(self, x, y)
-
-    def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Diagonal of the dense empirical Fisher of one batch."""
-        return _diag_from_jacobians(self, x, y)
-
-    def curvature_product(self, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
-        """Summed loss of one batch, and its empirical Fisher times ``vectors`` ``(parameters, k)``."""
-        return lowrank.gauss_newton_product(self, x, y, vectors, offset)
-
-
-def _rows(backend: GGNInterface | EFInterface, x: Any, y: Tensor):
-    js, f = backend.jacobians(x)
-    lik.check_targets(backend.likelihood, f, y, backend._offset)
-    loss = lik.loss_sum(backend.likelihood, f, y)
-    flat = js.flatten(1, -2)
-    directions = backend.directions(f.to(js.dtype), y, backend._offset)
-    return loss, (torch.bmm(v.reshape(len(f), 1, -1), flat)[:, 0] for v in directions)
-
-
-def _full_from_jacobians(backend: GGNInterface | EFInterface, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
-    loss, rows = _rows(backend, x, y)
-    return loss, sum(r.T @ r for r in rows)
-
-
-def _diag_from_jacobians(backend: GGNInterface | EFInterface, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
-    loss, rows = _rows(backend, x, y)
-    return loss, sum(r.square().sum(0) for r in rows)
