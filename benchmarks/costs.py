@@ -1,6 +1,6 @@
 """What checkpointing costs: commits beside the map phase, the start of a resume, reading 10,000 manifests.
 
-    python benchmarks/costs.py [commit] [resume] [manifests]
+    python benchmarks/costs.py [commit] [resume] [manifests] [ahead]
 
 One process, one thread. `resume` needs no Ray: it measures what the driver does before it submits the first task of the
 reduction. The S3 server is that of the tests (SeaweedFS), on loopback, so that its two processes share the cores.
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -121,6 +122,29 @@ def resuming(places: dict[str, tuple[str, dict]]) -> None:
         )
 
 
+def reading_ahead(places: dict[str, tuple[str, dict]], arrays: int = 200, latency: float = 0.03) -> None:
+    """Print how long small arrays take from an object store whose every answer is late, one at a time and read ahead."""
+    url, options = places["S3"]
+    store = Store(f"{url}/ahead", options)
+    entries = store.write_arrays("group", {f"a{i}": np.ones((64, 64), np.float32) for i in range(arrays)})
+    wanted = [("group", name, entry) for name, entry in entries.items()]
+    answer = store._fs.cat_file
+
+    def late(path: str) -> bytes:
+        time.sleep(latency)
+        return answer(path)
+
+    store._fs.cat_file = late
+    alone, _ = timed(lambda: [store.read_array(*one) for one in wanted])
+    ahead, _ = timed(lambda: [read() for read in store.read_arrays(wanted)])
+    del store._fs.cat_file
+    print(
+        f"ahead, S3: {arrays} arrays of 16 kB at {1000 * latency:.0f} ms per request: {alone:.1f} s one at a time, "
+        f"{ahead:.1f} s read ahead",
+        flush=True,
+    )
+
+
 def ten_thousand(places: dict[str, tuple[str, dict]]) -> None:
     """Print how long it takes to list 10,000 manifests and to verify every one of them against the plan."""
     factors = {f"layer{i}.weight/{side}": {"shape": [64, 64], "symmetric": True} for i in range(5) for side in "AB"}
@@ -168,7 +192,7 @@ def manifest(plan: Plan, segment: Segment) -> bytes:
 def main() -> None:
     """Print the figures that were asked for, or all of them."""
     torch.set_num_threads(1)
-    measures = {"commit": commit, "resume": resuming, "manifests": ten_thousand}
+    measures = {"commit": commit, "resume": resuming, "manifests": ten_thousand, "ahead": reading_ahead}
     with tempfile.TemporaryDirectory() as folder:
         server = S3Server(Path(folder)).start()
         try:

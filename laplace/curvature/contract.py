@@ -215,18 +215,6 @@ def output_directions(f: Tensor) -> Iterator[Tensor]:
         yield v.reshape(f.shape)
 
 
-def jacobians(capture, blocks: tuple[Block, ...]) -> Tensor:
-    """Dense Jacobians ``(batch, outputs, parameters)``; for public functions that return them, and small subsets.
-
-    Raises:
-        NotEnoughMemoryError: If they and one copy are larger than the free memory.
-    """
-    require_jacobians(
-        len(capture.f), capture.f[0].numel(), sum(b.size for b in blocks), capture.dtype, capture.f.device
-    )
-    return torch.cat(list(jacobian_chunks(capture, blocks)))
-
-
 def jacobian_chunks(capture, blocks: tuple[Block, ...]) -> Iterator[Tensor]:
     """Dense Jacobians ``(examples, outputs, parameters)`` of a few examples at a time, in order."""
     directions = list(output_directions(capture.f))
