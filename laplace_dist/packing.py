@@ -68,7 +68,7 @@ def pack(matrix: np.ndarray, start: int, stop: int) -> np.ndarray:
     for top in range(first, min(size, _row(max(stop - 1, 0)) + 1), _BLOCK):
         end = min(top + _BLOCK, size)
         lower = matrix[top:end, :end]
-        mean = np.ascontiguousarray(matrix[:end, top:end].T)
+        mean = np.array(matrix[:end, top:end].T, order="C", copy=True)  # may be a view otherwise: 1 x 1, Fortran order
         mean -= lower
         assert np.abs(mean).max() <= 1e-2 * np.abs(lower).max(), "a factor declared symmetric is not"
         mean *= 0.5

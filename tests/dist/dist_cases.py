@@ -47,6 +47,32 @@ def regression_data(split: str) -> TensorDataset:
     return TensorDataset(x, torch.stack([x.sum((1, 2, 3)), x.std((1, 2, 3)), x[:, 0, 0, 0]], dim=1))
 
 
+TINY = {
+    "one parameter": lambda: nn.Sequential(nn.Linear(1, 1, bias=False)),
+    "one input, one output": lambda: nn.Sequential(nn.Linear(1, 1)),
+    "one output": lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)),
+    "one unit": lambda: nn.Sequential(nn.Linear(3, 1), nn.Tanh(), nn.Linear(1, 2)),
+    "one input": lambda: nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 2)),
+    "one channel": lambda: nn.Sequential(nn.Conv1d(1, 1, 1), nn.Tanh(), nn.Flatten(), nn.Linear(3, 1)),
+}
+
+
+def tiny(name: str) -> nn.Module:
+    """Return a network in which some factor is 1 x 1."""
+    torch.manual_seed(2)
+    return TINY[name]().double().eval()
+
+
+def tiny_data(split: str, name: str) -> TensorDataset:
+    """Return a regression set that fits `tiny(name)`."""
+    generator = torch.Generator().manual_seed(3)
+    width = {"one parameter": (1,), "one input, one output": (1,), "one input": (1,), "one channel": (1, 3)}
+    x = torch.randn(30, *width.get(name, (3,)), generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        y = tiny(name)(x)
+    return TensorDataset(x, y + 0.1 * torch.randn(y.shape, generator=generator, dtype=torch.float64))
+
+
 def train_only(split: str) -> TensorDataset:
     if split != "train":
         raise ValueError(f"there is no split {split!r}")

@@ -72,6 +72,34 @@ def test_the_posterior_equals_a_fit_in_one_process(tmp_path, structure, subset, 
     assert distance(ours.log_marginal_likelihood(), alone.log_marginal_likelihood()) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("name", dist_cases.TINY)
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+@pytest.mark.parametrize("structure", ["full", "kron", "diag"])
+def test_factors_of_one_entry_are_summed_as_any_other(tmp_path, structure, subset, name):
+    """A single output, input, unit or parameter makes 1 x 1 factors."""
+    config = dist_cases.config(
+        tmp_path,
+        model="dist_cases:tiny",
+        model_args={"name": name},
+        data="dist_cases:tiny_data",
+        data_args={"name": name},
+        likelihood="regression",
+        hessian_structure=structure,
+        subset_of_weights=subset,
+    )
+    run(config)
+    ours = load_posterior(str(tmp_path), dist_cases.tiny(name))
+    alone = Laplace(
+        dist_cases.tiny(name), "regression", subset_of_weights=subset, hessian_structure=structure
+    )
+    alone.fit(DataLoader(dist_cases.tiny_data("train", name), batch_size=4))
+    for factor, value in ours.sums.to_tensors().items():
+        assert value.abs().max() > 0 and distance(value, alone.sums.to_tensors()[factor]) < 1e-10, factor
+    x = dist_cases.tiny_data("test", name).tensors[0]
+    assert distance(ours(x)[1], alone(x)[1]) < 1e-10
+    assert distance(ours.log_marginal_likelihood(), alone.log_marginal_likelihood()) < 1e-10
+
+
 def test_every_backend_gives_the_same_posterior(tmp_path):
     found = {}
     for backend in ("native", "curvlinops", "asdl"):
