@@ -25,12 +25,16 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests" / "dist"), str(HERE)
 from map_phase import BATCH  # noqa: E402
 from s3server import S3Server  # noqa: E402
 
-from laplace_dist import partials, reduce, resume  # noqa: E402
-from laplace_dist.config import Config  # noqa: E402
-from laplace_dist.driver import Job  # noqa: E402
-from laplace_dist.plan import Plan, Segment, build_plan, seal_json  # noqa: E402
-from laplace_dist.store import Store  # noqa: E402
-from laplace_dist.worker import Context, map_segment  # noqa: E402
+from laplace_dist.config.settings import Config  # noqa: E402
+from laplace_dist.job import Job  # noqa: E402
+from laplace_dist.plan.plan import Plan, build_plan  # noqa: E402
+from laplace_dist.plan.segments import Segment  # noqa: E402
+from laplace_dist.run import attempts, layout, lifecycle, partials, versions  # noqa: E402
+from laplace_dist.run.checkpoint import Checkpoint  # noqa: E402
+from laplace_dist.stages import reduce  # noqa: E402
+from laplace_dist.stages.context import Context  # noqa: E402
+from laplace_dist.stages.map import map_segment  # noqa: E402
+from laplace_dist.storage.sealed_json import seal_json  # noqa: E402
 
 SEGMENTS, MANIFESTS = 500, 10_000
 
@@ -101,14 +105,14 @@ def resuming(places: dict[str, tuple[str, dict]]) -> None:
                 context.la.accumulate(sums, x, y, offset=offset)
             for segment in plan.segments:
                 tensors = {name: tensor + segment.start for name, tensor in sums.to_tensors().items()}
-                partials.commit_partial(job.store, plan, segment, tensors, 4, partials.new_attempt())
+                partials.commit_partial(job.store, plan, segment, tensors, 4, attempts.new_attempt())
 
         def until_the_first_task() -> str:
             with Job(config, say=lambda text: None) as job:  # noqa: B023
                 job.open()
-                assert not resume.remaining(job.plan, resume.committed(job.store, job.plan, arrays=False))
-                version = reduce.version_of(job.store, job.plan)
-                assert not job.store.exists(reduce.version_key(version))
+                assert not lifecycle.remaining(job.plan, lifecycle.committed(job.store, job.plan, arrays=False))
+                version = versions.version_of(job.store, job.plan)
+                assert not job.store.exists(layout.version_key(version))
                 return version
 
         seconds, version = timed(until_the_first_task)
@@ -125,7 +129,7 @@ def resuming(places: dict[str, tuple[str, dict]]) -> None:
 def reading_ahead(places: dict[str, tuple[str, dict]], arrays: int = 200, latency: float = 0.03) -> None:
     """Print how long small arrays take from an object store whose every answer is late, one at a time and read ahead."""
     url, options = places["S3"]
-    store = Store(f"{url}/ahead", options)
+    store = Checkpoint(f"{url}/ahead", options)
     entries = store.write_arrays("group", {f"a{i}": np.ones((64, 64), np.float32) for i in range(arrays)})
     wanted = [("group", name, entry) for name, entry in entries.items()]
     answer = store._fs.cat_file
@@ -152,16 +156,16 @@ def ten_thousand(places: dict[str, tuple[str, dict]]) -> None:
     model = {"path": "m:f", "args": {}}
     plan = build_plan(settings, data=data, weights="0" * 64, model=model, spec={"factors": factors, "dtype": "float32"})
     for where, (url, options) in places.items():
-        store = Store(f"{url}/manifests", options)
-        store.create(resume.PLAN, plan.to_json())
-        contents = {partials.manifest_key(segment.id): manifest(plan, segment) for segment in plan.segments}
+        store = Checkpoint(f"{url}/manifests", options)
+        store.create(layout.PLAN, seal_json(plan.to_values()))
+        contents = {layout.partial_key(segment.id): manifest(plan, segment) for segment in plan.segments}
         if store.is_local:
             for key, content in contents.items():
                 store._put(key, content)
         else:
             store._fs.fs.pipe({f"{store._root}/{key}": content for key, content in contents.items()})
         size = sum(map(len, contents.values())) / len(contents)
-        seconds, found = timed(lambda: resume.committed(store, plan))  # noqa: B023
+        seconds, found = timed(lambda: lifecycle.committed(store, plan))  # noqa: B023
         assert len(found) == MANIFESTS
         print(f"manifests, {where}: {MANIFESTS} of {size:.0f} bytes listed and verified in {seconds:.1f} s", flush=True)
 
@@ -170,7 +174,7 @@ def manifest(plan: Plan, segment: Segment) -> bytes:
     """Return a manifest as a commit writes it."""
     entry = {"sha256": "0" * 64, "shape": [64, 64], "dtype": "float32", "packed": True, "metadata_sha256": "0" * 64}
     loss = {**entry, "shape": [], "dtype": "float64", "packed": False}
-    attempt = partials.new_attempt()
+    attempt = attempts.new_attempt()
     return seal_json(
         {
             "format_version": plan.format_version,
@@ -183,7 +187,7 @@ def manifest(plan: Plan, segment: Segment) -> bytes:
             "prefix": f"partials/{segment.id}/{attempt}",
             "arrays": {
                 **{name: {**entry, "stored_bytes": 9000} for name in plan.spec["factors"]},
-                partials.LOSS: {**loss, "stored_bytes": 600},
+                layout.LOSS: {**loss, "stored_bytes": 600},
             },
         }
     )

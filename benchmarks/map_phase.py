@@ -61,8 +61,8 @@ def bare_fit(n: int) -> float:
 
 def map_phase(n: int, workers: int) -> float:
     """Seconds from the first task of the map phase to the last commit, with Ray already running."""
-    from laplace_dist.config import Config
-    from laplace_dist.driver import Job
+    from laplace_dist.config.settings import Config
+    from laplace_dist.job import Job
 
     with tempfile.TemporaryDirectory() as folder:
         config = Config(

@@ -55,8 +55,8 @@ def network(width: int) -> nn.Module:
 
 def one(role: str, width: int, segments: int) -> None:
     """Carry out one row in this process and print its peak memory in MB."""
-    from laplace_dist.config import Config
-    from laplace_dist.driver import Job, fit
+    from laplace_dist.config.settings import Config
+    from laplace_dist.job import Job, fit
 
     with tempfile.TemporaryDirectory() as folder:
         config = Config(
@@ -75,14 +75,14 @@ def one(role: str, width: int, segments: int) -> None:
         if role == "driver":
             fit(config)
         else:
-            from laplace_dist.worker import Worker
+            from laplace_dist.execution.worker import Worker
 
             with Job(config) as job:
                 job.open()
                 worker = Worker(job.config, [], ".", False)
                 worker.start()
                 for segment in job.plan.segments[:4]:
-                    worker.run("laplace_dist.worker:map_segment", {"segment": asdict(segment)})
+                    worker.run("laplace_dist.stages.map:map_segment", {"segment": asdict(segment)})
     print(f"PEAK {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.1f}")
 
 

@@ -279,9 +279,9 @@ class Soak:
 
     def remember(self, url: str) -> None:
         """Keep the manifests of what is committed by now, and compare with what was."""
-        from laplace_dist.store import Store
+        from laplace_dist.run.checkpoint import Checkpoint
 
-        store = Store(url, self.server.options)
+        store = Checkpoint(url, self.server.options)
         keys = [key for key in store.list("partials", recursive=False) if key.endswith(".json")]
         now = dict(store.read_many(keys))
         for key, data in self.seen.items():
@@ -293,11 +293,11 @@ class Soak:
     def result(self, url: str) -> dict[str, str]:
         """Verify every object of a run and return the version and the digest of every factor."""
         from laplace_dist import verify
-        from laplace_dist.store import Store
+        from laplace_dist.run.checkpoint import Checkpoint
 
         if self.seen:
             self.remember(url)
-        store = Store(url, self.server.options)
+        store = Checkpoint(url, self.server.options)
         checked = verify(url, self.server.options)
         self.report.problems += [f"{key}: {text}" for key, text in checked.problems]
         if checked.committed != self.segments:
@@ -312,10 +312,10 @@ class Soak:
 
 def digests(store: Any) -> dict[str, str]:
     """Return the name of a run's current version and the sha256 of every factor in it."""
-    from laplace_dist import reduce, resume
+    from laplace_dist.run import layout, lifecycle, versions
 
-    version = json.loads(store.read(resume.CURRENT))["version"]
-    factors = reduce.read_version(store, resume.read_plan(store), version)["factors"]
+    version = json.loads(store.read(layout.CURRENT))["version"]
+    factors = versions.read_version(store, lifecycle.read_plan(store), version)["factors"]
     return {"version": version, **{name: place["entry"]["sha256"] for name, place in factors.items()}}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["__version__", "fit", "load_posterior", "status", "verify"]
 
-_LAZY = {"fit": "driver", "load_posterior": "posterior", "status": "resume", "verify": "verification"}
+_LAZY = {"fit": "job", "load_posterior": "run.posterior", "status": "run.lifecycle", "verify": "run.verify"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from laplace_dist import resume
-from laplace_dist.config import Config, load_config
-from laplace_dist.driver import Result, evaluate_posterior, fit, tune_posterior
+from laplace_dist.config.command_line import load_config
+from laplace_dist.config.settings import Config
 from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError
-from laplace_dist.progress import show_result
-from laplace_dist.verification import Report, verify
-from laplace_dist.worker import open_store
+from laplace_dist.job import Result, evaluate_posterior, fit, tune_posterior
+from laplace_dist.report.metrics import show_result
+from laplace_dist.run import layout, lifecycle
+from laplace_dist.run.checkpoint import open_store
+from laplace_dist.run.verify import Report, verify
 
 JOBS = {"fit": fit, "tune": tune_posterior, "evaluate": evaluate_posterior}
 
@@ -103,7 +104,7 @@ def _given(argv: Sequence[str], flag: str) -> bool:
 def _settings_of_run(config: Config) -> dict[str, Any]:
     """Return the settings that a run keeps under its checkpoint, by field name."""
     try:
-        values = resume.read_config(open_store(config))
+        values = lifecycle.read_config(open_store(config))
     except MissingObjectError as error:
         raise SettingsError(
             f"--checkpoint: got {config.checkpoint!r}, where there is no run; expected one that a fit job has started"
@@ -129,7 +130,7 @@ def _loading(config: Config, result: Result) -> str:
         "from laplace_dist import load_posterior\n"
         "from safetensors.torch import load_file\n"
         f"model = {attribute}({arguments})\n"
-        f"model.load_state_dict(load_file({result.checkpoint + '/' + resume.WEIGHTS!r}))\n"
+        f"model.load_state_dict(load_file({result.checkpoint + '/' + layout.WEIGHTS!r}))\n"
         f"la = load_posterior({result.checkpoint!r}, model.eval())"
     )
 

@@ -175,7 +175,13 @@ def test_the_clash_is_said_by_the_import_itself(tmp_path):
     assert "Warning" not in python("import laplace._clash", ROOT).stderr
 
 
-LEFT = ["laplace.tuning", "laplace.errors", "laplace.curvature.sums", "laplace.transforms", "laplace_dist.worker"]
+LEFT = [
+    "laplace.tuning",
+    "laplace.errors",
+    "laplace.curvature.sums",
+    "laplace.transforms",
+    "laplace_dist.execution.worker",
+]
 
 
 def test_laplace_torch_installed_later_is_found_by_what_it_leaves(tmp_path):

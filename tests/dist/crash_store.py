@@ -7,9 +7,17 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from laplace_dist import partials, posterior, reduce, resume
-from laplace_dist.plan import Plan, build_plan
-from laplace_dist.store import Store
+from laplace_dist.run import attempts
+from laplace_dist.run import partials
+from laplace_dist.run import pointer
+from laplace_dist.run import layout
+from laplace_dist.run import versions
+from laplace_dist.stages import reduce
+from laplace_dist.run import layout
+from laplace_dist.run import lifecycle
+from laplace_dist.plan.plan import Plan
+from laplace_dist.plan.plan import build_plan
+from laplace_dist.run.checkpoint import Checkpoint
 
 SPEC = {
     "structure": "kron",
@@ -23,7 +31,7 @@ class Crash(BaseException):
     """The process is gone: nothing catches this."""
 
 
-class CrashingStore(Store):
+class CrashingStore(Checkpoint):
     """Raises `Crash` at the `at`-th operation and at every later one, as a dead process does nothing more.
 
     Args:
@@ -65,8 +73,8 @@ class CrashingStore(Store):
 
     def delete_tree(self, prefix):
         def half():
-            for key in Store.list(self, prefix)[::2]:
-                Store.delete_tree(self, key)
+            for key in Checkpoint.list(self, prefix)[::2]:
+                Checkpoint.delete_tree(self, key)
 
         return self._do("delete", prefix, lambda: super(CrashingStore, self).delete_tree(prefix), half)
 
@@ -95,47 +103,47 @@ def sums_of(segment) -> dict[str, torch.Tensor]:
     return {"w/A": x.T @ x, "b": torch.randn(2, generator=generator), "loss": loss}
 
 
-def start(store: Store, plan: Plan) -> None:
-    resume.open_run(store, plan, weights=lambda: WEIGHTS, config_yaml="seed: 0\n")
+def start(store: Checkpoint, plan: Plan) -> None:
+    lifecycle.open_run(store, plan, weights=lambda: WEIGHTS, config_yaml="seed: 0\n")
 
 
-def work(store: Store, plan: Plan, segment) -> partials.Receipt:
-    return partials.commit_partial(store, plan, segment, sums_of(segment), 4, partials.new_attempt())
+def work(store: Checkpoint, plan: Plan, segment) -> partials.Receipt:
+    return partials.commit_partial(store, plan, segment, sums_of(segment), 4, attempts.new_attempt())
 
 
-def finish(store: Store, plan: Plan) -> str:
+def finish(store: Checkpoint, plan: Plan) -> str:
     """Reduce and promote as the driver does; returns the version."""
-    version = reduce.version_of(store, plan)
-    if not store.exists(reduce.version_key(version)):
+    version = versions.version_of(store, plan)
+    if not store.exists(layout.version_key(version)):
         context = SimpleNamespace(store=store, plan=plan)
         receipts = [reduce.reduce_group(context, version, names) for names in reduce.groups(plan.spec)]
-        reduce.commit_version(store, plan, version, receipts)
-    if not store.exists(resume.CURRENT) or posterior.read_current(store)["version"] != version:
-        posterior.write_current(store, version, None)
+        versions.commit_version(store, plan, version, receipts)
+    if not store.exists(layout.CURRENT) or pointer.read_current(store)["version"] != version:
+        pointer.write_current(store, version, None)
     return version
 
 
-def whole_run(store: Store, plan: Plan) -> str:
+def whole_run(store: Checkpoint, plan: Plan) -> str:
     """Start or continue a run and bring it to its end."""
     start(store, plan)
-    for segment in resume.remaining(plan, resume.committed(store, plan)):
+    for segment in lifecycle.remaining(plan, lifecycle.committed(store, plan)):
         work(store, plan, segment)
     return finish(store, plan)
 
 
-def state(store: Store, plan: Plan) -> dict:
+def state(store: Checkpoint, plan: Plan) -> dict:
     """Read all that a reader can: each committed segment's numbers, and the current version's; whole or an error."""
-    if not store.exists(resume.PLAN):
+    if not store.exists(layout.PLAN):
         return {}
-    assert resume.read_plan(store) == plan
+    assert lifecycle.read_plan(store) == plan
     found: dict = {}
-    for id_, manifest in resume.committed(store, plan).items():
+    for id_, manifest in lifecycle.committed(store, plan).items():
         found[id_] = {n: partials.read_factor(store, manifest, n).tobytes() for n in manifest["arrays"]}
-    if store.exists(resume.WEIGHTS):
-        found["weights"] = {"": store.read(resume.WEIGHTS)}
-    if store.exists(resume.CURRENT):
-        version = posterior.read_current(store)["version"]
-        factors = reduce.read_version(store, plan, version)["factors"]
+    if store.exists(layout.WEIGHTS):
+        found["weights"] = {"": store.read(layout.WEIGHTS)}
+    if store.exists(layout.CURRENT):
+        version = pointer.read_current(store)["version"]
+        factors = versions.read_version(store, plan, version)["factors"]
         found["current"] = {
             "version": version.encode(),
             **{n: store.read_array(p["prefix"], n, p["entry"]).tobytes() for n, p in factors.items()},

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from laplace_dist.config import Config
-from laplace_dist.driver import Job
-from laplace_dist.loop import Event
-from laplace_dist.worker import Worker
+from laplace_dist.config.settings import Config
+from laplace_dist.job import Job
+from laplace_dist.execution.tasks import Event
+from laplace_dist.execution.worker import Worker
 
 N = 44
 

@@ -27,12 +27,13 @@ import dist_cases
 import torch
 
 import laplace_dist
-from laplace_dist import reduce, resume
-from laplace_dist.progress import Progress
-from laplace_dist.store import Store
+from laplace_dist.run import versions
+from laplace_dist.run import lifecycle
+from laplace_dist.report.progress import Progress
+from laplace_dist.run.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-_METHODS = {"create": Store, "replace": Store, "write_arrays": Store, "_put": Store, "done": Progress}
+_METHODS = {"create": Checkpoint, "replace": Checkpoint, "write_arrays": Checkpoint, "_put": Checkpoint, "done": Progress}
 _installed = False
 
 
@@ -61,7 +62,7 @@ def fault(where: str, method: str, key: str, when: str = "before", act: str = "k
 
     Args:
         where: `worker` or `driver`.
-        method: Of `Store`, or `done` of `Progress`, whose key is `<stage>/<count before the call>`.
+        method: Of `Checkpoint`, or `done` of `Progress`, whose key is `<stage>/<count before the call>`.
         key: Regular expression for its first argument.
         when: `before` or `after` the method's effect, or in the `middle` of `_put`, with half of the bytes written.
         act: A function below.
@@ -221,7 +222,7 @@ def alone(name: str) -> Iterator[None]:
         yield
 
 
-def manifests(store: Store) -> dict[str, bytes]:
+def manifests(store: Checkpoint) -> dict[str, bytes]:
     """Return the manifests of the committed segments.
 
     They are created once, so they stay the same even if a segment is done again: `reads` says whether it was.
@@ -229,15 +230,15 @@ def manifests(store: Store) -> dict[str, bytes]:
     return {key: store.read(key) for key in store.list("partials", recursive=False) if key.endswith(".json")}
 
 
-def factors(store: Store) -> tuple[str, dict[str, bytes]]:
+def factors(store: Checkpoint) -> tuple[str, dict[str, bytes]]:
     """Return the current version and the decoded bytes of its factors."""
-    plan = resume.read_plan(store)
+    plan = lifecycle.read_plan(store)
     version = json.loads(store.read("CURRENT.json"))["version"]
-    places = reduce.read_version(store, plan, version)["factors"]
+    places = versions.read_version(store, plan, version)["factors"]
     return version, {n: store.read_array(place["prefix"], n, place["entry"]).tobytes() for n, place in places.items()}
 
 
-def outcome(store: Store) -> dict[str, Any]:
+def outcome(store: Checkpoint) -> dict[str, Any]:
     """Return all that a run's user gets: the factors, the tuned prior and the metrics."""
     current = json.loads(store.read("CURRENT.json"))
     tuned = json.loads(store.read(current["tuning"])) if current["tuning"] else None
@@ -248,7 +249,7 @@ def outcome(store: Store) -> dict[str, Any]:
     return {"factors": factors(store), "tuned": tuned, "metrics": metrics}
 
 
-def orphans(store: Store) -> set[str]:
+def orphans(store: Checkpoint) -> set[str]:
     """Return the segments and versions with attempts that nothing names, after asserting that the rest is whole."""
     report = laplace_dist.verify(store.url, store._options)
     assert report.problems == []

@@ -10,7 +10,7 @@ import dist_cases
 from torch import nn
 
 from laplace_dist.errors import StorageError
-from laplace_dist.store import Store
+from laplace_dist.run.checkpoint import Checkpoint
 
 # Few requests, yet every kind of object: two segments, three shards each of validation and test data.
 SMALL = {
@@ -56,14 +56,14 @@ class Outages:
 
     Args:
         server: The server.
-        points: `(method of Store, pattern of the key, seconds)`; each happens once, in any order.
+        points: `(method of Checkpoint, pattern of the key, seconds)`; each happens once, in any order.
     """
 
     def __init__(self, monkeypatch, server, points):
         self.fired = []
         self._server, self._points, self._lock = server, list(points), threading.Lock()
         for method in {method for method, _, _ in points}:
-            monkeypatch.setattr(Store, method, self._watched(method, getattr(Store, method)))
+            monkeypatch.setattr(Checkpoint, method, self._watched(method, getattr(Checkpoint, method)))
 
     def _watched(self, method, call):
         def watched(store, key, *arguments):

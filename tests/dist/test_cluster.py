@@ -8,8 +8,9 @@ import socket
 import dist_cases
 import pytest
 
-from laplace_dist import cluster as module
-from laplace_dist.cluster import Cluster, find_address
+from laplace_dist.execution import ray_cluster
+from laplace_dist.execution.ray_cluster import Cluster
+from laplace_dist.execution.ray_cluster import find_address
 from laplace_dist.errors import SettingsError
 
 
@@ -27,8 +28,8 @@ def clean(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.setattr(module, "_process_token", None)
-    monkeypatch.setattr(module, "_reread_authentication", lambda: None)
+    monkeypatch.setattr(ray_cluster, "_process_token", None)
+    monkeypatch.setattr(ray_cluster, "_reread_authentication", lambda: None)
     return tmp_path
 
 
@@ -63,7 +64,7 @@ def test_a_note_of_a_cluster_that_is_gone_is_ignored(clean):
 
 
 def inside(local):
-    with module._authentication(local):
+    with ray_cluster._authentication(local):
         return {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
 
 
@@ -102,6 +103,6 @@ def test_a_cluster_that_cannot_be_joined_is_refused_as_a_setting(clean, monkeypa
         raise error
 
     monkeypatch.setattr(ray, "init", refuse)
-    monkeypatch.setattr(module, "_connected", lambda: False)
+    monkeypatch.setattr(ray_cluster, "_connected", lambda: False)
     with pytest.raises(SettingsError, match=f"--ray-address: cannot connect to '{listening}'.*{error}"):
         Cluster(dist_cases.config(clean, ray_address=listening), say=lambda text: None).connect()

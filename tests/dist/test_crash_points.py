@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import laplace_dist
-from laplace_dist import partials, resume
-from laplace_dist.store import Store
+from laplace_dist.run import attempts
+from laplace_dist.run import partials
+from laplace_dist.run import layout
+from laplace_dist.run import lifecycle
+from laplace_dist.run.checkpoint import Checkpoint
 
 PLAN = make_plan()
 
@@ -25,18 +28,18 @@ def undisturbed(tmp_path_factory):
     """Return the operations of a run to which nothing happens, and the state that it ends in."""
     store = CrashingStore(str(tmp_path_factory.mktemp("undisturbed") / "run"))
     whole_run(store, PLAN)
-    return store.operations, state(Store(store.url), PLAN)
+    return store.operations, state(Checkpoint(store.url), PLAN)
 
 
 def damage(url):
     """Return the problems that a verification finds, apart from the weights, which are a stand-in here."""
-    problems = laplace_dist.verify(url).problems if Store(url).exists(resume.PLAN) else []
-    return [text for key, text in problems if key != resume.WEIGHTS]
+    problems = laplace_dist.verify(url).problems if Checkpoint(url).exists(layout.PLAN) else []
+    return [text for key, text in problems if key != layout.WEIGHTS]
 
 
 def committed(url):
     """Return the ids of the segments that have a manifest."""
-    keys = Store(url).list("partials", recursive=False)
+    keys = Checkpoint(url).list("partials", recursive=False)
     return {key.split("/")[1].removesuffix(".json") for key in keys if key.endswith(".json")}
 
 
@@ -70,7 +73,7 @@ def test_a_crash_at_any_operation_leaves_the_last_committed_state(undisturbed, t
         url = str(tmp_path / f"{at}")
         with pytest.raises(Crash):
             whole_run(CrashingStore(url, at, when), PLAN)
-        seen = state(Store(url), PLAN)
+        seen = state(Checkpoint(url), PLAN)
         assert all(end[name] == value for name, value in seen.items()), operations[at - 1]
         assert damage(url) == [], operations[at - 1]
         if at % 7 == 0:
@@ -79,7 +82,7 @@ def test_a_crash_at_any_operation_leaves_the_last_committed_state(undisturbed, t
         before = committed(url)
         again = CrashingStore(url)
         whole_run(again, PLAN)
-        assert state(Store(url), PLAN) == end, operations[at - 1]
+        assert state(Checkpoint(url), PLAN) == end, operations[at - 1]
         assert worked_on(again.operations) == {segment.id for segment in PLAN.segments} - before, operations[at - 1]
         shutil.rmtree(url)
 
@@ -89,18 +92,18 @@ def test_a_crash_while_a_run_is_deleted_leaves_a_run_that_can_go_on(undisturbed,
     """Deleting goes from what refers to what is referred to, so that nothing refers to what is gone."""
     _, end = undisturbed
     finished = tmp_path / "finished"
-    whole_run(Store(str(finished)), PLAN)
+    whole_run(Checkpoint(str(finished)), PLAN)
     probe = CrashingStore(str(shutil.copytree(finished, tmp_path / "probe")))
-    resume.clear(probe)
+    lifecycle.clear(probe)
     assert len(probe.operations) > 10
     for at in range(1, len(probe.operations) + 1):
         url = str(shutil.copytree(finished, tmp_path / f"{at}"))
         with pytest.raises(Crash):
-            resume.clear(CrashingStore(url, at, when))
-        seen = state(Store(url), PLAN)
+            lifecycle.clear(CrashingStore(url, at, when))
+        seen = state(Checkpoint(url), PLAN)
         assert all(end[name] == value for name, value in seen.items()), probe.operations[at - 1]
-        whole_run(Store(url), PLAN)
-        assert state(Store(url), PLAN) == end, probe.operations[at - 1]
+        whole_run(Checkpoint(url), PLAN)
+        assert state(Checkpoint(url), PLAN) == end, probe.operations[at - 1]
         shutil.rmtree(url)
 
 
@@ -116,7 +119,7 @@ class Interleavings(RuleBasedStateMachine):
     @initialize()
     def begin(self):
         self.url = f"{self.folder}/{uuid.uuid4().hex}"
-        self.store, self.committed, self.started = Store(self.url), {}, False
+        self.store, self.committed, self.started = Checkpoint(self.url), {}, False
 
     def doing(self, at, when, call):
         """Do something with a store that dies at its `at`-th operation; returns whether it survived."""
@@ -144,12 +147,12 @@ class Interleavings(RuleBasedStateMachine):
         """The second attempt commits between the first one's arrays and its manifest."""
         url = self.url
 
-        class Late(Store):
+        class Late(Checkpoint):
             def create(self, key, data):
-                work(Store(url), PLAN, second)
+                work(Checkpoint(url), PLAN, second)
                 return super().create(key, data)
 
-        receipt = partials.commit_partial(Late(url), PLAN, first, sums_of(first), 4, partials.new_attempt())
+        receipt = partials.commit_partial(Late(url), PLAN, first, sums_of(first), 4, attempts.new_attempt())
         assert receipt.attempt == partials.read_manifest(self.store, PLAN, first)["attempt"]
         assert not (receipt.won and first == second)
 

@@ -15,17 +15,17 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from laplace_dist.config import Config
-from laplace_dist.data import (
-    ZarrSplit,
-    batches,
-    fingerprint,
-    load_callable,
-    load_model,
-    load_split,
-)
+from laplace_dist.config.settings import Config
+from laplace_dist.data.sources import ZarrSplit
+from laplace_dist.data.loader import batches
+from laplace_dist.plan.identity import fingerprint
+from laplace_dist.data.import_path import load_callable
+from laplace_dist.run.weights import load_model
+from laplace_dist.data.sources import load_split
 from laplace_dist.errors import ExampleError, SettingsError
-from laplace_dist.weights import dump_weights, load_weights, weights_digest
+from laplace_dist.run.weights import dump_weights
+from laplace_dist.run.weights import load_weights
+from laplace_dist.run.weights import weights_digest
 
 MODULE = """
 import torch

@@ -16,10 +16,10 @@ import pytest
 
 from laplace_dist import fit, status
 from laplace_dist.errors import RunFailed, SettingsError
-from laplace_dist.partials import read_manifest
-from laplace_dist.reduce import read_version
-from laplace_dist.resume import read_plan
-from laplace_dist.store import Store
+from laplace_dist.run.partials import read_manifest
+from laplace_dist.run.versions import read_version
+from laplace_dist.run.lifecycle import read_plan
+from laplace_dist.run.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SEGMENTS = [f"{i:06d}" for i in range(6)]  # of the 44 examples in segments of 8
@@ -27,7 +27,7 @@ SEGMENTS = [f"{i:06d}" for i in range(6)]  # of the 44 examples in segments of 8
 
 def factor_bytes(url):
     """Return the decoded bytes of every factor of the current posterior."""
-    store = Store(str(url))
+    store = Checkpoint(str(url))
     plan = read_plan(store)
     version = json.loads(store.read("CURRENT.json"))["version"]
     factors = read_version(store, plan, version)["factors"]
@@ -36,7 +36,7 @@ def factor_bytes(url):
 
 def attempts(url):
     """Return the committed attempt of every segment, with the identity and the time of its manifest's file."""
-    store = Store(str(url))
+    store = Checkpoint(str(url))
     plan = read_plan(store)
     found = {}
     for segment in plan.segments:

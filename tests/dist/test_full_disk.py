@@ -16,12 +16,16 @@ from storage_cases import SMALL, recorded_run
 from test_integrity import facts
 
 import laplace_dist
-from laplace_dist import fit, load_posterior, localdisk, resume, store
+from laplace_dist import fit, load_posterior
+from laplace_dist.storage import local
+from laplace_dist.run import lifecycle
+from laplace_dist.storage import store
 from laplace_dist.cli import main
-from laplace_dist.cluster import Cluster
-from laplace_dist.driver import evaluate_posterior, tune_posterior
+from laplace_dist.execution.ray_cluster import Cluster
+from laplace_dist.job import evaluate_posterior
+from laplace_dist.job import tune_posterior
 from laplace_dist.errors import RunFailed, SettingsError
-from laplace_dist.store import Store
+from laplace_dist.run.checkpoint import Checkpoint
 
 
 class Disk:
@@ -34,11 +38,11 @@ class Disk:
     def __init__(self, monkeypatch, full_at=0, code=errno.ENOSPC):
         self.full_at, self.code, self.writes = full_at, code, []
         monkeypatch.setattr(store, "open", self.open, raising=False)
-        monkeypatch.setattr(localdisk, "open", self.open, raising=False)
+        monkeypatch.setattr(local, "open", self.open, raising=False)
         link, replace = os.link, os.replace
         self.pending = ""
-        monkeypatch.setattr(localdisk.os, "link", lambda a, b: self.place(b) or link(a, b))
-        monkeypatch.setattr(localdisk.os, "replace", lambda a, b: self.place(b) or replace(a, b))
+        monkeypatch.setattr(local.os, "link", lambda a, b: self.place(b) or link(a, b))
+        monkeypatch.setattr(local.os, "replace", lambda a, b: self.place(b) or replace(a, b))
 
     def place(self, path):
         """Note where the temporary file that was written last has gone."""
@@ -189,7 +193,7 @@ def test_a_run_in_a_read_only_directory_can_be_read_and_says_why_it_does_not_go_
     """As where the file system was mounted read-only after the run."""
     url = tmp_path / "run"
     attempt(url)
-    kept = {key: Store(str(url)).read(key) for key in Store(str(url)).list()}
+    kept = {key: Checkpoint(str(url)).read(key) for key in Checkpoint(str(url)).list()}
     expected = facts(url)
 
     def refuse(*_, **__):
@@ -213,7 +217,7 @@ def test_a_run_in_a_read_only_directory_can_be_read_and_says_why_it_does_not_go_
                 call()
     for path in [*url.rglob(".tmp-*"), *url.glob("probe-*")]:  # what the stand-in could not clean up
         path.unlink()
-    assert {key: Store(str(url)).read(key) for key in Store(str(url)).list()} == kept
+    assert {key: Checkpoint(str(url)).read(key) for key in Checkpoint(str(url)).list()} == kept
     assert not (tmp_path / "new").exists()
 
 
@@ -222,5 +226,5 @@ def test_loading_needs_no_write(tmp_path, monkeypatch):
     attempt(url)
     disk = Disk(monkeypatch)
     load_posterior(str(url), dist_cases.convnet())
-    resume.read_config(Store(str(url)))
+    lifecycle.read_config(Checkpoint(str(url)))
     assert disk.writes == []

@@ -15,8 +15,9 @@ from test_s3_runs import factor_digests
 import laplace_dist
 from laplace_dist import load_posterior
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
-from laplace_dist.plan import open_json, seal_json
-from laplace_dist.store import Store
+from laplace_dist.run.checkpoint import open_json
+from laplace_dist.storage.sealed_json import seal_json
+from laplace_dist.run.checkpoint import Checkpoint
 
 OWN = (CheckpointError, SettingsError, RunFailed)
 
@@ -37,7 +38,7 @@ def run(finished, tmp_path):
 
 def facts(url):
     """Return all that a run gives: version, digests of the factors, prior precision, metrics."""
-    store = Store(str(url))
+    store = Checkpoint(str(url))
     prior = load_posterior(str(url), dist_cases.convnet()).prior_precision
     return factor_digests(store), prior.tolist(), store.read("evaluation/metrics.json")
 
@@ -76,7 +77,7 @@ def named(key, url):
 def test_no_harm_to_any_object_goes_unnoticed_or_changes_a_result(finished, tmp_path, kind):
     """`verify` names it; the same command and `load_posterior` name it too, or it makes no difference to them."""
     whole, expected = finished
-    keys = Store(str(whole)).list()
+    keys = Checkpoint(str(whole)).list()
     kinds = {key.split("/")[0] for key in keys}
     assert kinds >= {
         "plan.json",
@@ -110,9 +111,9 @@ def test_no_harm_to_any_object_goes_unnoticed_or_changes_a_result(finished, tmp_
 def test_a_harmed_partial_is_recomputed_alone_once_its_manifest_is_deleted(finished, tmp_path):
     """Where there is no posterior yet: the error names object and manifest; what is left is that segment."""
     whole, expected = finished
-    objects = [key for key in Store(str(whole)).list("partials/000001") if re.search("/(c|c/.*|zarr.json)$", key)]
+    objects = [key for key in Checkpoint(str(whole)).list("partials/000001") if re.search("/(c|c/.*|zarr.json)$", key)]
     chunk = re.compile("/c(/|$)")  # and no attempt whose id begins with a c
-    leaves = [key for key in objects if chunk.search(key) or Store(str(whole)).exists(key.replace("zarr.json", "c/0"))]
+    leaves = [key for key in objects if chunk.search(key) or Checkpoint(str(whole)).exists(key.replace("zarr.json", "c/0"))]
     assert len(leaves) > 4
     for number, key in enumerate(leaves):
         url = Path(shutil.copytree(whole, tmp_path / str(number)))
@@ -192,7 +193,7 @@ def test_exchanged_shards_are_noticed(tmp_path, folder):
 
 def test_a_posterior_version_under_another_name_is_noticed(run):
     """As an older version put in the place of the current one would be."""
-    store = Store(str(run))
+    store = Checkpoint(str(run))
     (key,) = [key for key in store.list("posteriors", recursive=False) if key.endswith(".json")]
     version = Path(key).stem
     shutil.copytree(run / "posteriors" / version, run / "posteriors" / "0123456789abcdef")
@@ -206,7 +207,7 @@ def test_a_posterior_version_under_another_name_is_noticed(run):
 
 
 def test_a_tuning_of_another_version_is_noticed(run):
-    store = Store(str(run))
+    store = Checkpoint(str(run))
     current = open_json(store.read("CURRENT.json"), "CURRENT.json")
     other = current["tuning"].replace(current["version"], "0123456789abcdef")
     store.create(other, store.read(current["tuning"]))

@@ -16,10 +16,10 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from s3server import free_ports
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from laplace_dist.posterior import read_current
-from laplace_dist.reduce import read_version
-from laplace_dist.resume import read_plan
-from laplace_dist.store import Store
+from laplace_dist.run.pointer import read_current
+from laplace_dist.run.versions import read_version
+from laplace_dist.run.lifecycle import read_plan
+from laplace_dist.run.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -27,7 +27,7 @@ BIN = Path(sys.executable).parent
 
 def factor_digests(url):
     """Return the sha256 of every factor of the current posterior."""
-    store = Store(str(url))
+    store = Checkpoint(str(url))
     version = read_current(store)["version"]
     factors = read_version(store, read_plan(store), version)["factors"]
     return {name: place["entry"]["sha256"] for name, place in factors.items()}

@@ -8,8 +8,16 @@ from dataclasses import replace
 import pytest
 
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
-from laplace_dist.limit import ENOUGH, FLOOR_SECONDS, TIMES, Limit, measured_limit
-from laplace_dist.loop import SET_ASIDE, START_FAILURES, Event, Task, run_tasks
+from laplace_dist.execution.timeouts import ENOUGH
+from laplace_dist.execution.timeouts import FLOOR_SECONDS
+from laplace_dist.execution.timeouts import TIMES
+from laplace_dist.execution.timeouts import Limit
+from laplace_dist.execution.timeouts import measured_limit
+from laplace_dist.execution.failures import SET_ASIDE
+from laplace_dist.execution.failures import START_FAILURES
+from laplace_dist.execution.tasks import Event
+from laplace_dist.execution.tasks import Task
+from laplace_dist.execution.loop import run_tasks
 
 
 class Script:

@@ -9,7 +9,7 @@ import fault_cases
 import pytest
 from node_cluster import NodeCluster
 
-from laplace_dist.store import Store
+from laplace_dist.run.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def undisturbed(tmp_path_factory):
     """Return the version and the factors of a run to which nothing happens."""
     url = tmp_path_factory.mktemp("undisturbed")
     dist_cases.run_inline(dist_cases.config(url))
-    return fault_cases.factors(Store(str(url)))
+    return fault_cases.factors(Checkpoint(str(url)))
 
 
 def test_a_node_lost_in_the_middle_of_a_segment_changes_no_byte(
@@ -42,7 +42,7 @@ def test_a_node_lost_in_the_middle_of_a_segment_changes_no_byte(
         out, err = process.communicate()
     assert process.returncode == 0, err
     assert "process or node died" in line and "it is done again" in line
-    store = Store(str(url))
+    store = Checkpoint(str(url))
     assert fault_cases.factors(store) == undisturbed
     assert fault_cases.reads(folder) == {i: 2 if 16 <= i <= 21 else 1 for i in range(1, 44)}, "nothing else was redone"
     assert fault_cases.readers(folder, 21) > fault_cases.readers(folder, 22) and pid not in fault_cases.readers(

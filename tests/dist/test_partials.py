@@ -12,9 +12,16 @@ import pytest
 import torch
 
 from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError
-from laplace_dist.partials import commit_partial, manifest_key, new_attempt, read_factor, read_manifest
-from laplace_dist.plan import FORMAT_VERSION, build_plan, open_json, seal_json
-from laplace_dist.store import Store
+from laplace_dist.run.partials import commit_partial
+from laplace_dist.run.layout import partial_key
+from laplace_dist.run.attempts import new_attempt
+from laplace_dist.run.partials import read_factor
+from laplace_dist.run.partials import read_manifest
+from laplace_dist.plan.plan import FORMAT_VERSION
+from laplace_dist.plan.plan import build_plan
+from laplace_dist.run.checkpoint import open_json
+from laplace_dist.storage.sealed_json import seal_json
+from laplace_dist.run.checkpoint import Checkpoint
 
 SPEC = {
     "structure": "kron",
@@ -47,7 +54,7 @@ SEGMENT = PLAN.segments[1]
 
 @pytest.fixture
 def store(tmp_path):
-    return Store(str(tmp_path / "run"))
+    return Checkpoint(str(tmp_path / "run"))
 
 
 def commit(store, sums=None, attempt="a0", plan=PLAN, segment=SEGMENT):
@@ -56,7 +63,7 @@ def commit(store, sums=None, attempt="a0", plan=PLAN, segment=SEGMENT):
 
 def rewrite(store, **changes):
     """Replace fields of the manifest, with a correct seal."""
-    key = manifest_key(SEGMENT.id)
+    key = partial_key(SEGMENT.id)
     store.replace(key, seal_json({**open_json(store.read(key), key), **changes}))
 
 
@@ -101,13 +108,13 @@ def test_concurrent_commits_agree_on_one_winner(store):
 
 
 def test_a_retry_that_meets_its_own_manifest_has_won(store, monkeypatch):
-    create = Store.create
+    create = Checkpoint.create
 
     def answer_lost(self, key, data):
         create(self, key, data)
         return False
 
-    monkeypatch.setattr(Store, "create", answer_lost)
+    monkeypatch.setattr(Checkpoint, "create", answer_lost)
     receipt = commit(store)
     assert receipt.won
     assert store.exists("partials/000001/a0/loss/c")
@@ -154,7 +161,7 @@ def test_a_disk_that_fills_up_leaves_no_readable_half_state(store, monkeypatch, 
         assert "no space left on the device" in str(error)
         assert "Run the same command again" in str(error)
     monkeypatch.undo()
-    if store.exists(manifest_key(SEGMENT.id)):
+    if store.exists(partial_key(SEGMENT.id)):
         manifest = read_manifest(store, PLAN, SEGMENT)
         assert all(np.array_equal(read_factor(store, manifest, n), t.numpy()) for n, t in make_sums().items())
     else:
@@ -197,11 +204,11 @@ def test_an_altered_byte_in_a_partial_is_named_with_what_to_do(store):
 
 def test_an_altered_or_truncated_manifest_is_refused(store):
     commit(store)
-    key = manifest_key(SEGMENT.id)
+    key = partial_key(SEGMENT.id)
     good = store.read(key)
     for bad in (good[:-1], good[: len(good) // 2], b"", good.replace(b'"n_data": 8', b'"n_data": 9')):
         store.replace(key, bad)
-        with pytest.raises(CheckpointError, match=r"partials/000001.json is truncated or altered.*delete it"):
+        with pytest.raises(CheckpointError, match=r"partials/000001.json is truncated or altered.*delete partials/000001.json"):
             read_manifest(store, PLAN, SEGMENT)
 
 

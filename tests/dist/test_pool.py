@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import dist_cases
 import pytest
 
-from laplace_dist import pool
-from laplace_dist.limit import Limit
-from laplace_dist.loop import Task
-from laplace_dist.pool import RESTS, Pool
+from laplace_dist.execution import pool
+from laplace_dist.execution.timeouts import Limit
+from laplace_dist.execution.tasks import Task
+from laplace_dist.execution.pool import RESTS
+from laplace_dist.execution.pool import Pool
 
 
 class Died(Exception):

@@ -13,12 +13,15 @@ import zarr
 from fault_cases import fault
 
 import laplace_dist
-from laplace_dist import fit, limit, status
-from laplace_dist.driver import Job
+from laplace_dist import fit, status
+from laplace_dist.execution import timeouts
+from laplace_dist.job import Job
 from laplace_dist.errors import RunFailed
-from laplace_dist.plan import default_segment_size, plan_segments
-from laplace_dist.pool import why_it_died, why_it_failed
-from laplace_dist.store import Store
+from laplace_dist.plan.segments import default_segment_size
+from laplace_dist.plan.segments import plan_segments
+from laplace_dist.execution.pool import why_it_died
+from laplace_dist.execution.pool import why_it_failed
+from laplace_dist.run.checkpoint import Checkpoint
 
 FULL = {"skip_tune": False, "skip_evaluate": False, "ood": ["other"], "grid_size": 5}
 
@@ -28,7 +31,7 @@ def undisturbed(tmp_path_factory):
     """Return all that comes out of a run to which nothing happens, with tuning and evaluation."""
     url = tmp_path_factory.mktemp("undisturbed")
     dist_cases.run_inline(dist_cases.config(url, **FULL))
-    return fault_cases.outcome(Store(str(url)))
+    return fault_cases.outcome(Checkpoint(str(url)))
 
 
 @pytest.fixture
@@ -43,10 +46,10 @@ def folder(tmp_path):
 def place(request, tmp_path):
     """Return the settings that say where a run goes, and its store."""
     if request.param == "directory":
-        return {"url": str(tmp_path / "run")}, Store(str(tmp_path / "run"))
+        return {"url": str(tmp_path / "run")}, Checkpoint(str(tmp_path / "run"))
     server = request.getfixturevalue("s3")
     url = server.url()
-    return {"url": url, "storage_options": server.options}, Store(url, server.options)
+    return {"url": url, "storage_options": server.options}, Checkpoint(url, server.options)
 
 
 # ------------------------------------------------------------------ a worker dies
@@ -91,7 +94,7 @@ def test_a_worker_killed_in_reduction_tuning_or_evaluation_changes_nothing(clust
     ]
     fit(fault_cases.config(tmp_path / "run", folder, faults, num_workers=2, **FULL))
     assert len({fault_cases.fired(folder, chosen)["pid"] for chosen in faults}) == 3
-    store = Store(str(tmp_path / "run"))
+    store = Checkpoint(str(tmp_path / "run"))
     assert fault_cases.outcome(store) == undisturbed
     assert set(fault_cases.reads(folder).values()) == {1}
     assert set(fault_cases.reads(folder, "other").values()) == {1}
@@ -123,7 +126,7 @@ def test_a_driver_killed_at_each_stage_is_continued_by_the_same_command(
     cluster, undisturbed, folder, tmp_path, environment
 ):
     """One command, submitted again after each of nine deaths: no example is read by two workers."""
-    store, stages = Store(str(tmp_path / "run")), []
+    store, stages = Checkpoint(str(tmp_path / "run")), []
     chosen = fault_cases.config(
         tmp_path / "run", folder, DRIVER_FAULTS.values(), num_workers=1, ray_address=cluster, **FULL
     )
@@ -180,8 +183,8 @@ def test_a_worker_that_hangs_is_found_by_the_measured_time_out(
     """It is stopped for good, holding the only free CPU; nobody gave a time-out."""
     import ray
 
-    monkeypatch.setattr(limit, "FLOOR_SECONDS", 6.0)
-    monkeypatch.setattr(limit, "TIMES", 1)
+    monkeypatch.setattr(timeouts, "FLOOR_SECONDS", 6.0)
+    monkeypatch.setattr(timeouts, "TIMES", 1)
     others = ray.remote(num_cpus=3)(object).remote()
     planted = fault("worker", "write_arrays", "partials/000004/.*", act="stop")
     try:
@@ -190,7 +193,7 @@ def test_a_worker_that_hangs_is_found_by_the_measured_time_out(
         ray.kill(others)
     pid = fault_cases.fired(folder, planted)["pid"]
     fault_cases.wait_until_gone(pid)  # it was ended, and its CPU was given to another worker
-    assert fault_cases.factors(Store(str(tmp_path / "run"))) == undisturbed["factors"]
+    assert fault_cases.factors(Checkpoint(str(tmp_path / "run"))) == undisturbed["factors"]
     assert fault_cases.reads(folder) == {index: 2 if 32 <= index < 40 else 1 for index in range(1, 44)}
     said = capsys.readouterr().out
     why = r"it took longer than \d+ s, 1 times the slowest so far and at least 6 s; --segment-timeout sets another"
@@ -205,7 +208,7 @@ def test_a_worker_without_memory_says_what_to_lower(cluster, undisturbed, folder
     planted = fault("worker", "write_arrays", "partials/000001/.*", act="exhaust")
     fit(fault_cases.config(tmp_path / "run", folder, [planted], num_workers=1))
     fault_cases.fired(folder, planted)
-    assert fault_cases.factors(Store(str(tmp_path / "run"))) == undisturbed["factors"]
+    assert fault_cases.factors(Checkpoint(str(tmp_path / "run"))) == undisturbed["factors"]
     [line] = [line for line in capsys.readouterr().out.splitlines() if "segment 000001" in line]
     assert "allocate" in line and "The worker ran out of memory" in line
     assert all(f"--{name}" in line for name in ("num-workers", "batch-size", "hessian-structure", "fresh"))
@@ -229,7 +232,7 @@ def test_a_worker_that_ray_ends_for_its_memory_is_replaced_and_says_what_to_lowe
     lines = [line for line in out.splitlines() if "segment 000002" in line and "its node ran low on memory" in line]
     assert lines and "it is done again" in lines[0]
     assert all(f"--{name}" in lines[0] for name in ("num-workers", "batch-size", "hessian-structure", "fresh"))
-    assert fault_cases.factors(Store(str(tmp_path / "run"))) == undisturbed["factors"]
+    assert fault_cases.factors(Checkpoint(str(tmp_path / "run"))) == undisturbed["factors"]
     times = fault_cases.reads(folder)  # others may be read twice, where something else takes memory meanwhile
     assert set(times) == set(range(1, 44)) and all(times[index] >= 2 for index in range(16, 24))
 
@@ -257,7 +260,7 @@ def test_an_example_that_cannot_be_read_costs_only_its_segment(cluster, undistur
     chosen = dist_cases.config(
         tmp_path / "run", num_workers=2, data="dist_cases:Failing", data_args={"folder": str(folder), "trap": 12}
     )
-    store = Store(str(tmp_path / "run"))
+    store = Checkpoint(str(tmp_path / "run"))
     with pytest.raises(
         RunFailed, match=r"segment 000001 \(examples 8 to 15\) failed 3 times.*example 12 cannot be read"
     ):
@@ -290,7 +293,7 @@ def test_a_chunk_of_the_data_that_is_damaged_costs_only_its_segment(cluster, und
         message = r"segment 000001 .*failed 3 times.*ExampleError.*examples 8 to 11 cannot be read .*checksum"
         with pytest.raises(RunFailed, match=message):
             job.map()
-    store = Store(str(tmp_path / "run"))
+    store = Checkpoint(str(tmp_path / "run"))
     before = fault_cases.manifests(store)
     assert sorted(before) == [f"partials/{i:06d}.json" for i in (0, 2, 3, 4, 5)]
     chunk.write_bytes(good)
@@ -312,7 +315,7 @@ def test_a_clock_that_jumps_back_at_every_commit_changes_nothing(cluster, undist
     assert re.search(r"^map: 6/6 segments, \d+ examples/s, 00:\d\d:\d\d$", out, re.MULTILINE), "no time is negative"
     assert len(list(folder.glob("fired-worker*partials*"))) == 6
     assert list(folder.glob("fired-driver*posteriors*"))
-    assert fault_cases.outcome(Store(str(tmp_path / "run"))) == undisturbed
+    assert fault_cases.outcome(Checkpoint(str(tmp_path / "run"))) == undisturbed
     assert set(fault_cases.reads(folder).values()) == {1}
 
 

@@ -6,8 +6,9 @@ import io
 
 import pytest
 
-from laplace_dist import progress
-from laplace_dist.progress import QUIET_SECONDS, Progress
+from laplace_dist.report import progress
+from laplace_dist.report.progress import QUIET_SECONDS
+from laplace_dist.report.progress import Progress
 
 
 @pytest.fixture

@@ -14,11 +14,23 @@ from hypothesis import strategies as st
 from storage_cases import SMALL, recorded_run
 
 import laplace_dist
-from laplace_dist import evaluate, load_posterior, partials, posterior, reduce, resume, tune
-from laplace_dist.config import Config, load_config, parse_yaml
+from laplace_dist import load_posterior
+from laplace_dist.run import layout
+from laplace_dist.stages import evaluate
+from laplace_dist.run import partials
+from laplace_dist.run import pointer
+from laplace_dist.run import tunings
+from laplace_dist.run import versions
+from laplace_dist.run import lifecycle
+from laplace_dist.run import tunings
+from laplace_dist.config.settings import Config
+from laplace_dist.config.command_line import load_config
+from laplace_dist.config.command_line import parse_yaml
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
-from laplace_dist.plan import Plan, open_json, seal_json
-from laplace_dist.store import Store
+from laplace_dist.plan.plan import Plan
+from laplace_dist.run.checkpoint import open_json
+from laplace_dist.storage.sealed_json import seal_json
+from laplace_dist.run.checkpoint import Checkpoint
 
 OWN = (CheckpointError, SettingsError, RunFailed)
 FUZZ = settings(
@@ -43,7 +55,7 @@ def run(tmp_path_factory):
     """Return a finished run; what a test changes it puts back."""
     url = tmp_path_factory.mktemp("fuzz") / "run"
     recorded_run(dist_cases.config(url, **SMALL))
-    return Store(str(url))
+    return Checkpoint(str(url))
 
 
 def places(value, path=()):
@@ -85,20 +97,20 @@ def manifest(run, folder, depth):
     keys = [
         k for k in run.list(folder) if k.count("/") == depth and k.endswith(".json") and not k.endswith("zarr.json")
     ]
-    return next(key for key in keys if key != evaluate.METRICS)
+    return next(key for key in keys if key != layout.METRICS)
 
 
 def the_plan(run):
-    return resume.read_plan(run)
+    return lifecycle.read_plan(run)
 
 
 def tuned(run, key):
-    value = posterior.read_tuning(run, key)
+    value = tunings.read_tuning(run, key)
     return value[0], value[1].tolist()
 
 
 def shard_of_tuning(run, key):
-    totals, n = tune.read_shard(run, key)
+    totals, n = tunings.read_shard(run, key)
     return totals.tolist(), n
 
 
@@ -110,7 +122,7 @@ def joined(run, key):
 
 def version(run, key):
     plan = the_plan(run)
-    found = reduce.read_version(run, plan, Path(key).stem)
+    found = versions.read_version(run, plan, Path(key).stem)
     return {n: run.read_array(p["prefix"], n, p["entry"]).tolist() for n, p in found["factors"].items()}
 
 
@@ -122,8 +134,8 @@ def partial(run, key):
 
 # What each reader makes of its object: a result that can be compared.
 READERS = {
-    "plan": (lambda run: "plan.json", lambda run, key: Plan.from_json(run.read(key), key)),
-    "CURRENT": (lambda run: "CURRENT.json", lambda run, key: posterior.read_current(run)),
+    "plan": (lambda run: "plan.json", lambda run, key: Plan.from_values(open_json(run.read(key), key))),
+    "CURRENT": (lambda run: "CURRENT.json", lambda run, key: pointer.read_current(run)),
     "partial": (lambda run: "partials/000000.json", partial),
     "posterior version": (lambda run: manifest(run, "posteriors", 1), version),
     "tuning": (lambda run: manifest(run, "tuning", 1), tuned),
@@ -274,10 +286,10 @@ def test_any_command_line_is_settings_or_a_settings_error(argv):
 @FUZZ
 @given(st.binary(max_size=80) | st.text(max_size=60).map(lambda text: text.encode(errors="surrogatepass")))
 def test_any_snapshot_of_the_settings_is_refused_unless_it_is_one(tmp_path_factory, content):
-    store = Store(str(tmp_path_factory.getbasetemp() / "snapshot"))
-    for written in (content, resume._seal_yaml(content.decode(errors="replace"))):
+    store = Checkpoint(str(tmp_path_factory.getbasetemp() / "snapshot"))
+    for written in (content, lifecycle._seal_yaml(content.decode(errors="replace"))):
         store.replace("config.yaml", written)
         try:
-            assert isinstance(resume.read_config(store), dict)
+            assert isinstance(lifecycle.read_config(store), dict)
         except CheckpointError as error:
             assert "config.yaml" in str(error)

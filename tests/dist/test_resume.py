@@ -11,15 +11,23 @@ from torch import nn
 
 from laplace_dist import status
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
-from laplace_dist.plan import FORMAT_VERSION, open_json, seal_json
-from laplace_dist.resume import clear, committed, load_run_weights, open_run, read_plan, remaining
-from laplace_dist.store import Store
-from laplace_dist.weights import dump_weights, weights_digest
+from laplace_dist.plan.plan import FORMAT_VERSION
+from laplace_dist.run.checkpoint import open_json
+from laplace_dist.storage.sealed_json import seal_json
+from laplace_dist.run.lifecycle import clear
+from laplace_dist.run.lifecycle import committed
+from laplace_dist.run.weights import load_run_weights
+from laplace_dist.run.lifecycle import open_run
+from laplace_dist.run.lifecycle import read_plan
+from laplace_dist.run.lifecycle import remaining
+from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.run.weights import dump_weights
+from laplace_dist.run.weights import weights_digest
 
 
 @pytest.fixture
 def store(tmp_path):
-    return Store(str(tmp_path / "run"))
+    return Checkpoint(str(tmp_path / "run"))
 
 
 def start(store, plan=PLAN, fresh=False, weights=b"weights"):
@@ -95,7 +103,7 @@ def test_a_truncated_plan_is_refused(store):
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match=r"--checkpoint .*file/run': cannot write"):
-        start(Store(str(tmp_path / "file" / "run")))
+        start(Checkpoint(str(tmp_path / "file" / "run")))
 
 
 def test_a_manifest_of_no_segment_is_refused(store):
@@ -131,7 +139,7 @@ def test_fresh_deletes_the_run_and_nothing_else(store):
 def test_clearing_can_be_interrupted_anywhere(store, monkeypatch):
     """Whatever is deleted so far, no reader is left with a name whose bytes are gone, and the plan goes last."""
     fill(store)
-    delete, seen = Store.delete_tree, []
+    delete, seen = Checkpoint.delete_tree, []
 
     def watched(self, key):
         keys = set(self.list())
@@ -144,7 +152,7 @@ def test_clearing_can_be_interrupted_anywhere(store, monkeypatch):
             assert manifest not in keys or any(k.startswith(arrays) for k in keys)
         delete(self, key)
 
-    monkeypatch.setattr(Store, "delete_tree", watched)
+    monkeypatch.setattr(Checkpoint, "delete_tree", watched)
     clear(store)
     assert len(seen) > 8
     assert all(seen)

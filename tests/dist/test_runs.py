@@ -13,9 +13,17 @@ from torch.utils.data import DataLoader
 from laplace import Laplace
 from laplace.curvature import backend_class
 import laplace_dist
-from laplace_dist import cli, limit, load_posterior, posterior, reduce, resume
+from laplace_dist import load_posterior
+from laplace_dist import cli
+from laplace_dist.execution import timeouts
+from laplace_dist.run import pointer
+from laplace_dist.run import tunings
+from laplace_dist.run import layout
+from laplace_dist.run import versions
+from laplace_dist.stages import reduce
+from laplace_dist.run import lifecycle
 from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError
-from laplace_dist.store import Store
+from laplace_dist.run.checkpoint import Checkpoint
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
@@ -116,7 +124,7 @@ def test_every_backend_gives_the_same_posterior(tmp_path):
 def test_running_again_changes_nothing(tmp_path):
     config = dist_cases.config(tmp_path, skip_tune=False, skip_evaluate=False, ood=["other"])
     first = run(config)
-    store = Store(str(tmp_path))
+    store = Checkpoint(str(tmp_path))
     before = {key: store.read(key) for key in store.list()}
     assert run(config, size=2) == first
     assert {key: store.read(key) for key in store.list()} == before
@@ -125,15 +133,15 @@ def test_running_again_changes_nothing(tmp_path):
 def test_a_lost_posterior_version_is_reduced_to_the_same_name_and_bytes(tmp_path):
     config = dist_cases.config(tmp_path)
     version, _ = run(config)
-    store = Store(str(tmp_path))
-    plan = resume.read_plan(store)
+    store = Checkpoint(str(tmp_path))
+    plan = lifecycle.read_plan(store)
 
     def hashes():
-        factors = reduce.read_version(store, plan, version)["factors"]
+        factors = versions.read_version(store, plan, version)["factors"]
         return {name: place["entry"]["sha256"] for name, place in factors.items()}
 
     before = hashes()
-    store.delete_tree(reduce.version_key(version))
+    store.delete_tree(layout.version_key(version))
     assert run(config) == (version, None)
     assert hashes() == before
 
@@ -141,7 +149,7 @@ def test_a_lost_posterior_version_is_reduced_to_the_same_name_and_bytes(tmp_path
 def test_large_factors_get_a_task_of_their_own(monkeypatch, tmp_path):
     whole = run(dist_cases.config(tmp_path / "one"))
     monkeypatch.setattr(reduce, "GROUP_BYTES", 40)
-    plan = resume.read_plan(Store(str(tmp_path / "one")))
+    plan = lifecycle.read_plan(Checkpoint(str(tmp_path / "one")))
     names = [name for group in reduce.groups(plan.spec) for name in group]
     assert names == ["loss", *plan.spec["factors"]]
     assert len(reduce.groups(plan.spec)) > 3
@@ -239,7 +247,7 @@ class Limits(dist_cases.InlinePool):
 @pytest.mark.parametrize("given", [None, 77.0])
 def test_a_time_out_that_the_user_gives_holds_for_every_task(tmp_path, given, monkeypatch, capsys):
     """What is measured does not hold for the reduction, whose tasks differ in size, nor for what is one task alone."""
-    monkeypatch.setattr(limit, "ENOUGH", 2)
+    monkeypatch.setattr(timeouts, "ENOUGH", 2)
     config = dist_cases.config(tmp_path, skip_tune=False, skip_evaluate=False, segment_timeout=given)
     with dist_cases.inline_job(config) as job:
         job._pool = pool = Limits(job.config)
@@ -247,7 +255,7 @@ def test_a_time_out_that_the_user_gives_holds_for_every_task(tmp_path, given, mo
         job.map()
         version = job.reduce()
         job.evaluate(version, job.tune(version))
-    several = limit.FLOOR_SECONDS if given is None else given
+    several = timeouts.FLOOR_SECONDS if given is None else given
     assert pool.seconds == {
         "map_segment": several,
         "reduce_group": math.inf if given is None else given,
@@ -297,10 +305,10 @@ def test_nan_names_the_example_and_commits_nothing_of_its_segment(tmp_path):
 
 
 def test_follow_on_jobs_need_a_run(tmp_path):
-    from laplace_dist import driver
+    from laplace_dist import job
 
     with pytest.raises(SettingsError, match="has no posterior yet"):
-        driver.evaluate_posterior(dist_cases.config(tmp_path / "nothing"))
+        job.evaluate_posterior(dist_cases.config(tmp_path / "nothing"))
 
 
 def follow_on(config, work):
@@ -314,15 +322,15 @@ def test_follow_on_jobs_refuse_another_likelihood_than_the_run_has(tmp_path, cap
     """Without `--likelihood`, regression would be taken for classification."""
     right = {"data": "dist_cases:regression_data", "likelihood": "regression"}
     run(dist_cases.config(tmp_path / "run", **right))
-    before = Store(str(tmp_path / "run")).list()
+    before = Checkpoint(str(tmp_path / "run")).list()
     flags = ["--model=dist_cases:convnet", "--data=dist_cases:regression_data", f"--checkpoint={tmp_path / 'run'}"]
     assert cli.main(job, flags) == 2
     said = capsys.readouterr().err
     assert "--likelihood: got 'classification'" in said and "was fitted with 'regression'" in said
-    assert Store(str(tmp_path / "run")).list() == before
+    assert Checkpoint(str(tmp_path / "run")).list() == before
     config = dist_cases.config(tmp_path / "run", **right)
     key = follow_on(config, lambda job, version: job.tune(version))
-    assert posterior.read_tuning(Store(str(tmp_path / "run")), key)[0]["sigma_noise"] != 1.0
+    assert tunings.read_tuning(Checkpoint(str(tmp_path / "run")), key)[0]["sigma_noise"] != 1.0
 
 
 def test_follow_on_jobs_take_the_structure_of_the_run(tmp_path):
@@ -331,7 +339,7 @@ def test_follow_on_jobs_take_the_structure_of_the_run(tmp_path):
     config = dist_cases.config(tmp_path, prior_structure="diag")
     assert config.hessian_structure == "kron"
     key = follow_on(config, lambda job, version: job.tune(version))
-    assert posterior.read_tuning(Store(str(tmp_path)), key)[1].numel() > 1
+    assert tunings.read_tuning(Checkpoint(str(tmp_path)), key)[1].numel() > 1
 
 
 def test_an_example_that_the_driver_cannot_read_is_refused_as_a_setting(tmp_path, capsys):
@@ -384,7 +392,7 @@ def test_loading_refuses_another_model_and_names_what_is_missing(tmp_path):
         load_posterior(str(tmp_path), "dist_cases:convnet")
     with pytest.raises(MissingObjectError, match="posteriors/0123.json"):
         load_posterior(str(tmp_path), dist_cases.convnet(), version="0123")
-    assert posterior.read_current(Store(str(tmp_path)))["version"] == version
+    assert pointer.read_current(Checkpoint(str(tmp_path)))["version"] == version
 
 
 def test_an_altered_byte_of_a_factor_is_found(tmp_path):

@@ -17,11 +17,11 @@ from storage_cases import SMALL, Outages, recorded_run
 from test_s3_runs import assert_no_secret, factor_digests
 
 import laplace_dist
-from laplace_dist import patience
-from laplace_dist.driver import fit
+from laplace_dist.storage import retry
+from laplace_dist.job import fit
 from laplace_dist.errors import StorageError
-from laplace_dist.progress import Progress
-from laplace_dist.store import Store
+from laplace_dist.report.progress import Progress
+from laplace_dist.run.checkpoint import Checkpoint
 
 SEGMENTS = 2
 
@@ -31,7 +31,7 @@ def undisturbed(tmp_path_factory):
     """Return version, digests and metrics of the small run on a directory."""
     url = tmp_path_factory.mktemp("undisturbed") / "run"
     recorded_run(dist_cases.config(url, **SMALL))
-    return facts(Store(str(url)))
+    return facts(Checkpoint(str(url)))
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_run_survives_outages_at_every_stage(server, undisturbed, monkeypatch,
     server.wait_for_restart()
     assert len(outages.fired) == len(POINTS)
     assert [receipt["won"] for receipt in pool.of("map_segment")] == [True] * SEGMENTS
-    store = Store(url, server.options)
+    store = Checkpoint(url, server.options)
     assert facts(store) == undisturbed
     assert_exactly_once(store)
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
@@ -96,11 +96,11 @@ def test_ray_workers_survive_an_outage_of_ten_seconds(server, cluster, monkeypat
     def then_kill(progress, examples):
         done(progress, examples)
         if progress.stage == "map" and progress.count == 2:
-            before.update({key: Store(url, server.options).read(key) for key in committed()})
+            before.update({key: Checkpoint(url, server.options).read(key) for key in committed()})
             server.outage(10.0)
 
     def committed():
-        return Store(url, server.options).list("partials", recursive=False)
+        return Checkpoint(url, server.options).list("partials", recursive=False)
 
     before = {}
     monkeypatch.setattr(Progress, "done", then_kill)
@@ -108,13 +108,13 @@ def test_ray_workers_survive_an_outage_of_ten_seconds(server, cluster, monkeypat
     fit(fault_cases.config(url, tmp_path, storage_options=server.options, num_workers=2, **changes))
     server.wait_for_restart()
     assert 2 <= len(before) < 11
-    store = Store(url, server.options)
+    store = Checkpoint(url, server.options)
     assert {key: store.read(key) for key in before} == before
     assert fault_cases.reads(tmp_path) == {index: 1 for index in range(1, 44)}, "no segment was done again"
     assert_exactly_once(store)
     local = str(server.folder / "local")
     dist_cases.run_inline(dist_cases.config(local, **changes))
-    assert factor_digests(store) == factor_digests(Store(local))
+    assert factor_digests(store) == factor_digests(Checkpoint(local))
 
 
 def test_an_outage_longer_than_the_patience_names_the_object_and_the_same_command_continues(
@@ -122,8 +122,8 @@ def test_an_outage_longer_than_the_patience_names_the_object_and_the_same_comman
 ):
     url = server.url()
     config = dist_cases.config(url, storage_options=server.options, **SMALL)
-    monkeypatch.setattr(patience, "PATIENCE", 0.5)
-    create = Store.create
+    monkeypatch.setattr(retry, "PATIENCE", 0.5)
+    create = Checkpoint.create
 
     def then_gone(store, key, data):
         if key == "partials/000001.json":
@@ -131,12 +131,12 @@ def test_an_outage_longer_than_the_patience_names_the_object_and_the_same_comman
         return create(store, key, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "create", then_gone)
+        patch.setattr(Checkpoint, "create", then_gone)
         with pytest.raises(StorageError, match=r"run/partials/000001.json: could not write.*Run the same command") as e:
             recorded_run(config)
     assert_no_secret(server, {"message": str(e.value)})
     server.start()
-    store = Store(url, server.options)
+    store = Checkpoint(url, server.options)
     first = store.read("partials/000000.json")
     _, pool = recorded_run(config)
     assert [receipt["segment"] for receipt in pool.of("map_segment")] == ["000001"], "only that one was left"
@@ -156,7 +156,7 @@ def test_a_run_survives_a_storage_that_fails_every_fifth_request(s3, undisturbed
         assert min(proxy.faults[kind] for kind in KINDS) > 0, proxy.faults
         assert proxy.faults.total() > 0.15 * proxy.requests
     assert [receipt["won"] for receipt in pool.of("map_segment")] == [True] * SEGMENTS
-    store = Store(url, s3.options)
+    store = Checkpoint(url, s3.options)
     assert facts(store) == undisturbed
     assert_exactly_once(store)
 
@@ -176,14 +176,14 @@ def test_every_creation_whose_answer_is_lost_counts_as_won(s3, undisturbed, kind
         options = proxy.options(s3.options)
         _, pool = recorded_run(dist_cases.config(url, storage_options=options, **SMALL))
         assert proxy.faults == {kind: len(seen)}
-        late = Store(url, options).create("partials/000000.json", b"another attempt")
+        late = Checkpoint(url, options).create("partials/000000.json", b"another attempt")
     assert late is False, "what another attempt committed is not taken for one's own"
     names = {path.partition("/run/")[2] for path in seen}
     wanted = {"plan.json", "weights.safetensors", "partials/000000.json", "partials/000001.json"}
     assert wanted <= names
     assert {name.split("/")[0] for name in names} >= {"posteriors", "tuning", "evaluation"}
     assert [receipt["won"] for receipt in pool.of("map_segment")] == [True] * SEGMENTS
-    store = Store(url, s3.options)
+    store = Checkpoint(url, s3.options)
     assert facts(store) == undisturbed
     assert_exactly_once(store)
 
@@ -200,11 +200,11 @@ def test_an_upload_in_parts_whose_last_answer_is_lost_counts_as_won(s3):
 
     data = bytes(range(256)) * (101 * 2**12)
     with FaultProxy(s3.port, rate=0.0, force=force) as proxy:
-        store = Store(s3.url(), proxy.options(s3.options, read_timeout=30))
+        store = Checkpoint(s3.url(), proxy.options(s3.options, read_timeout=30))
         assert store.create("weights.safetensors", data)
         assert not store.create("weights.safetensors", b"other")
     assert len(lost) == 1
-    assert Store(store.url, s3.options).read("weights.safetensors") == data
+    assert Checkpoint(store.url, s3.options).read("weights.safetensors") == data
 
 
 def test_ray_workers_survive_a_storage_that_fails_now_and_then(s3, cluster, undisturbed):
@@ -212,14 +212,14 @@ def test_ray_workers_survive_a_storage_that_fails_now_and_then(s3, cluster, undi
     with FaultProxy(s3.port, rate=0.1, seed=5) as proxy:
         fit(dist_cases.config(url, storage_options=proxy.options(s3.options), num_workers=2, **SMALL))
         assert proxy.faults.total() > 5
-    store = Store(url, s3.options)
+    store = Checkpoint(url, s3.options)
     assert facts(store) == undisturbed
     assert_exactly_once(store)
 
 
 def test_deleting_that_only_seems_to_succeed_is_tried_again(s3, monkeypatch):
     """A bulk deletion reports objects that it could not delete as part of a success."""
-    store = Store(s3.url(), s3.options)
+    store = Checkpoint(s3.url(), s3.options)
     for number in range(3):
         store.create(f"p/{number}", b"x")
     rm, calls = store._fs.fs.rm, []
@@ -249,8 +249,8 @@ def test_a_task_that_lost_the_storage_is_given_to_another_worker(cluster, tmp_pa
     fit(config)
     assert (tmp_path / "refused").exists()
     dist_cases.run_inline(dist_cases.config(tmp_path / "alone"))
-    theirs = factor_digests(Store(str(tmp_path / "alone")))[1]
-    assert factor_digests(Store(str(tmp_path / "run")))[1] == theirs
+    theirs = factor_digests(Checkpoint(str(tmp_path / "alone")))[1]
+    assert factor_digests(Checkpoint(str(tmp_path / "run")))[1] == theirs
 
 
 # ------------------------------------------------------------------ which failures may pass
@@ -295,8 +295,8 @@ def test_only_what_may_pass_is_tried_again(monkeypatch, errors, passing):
             return answer
 
         if passing:
-            assert patience.patiently(call) == "done", repr(error)
+            assert retry.patiently(call) == "done", repr(error)
         else:
             with pytest.raises(type(error)):
-                patience.patiently(call)
+                retry.patiently(call)
             assert len(answers) == 2, repr(error)

@@ -14,20 +14,24 @@ import pytest
 from storage_cases import recorded_run
 
 import laplace_dist
-from laplace_dist import load_posterior, reduce, resume
+from laplace_dist import load_posterior
+from laplace_dist.run import versions
+from laplace_dist.run import lifecycle
 from laplace_dist.cli import _loading
-from laplace_dist.driver import Result, evaluate_posterior, fit
+from laplace_dist.job import Result
+from laplace_dist.job import evaluate_posterior
+from laplace_dist.job import fit
 from laplace_dist.errors import SettingsError
-from laplace_dist.store import Store
+from laplace_dist.run.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def factor_digests(store):
     """Return the name of the current version and the sha256 of every factor."""
-    plan = resume.read_plan(store)
+    plan = lifecycle.read_plan(store)
     version = json.loads(store.read("CURRENT.json"))["version"]
-    factors = reduce.read_version(store, plan, version)["factors"]
+    factors = versions.read_version(store, plan, version)["factors"]
     return version, {name: place["entry"]["sha256"] for name, place in factors.items()}
 
 
@@ -36,7 +40,7 @@ def local(tmp_path_factory):
     """Return the version and the digests of the same run on a local directory."""
     url = tmp_path_factory.mktemp("local") / "run"
     dist_cases.run_inline(dist_cases.config(url))
-    return factor_digests(Store(str(url)))
+    return factor_digests(Checkpoint(str(url)))
 
 
 def assert_no_secret(s3, texts):
@@ -57,12 +61,12 @@ def test_a_run_on_s3_is_the_run_on_a_directory(s3, local, caplog, capsys):
     url = s3.url()
     changes = {"storage_options": s3.options, "skip_tune": False, "skip_evaluate": False, "ood": ["other"]}
     config = dist_cases.config(url, **changes)
-    store = Store(url, s3.options)
+    store = Checkpoint(url, s3.options)
     with dist_cases.inline_job(config) as job:
         job.open()
         for segment in job.plan.segments[:2]:
             job._pool.top_up(1)
-            job._pool._idle[0].run("laplace_dist.worker:map_segment", {"segment": vars(segment)})
+            job._pool._idle[0].run("laplace_dist.stages.map:map_segment", {"segment": vars(segment)})
     before = everything(store)
     assert {key for key in before if key.startswith("partials/") and key.count("/") == 1} == {
         "partials/000000.json",
@@ -91,7 +95,7 @@ def test_a_run_on_s3_is_the_run_on_a_directory(s3, local, caplog, capsys):
 def test_orphans_on_s3_are_found_and_collected(s3):
     url = s3.url()
     dist_cases.run_inline(dist_cases.config(url, storage_options=s3.options, segment_size=44))
-    store = Store(url, s3.options)
+    store = Checkpoint(url, s3.options)
     before = store.list()
     store.replace("partials/000000/crashed/zarr.json", b"half")
     report = laplace_dist.verify(url, s3.options)
@@ -114,7 +118,7 @@ def test_wrong_options_are_refused_before_anything_is_done(s3):
         with pytest.raises(SettingsError, match="--checkpoint 's3://") as caught:
             call()
         assert_no_secret(s3, {"message": str(caught.value)})
-    assert Store(url, s3.options).list() == []
+    assert Checkpoint(url, s3.options).list() == []
 
 
 def test_the_lines_that_load_a_run_on_s3_work_and_hold_no_secret(s3):
@@ -138,7 +142,7 @@ def test_ray_workers_and_follow_on_jobs_get_the_options_and_keep_none(s3, cluste
     url = s3.url()
     config = dist_cases.config(url, storage_options=s3.options, num_workers=2)
     fit(config)
-    store = Store(url, s3.options)
+    store = Checkpoint(url, s3.options)
     assert factor_digests(store) == local
     result = evaluate_posterior(config)
     assert result.metrics["map"]["accuracy"] > 0

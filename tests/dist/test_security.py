@@ -19,13 +19,16 @@ from fsspec.implementations.local import LocalFileSystem
 from storage_cases import SMALL, recorded_run
 
 import laplace_dist
-from laplace_dist import cli, load_posterior, remote
-from laplace_dist.config import load_config
-from laplace_dist.driver import fit
+from laplace_dist import load_posterior
+from laplace_dist import cli
+from laplace_dist.storage import object_store
+from laplace_dist.config.command_line import load_config
+from laplace_dist.job import fit
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
-from laplace_dist.plan import open_json, seal_json
-from laplace_dist.resume import _seal_yaml
-from laplace_dist.store import Store
+from laplace_dist.run.checkpoint import open_json
+from laplace_dist.storage.sealed_json import seal_json
+from laplace_dist.run.lifecycle import _seal_yaml
+from laplace_dist.run.checkpoint import Checkpoint
 
 OWN = (CheckpointError, SettingsError, RunFailed)
 SECRETS = {"key": "PLANTEDKEY0123", "secret": "planted/secret+0123", "token": "planted-token-0123"}
@@ -90,7 +93,7 @@ def test_a_pickle_in_any_file_of_a_run_is_never_loaded(finished, tmp_path):
     assert marker.exists(), "the pickle would do its work"
     marker.rmdir()
     evil, silent, groups = evil_bytes(marker), [], {}
-    for key in Store(str(finished)).list():
+    for key in Checkpoint(str(finished)).list():
         part = re.search(r"zarr.json$|/c(/|$)", key)
         groups.setdefault((key.split("/")[0], part[0]) if part else key, []).append(key)
     assert len(groups) > 15
@@ -143,7 +146,7 @@ def test_yaml_runs_nothing(run, tmp_path, text):
     for flag in ("--model-args", "--data-args", "--storage-options"):
         with pytest.raises(SettingsError, match=flag):
             load_config([flag, f"{{a: {text}}}", "--model=m:f", "--data=d:f", "--checkpoint=c"])
-    Store(str(run)).replace("config.yaml", _seal_yaml(f"seed: {text}\n"))
+    Checkpoint(str(run)).replace("config.yaml", _seal_yaml(f"seed: {text}\n"))
     with pytest.raises(CheckpointError, match="config.yaml was altered"):
         cli._settings_of_run(dist_cases.config(run))
     assert "config.yaml" in dict(laplace_dist.verify(str(run)).problems)
@@ -182,7 +185,7 @@ def set_prefix(prefix):
 @pytest.mark.parametrize("path", OUTSIDE)
 def test_no_path_in_a_manifest_leaves_the_checkpoint(run, monkeypatch, path):
     """Prefixes, attempt, version and tuning, each sealed with a true digest; only files of the checkpoint are opened."""
-    store = Store(str(run))
+    store = Checkpoint(str(run))
     version = open_json(store.read("CURRENT.json"), "CURRENT.json")["version"]
     keys = [
         k
@@ -219,7 +222,7 @@ def test_collecting_orphans_deletes_nothing_that_a_forged_manifest_points_at(run
     """A path in a manifest is only ever compared with what is there."""
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "precious").write_text("x")
-    forge(Store(str(run)), "partials/000000.json", set_prefix("../outside"))
+    forge(Checkpoint(str(run)), "partials/000000.json", set_prefix("../outside"))
     report = laplace_dist.verify(str(run), collect_orphans_older_than=0)
     assert report.collected == [] and not report.ok
     assert (tmp_path / "outside" / "precious").exists()
@@ -231,7 +234,7 @@ def test_an_array_with_other_codecs_or_types_is_refused(run, what):
     import hashlib
     import json
 
-    store = Store(str(run))
+    store = Checkpoint(str(run))
     manifest = open_json(store.read("partials/000000.json"), "partials/000000.json")
     key = f"{manifest['prefix']}/4.weight/A/zarr.json"
     metadata = json.loads(store.read(key))
@@ -271,7 +274,7 @@ def test_no_planted_secret_is_written_or_shown(cluster, tmp_path, monkeypatch, c
     state = laplace_dist.status(str(url), SECRETS)
     with pytest.raises(SettingsError) as caught:
         fit(config.model_copy(update={"estimator": "ef"}))
-    store = Store(str(url), SECRETS)
+    store = Checkpoint(str(url), SECRETS)
     (url / "partials" / "000000.json").write_bytes(b"{")
     with pytest.raises(CheckpointError) as broken:
         fit(config)
@@ -314,7 +317,7 @@ def test_credentials_in_a_url_are_refused_in_python_too(call):
 def test_messages_are_scrubbed_of_every_form_of_an_option():
     """Also of a password inside an endpoint's URL, and of values in nested options."""
     options = {"client_kwargs": {"endpoint_url": "http://me:planted-pw@host:9000"}, "list": [{"x": "planted-x"}]}
-    text = remote.scrub("could not reach http://me:planted-pw@host:9000/bucket via planted-pw or planted-x", options)
+    text = object_store.scrub("could not reach http://me:planted-pw@host:9000/bucket via planted-pw or planted-x", options)
     assert "planted" not in text
 
 
@@ -333,8 +336,8 @@ def test_the_s3_server_of_the_tests_listens_on_loopback_only(s3):
 
 PRIVATE = """
 import sys
-from laplace_dist.cluster import Cluster
-from laplace_dist.config import Config
+from laplace_dist.execution.ray_cluster import Cluster
+from laplace_dist.config.settings import Config
 demo = {"model": "laplace_dist.demo:network", "data": "laplace_dist.demo:digits"}
 config = Config(**demo, ray_address="local", num_workers=1, gpus_per_worker=0, checkpoint=sys.argv[1])
 cluster = Cluster(config, say=lambda _: None)

@@ -11,7 +11,7 @@ import dist_cases
 import pytest
 from node_cluster import NodeCluster
 
-from laplace_dist.store import Store
+from laplace_dist.run.checkpoint import Checkpoint
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SEGMENTS = 80
@@ -45,6 +45,6 @@ def test_a_run_survives_random_faults_of_every_kind_and_changes_no_bit(module, s
     same = {"model": "soak:network", "data": "soak:Slow", "batch_size": module.SIZE, "segment_size": module.SIZE}
     data_args = {"folder": str(notes), "segments": SEGMENTS, "seconds": 0.0}
     dist_cases.run_inline(dist_cases.config(url, **same, data_args=data_args))
-    soak.compare(module.digests(Store(str(url))), found)
+    soak.compare(module.digests(Checkpoint(str(url))), found)
     assert soak.report.problems == []
     assert (soak.report.bytes_lost, soak.report.failures) == (0, [])

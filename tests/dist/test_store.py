@@ -18,12 +18,17 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laplace_dist import arrays as arrays_module
-from laplace_dist import localdisk, packing, patience, remote
+from laplace_dist.storage import arrays
+from laplace_dist.storage import local as local_disk
+from laplace_dist.storage import triangles
+from laplace_dist.storage import retry
+from laplace_dist.storage import object_store
 from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError, StorageError
-from laplace_dist.packing import mirror, pack, unpack
-from laplace_dist.patience import Patient
-from laplace_dist.store import Store
+from laplace_dist.storage.triangles import mirror
+from laplace_dist.storage.triangles import pack
+from laplace_dist.storage.triangles import unpack
+from laplace_dist.storage.retry import Patient
+from laplace_dist.run.checkpoint import Checkpoint
 
 ARRAYS = {
     "features.0.weight/A": np.array([[2.0, 1.0], [1.0, 3.0]], np.float32),
@@ -37,12 +42,12 @@ SYMMETRIC = {"features.0.weight/A", "H"}
 
 @pytest.fixture(params=["local", "memory"])
 def store(request, tmp_path):
-    return Store(str(tmp_path / "run") if request.param == "local" else f"memory://{uuid.uuid4().hex}/run")
+    return Checkpoint(str(tmp_path / "run") if request.param == "local" else f"memory://{uuid.uuid4().hex}/run")
 
 
 @pytest.fixture
 def local(tmp_path):
-    return Store(str(tmp_path / "run"))
+    return Checkpoint(str(tmp_path / "run"))
 
 
 # ------------------------------------------------------------------ triangles
@@ -65,7 +70,7 @@ def test_packing_a_symmetric_matrix_in_any_parts_loses_nothing(seed, size, cuts,
     total = size * (size + 1) // 2
     edges = sorted({0, total, *(min(cut, total) for cut in cuts)})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "_BLOCK", block)
+        patch.setattr(triangles, "_BLOCK", block)
         parts = {start: pack(value, start, stop) for start, stop in pairwise([*edges, total])}
         back = np.full_like(value, np.nan)
         for start, part in parts.items():
@@ -127,9 +132,9 @@ def test_what_is_stored_and_read_is_what_was_given(seed, shape, layout, dtype, r
     value = np.asarray(symmetric(seed, shape, dtype) if square else np.random.default_rng(seed).random(shape), dtype)
     given = laid_out(value, layout if len(shape) == 2 else "C")
     given.flags.writeable = False
-    store = Store(f"memory://{uuid.uuid4().hex}/run")
+    store = Checkpoint(f"memory://{uuid.uuid4().hex}/run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arrays_module, "CHUNK_BYTES", rows * np.dtype(dtype).itemsize)
+        patch.setattr(arrays, "CHUNK_BYTES", rows * np.dtype(dtype).itemsize)
         entry = store.write_arrays("a", {"x": given}, {"x"} if square else set())["x"]
     back = store.read_array("a", "x", entry)
     assert back.dtype == value.dtype and back.shape == value.shape
@@ -200,7 +205,7 @@ def test_what_goes_while_it_is_listed_is_not_listed(local, monkeypatch):
         local.delete_tree("p/1.json")
         return lstat(path)
 
-    monkeypatch.setattr(localdisk, "os", SimpleNamespace(**{**vars(os), "lstat": late}))
+    monkeypatch.setattr(local_disk, "os", SimpleNamespace(**{**vars(os), "lstat": late}))
     assert list(local.modified()) == ["q/x"]
     monkeypatch.undo()
 
@@ -221,8 +226,8 @@ def test_a_missing_object_is_named_with_what_to_do(store):
 
 def test_a_relative_directory_is_a_url_like_any_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Store("./runs/x/").create("k", b"v")
-    assert Store(f"file://{tmp_path}/runs/x").read("k") == b"v"
+    Checkpoint("./runs/x/").create("k", b"v")
+    assert Checkpoint(f"file://{tmp_path}/runs/x").read("k") == b"v"
     assert sorted(os.listdir(tmp_path / "runs" / "x")) == ["k"]
 
 
@@ -264,18 +269,18 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, place):
     (tmp_path / "file").write_text("")
     url = "/proc/nowhere/run" if place == "proc" else str(tmp_path / place)
     with pytest.raises(SettingsError, match=r"--checkpoint .*cannot write .*may write to"):
-        Store(url).check_writable()
+        Checkpoint(url).check_writable()
 
 
 def test_a_file_system_without_create_only_writes_is_refused(tmp_path):
     zipfile.ZipFile(tmp_path / "x.zip", "w").close()
     with pytest.raises(SettingsError, match=r"--checkpoint 'zip.*has no create-only write.*s3://"):
-        Store(f"zip://run::{tmp_path}/x.zip").check_writable()
+        Checkpoint(f"zip://run::{tmp_path}/x.zip").check_writable()
 
 
 def test_an_unknown_protocol_is_refused():
     with pytest.raises(SettingsError, match=r"--checkpoint 'nosuch://x/y': cannot be opened"):
-        Store("nosuch://x/y").check_writable()
+        Checkpoint("nosuch://x/y").check_writable()
 
 
 BAD_KEYS = ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/.", "a\\b", "a\nb", "a/"]
@@ -329,7 +334,7 @@ ANSWERS = [
 @pytest.mark.parametrize(("script", "created"), [a[1:] for a in ANSWERS], ids=[a[0] for a in ANSWERS])
 def test_what_is_stored_decides_who_created(monkeypatch, script, created):
     monkeypatch.setattr(tenacity.nap.time, "sleep", lambda seconds: None)
-    store = Store("memory://scripted")
+    store = Checkpoint("memory://scripted")
     fs = Scripted()
     fs.store, fs.script = {}, list(script)
     store._opened = Patient(fs, str), "/scripted"
@@ -347,12 +352,12 @@ def test_what_is_stored_decides_who_created(monkeypatch, script, created):
     ],
 )
 def test_a_store_that_refuses_is_reported_without_secrets(monkeypatch, error, expected, words):
-    monkeypatch.setattr(patience, "PATIENCE", 0.2)
+    monkeypatch.setattr(retry, "PATIENCE", 0.2)
     options = {"client_kwargs": {"key": "sekrit-key"}}
-    store = Store("memory://scripted", options)
+    store = Checkpoint("memory://scripted", options)
     fs = Scripted()
     fs.store, fs.script = {}, [(None, error)] * 99
-    store._opened = Patient(fs, lambda text: remote.scrub(text, options)), "/scripted"
+    store._opened = Patient(fs, lambda text: object_store.scrub(text, options)), "/scripted"
     with pytest.raises(expected, match=words) as caught:
         store.create("m", b"mine")
     assert "sekrit" not in str(caught.value)
@@ -362,7 +367,7 @@ def test_a_store_that_refuses_is_reported_without_secrets(monkeypatch, error, ex
 
 
 def test_a_pickled_store_opens_for_itself():
-    store = Store("memory://pickled", {"key": "abc"})
+    store = Checkpoint("memory://pickled", {"key": "abc"})
     store.exists("x")
     again = pickle.loads(pickle.dumps(store))
     assert again._opened is None
@@ -389,13 +394,13 @@ def test_a_chunk_that_equals_the_fill_value_is_written(local):
 
 
 def test_arrays_of_several_chunks_come_back(store, monkeypatch):
-    monkeypatch.setattr(arrays_module, "CHUNK_BYTES", 64)
-    arrays = {"flat": np.arange(100.0), "rows": np.arange(60, dtype=np.float32).reshape(20, 3, 1), "s": np.eye(9)}
-    arrays["groups"] = symmetric(0, (5, 1, 3, 3), np.float32)
-    entries = store.write_arrays("p", arrays, {"s", "groups"})
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", 64)
+    given = {"flat": np.arange(100.0), "rows": np.arange(60, dtype=np.float32).reshape(20, 3, 1), "s": np.eye(9)}
+    given["groups"] = symmetric(0, (5, 1, 3, 3), np.float32)
+    entries = store.write_arrays("p", given, {"s", "groups"})
     assert [len([k for k in store.list("p") if k.startswith(f"p/{n}/c/")]) for n in ("s", "groups")] == [6, 3]
     assert sum(key.startswith("p/flat/c/") for key in store.list("p")) == 13
-    for name, value in arrays.items():
+    for name, value in given.items():
         assert np.array_equal(store.read_array("p", name, entries[name]), value)
 
 
@@ -481,8 +486,8 @@ def test_valid_bytes_of_another_array_are_noticed(local):
 
 
 def test_bytes_that_change_while_they_are_written_are_noticed_before_the_commit(local, monkeypatch):
-    put = Store._put
-    monkeypatch.setattr(Store, "_put", lambda self, k, data: put(self, k, data[:-1] if "/c/" in k else data))
+    put = Checkpoint._put
+    monkeypatch.setattr(Checkpoint, "_put", lambda self, k, data: put(self, k, data[:-1] if "/c/" in k else data))
     with pytest.raises(CheckpointError, match="p/x/c/0 is truncated or altered"):
         local.write_arrays("p", {"x": np.ones(4)})
 
@@ -512,7 +517,7 @@ def test_a_full_disk_leaves_the_old_state(local, monkeypatch, code):
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 30))
 def test_a_crash_at_any_moment_of_a_commit_shows_nothing_or_all(tmp_path_factory, step):
-    store = Store(str(tmp_path_factory.mktemp("crash") / "run"))
+    store = Checkpoint(str(tmp_path_factory.mktemp("crash") / "run"))
     calls = {"n": 0}
 
     class Crash(BaseException):

@@ -7,21 +7,21 @@ import uuid
 
 import pytest
 
-from laplace_dist.conformance import StoreConformance
+from laplace_dist.testing.store_conformance import StoreConformance
 from laplace_dist.errors import SettingsError
-from laplace_dist.store import Store
+from laplace_dist.run.checkpoint import Checkpoint
 
 
 class TestLocal(StoreConformance):
     @pytest.fixture
     def store(self, tmp_path):
-        return Store(str(tmp_path / "run"))
+        return Checkpoint(str(tmp_path / "run"))
 
 
 class TestMemory(StoreConformance):
     @pytest.fixture
     def store(self):
-        return Store(f"memory://{uuid.uuid4().hex}/run")
+        return Checkpoint(f"memory://{uuid.uuid4().hex}/run")
 
     # In memory, creating is a look followed by a write: nothing is atomic between threads.
     test_exactly_one_of_several_creators_wins = None
@@ -31,7 +31,7 @@ class TestMemory(StoreConformance):
 class TestS3(StoreConformance):
     @pytest.fixture
     def store(self, s3):
-        return Store(s3.url(), s3.options)
+        return Checkpoint(s3.url(), s3.options)
 
 
 # ------------------------------------------------------------------ only on S3
@@ -55,7 +55,7 @@ def refused(url, options, names, secrets):
     """Assert that every operation raises a SettingsError without secrets, and return the messages by operation."""
     messages = {}
     for name in names:
-        store = Store(url, options)
+        store = Checkpoint(url, options)
         with pytest.raises(SettingsError) as caught:
             calls(store)[name]()
         messages[name] = str(caught.value)
@@ -106,13 +106,13 @@ def test_options_that_mean_nothing_are_refused(s3, change):
 
 def test_credentials_in_a_url_are_refused_and_not_repeated():
     with pytest.raises(SettingsError, match="credentials in a URL") as caught:
-        Store("s3://name:sekrit@bucket/run")
+        Checkpoint("s3://name:sekrit@bucket/run")
     assert "sekrit" not in str(caught.value)
 
 
 def test_a_retry_that_meets_its_own_write_has_created_it(s3, monkeypatch):
     """The request arrives, its answer is lost, and the client sends it again."""
-    store = Store(s3.url(), s3.options)
+    store = Checkpoint(s3.url(), s3.options)
     fs = store._fs.fs
     pipe_file, sent = fs.pipe_file, []
 
@@ -123,14 +123,14 @@ def test_a_retry_that_meets_its_own_write_has_created_it(s3, monkeypatch):
 
     monkeypatch.setattr(fs, "pipe_file", answer_lost)
     assert store.create("m.json", b"attempt 1")
-    assert not Store(store.url, s3.options).create("m.json", b"attempt 2")
+    assert not Checkpoint(store.url, s3.options).create("m.json", b"attempt 2")
     assert len(sent) == 1
 
 
 def test_what_another_process_writes_is_listed(s3):
     """A client of its own, as in another process, that has listed before."""
-    store = Store(s3.url(), s3.options)
-    other = Store(store.url, {**s3.options, "skip_instance_cache": True})
+    store = Checkpoint(s3.url(), s3.options)
+    other = Checkpoint(store.url, {**s3.options, "skip_instance_cache": True})
     for number in range(3):
         assert other.list("p", recursive=False) == other.list("p") == [f"p/{i}.json" for i in range(number)]
         store.create(f"p/{number}.json", b"x")
@@ -138,7 +138,7 @@ def test_what_another_process_writes_is_listed(s3):
 
 def test_the_server_is_asked_for_each_object_once(s3, monkeypatch):
     """A read is one GET: asking for the size first would double the time that 10,000 manifests take."""
-    store = Store(s3.url(), s3.options)
+    store = Checkpoint(s3.url(), s3.options)
     store.create("m.json", b"x")
     asked, call = [], type(store._fs.fs)._call_s3
 

@@ -12,14 +12,15 @@ import dist_cases
 import pytest
 
 import laplace_dist
-from laplace_dist import posterior
+from laplace_dist.run import pointer
 from laplace_dist.cli import verify_main
 from laplace_dist.errors import SettingsError
-from laplace_dist.evaluate import METRICS
-from laplace_dist.plan import open_json, seal_json
-from laplace_dist.resume import CURRENT
-from laplace_dist.store import Store
-from laplace_dist.weights import dump_weights
+from laplace_dist.run.layout import METRICS
+from laplace_dist.run.checkpoint import open_json
+from laplace_dist.storage.sealed_json import seal_json
+from laplace_dist.run.layout import CURRENT
+from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.run.weights import dump_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"skip_tune": False, "skip_evaluate": False, "ood": ["other"], "segment_size": 24, "batch_size": 8}
@@ -46,8 +47,8 @@ def keys_named(report):
 def test_a_whole_run_passes_and_is_counted(run, capsys):
     report = laplace_dist.verify(str(run))
     assert (report.problems, report.orphans, report.committed, report.segments) == ([], {}, 2, 2)
-    assert report.objects == len(Store(str(run)).list())
-    assert report.versions == [posterior.read_current(Store(str(run)))["version"]]
+    assert report.objects == len(Checkpoint(str(run)).list())
+    assert report.versions == [pointer.read_current(Checkpoint(str(run)))["version"]]
     assert verify_main([f"--checkpoint={run}"]) == 0
     assert "every one of them is whole; 2 of 2 segments committed, 1 posterior version(s)" in capsys.readouterr().out
 
@@ -74,7 +75,7 @@ def test_weights_that_are_altered_or_of_another_model_are_found(run):
 
 def test_sums_that_are_sealed_but_wrong_are_found(run):
     """Another posterior's factor under a valid manifest: each object is whole, and the sum is not of these partials."""
-    store = Store(str(run))
+    store = Checkpoint(str(run))
     (key,) = [key for key in store.list("posteriors", recursive=False) if key.endswith(".json")]
     manifest = open_json(store.read(key), key)
     name = "0.bias" if "0.bias" in manifest["factors"] else sorted(manifest["factors"])[0]
@@ -89,7 +90,7 @@ def test_sums_that_are_sealed_but_wrong_are_found(run):
 
 
 def test_partials_that_do_not_make_the_current_version_are_found(run):
-    store = Store(str(run))
+    store = Checkpoint(str(run))
     key = "partials/000000.json"
     manifest = open_json(store.read(key), key)
     forged = {name: 2 * store.read_array(manifest["prefix"], name, e) for name, e in manifest["arrays"].items()}
@@ -115,7 +116,7 @@ def test_where_there_is_no_run_the_state_refuses(tmp_path, capsys):
 
 def leave_orphans(run):
     """Leave what crashed attempts leave; return their places."""
-    store = Store(str(run))
+    store = Checkpoint(str(run))
     source = next(path for path in (run / "partials" / "000000").iterdir())
     places = [
         "partials/000000/crashed",
@@ -138,7 +139,7 @@ def age(run, places, hours):
 
 
 def test_orphans_are_reported_and_only_old_ones_collected(run):
-    before = {key: Store(str(run)).read(key) for key in Store(str(run)).list()}
+    before = {key: Checkpoint(str(run)).read(key) for key in Checkpoint(str(run)).list()}
     places = leave_orphans(run)
     report = laplace_dist.verify(str(run))
     assert (sorted(report.orphans), report.collected, report.ok) == (places, [], True)
@@ -147,24 +148,24 @@ def test_orphans_are_reported_and_only_old_ones_collected(run):
     assert sorted(report.collected) == places[:3]
     assert sorted(laplace_dist.verify(str(run)).orphans) == places[3:]
     laplace_dist.verify(str(run), collect_orphans_older_than=0)
-    assert {key: Store(str(run)).read(key) for key in Store(str(run)).list()} == before
+    assert {key: Checkpoint(str(run)).read(key) for key in Checkpoint(str(run)).list()} == before
     assert not (run / "partials" / ".tmp-0123").exists()
 
 
 def test_an_attempt_committed_while_verifying_is_not_collected(run, monkeypatch):
     """Its arrays were listed, its manifest came after the listing: it is named by the time of the deletion."""
-    store = Store(str(run))
+    store = Checkpoint(str(run))
     key = "partials/000001.json"
     manifest = store.read(key)
     store.delete_tree(key)
-    modified = Store.modified
+    modified = Checkpoint.modified
 
     def then_commit(self):
         times = modified(self)
-        Store(str(run)).create(key, manifest)
+        Checkpoint(str(run)).create(key, manifest)
         return times
 
-    monkeypatch.setattr(Store, "modified", then_commit)
+    monkeypatch.setattr(Checkpoint, "modified", then_commit)
     report = laplace_dist.verify(str(run), collect_orphans_older_than=0)
     assert report.collected == []
     assert store.read_array(open_json(manifest, key)["prefix"], "loss", open_json(manifest, key)["arrays"]["loss"]) > 0
@@ -172,10 +173,10 @@ def test_an_attempt_committed_while_verifying_is_not_collected(run, monkeypatch)
 
 def test_a_job_that_finishes_while_verifying_raises_no_alarm(finished, tmp_path, monkeypatch):
     """Its posterior version, tuning, evaluation and pointers come after the listing, or the listing met half of them."""
-    whole = Store(str(finished))
+    whole = Checkpoint(str(finished))
     late = [key for key in whole.list() if key.split("/")[0] in ("posteriors", "tuning", "evaluation", "CURRENT.json")]
     shards = [key for key in late if key.count("/") == 2 and key.endswith(".json")]
-    modified = Store.modified
+    modified = Checkpoint.modified
     for number, unlisted in enumerate((late, [k for k in late if k not in (CURRENT, METRICS)], [CURRENT], shards)):
         run = Path(shutil.copytree(finished, tmp_path / str(number)))
         for key in unlisted:
@@ -190,7 +191,7 @@ def test_a_job_that_finishes_while_verifying_raises_no_alarm(finished, tmp_path,
             return times
 
         with monkeypatch.context() as patch:
-            patch.setattr(Store, "modified", then_finish)
+            patch.setattr(Checkpoint, "modified", then_finish)
             report = laplace_dist.verify(str(run))
         assert (report.problems, report.orphans) == ([], {}), unlisted
         assert laplace_dist.verify(str(run)).versions
@@ -198,7 +199,7 @@ def test_a_job_that_finishes_while_verifying_raises_no_alarm(finished, tmp_path,
 
 def test_an_evaluation_that_ends_while_verifying_is_no_alteration(run, monkeypatch):
     """Other metrics are shown by the time they are read, and what they repeat was not listed."""
-    modified, config = Store.modified, dist_cases.config(run, **{**SETTINGS, "seed": 7})
+    modified, config = Checkpoint.modified, dist_cases.config(run, **{**SETTINGS, "seed": 7})
 
     def then_evaluate(self):
         times = modified(self)
@@ -206,25 +207,25 @@ def test_an_evaluation_that_ends_while_verifying_is_no_alteration(run, monkeypat
             job.evaluate(job.current_version(), None)
         return times
 
-    before = Store(str(run)).read(METRICS)
-    monkeypatch.setattr(Store, "modified", then_evaluate)
+    before = Checkpoint(str(run)).read(METRICS)
+    monkeypatch.setattr(Checkpoint, "modified", then_evaluate)
     assert laplace_dist.verify(str(run)).problems == []
-    assert Store(str(run)).read(METRICS) != before
+    assert Checkpoint(str(run)).read(METRICS) != before
 
 
 def test_what_a_manifest_of_the_first_listing_names_is_kept_though_the_second_one_misses_it(run, monkeypatch):
     """The manifests are listed twice, and each listing counts."""
-    before = Store(str(run)).list()
-    listing = Store.list
+    before = Checkpoint(str(run)).list()
+    listing = Checkpoint.list
 
     def incomplete(self, prefix="", **options):
         return [key for key in listing(self, prefix, **options) if not key.startswith("partials/")]
 
-    monkeypatch.setattr(Store, "list", incomplete)
+    monkeypatch.setattr(Checkpoint, "list", incomplete)
     report = laplace_dist.verify(str(run), collect_orphans_older_than=0)
     monkeypatch.undo()
     assert (report.orphans, report.collected) == ({}, [])
-    assert Store(str(run)).list() == before
+    assert Checkpoint(str(run)).list() == before
 
 
 def test_nothing_is_collected_while_a_manifest_cannot_be_read(run):

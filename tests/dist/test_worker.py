@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from laplace_dist.errors import SettingsError
-from laplace_dist.worker import Worker
+from laplace_dist.execution.worker import Worker
 
 
 @pytest.fixture

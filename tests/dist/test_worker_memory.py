@@ -13,9 +13,9 @@ import resource, sys
 from dataclasses import asdict
 import torch
 from torch import nn
-from laplace_dist.config import Config
-from laplace_dist.driver import Job
-from laplace_dist.worker import Worker
+from laplace_dist.config.settings import Config
+from laplace_dist.job import Job
+from laplace_dist.execution.worker import Worker
 
 width, url = int(sys.argv[1]), sys.argv[2]
 
@@ -43,7 +43,7 @@ with Job(config) as job:
     worker._context.la, worker._context.store
     before = status("VmRSS")
     for segment in job.plan.segments:
-        worker.run("laplace_dist.worker:map_segment", {"segment": asdict(segment)})
+        worker.run("laplace_dist.stages.map:map_segment", {"segment": asdict(segment)})
 print((status("VmHWM") - before) / 1024)
 """
 

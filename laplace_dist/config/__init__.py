@@ -1,0 +1,1 @@
+"""Settings: typed fields, command line, and what goes together."""

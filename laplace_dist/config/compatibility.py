@@ -1,0 +1,37 @@
+"""What is refused although every setting alone is fine: it would fail, or mean nothing, only after the fit."""
+
+from __future__ import annotations
+
+from laplace_dist.config.settings import Config
+from laplace_dist.errors import SettingsError
+
+
+def ood(config: Config) -> list[str]:
+    """Return the out-of-distribution splits that an evaluation uses: none for regression."""
+    return config.ood if config.likelihood == "classification" else []
+
+
+def check_predictive(config: Config) -> None:
+    """Refuse combinations of settings that would fail, or mean nothing, only after the fit.
+
+    Raises:
+        SettingsError: Naming the fields.
+    """
+    if config.pred_type == "nn" and config.likelihood == "classification" and config.link_approx != "mc":
+        raise SettingsError(
+            f"--link-approx: got {config.link_approx!r} with --pred-type nn, which samples networks; expected mc"
+        )
+    if config.tuning == "gridsearch" and config.likelihood == "regression" and config.pred_type == "glm":
+        raise SettingsError(
+            "--tune-method: got 'gridsearch' for regression, where the mean of the linearised network does not depend "
+            "on the prior; expected marglik, or --pred-type nn"
+        )
+    if config.prior_structure == "diag" and config.hessian_structure == "kron":
+        raise SettingsError(
+            "--prior-structure: got 'diag' for a kron posterior, whose factors do not commute with a diagonal; expected "
+            "scalar or layerwise, or a diag or full fit"
+        )
+    if config.tuning == "gridsearch" and config.prior_structure != "scalar":
+        raise SettingsError(
+            f"--prior-structure: got {config.prior_structure!r} with --tune-method gridsearch; expected scalar"
+        )

@@ -1,0 +1,204 @@
+"""Typed settings of a job, validated, and which of them change bits."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from laplace_dist.errors import SettingsError
+
+Count = Annotated[int, Field(ge=1)]
+_NOT_SUMS = ("lowrank", "low_rank", "gp", "functional")
+_WORDS = {
+    "Input should be": "expected",
+    "String should have": "expected",
+    "a valid integer": "a whole number",
+    "greater than or equal to": "at least",
+    "a valid dictionary": "a mapping",
+    "a valid ": "a ",
+}
+_CREDENTIALS = re.compile(r"://[^/@]*@")
+
+
+class Config(BaseModel):
+    """Every setting of a run, checked and immutable.
+
+    Raises:
+        SettingsError: Naming each field that is refused, its value, and what is accepted.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
+
+    model: str = Field(description="import path module:callable that returns an nn.Module")
+    model_args: dict[str, Any] = Field({}, description="keyword arguments of --model, as JSON or YAML")
+    weights: str | None = Field(None, description="URL or path of a state dict: .safetensors, or torch.save's format")
+    data: str = Field(description="import path module:callable that takes split=, or the URL of a Zarr group")
+    data_args: dict[str, Any] = Field({}, description="keyword arguments of --data, as JSON or YAML")
+    ood: list[str] = Field([], description="names of out-of-distribution splits for the evaluation")
+    checkpoint: Annotated[str, Field(min_length=1)] = Field(description="directory or fsspec URL of the run")
+    storage_options: dict[str, Any] = Field(
+        {}, repr=False, exclude=True, description="endpoint and the like for the URLs, as JSON or YAML; never stored"
+    )
+    likelihood: Literal["classification", "regression"] = Field("classification", description="of the model")
+    subset_of_weights: Literal["all", "last_layer"] = Field("all", description="the weights to be uncertain about")
+    hessian_structure: Literal["kron", "diag", "full"] = Field("kron", description="structure of the curvature")
+    backend: Literal["native", "curvlinops", "asdl", "backpack"] = Field(
+        "native", description="what computes the curvature"
+    )
+    estimator: Literal["ggn", "mc", "ef"] = Field("ggn", description="exact GGN, sampled Fisher or empirical Fisher")
+    batch_size: Count = Field(256, description="examples per batch")
+    segment_size: Count | None = Field(None, description="examples per segment, the unit of work and of loss")
+    num_workers: Count | None = Field(None, description="workers; as many as the cluster holds if not given")
+    cpus_per_worker: Count = Field(1, description="CPUs, and threads, of one worker")
+    gpus_per_worker: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        None, description="1 where there are GPUs, else 0"
+    )
+    ray_address: Annotated[str, Field(min_length=1)] = Field("auto", description="auto, local, or an address")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of everything that is sampled")
+    tune_method: Literal["marglik", "gridsearch"] | None = Field(
+        None, description="gridsearch for classification with a scalar prior, else marglik"
+    )
+    prior_structure: Literal["scalar", "layerwise", "diag"] = Field("scalar", description="of the prior precision")
+    grid_size: Annotated[int, Field(ge=2)] = Field(41, description="values of the grid search")
+    link_approx: Literal["probit", "mc", "bridge"] = Field("probit", description="approximation of the predictive")
+    pred_type: Literal["glm", "nn"] = Field("glm", description="linearised, or by sampling networks")
+    segment_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="seconds before a segment, or any other task, is given to another worker"
+    )
+    skip_tune: bool = Field(False, description="do not tune the prior precision")
+    skip_evaluate: bool = Field(False, description="do not evaluate the predictive")
+    fresh: bool = Field(False, description="delete the run at --checkpoint first")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            problems = tuple(problems_of(error, values))
+            raise SettingsError(message_of(problems, {}), problems) from None
+
+    @field_validator("model", "data", "weights", "checkpoint")
+    @classmethod
+    def _no_credentials(cls, value: str | None) -> str | None:
+        if value is not None and _CREDENTIALS.search(value):
+            raise ValueError("credentials in a URL would be stored; give them as --storage-options")
+        return value
+
+    @field_validator("model_args", "data_args")
+    @classmethod
+    def _json(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError("values that JSON can hold, since they are stored with the run") from None
+        return value
+
+    @field_validator("ood")
+    @classmethod
+    def _new_splits(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name in ("train", "val", "test") or not re.fullmatch(r"[\w.-]+", name) or value.count(name) > 1:
+                raise ValueError("distinct names of letters, digits, '_', '-' or '.', other than train, val and test")
+        return value
+
+    @property
+    def threads_per_worker(self) -> int:
+        """Threads that a worker computes with: the CPUs that it is given, since their number changes bits."""
+        return self.cpus_per_worker
+
+    @property
+    def tuning(self) -> str:
+        """How the prior precision is chosen.
+
+        The evidence of a Kron or diagonal posterior over all weights often favours priors that blur a classifier, so
+        classification is tuned by the validation loss; the mean of a regression does not depend on the prior, so there it
+        is the evidence, and it alone can tell the values of a layerwise or diagonal prior apart.
+        """
+        if self.tune_method is not None:
+            return self.tune_method
+        scalar = self.likelihood == "classification" and self.prior_structure == "scalar"
+        return "gridsearch" if scalar else "marglik"
+
+    def bits(self, *, device_type: str = "cpu") -> dict[str, Any]:
+        """Return the settings that change the bits of the result; two runs that agree on them may share partials.
+
+        Args:
+            device_type: Where the workers compute: `cpu` or `cuda`.
+        """
+        names = ("likelihood", "subset_of_weights", "hessian_structure", "backend", "estimator")
+        sizes = ("batch_size", "segment_size", "seed")
+        chosen = {name: getattr(self, name) for name in names + sizes}
+        return {**chosen, "cpus_per_worker": self.threads_per_worker, "device_type": device_type}
+
+    def to_yaml(self) -> str:
+        """Return the settings as a file for `--config`, without the storage options and without `fresh`."""
+        values = {name.replace("_", "-"): value for name, value in self.model_dump(exclude={"fresh"}).items()}
+        return "# storage-options are left out: give them again\n" + yaml.safe_dump(values, sort_keys=False)
+
+
+def problems_of(error: ValidationError, values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return one `(field, text)` per field that was refused; the text says the value and what is accepted."""
+    found: dict[str, str] = {}
+    for item in error.errors(include_url=False, include_input=False):
+        name = str(item["loc"][0])
+        if name in found:
+            continue
+        if item["type"] == "missing":
+            found[name] = f"is required: {Config.model_fields[name].description}"
+        elif item["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(name, Config.model_fields, n=3)
+            found[name] = f"no such setting. {close_matches(close)}".strip()
+        else:
+            found[name] = _refusal(name, values[name], item)
+    return list(found.items())
+
+
+def _refusal(name: str, value: Any, item: Mapping[str, Any]) -> str:
+    """Return the value and what is accepted instead, for one value that was refused."""
+    secret = name == "storage_options" or (isinstance(value, str) and _CREDENTIALS.search(value))
+    got = f"a {type(value).__name__}" if secret else repr(value)
+    choices = choices_of(name)
+    if name == "hessian_structure" and value in _NOT_SUMS:
+        accepted = "this structure is not a sum over examples, so segments cannot be merged; use kron, diag or full"
+    elif choices:
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        accepted = f"expected one of {', '.join(choices)}. {close_matches(close)}".strip()
+    elif item["type"] == "value_error":
+        accepted = f"expected {item['msg'].removeprefix('Value error, ')}"
+        accepted = accepted.removeprefix("expected ") if secret else accepted
+    else:
+        accepted = item["msg"]
+        for theirs, ours in _WORDS.items():
+            accepted = accepted.replace(theirs, ours)
+        optional = type(None) in get_args(Config.model_fields[name].annotation)
+        accepted += ", or null" if optional else ""
+    return f"got {got}; {accepted}"
+
+
+def message_of(problems: Sequence[tuple[str, str]], labels: Mapping[str, str]) -> str:
+    """Join the problems, each under the name by which the user gave the field."""
+    lines = [f"{labels.get(name, f'--{name}'.replace('_', '-'))}: {text}" for name, text in problems]
+    return "\n".join(lines)
+
+
+def choices_of(name: str) -> tuple[str, ...]:
+    """Return the words that a setting takes, whether or not it may be left out."""
+    annotation = Config.model_fields[name].annotation
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if get_origin(kind) is Literal]
+    return get_args(kinds[0]) if kinds else ()
+
+
+def plain_types(annotation: Any) -> set[Any]:
+    """Return every plain type inside an annotation, through unions and `Annotated`."""
+    inner = get_args(annotation)
+    return {t for a in inner for t in plain_types(a)} if inner else {annotation}
+
+
+def close_matches(matches: Sequence[str]) -> str:
+    """Ask for each of several names whether it was meant; nothing where there is none."""
+    return f"Did you mean {' or '.join(dict.fromkeys(matches))}? " if matches else ""

@@ -1,0 +1,1 @@
+"""From import paths and URLs to batches."""

@@ -1,0 +1,1 @@
+"""Who carries out the tasks, and what happens when that goes wrong."""

@@ -1,0 +1,240 @@
+"""How Ray is reached: which cluster, and who may talk to it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from laplace_dist.config.settings import Config
+from laplace_dist.errors import SettingsError
+from laplace_dist.execution.pool import Pool
+
+OBJECT_STORE_BYTES = 128 * 2**20  # receipts only: no factor ever enters Ray's object store
+_process_token: str | None = None  # Ray reads the token once per process, so it cannot change within one
+
+
+# ------------------------------------------------------------------ which cluster
+
+
+def find_address(wanted: str) -> tuple[str | None, str]:
+    """Resolve a `--ray-address` to the address of a running cluster, or to None for a private local one.
+
+    Args:
+        wanted: `auto`, `local`, or an address such as `10.0.0.1:6379`.
+
+    Returns:
+        The address or None, and a phrase that says why.
+    """
+    given, why = wanted, "as asked"
+    if wanted == "auto" and os.environ.get("RAY_ADDRESS"):
+        given, why = os.environ["RAY_ADDRESS"], "from RAY_ADDRESS"
+    if given == "local":
+        return None, why
+    if given != "auto":
+        return given, why
+    running = _running_here()
+    return (running, "already running on this machine") if running else (None, "none is running on this machine")
+
+
+def _running_here() -> str | None:
+    """Return the address that the last `ray start` on this machine left behind, if something still answers there."""
+    note = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
+    try:
+        address = note.read_text().strip()
+    except OSError:
+        return None
+    return address if _answers(address) is None else None
+
+
+def _answers(address: str) -> str | None:
+    """Return None if something listens at `host:port`, else why not; Ray itself would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+            return None
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+# ------------------------------------------------------------------ who may talk to it
+
+
+def _token_at_hand() -> bool:
+    """Say whether the user has a Ray token that this process would find."""
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
+
+
+@contextmanager
+def _authentication(local: bool) -> Iterator[None]:
+    """Set Ray's token authentication for the duration of a connection, unless the user has chosen a mode.
+
+    Other users of the machine reach loopback, so a private cluster always asks for a token. Left alone, Ray would write
+    one to the home directory, which silently turns authentication on for whatever the user starts later; so a private
+    cluster gets a token that lives in this process's environment only. A running cluster gets the user's token if there is
+    one: clusters without authentication ignore it, and those with it turn away whoever sends none.
+    """
+    global _process_token
+    if "RAY_AUTH_MODE" in os.environ or not (local or _token_at_hand()):
+        yield
+        return
+    added = {"RAY_AUTH_MODE": "token"}
+    if not _token_at_hand():
+        _process_token = _process_token or secrets.token_hex(32)
+        added["RAY_AUTH_TOKEN"] = _process_token
+    os.environ.update(added)
+    _reread_authentication()
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+        _reread_authentication()
+
+
+def _reread_authentication() -> None:
+    """Make Ray look at the environment again if it was imported before, since it reads the mode at import."""
+    if "ray" in sys.modules:
+        from ray._raylet import AuthenticationTokenLoader, Config
+
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have whatever Ray starts meanwhile listen on loopback alone; on Linux it would listen on every interface.
+
+    This is Ray's switch for systems on which a cluster has one machine. Ray reads it at import and its processes when
+    they start, so both are told; afterwards this process may join a cluster of several machines again.
+    """
+    from ray._private import ray_constants
+
+    name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    before, constant = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        os.environ.update({} if before is None else {name: before})
+        ray_constants.ENABLE_RAY_CLUSTER = constant
+
+
+# ------------------------------------------------------------------ the connection
+
+
+def _connected() -> bool:
+    """Say whether this process has joined a cluster."""
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+
+@dataclass
+class Cluster:
+    """A connection to Ray, opened on first use, so that a run with nothing left to do starts nothing.
+
+    Attributes:
+        config: The job's settings.
+        say: Where lines for people go.
+    """
+
+    config: Config
+    say: Any = print
+    _stack: ExitStack | None = field(default=None, repr=False)
+
+    def device_type(self) -> str:
+        """Return `cuda` or `cpu`, the type of device that the workers will use."""
+        if self.config.gpus_per_worker is not None:
+            return "cuda" if self.config.gpus_per_worker > 0 else "cpu"
+        private = self._stack is None and not _connected() and find_address(self.config.ray_address)[0] is None
+        gpus = torch.cuda.device_count() if private else self.resources().get("GPU", 0)
+        return "cuda" if gpus >= 1 else "cpu"
+
+    def resources(self) -> dict[str, float]:
+        """Return the cluster's total resources by Ray's names."""
+        self.connect()
+        import ray
+
+        return ray.cluster_resources()
+
+    def connect(self) -> None:
+        """Join the cluster that `ray_address` means, or start a private one; does nothing when already connected.
+
+        Raises:
+            SettingsError: No cluster answers at the address, or one of other versions of Ray or Python.
+        """
+        if self._stack is not None:
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        with ExitStack() as stack:
+            if _connected():
+                self.say("Ray: the cluster that this process is already connected to")
+            else:
+                self._join(stack)
+            self._stack = stack.pop_all()
+
+    def _join(self, stack: ExitStack) -> None:
+        address, why = find_address(self.config.ray_address)
+        stack.enter_context(_authentication(local=address is None))
+        import ray
+
+        common = {"logging_level": "error", "log_to_driver": True, "namespace": f"laplace-{secrets.token_hex(4)}"}
+        if address is None:
+            self.say(f"Ray: starting a private cluster on this machine ({why})")
+            asked = (self.config.num_workers or 0) * self.config.cpus_per_worker
+            cores = max(os.cpu_count() or 1, asked)
+            stack.enter_context(_on_loopback())
+            ray.init("local", num_cpus=cores, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
+        else:
+            self.say(f"Ray: the cluster at {address} ({why})")
+            refusal = _answers(address)
+            try:
+                if refusal is None:
+                    ray.init(address, **common)
+            except (ConnectionError, ray.exceptions.RayError, ValueError, RuntimeError) as error:  # other versions, too
+                refusal = str(error)
+            if refusal is not None:
+                raise SettingsError(
+                    f"--ray-address: cannot connect to {address!r} ({why}): {refusal}. Give host:port of a running "
+                    "cluster, or 'local' for a private one; if the cluster asks for a token, set RAY_AUTH_MODE=token."
+                )
+        stack.callback(ray.shutdown)
+
+    def close(self) -> None:
+        """Leave the cluster; a private one stops with it."""
+        if self._stack is not None:
+            self._stack.close()
+            self._stack = None
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def pool(self) -> Pool:
+        """Return the workers, as many as the settings say or the cluster holds; none is started yet.
+
+        Raises:
+            SettingsError: One worker is larger than everything the cluster has.
+        """
+        config, have = self.config, self.resources()
+        gpus = config.gpus_per_worker if config.gpus_per_worker is not None else float(have.get("GPU", 0) >= 1)
+        need = {"CPU": float(config.cpus_per_worker), "GPU": float(gpus)}
+        fits = min(int(have.get(name, 0) // amount) for name, amount in need.items() if amount > 0)
+        if fits < 1 and config.num_workers is None:
+            raise SettingsError(
+                f"cpus_per_worker={config.cpus_per_worker}, gpus_per_worker={gpus:g}: no worker fits into the cluster, "
+                f"which has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs in all. Ask for less, or set "
+                "num_workers to wait for nodes that are still to join."
+            )
+        return Pool(config, config.num_workers or fits, need["CPU"], need["GPU"], self.say)

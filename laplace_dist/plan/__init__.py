@@ -1,0 +1,1 @@
+"""What there is to do, and what decides every bit of its result."""

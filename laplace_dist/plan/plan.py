@@ -1,0 +1,104 @@
+"""The plan of a run, a pure function of lengths, settings and digests: which segments there are, and what they mean."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from laplace_dist.plan.digests import canonical
+from laplace_dist.plan.segments import Segment, default_segment_size, plan_segments, whole_batches
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides every bit of a run's result.
+
+    Attributes:
+        segments: In the order in which their partials are summed.
+        settings: Those that change bits, by field name.
+        data: Fingerprint of the training split: `length` and `sha256`.
+        weights: Digest of the model's parameters and buffers.
+        model: `path` and `args` of the callable that builds the model.
+        spec: The factors: `name -> {"shape": [...], "symmetric": bool}` under `factors`, beside what else the core
+            library's specification says of itself.
+    """
+
+    segments: tuple[Segment, ...]
+    settings: dict[str, Any]
+    data: dict[str, Any]
+    weights: str
+    model: dict[str, Any]
+    spec: dict[str, Any]
+    format_version: int = FORMAT_VERSION
+
+    @cached_property
+    def digest(self) -> str:
+        """Return the sha256 of everything in the plan."""
+        return hashlib.sha256(canonical(asdict(self))).hexdigest()
+
+    @property
+    def n_examples(self) -> int:
+        """Return the number of examples that the segments cover."""
+        return self.segments[-1].stop
+
+    def to_values(self) -> dict[str, Any]:
+        """Return the plan as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Plan:
+        """Return the plan that `to_values` gave these values."""
+        return cls(**{**values, "segments": tuple(Segment(**segment) for segment in values["segments"])})
+
+
+def build_plan(
+    settings: Mapping[str, Any], *, data: Mapping[str, Any], weights: str, model: Mapping[str, Any], spec: Mapping
+) -> Plan:
+    """Return the plan for these settings and digests; a segment size that is not given gets its default.
+
+    Args:
+        settings: `Config.bits()`.
+        data: `fingerprint(dataset)` of the training split.
+        weights: `weights_digest(model)`.
+        model: `{"path": config.model, "args": config.model_args}`.
+        spec: Plain dictionary of the core library's specification of the sums.
+
+    Raises:
+        SettingsError: The data set is empty or a size is below 1.
+    """
+    settings = dict(settings)
+    length, batch_size, size = data["length"], settings["batch_size"], settings["segment_size"]
+    segments = plan_segments(length, default_segment_size(length, batch_size) if size is None else size, batch_size)
+    settings["segment_size"] = min(whole_batches(size, batch_size), length) if size else segments[0].stop
+    plain = json.loads(canonical({"data": data, "model": model, "spec": spec}))
+    return Plan(segments=tuple(segments), settings=settings, weights=weights, **plain)
+
+
+def differences(stored: Plan, wanted: Plan) -> list[str]:
+    """Name every field in which two plans differ, with both values: `field: stored ..., now ...`."""
+    found = []
+    for name in sorted(stored.settings.keys() | wanted.settings.keys()):
+        _compare(found, f"--{name.replace('_', '-')}", stored.settings.get(name), wanted.settings.get(name))
+    _compare(found, "--model", stored.model.get("path"), wanted.model.get("path"))
+    _compare(found, "--model-args", stored.model.get("args"), wanted.model.get("args"))
+    lengths = stored.data["length"], wanted.data["length"]
+    if lengths[0] != lengths[1]:
+        found.append(f"--data: the train split's length changed: stored {lengths[0]} examples, now {lengths[1]}")
+    else:
+        _compare(found, "--data (contents, as sha256)", stored.data["sha256"], wanted.data["sha256"])
+    _compare(found, "--weights (values, as sha256)", stored.weights, wanted.weights)
+    if not found:
+        _compare(found, "factors of the curvature", canonical(stored.spec).decode(), canonical(wanted.spec).decode())
+        _compare(found, "segments", len(stored.segments), len(wanted.segments))
+    return found
+
+
+def _compare(found: list[str], field: str, stored: Any, wanted: Any) -> None:
+    if stored != wanted:
+        found.append(f"{field}: stored {stored!r}, now {wanted!r}")

@@ -1,0 +1,55 @@
+"""What a person sees at the end of a job: where the result lies, and the table of metrics."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+NAMES = {
+    "accuracy": ("accuracy", True),
+    "nll": ("NLL", False),
+    "brier": ("Brier", False),
+    "ece": ("ECE", False),
+    "rmse": ("RMSE", False),
+    "coverage_90": ("coverage of 90 % intervals", None),
+}
+
+
+def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return the table MAP | Laplace; an arrow says which direction is better.
+
+    Args:
+        metrics: For `map` and `laplace`, the numbers by name.
+    """
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("metric")
+    for heading in ("MAP", "Laplace"):
+        table.add_column(heading, justify="right")
+    for name in metrics["map"]:
+        text, higher = NAMES.get(name, (name.replace("ood_auroc/", "OOD AUROC, "), True))
+        arrow = {True: " ↑", False: " ↓", None: ""}[higher]
+        table.add_row(text + arrow, *(f"{metrics[method][name]:.4f}" for method in ("map", "laplace")))
+    return table
+
+
+def show_result(result: Any, loading: str, out: TextIO | None = None) -> None:
+    """Print where the checkpoint lies, how to load the posterior, and the table as the last lines.
+
+    Args:
+        result: A `driver.Result`.
+        loading: Python lines that load the posterior.
+        out: Where to print.
+    """
+    out = out or sys.stdout
+    print(f"\ncheckpoint: {result.checkpoint}", file=out)
+    if result.version is not None:
+        print(f"posterior:  {result.version}\n\nIn Python:\n", file=out)
+        print("\n".join(f"    {line}" for line in loading.splitlines()), file=out)
+    if result.metrics is not None:
+        print(file=out)
+        Console(file=out, width=80, highlight=False, soft_wrap=True).print(metrics_table(result.metrics))
+    out.flush()

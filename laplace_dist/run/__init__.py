@@ -1,0 +1,1 @@
+"""What lies under one checkpoint URL, and what it means."""

@@ -1,0 +1,120 @@
+"""Every key of a checkpoint with its schema and its remedy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from laplace_dist.plan.digests import digest
+from laplace_dist.run.schemas import (
+    CurrentFields,
+    EvaluationFields,
+    EvaluationShardFields,
+    PartialFields,
+    PlanFields,
+    Strict,
+    TuningFields,
+    TuningShardFields,
+    VersionFields,
+)
+
+PLAN, WEIGHTS, CONFIG, CURRENT = "plan.json", "weights.safetensors", "config.yaml", "CURRENT.json"
+FOLLOW_ON = ("report.html", "evaluation", "tuning")
+VERSIONED = ("posteriors", "partials")
+METRICS = "evaluation/metrics.json"
+LOSS = "loss"
+
+
+def partial_key(segment_id: str) -> str:
+    """Return the key of a segment's manifest."""
+    return f"partials/{segment_id}.json"
+
+
+def version_key(version: str) -> str:
+    """Return the key of a posterior version's manifest."""
+    return f"posteriors/{version}.json"
+
+
+def tuning_key(version: str, chosen: Mapping[str, Any]) -> str:
+    """Return the key of the manifest of a tuning."""
+    return f"tuning/{version}-{digest(chosen)}.json"
+
+
+def tuning_shard_key(key: str, shard: str) -> str:
+    """Return the key of one shard's scores."""
+    return f"{key.removesuffix('.json')}/{shard}.json"
+
+
+def evaluation_key(version: str, chosen: Mapping[str, Any]) -> str:
+    """Return the key of the metrics of an evaluation."""
+    return f"evaluation/{version}-{digest(chosen)}.json"
+
+
+def evaluation_shard_key(key: str, split: str, shard: str) -> str:
+    """Return the key of one shard's manifest."""
+    return f"{key.removesuffix('.json')}/{split}-{shard}.json"
+
+
+MANIFEST = re.compile(r"(?:partials|posteriors|tuning|evaluation)/[^/]+\.json|(?:tuning|evaluation)/[^/]+/[^/]+\.json")
+# Attempt directories, and the temporary files of a crashed commit: only these are ever collected.
+ATTEMPT = re.compile(r"((?:partials|posteriors|tuning)/[^/]+/[^/]+|evaluation/[^/]+/[^/]+/[^/]+)/.+")
+
+
+_KINDS: dict[str, type[Strict]] = {
+    r"plan\.json": PlanFields,
+    r"CURRENT\.json": CurrentFields,
+    r"partials/[^/]+\.json": PartialFields,
+    r"posteriors/[^/]+\.json": VersionFields,
+    r"tuning/[^/]+\.json": TuningFields,
+    r"tuning/[^/]+/[^/]+\.json": TuningShardFields,
+    r"evaluation/[^/]+\.json": EvaluationFields,
+    r"evaluation/[^/]+/[^/]+\.json": EvaluationShardFields,
+}
+
+
+def problem(key: str, values: Mapping[str, Any]) -> str | None:
+    """Say what is wrong with the fields of an object, or None.
+
+    Args:
+        key: Its key, which says of what kind it is; of a key that is not in the layout nothing is known.
+        values: Its fields.
+    """
+    kind = next((kind for pattern, kind in _KINDS.items() if re.fullmatch(pattern, key)), None)
+    if kind is None:
+        return None
+    try:
+        kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        return f"its {'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}"
+    except RecursionError:
+        return "its fields are nested too deeply"
+    if values.get("key", key) != key:
+        return f"it was written as {values['key']!r}"
+    return _foreign_prefix(key.removesuffix(".json"), values)
+
+
+def _foreign_prefix(own: str, values: Mapping[str, Any]) -> str | None:
+    """Say which prefix in an object is not directly under its own key."""
+    if own.startswith("partials/"):
+        return None  # compared with the attempt's id by `partials.parse_manifest`
+    for place in (values, *values.get("factors", {}).values()):
+        prefix = place.get("prefix")
+        if prefix is not None and not re.fullmatch(rf"{re.escape(own)}/[^/]+", prefix):
+            return f"its prefix {prefix!r} is not its own"
+    return None
+
+
+def remedy(key: str) -> str:
+    """Say what to do about a bad object."""
+    parts = key.split("/")
+    does = {"partials": "it recomputes that segment", "posteriors": "it reduces the partials anew"}
+    if parts[0] in does and len(parts) > 1:
+        manifest = f"{parts[0]}/{parts[1].removesuffix('.json')}.json"
+        return f"Restore it from a copy, or delete {manifest} and run the same command again: {does[parts[0]]}."
+    if parts[0] in ("tuning", "evaluation") and len(parts) > 1:
+        return f"Restore it from a copy, or delete everything under {parts[0]}/ and run the same command again."
+    return "Restore it from a copy, or start again with --fresh."

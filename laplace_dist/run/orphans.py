@@ -1,0 +1,56 @@
+"""What crashed attempts leave behind: arrays that no manifest names, found by their age."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from datetime import UTC, datetime
+
+from laplace_dist.errors import CheckpointError, SettingsError
+from laplace_dist.run import layout
+from laplace_dist.run.checkpoint import open_json
+from laplace_dist.run.layout import ATTEMPT, MANIFEST
+from laplace_dist.storage.local import TEMP
+from laplace_dist.storage.store import Store
+
+
+def find(store: Store, times: Mapping[str, datetime]) -> tuple[dict[str, float], bool]:
+    """Return the hours since the last write of every attempt that no manifest names, and whether all could be read.
+
+    Args:
+        store: The checkpoint.
+        times: When every object was last written, as listed before this call reads the manifests: what is committed in
+            between is named by then, so that it is not taken for an orphan.
+    """
+    newest: dict[str, datetime] = {}
+    for key, time in times.items():
+        match = ATTEMPT.fullmatch(key)
+        place = key if TEMP in key else match and match[1]
+        if place:
+            newest[place] = max(time, newest.get(place, time))
+    named, readable = _named(store, times)
+    now = datetime.now(UTC)
+    ages = {
+        place: max(0.0, (now - time).total_seconds() / 3600) for place, time in newest.items() if place not in named
+    }
+    return ages, readable
+
+
+def _named(store: Store, before: Collection[str]) -> tuple[set[str], bool]:
+    """Return the attempt directories that manifests name, and whether all manifests could be read.
+
+    Args:
+        store: The checkpoint.
+        before: Keys that were listed before: a manifest among them counts too, if it is still there.
+    """
+    named: set[str] = set()
+    now = set(store.list())
+    listed = now | {key for key in before if key not in now and MANIFEST.fullmatch(key) and store.exists(key)}
+    keys = sorted(key for key in listed if MANIFEST.fullmatch(key) and key != layout.METRICS)
+    for key, content in store.read_many(keys):
+        try:
+            manifest = open_json(content, key)
+        except (CheckpointError, SettingsError):
+            return named, False
+        places = [manifest, *manifest.get("factors", {}).values()]
+        named |= {place["prefix"] for place in places if "prefix" in place}
+    return named, True

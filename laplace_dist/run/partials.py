@@ -1,0 +1,172 @@
+"""Commit the sums of one segment, and read them back: arrays under an attempt's own prefix, then one manifest."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from laplace.curvature.sums import is_finite
+from laplace_dist.errors import CheckpointError, RunFailed
+from laplace_dist.plan.plan import FORMAT_VERSION, Plan
+from laplace_dist.plan.segments import Segment
+from laplace_dist.run.checkpoint import open_json
+from laplace_dist.run.layout import LOSS, partial_key
+from laplace_dist.storage.keys import check_key
+from laplace_dist.storage.sealed_json import seal_json
+from laplace_dist.storage.store import Store
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What the driver hears of a commit.
+
+    Attributes:
+        segment: The segment's id.
+        attempt: The id of the attempt that was committed, this one or the one that came first.
+        won: Whether it was this one.
+        bytes: Stored size of this attempt's arrays.
+        seconds: Time that the commit took.
+    """
+
+    segment: str
+    attempt: str
+    won: bool
+    bytes: int
+    seconds: float
+
+
+def commit_partial(
+    store: Store, plan: Plan, segment: Segment, tensors: Mapping[str, torch.Tensor], n_data: int, attempt: str
+) -> Receipt:
+    """Make the sums of one segment part of the run, once, whoever else tries.
+
+    The arrays are written, flushed, read back and verified under `partials/<segment>/<attempt>/`; the manifest that
+    names them is created only if there is none. If there is one, the attempt id in it says who won, and the loser's
+    arrays are deleted. A failure before that leaves nothing that a reader sees.
+
+    Args:
+        store: The checkpoint.
+        plan: Plan of the run.
+        segment: The segment that was accumulated.
+        tensors: Every factor of the plan's specification, and optionally `loss` (0-d).
+        n_data: Examples in the sums.
+        attempt: `new_attempt()`.
+
+    Raises:
+        RunFailed: A sum is not finite, or no space is left.
+        CheckpointError: What was read back differs, or the existing manifest is bad.
+    """
+    begun = time.perf_counter()
+    assert re.fullmatch(r"[\w-]+", attempt), f"attempt id {attempt!r} must be one part of a key"
+    assert n_data == segment.stop - segment.start, f"segment {segment} cannot hold {n_data} examples"
+    arrays = _arrays(plan, segment, tensors)
+    symmetric = {name for name, factor in plan.spec["factors"].items() if factor["symmetric"]}
+    prefix = f"partials/{segment.id}/{attempt}"
+    try:
+        entries = store.write_arrays(prefix, arrays, symmetric)
+    except RunFailed:  # no space: give back what this attempt took
+        store.delete_tree(prefix)
+        raise
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "plan": plan.digest,
+        "segment": segment.id,
+        "start": segment.start,
+        "stop": segment.stop,
+        "attempt": attempt,
+        "n_data": n_data,
+        "prefix": prefix,
+        "arrays": entries,
+    }
+    winner = attempt
+    if not store.create(partial_key(segment.id), seal_json(manifest)):
+        winner = read_manifest(store, plan, segment)["attempt"]
+        if winner != attempt:
+            store.delete_tree(prefix)
+    size = sum(entry["stored_bytes"] for entry in entries.values())
+    return Receipt(segment.id, winner, winner == attempt, size, time.perf_counter() - begun)
+
+
+def read_manifest(store: Store, plan: Plan, segment: Segment) -> dict[str, Any]:
+    """Return the manifest of a committed segment, checked against the plan.
+
+    Raises:
+        MissingObjectError: The segment is not committed.
+        CheckpointError: The manifest is truncated, altered, or of another plan or segment.
+        SettingsError: It was written by a newer version.
+    """
+    key = partial_key(segment.id)
+    return parse_manifest(store.read(key), plan, segment)
+
+
+def parse_manifest(data: bytes, plan: Plan, segment: Segment) -> dict[str, Any]:
+    """Check a manifest's bytes against the plan, as `read_manifest` does, and return it."""
+    key = partial_key(segment.id)
+    manifest = open_json(data, key)
+    wanted = {
+        "plan": plan.digest,
+        "segment": segment.id,
+        "start": segment.start,
+        "stop": segment.stop,
+        "n_data": segment.stop - segment.start,
+        "prefix": f"partials/{segment.id}/{manifest.get('attempt')}",
+    }
+    for field, value in wanted.items():
+        if manifest.get(field) != value:
+            raise CheckpointError(
+                f"{key} does not belong to this run: its {field} is {manifest.get(field)!r}, expected {value!r}. "
+                "Delete it to have the segment recomputed, or start again with --fresh."
+            )
+    check_key(manifest["prefix"])
+    arrays = {name: entry for name, entry in manifest["arrays"].items() if name != LOSS}
+    factors = plan.spec["factors"]
+    named = {name: list(entry["shape"]) for name, entry in arrays.items()}
+    planned = {name: list(factor["shape"]) for name, factor in factors.items() if name != LOSS}
+    if named != planned:
+        odd = sorted(name for name in named.keys() | planned.keys() if named.get(name) != planned.get(name))
+        raise CheckpointError(
+            f"{key} does not name the factors of the plan; it differs in {', '.join(odd[:5])}. Delete it "
+            "to have the segment recomputed, or start again with --fresh."
+        )
+    return manifest
+
+
+def place_of(manifest: Mapping[str, Any], name: str) -> tuple[str, str, dict[str, Any]]:
+    """Return what `Store.read_array` and `read_arrays` need for one factor of a committed partial.
+
+    Raises:
+        CheckpointError: The manifest does not name it.
+    """
+    if name not in manifest["arrays"]:
+        names = ", ".join(sorted(manifest["arrays"])[:8])
+        raise CheckpointError(f"{partial_key(manifest['segment'])} names no factor {name!r}; it has {names}")
+    return manifest["prefix"], name, manifest["arrays"][name]
+
+
+def read_factor(store: Store, manifest: Mapping[str, Any], name: str) -> np.ndarray:
+    """Return one factor of a committed partial, after verifying every byte of it.
+
+    Raises:
+        CheckpointError: The manifest does not name it, or something is missing, truncated or altered.
+    """
+    return store.read_array(*place_of(manifest, name))
+
+
+def _arrays(plan: Plan, segment: Segment, tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Return the tensors as arrays, finite and of the planned names and shapes."""
+    planned = {name: list(factor["shape"]) for name, factor in plan.spec["factors"].items()}
+    given = {name: list(tensor.shape) for name, tensor in tensors.items() if name in planned or name != LOSS}
+    assert given == planned, f"sums hold {given}, the plan says {planned}"
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise RunFailed(
+                f"segment {segment.id} (examples {segment.start} to {segment.stop - 1}): the sum {name!r} is not "
+                "finite, so nothing was committed. Values this large overflow: scale the data, or compute in float64."
+            )
+    return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}

@@ -1,0 +1,49 @@
+"""Which posterior version is current, and which tuning is in force."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from laplace_dist.errors import CheckpointError, MissingObjectError
+from laplace_dist.plan.plan import FORMAT_VERSION
+from laplace_dist.run.checkpoint import open_json
+from laplace_dist.run.layout import CURRENT
+from laplace_dist.storage.sealed_json import seal_json
+from laplace_dist.storage.store import Store
+
+
+def read_current(store: Store) -> dict[str, Any]:
+    """Return which posterior version is current, under `version`, and the key of its tuning or None, under `tuning`.
+
+    Raises:
+        MissingObjectError: No posterior version has been committed.
+        CheckpointError: It is truncated or altered.
+    """
+    try:
+        current = open_json(store.read(CURRENT), CURRENT)
+    except MissingObjectError as error:
+        raise MissingObjectError(
+            f"{store.url}/{CURRENT} is missing: this run has no posterior yet. Run its fit job to the end."
+        ) from error
+    if current["tuning"] is not None and not current["tuning"].startswith(f"tuning/{current['version']}-"):
+        raise CheckpointError(
+            f"{CURRENT} is altered: {current['tuning']} is no tuning of version {current['version']}. Delete it and run "
+            "the fit job again."
+        )
+    return current
+
+
+def write_current(store: Store, version: str, tuning: str | None, *, first: bool = False) -> None:
+    """Make a posterior version current, with the tuning that belongs to it.
+
+    Args:
+        store: The checkpoint.
+        version: Name of the posterior version.
+        tuning: Key of a tuning, or None.
+        first: Only if none is current yet, so that another driver's tuning of the same version stays in force.
+    """
+    content = seal_json({"format_version": FORMAT_VERSION, "version": version, "tuning": tuning})
+    if first:
+        store.create(CURRENT, content)
+    else:
+        store.replace(CURRENT, content)

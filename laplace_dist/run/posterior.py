@@ -1,0 +1,120 @@
+"""From a committed posterior version to an object of the core library that behaves as if fitted in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from laplace import Laplace
+from laplace.curvature import backend_class
+from laplace.curvature.sums import CurvatureSums, SumsSpec
+from laplace_dist.errors import CheckpointError, SettingsError
+from laplace_dist.plan.plan import Plan
+from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.run.layout import PLAN
+from laplace_dist.run.lifecycle import read_plan
+from laplace_dist.run.pointer import read_current
+from laplace_dist.run.tunings import apply_tuning
+from laplace_dist.run.versions import read_version
+from laplace_dist.run.weights import load_run_weights, weights_digest
+from laplace_dist.storage.store import Store
+
+
+def load_posterior(
+    url: str,
+    model: nn.Module,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    version: str | None = None,
+    tuned: bool = True,
+    load_weights: bool = False,
+) -> Any:
+    """Load a posterior that a job has fitted.
+
+    Args:
+        url: Checkpoint directory or URL.
+        model: The network with the weights that the run was fitted at; its device is kept.
+        storage_options: For the file system of the URL.
+        version: Posterior version; the current one if not given.
+        tuned: Take over the tuned prior precision, if there is one for the current version.
+        load_weights: Load the run's own weights into the model first, from wherever the run is.
+
+    Returns:
+        A `laplace.KronLaplace` or its sibling, fitted.
+
+    Raises:
+        SettingsError: The model is not the one of the run.
+        MissingObjectError: There is no run, or it has no posterior yet.
+        CheckpointError: Something is truncated or altered; the message names the object.
+    """
+    store = Checkpoint(url, storage_options)
+    plan = read_plan(store)
+    if not isinstance(model, nn.Module):
+        raise SettingsError(f"model: got a {type(model).__name__}; expected the torch.nn.Module that the run fitted")
+    if load_weights:
+        load_run_weights(store, plan, model)
+    if weights_digest(model) != plan.weights:
+        raise SettingsError(
+            f"model: its weights are not those of the run at {store.url!r}. Give load_weights=True, with "
+            f"the model that {plan.model['path']} builds with the arguments {plan.model['args']}."
+        )
+    current = read_current(store)
+    name = version or current["version"]
+    la = build(store, plan, model, name)
+    if tuned and name == current["version"] and current["tuning"] is not None:
+        apply_tuning(store, la, current["tuning"])
+    return la
+
+
+def build(store: Store, plan: Plan, model: nn.Module, version: str) -> Any:
+    """Return the fitted object of a posterior version, with the default prior, around a model with the run's weights.
+
+    Raises:
+        CheckpointError: A factor is missing, truncated or altered.
+    """
+    try:
+        spec = SumsSpec.from_json(plan.spec)
+        la = new_laplace(plan.settings, model, spec)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{PLAN} names settings or factors that make no posterior of this model ({type(error).__name__}: {error}): it "
+            "was altered. Restore it from a copy, or start again with --fresh."
+        ) from error
+    manifest = read_version(store, plan, version)
+    device = next(model.parameters()).device
+    tensors = {
+        name: torch.from_numpy(store.read_array(place["prefix"], name, place["entry"])).to(device)
+        for name, place in manifest["factors"].items()
+    }
+    la.set_sums(CurvatureSums.from_tensors(spec, tensors, manifest["n_data"]))
+    return la
+
+
+def new_laplace(settings: Mapping[str, Any], model: nn.Module, spec: SumsSpec | None = None) -> Any:
+    """Return an object of the core library that has seen no data.
+
+    Args:
+        settings: By field name: those of the plan, or all of a job.
+        model: The network.
+        spec: What the plan says of the sums, which includes the last layer's name; None while it is being found out.
+
+    Raises:
+        ValueError: The core library does not have this combination.
+    """
+    backend, arguments = backend_class(settings["backend"], settings["estimator"])
+    if settings["estimator"] == "mc":
+        arguments = {**arguments, "seed": settings["seed"]}
+    subset = settings["subset_of_weights"]
+    extra = {"last_layer_name": spec.blocks[0].layer} if spec is not None and subset == "last_layer" else {}
+    return Laplace(
+        model,
+        settings["likelihood"],
+        subset_of_weights=subset,
+        hessian_structure=settings["hessian_structure"],
+        backend=backend,
+        backend_kwargs=arguments,
+        **extra,
+    )

@@ -1,0 +1,167 @@
+"""Which fields every JSON object of a checkpoint has: what is sealed correctly may still come from elsewhere."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Number = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]  # one part of a key
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    """Fields that are checked strictly; others are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+
+class Entry(Strict):
+    """One stored array, as `Store.write_arrays` describes it."""
+
+    sha256: Sha256
+    shape: list[Number]
+    dtype: Literal["float32", "float64"]
+    packed: bool
+    metadata_sha256: Sha256
+    stored_bytes: Number
+
+    @model_validator(mode="after")
+    def _square(self) -> Entry:
+        if self.packed and (len(self.shape) < 2 or self.shape[-1] != self.shape[-2]):
+            raise ValueError("only square matrices are packed")
+        return self
+
+
+class _Segment(Strict):
+    id: Name
+    start: Number
+    stop: Positive
+
+
+class _Factor(Strict):
+    shape: list[Number]
+    symmetric: bool
+
+
+class _Spec(Strict):
+    """Of the core library, which checks the rest."""
+
+    model_config = ConfigDict(extra="allow", strict=True, hide_input_in_errors=True)
+    factors: dict[str, _Factor]
+
+
+class _Data(Strict):
+    length: Positive
+    sha256: str
+
+
+class _Model(Strict):
+    path: str
+    args: dict[str, Any]
+
+
+class PlanFields(Strict):
+    """`plan.json`."""
+
+    format_version: Positive
+    segments: Annotated[list[_Segment], Field(min_length=1)]
+    settings: dict[str, Any]
+    data: _Data
+    weights: str
+    model: _Model
+    spec: _Spec
+
+    @model_validator(mode="after")
+    def _covers_the_data(self) -> PlanFields:
+        edges = [0, *(segment.stop for segment in self.segments)]
+        starts = [segment.start for segment in self.segments]
+        distinct = len({segment.id for segment in self.segments}) == len(starts)
+        if starts != edges[:-1] or edges != sorted(set(edges)) or edges[-1] != self.data.length or not distinct:
+            raise ValueError("the segments do not cover the data once")
+        return self
+
+
+class PartialFields(Strict):
+    """The manifest of a partial."""
+
+    format_version: Positive
+    plan: str
+    segment: str
+    start: Number
+    stop: Number
+    attempt: Name
+    n_data: Number
+    prefix: str
+    arrays: dict[str, Entry]
+
+
+class _Place(Strict):
+    prefix: str
+    entry: Entry
+
+
+class VersionFields(Strict):
+    """The manifest of a posterior version."""
+
+    format_version: Positive
+    plan: str
+    version: Name
+    n_data: Positive
+    factors: dict[str, _Place]
+
+
+class CurrentFields(Strict):
+    """`CURRENT.json`."""
+
+    format_version: Positive
+    version: Name
+    tuning: Annotated[str, Field(pattern=r"^tuning/[^/]+\.json$")] | None
+
+
+class _Owned(Strict):
+    """An object that carries its own key, so that none can take another's place."""
+
+    format_version: Positive
+    key: str
+
+
+class TuningFields(_Owned):
+    """The manifest of a tuning."""
+
+    settings: dict[str, Any]
+    shards: list[Name]
+    prefix: str
+    arrays: dict[Literal["prior_precision"], Entry]
+    sigma_noise: Annotated[Finite, Field(gt=0)] | None
+    log_marginal_likelihood: Finite
+
+    @model_validator(mode="after")
+    def _has_the_prior(self) -> TuningFields:
+        if not self.arrays:
+            raise ValueError("no prior precision")
+        return self
+
+
+class TuningShardFields(_Owned):
+    """One validation shard's scores."""
+
+    scores: str
+
+
+class EvaluationFields(_Owned):
+    """The metrics of an evaluation."""
+
+    settings: dict[str, Any]
+    shards: dict[str, list[Name]]
+    metrics: dict[Literal["map", "laplace"], dict[str, Finite]]
+
+
+class EvaluationShardFields(_Owned):
+    """The manifest of one shard's scores."""
+
+    prefix: str
+    arrays: dict[str, Entry]

@@ -1,0 +1,317 @@
+"""Check every object of a run, name what is wrong one by one, and collect what no manifest names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+
+from laplace.curvature.sums import sum_in_order
+from laplace_dist.errors import CheckpointError, SettingsError, StorageError
+from laplace_dist.plan.plan import Plan
+from laplace_dist.run import layout, lifecycle, orphans, partials, tunings, versions
+from laplace_dist.run.checkpoint import Checkpoint, open_json
+from laplace_dist.run.pointer import read_current
+from laplace_dist.run.weights import check_weights
+from laplace_dist.storage.local import TEMP
+from laplace_dist.storage.store import Store
+
+
+@dataclass
+class Report:
+    """What was found.
+
+    Attributes:
+        url: Of the run.
+        objects: Number of objects in it.
+        committed: Committed segments.
+        segments: Planned segments.
+        versions: Whole posterior versions.
+        problems: `(key, what is wrong and what to do)` for every bad object.
+        notes: `(key, what is still to do)` where a run ended before a step that the same command takes.
+        orphans: Hours since the last write, by attempt directory or temporary file that no manifest names.
+        collected: Those of them that were deleted.
+    """
+
+    url: str
+    objects: int = 0
+    committed: int = 0
+    segments: int = 0
+    versions: list[str] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    orphans: dict[str, float] = field(default_factory=dict)
+    collected: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every object that the run has is whole; a run may be whole and still unfinished."""
+        return not self.problems
+
+
+def verify(
+    url: str,
+    storage_options: Mapping[str, Any] | None = None,
+    *,
+    collect_orphans_older_than: float | None = None,
+) -> Report:
+    """Read and check a whole run: plan, weights, manifests, arrays, sums, posterior versions, tuning, evaluation.
+
+    Every number is read and compared with its digests; where all partials are there, they are summed again and
+    compared with the posterior version bit for bit. Nothing is repaired.
+
+    Args:
+        url: Checkpoint directory or URL.
+        storage_options: For the file system of the URL.
+        collect_orphans_older_than: Delete attempts that no manifest names and that were last written more than so
+            many hours ago. Give more than any segment takes, since an attempt in progress is not named yet either.
+
+    Raises:
+        SettingsError: The URL cannot be read, holds no run, or holds one of a newer version.
+        StorageError: The storage does not answer.
+    """
+    store = Checkpoint(url, storage_options)
+    if not store.exists(layout.PLAN):
+        raise SettingsError(f"--checkpoint: got {store.url!r}, where there is no run (no {layout.PLAN})")
+    times = store.modified()  # before any manifest is read: what is committed after this is not taken for an orphan
+    keys = [key for key in times if TEMP not in key]
+    check = _Check(store, Report(store.url, len(keys)))
+    plan = check.attempt(layout.PLAN, lambda: lifecycle.read_plan(store))
+    if plan is not None:
+        check.run(plan, keys)
+    check.collect(times, collect_orphans_older_than)
+    return check.report
+
+
+class _Check:
+    """One verification: what is bad is written down and the rest is still checked."""
+
+    def __init__(self, store: Store, report: Report) -> None:
+        self.store, self.report = store, report
+
+    def attempt(self, key: str, call: Callable[[], Any]) -> Any:
+        """Return what a call returns, or None after noting that the object with this key is bad."""
+        try:
+            return call()
+        except StorageError:
+            raise
+        except CheckpointError as error:
+            self.report.problems.append((key, str(error)))
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            if isinstance(error, SettingsError):
+                raise
+            self.report.problems.append((key, f"{key} is altered: it has not the fields of its kind ({error!r})"))
+        return None
+
+    def missing(self, key: str, keys: Collection[str]) -> bool:
+        """Say whether an object is neither among those listed first nor there now, as a job beside this may write it."""
+        return key not in keys and not self.store.exists(key)
+
+    def run(self, plan: Plan, keys: list[str]) -> None:
+        store = self.store
+        weights = layout.WEIGHTS
+        if weights in keys or any(key.startswith("partials/") for key in keys):
+            self.attempt(weights, lambda: check_weights(store.read(weights), plan.weights, weights))
+        if layout.CONFIG in keys or any(key.startswith("partials/") for key in keys):
+            self.attempt(layout.CONFIG, lambda: lifecycle.read_config(store))
+        manifests = self.partials(plan, keys)
+        for key in keys:
+            if layout.MANIFEST.fullmatch(key) and not key.startswith("partials/") and key != layout.METRICS:
+                if key.startswith("posteriors/"):
+                    self.version(plan, key, manifests)
+                else:
+                    self.follow_on(key, keys)
+        self.pointers(keys, manifests, plan)
+        self.unmerged(keys)
+
+    def partials(self, plan: Plan, keys: list[str]) -> dict[str, dict[str, Any]]:
+        """Check every manifest of a segment; return those that are good by the segment's id."""
+        planned = {layout.partial_key(segment.id): segment for segment in plan.segments}
+        present = [key for key in keys if re.fullmatch(r"partials/[^/]+\.json", key)]
+        found = {}
+        for key in present:
+            if key not in planned:
+                self.report.problems.append((key, f"{key} is of no segment of this plan. Delete it."))
+        for key, content in self.store.read_many([key for key in present if key in planned]):
+            segment = planned[key]
+            manifest = self.attempt(key, lambda c=content, s=segment: partials.parse_manifest(c, plan, s))
+            if manifest is not None:
+                found[segment.id] = manifest
+                self.groups(manifest["prefix"], manifest["arrays"])
+        self.report.segments, self.report.committed = len(planned), len(found)
+        self.sums = {name: self.sum_digest(plan, found, name) for name in (layout.LOSS, *plan.spec["factors"])}
+        return found
+
+    def sum_digest(self, plan: Plan, manifests: Mapping[str, Any], name: str) -> bytes | None:
+        """Read one factor of every partial; return the digest of their sum in plan order if all are there and good.
+
+        Memory is two copies of the factor, as in the reduction.
+        """
+        before = len(self.report.problems)
+
+        def good() -> Iterator[torch.Tensor]:
+            ordered = [manifests[segment.id] for segment in plan.segments if segment.id in manifests]
+            keys = [f"{manifest['prefix']}/{name}" for manifest in ordered]
+            places = [
+                self.attempt(k, lambda m=m: partials.place_of(m, name)) for k, m in zip(keys, ordered, strict=True)
+            ]
+            named = [(key, place) for key, place in zip(keys, places, strict=True) if place is not None]
+            reads = self.store.read_arrays(place for _, place in named)
+            for (key, _), read in zip(named, reads, strict=True):
+                value = self.attempt(key, read)
+                if value is not None:
+                    yield torch.from_numpy(value)
+
+        values = good()
+        first = next(values, None)
+        if first is None:
+            return None
+        total = sum_in_order(chain([first], values))
+        whole = len(self.report.problems) == before and len(manifests) == len(plan.segments)
+        return _digest(total.numpy()) if whole else None
+
+    def version(self, plan: Plan, key: str, manifests: Mapping[str, Any]) -> None:
+        """Check a posterior version: manifest, arrays, and its sums where they can be formed."""
+        version = key.removeprefix("posteriors/").removesuffix(".json")
+        manifest = self.attempt(key, lambda: versions.read_version(self.store, plan, version))
+        if manifest is None:
+            return
+        before = len(self.report.problems)
+        current = len(manifests) == len(plan.segments) and versions.version_name(plan, manifests.values()) == version
+        for name, place in manifest["factors"].items():
+            array = f"{place['prefix']}/{name}"
+            self.groups(place["prefix"], [name])
+            value = self.attempt(array, lambda n=name, p=place: self.store.read_array(p["prefix"], n, p["entry"]))
+            total = self.sums[name] if current else None
+            if value is not None and total is not None and _digest(value) != total:
+                text = f"{array} is not the sum of the committed partials. Delete {key} and run the fit job again."
+                self.report.problems.append((array, text))
+        if len(self.report.problems) == before:
+            self.report.versions.append(version)
+
+    def follow_on(self, key: str, keys: Collection[str]) -> None:
+        """Check a manifest of tuning or evaluation, the shards that it was made of, and the arrays that it names."""
+        manifest = self.attempt(key, lambda: open_json(self.store.read(key), key))
+        if manifest is None:
+            return
+        if "scores" in manifest:
+            self.attempt(key, lambda: tunings.read_shard(self.store, key))
+        for shard in _shards(key, manifest):
+            if self.missing(shard, keys):
+                text = f"{shard} is missing, and {key} was made of it. Restore it from a copy, or delete {key} and run"
+                self.report.problems.append((shard, f"{text} its job again."))
+        if "arrays" not in manifest:
+            return
+        prefix = manifest["prefix"]
+        self.groups(prefix, manifest["arrays"])
+        for name, entry in manifest["arrays"].items():
+            self.attempt(f"{prefix}/{name}", lambda n=name, e=entry: self.store.read_array(prefix, n, e))
+
+    def groups(self, prefix: str, names: Collection[str]) -> None:
+        """Check the metadata of the Zarr groups that hold arrays; reading the arrays alone does not need it."""
+        for key in self.store.group_keys(prefix, names):
+            self.attempt(key, lambda k=key: self.store.check_group(k))
+
+    def pointers(self, keys: list[str], manifests: Mapping[str, Any], plan: Plan) -> None:
+        """Check what says which version, tuning and metrics are in force."""
+        problems = self.report.problems
+        if self.report.versions or layout.CURRENT in keys:
+            missing = [layout.partial_key(segment.id) for segment in plan.segments]
+            problems += [
+                (
+                    key,
+                    f"{key} is missing, though the run has a posterior. Run the fit job again: it recomputes that segment.",
+                )
+                for key in missing
+                if self.missing(key, keys)
+            ]
+        if layout.CURRENT in keys:
+            current = self.attempt(layout.CURRENT, lambda: read_current(self.store))
+            named = [] if current is None else [f"posteriors/{current['version']}.json", current["tuning"]]
+            problems += [
+                (key, f"{key} is missing, and {layout.CURRENT} names it. Run the fit job again.")
+                for key in named
+                if key is not None and self.missing(key, keys)
+            ]
+            if current is not None and len(manifests) == len(plan.segments):
+                wanted = versions.version_name(plan, manifests.values())
+                if wanted != current["version"]:
+                    text = f"it names version {current['version']}, but the committed partials make {wanted}"
+                    problems.append((layout.CURRENT, f"{layout.CURRENT}: {text}. Run the fit job again."))
+        elif self.store.exists(layout.CURRENT):
+            pass  # a job that runs beside this has just written it
+        elif any(key.startswith(("tuning/", "evaluation/")) for key in keys):
+            text = (
+                f"{layout.CURRENT} is missing, though its posterior was used. Run the fit job again: it writes it anew."
+            )
+            problems.append((layout.CURRENT, text))
+        elif self.report.versions:
+            text = (
+                f"{layout.CURRENT} is missing: the posterior is committed and not yet in force. Run the fit job again."
+            )
+            self.report.notes.append((layout.CURRENT, text))
+        if layout.METRICS in keys:
+            self.attempt(layout.METRICS, self.metrics)
+        elif any(re.fullmatch(r"evaluation/[^/]+\.json", key) for key in keys):
+            text = f"{layout.METRICS} is missing: the evaluation is committed and not yet shown. Run its job again."
+            self.report.notes.append((layout.METRICS, text))
+
+    def unmerged(self, keys: Collection[str]) -> None:
+        """Note shards of tuning and evaluation that no manifest was made of: a crash before, or a deletion after."""
+        shards = [re.fullmatch(r"((?:tuning|evaluation)/[^/]+)/[^/]+\.json", key) for key in keys]
+        for stem in sorted({match[1] for match in shards if match}):
+            if (key := f"{stem}.json") not in keys:
+                text = f"{key} is missing: its shards are committed and not yet merged. Run its job again."
+                self.report.notes.append((key, text))
+
+    def metrics(self) -> None:
+        """Check that `evaluation/metrics.json`, which carries no digest, repeats a sealed evaluation."""
+        shown = json.loads(self.store.read(layout.METRICS))
+        version = shown.pop("version")
+        tuning = shown.pop("tuning")
+        pattern = re.compile(rf"evaluation/{re.escape(str(version))}-[^/]+\.json")
+        for key in filter(pattern.fullmatch, self.store.list("evaluation", recursive=False)):
+            sealed = self.attempt(key, lambda k=key: open_json(self.store.read(k), k))
+            if sealed and sealed["metrics"] == shown and sealed["settings"]["tuning"] == tuning:
+                return
+        raise CheckpointError(
+            f"{layout.METRICS} repeats no evaluation of this run: it was altered. Run the evaluate job again."
+        )
+
+    # -------------------------------------------------------------- orphans
+
+    def collect(self, times: Mapping[str, datetime], older_than: float | None) -> None:
+        """Find what no manifest names, and delete what is old enough unless a manifest cannot be read."""
+        self.report.orphans, readable = orphans.find(self.store, times)
+        if older_than is None:
+            return
+        if not readable or any(layout.MANIFEST.fullmatch(key) for key, _ in self.report.problems):
+            self.report.problems.append(
+                ("orphans", "nothing was collected: what looks like an orphan may belong to a manifest that is bad")
+            )
+            return
+        for place, age in self.report.orphans.items():
+            if age >= older_than:
+                self.store.delete_tree(place)
+                self.report.collected.append(place)
+
+
+def _digest(value: np.ndarray) -> bytes:
+    """Return the sha256 of an array's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(value)).digest()
+
+
+def _shards(key: str, manifest: Mapping[str, Any]) -> list[str]:
+    """Return the keys of the shards that a tuning or an evaluation was made of."""
+    shards = manifest.get("shards", [])
+    if isinstance(shards, Mapping):
+        return [layout.evaluation_shard_key(key, split, shard) for split, ids in shards.items() for shard in ids]
+    return [layout.tuning_shard_key(key, shard) for shard in shards]

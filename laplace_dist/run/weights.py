@@ -1,0 +1,147 @@
+"""A model's weights as bytes and back: safetensors that carry their own digest, and state dicts without pickled code."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from pickle import UnpicklingError
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from laplace_dist.config.settings import Config
+from laplace_dist.data.import_path import call
+from laplace_dist.data.sources import read_file
+from laplace_dist.errors import CheckpointError, SettingsError, listed
+from laplace_dist.plan.digests import feed
+from laplace_dist.plan.plan import Plan
+from laplace_dist.run.layout import WEIGHTS
+from laplace_dist.storage.store import Store
+
+
+def dump_weights(model: nn.Module) -> bytes:
+    """Return the model's state dict as a safetensors file; tied tensors are stored under each of their names.
+
+    Its metadata holds a sha256 of the tensors and the model's digest, which also covers what no state dict holds, so
+    that the file can be checked without the model: see `check_weights`.
+    """
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    seal = {"tensors_sha256": _digest(state.items()), "model_digest": weights_digest(model)}
+    return safetensors.torch.save(state, metadata={"seal": json.dumps(seal)})
+
+
+def check_weights(content: bytes, digest: str, label: str) -> None:
+    """Check what `dump_weights` returned, without the model.
+
+    Args:
+        content: The file's bytes.
+        digest: `weights_digest` of the model, as the plan has it.
+        label: What to call the file in messages.
+
+    Raises:
+        CheckpointError: It is truncated, altered, or of another model.
+    """
+    state = _parse_weights(content, label, CheckpointError)
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        seal = json.loads(header["__metadata__"]["seal"])
+        tensors, model = seal["tensors_sha256"], seal["model_digest"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{label} is altered: it carries no digest. Restore it from a copy.") from error
+    if tensors != _digest(state.items()):
+        raise CheckpointError(f"{label} is altered: its tensors do not have the sha256 in it. Restore it from a copy.")
+    if model != digest:
+        raise CheckpointError(f"{label} holds the weights of another model than the plan's. Restore it from a copy.")
+
+
+def load_weights(model: nn.Module, content: bytes, label: str, broken: type[Exception] = SettingsError) -> None:
+    """Load a state dict, safetensors or torch.save's format (tensors only), into a model that it must fit exactly.
+
+    Args:
+        model: Changed in place.
+        content: The file's bytes.
+        label: What to call the file in messages.
+        broken: Class of the error for a file that is not a state dict.
+
+    Raises:
+        SettingsError: Names are missing or unexpected, or shapes differ; the message lists them.
+    """
+    state = _parse_weights(content, label, broken)
+    wanted = model.state_dict()
+    wrong = {
+        "missing": sorted(wanted.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - wanted.keys()),
+        "of another shape": [
+            f"{name} {list(state[name].shape)} in the file, {list(wanted[name].shape)} in the model"
+            for name in wanted.keys() & state.keys()
+            if state[name].shape != wanted[name].shape
+        ],
+    }
+    if any(wrong.values()):
+        found = "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names)
+        raise SettingsError(f"{label}: these weights do not fit the model. {found}")
+    model.load_state_dict(state)
+
+
+def _parse_weights(content: bytes, label: str, broken: type[Exception]) -> dict[str, Tensor]:
+    try:
+        if content[8:9] == b"{":
+            return safetensors.torch.load(content)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise broken(
+            f"{label}: is not a state dict in .safetensors or torch.save's format with tensors only ({reason})"
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        inside = listed(sorted(map(str, state))) if isinstance(state, Mapping) else type(state).__name__
+        raise broken(f"{label}: holds {inside}; expected a state dict, as model.state_dict() returns it")
+    return dict(state)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return the sha256 over names, dtypes, shapes and bytes of all parameters and buffers."""
+    return _digest(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
+
+
+def _digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(named, key=lambda item: item[0]):
+        feed(digest, name)
+        feed(digest, tensor)
+    return digest.hexdigest()
+
+
+def load_model(config: Config) -> nn.Module:
+    """Build the model, load `--weights` if given, and put it in eval mode.
+
+    Raises:
+        SettingsError: The callable or the file is not what is expected, or the weights do not fit.
+    """
+    model = call(config.model, "--model", config.model_args)
+    if not isinstance(model, nn.Module):
+        raise SettingsError(f"--model: {config.model!r} returned a {type(model).__name__}; expected a torch.nn.Module")
+    if config.weights is not None:
+        content = read_file(config.weights, config.storage_options, "--weights")
+        load_weights(model, content, f"--weights {config.weights}")
+    return model.eval()
+
+
+def load_run_weights(store: Store, plan: Plan, model: nn.Module) -> None:
+    """Load the run's own weights into a model and check that they are those of the plan.
+
+    Raises:
+        CheckpointError: They are missing, truncated or altered.
+        SettingsError: They do not fit the model.
+    """
+    load_weights(model, store.read(WEIGHTS), f"{store.url}/{WEIGHTS}", broken=CheckpointError)
+    if weights_digest(model) != plan.weights:
+        raise CheckpointError(
+            f"{store.url}/{WEIGHTS} does not hold the weights of the plan: it was altered, or --model builds buffers "
+            "that change from call to call. Restore it from a copy, or start again with --fresh."
+        )

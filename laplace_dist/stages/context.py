@@ -1,0 +1,114 @@
+"""What a task may use: model, data and store, opened on first use."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_dist.config.settings import Config
+from laplace_dist.data import loader, sources
+from laplace_dist.errors import SettingsError
+from laplace_dist.plan.plan import Plan
+from laplace_dist.run import posterior, tunings, weights
+from laplace_dist.run.checkpoint import open_store
+from laplace_dist.run.lifecycle import read_plan
+from laplace_dist.run.weights import load_run_weights
+from laplace_dist.storage.store import Store
+
+
+class Context:
+    """What a task may use. Everything is opened on first use, in the process that uses it, and kept.
+
+    Args:
+        config: The job's settings; the checkpoint is an absolute path or a URL.
+        device: `cpu` or `cuda`.
+    """
+
+    def __init__(self, config: Config, device: str = "cpu") -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self._splits: dict[str, Any] = {}
+        self._posterior: tuple[Any, Any] | None = None
+
+    @cached_property
+    def store(self) -> Store:
+        """The checkpoint."""
+        return open_store(self.config)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan, as committed by the driver."""
+        return read_plan(self.store)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The run's model with the run's own weights, in eval mode, on the device."""
+        model = weights.load_model(self.config.model_copy(update={"weights": None}))
+        load_run_weights(self.store, self.plan, model)
+        return model.to(self.device)
+
+    @cached_property
+    def la(self) -> Any:
+        """A Laplace object that has seen one example and can accumulate sums.
+
+        Raises:
+            SettingsError: Its sums are not those of the plan.
+        """
+        la = initialized(self.config, self.model, self.split("train"))
+        if plain(la.sums_spec()) != self.plan.spec:
+            raise SettingsError(
+                "this worker finds other factors in the model than the driver did: the same versions of laplace_dist, "
+                "torch and of the code behind --model must be installed on every node."
+            )
+        return la
+
+    def posterior(self, version: str, tuning: str | None = None) -> Any:
+        """Return a posterior version as a fitted object, with a tuning's prior if given; only the last one is kept."""
+        if self._posterior is None or self._posterior[0] != (version, tuning):
+            self._posterior = None
+            la = posterior.build(self.store, self.plan, self.model, version)
+            if tuning is not None:
+                tunings.apply_tuning(self.store, la, tuning)
+            self._posterior = (version, tuning), la
+        return self._posterior[1]
+
+    def split(self, name: str) -> Any:
+        """Return a split of the data set."""
+        if name not in self._splits:
+            self._splits[name] = sources.load_split(self.config, name)
+        return self._splits[name]
+
+    def batches(self, split: str, start: int, stop: int) -> Any:
+        """Yield `(offset, x, y)` for a contiguous range of a split, on the device."""
+        for offset, x, y in loader.batches(self.split(split), start, stop, self.config.batch_size):
+            yield offset, to_device(x, self.device), to_device(y, self.device)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move a tensor, or every tensor in a mapping, to a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if hasattr(value, "items"):
+        return type(value)({key: to_device(item, device) for key, item in value.items()})
+    return value
+
+
+def initialized(config: Config, model: nn.Module, dataset: Any) -> Any:
+    """Build the Laplace object and let it look at one example, which tells it the outputs and the last layer.
+
+    Raises:
+        ValueError: The core library does not have this combination of settings, or cannot use the model.
+    """
+    la = posterior.new_laplace(config.model_dump(), model)
+    _, x, _ = next(loader.batches(dataset, 0, 1, 1))
+    la.initialize(to_device(x, next(model.parameters()).device))
+    return la
+
+
+def plain(spec: Any) -> dict[str, Any]:
+    """Return the specification of the sums as it looks after a trip through JSON."""
+    return json.loads(json.dumps(spec.to_json()))

@@ -1,0 +1,1 @@
+"""Bytes and arrays under one URL, committed whole or not at all."""

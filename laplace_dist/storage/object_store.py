@@ -1,0 +1,109 @@
+"""Object stores through fsspec: what they answer, what it means, and a create-only write that survives retries."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from laplace_dist.errors import SettingsError
+from laplace_dist.storage.retry import FAILURES, Patient, lost_upload, no_bucket, patiently, refuses
+
+__all__ = ["FAILURES", "create", "no_bucket", "open_url", "refuses", "scrub"]
+
+# Of one request: three quick tries by botocore. What outlasts them is tried again by `patience`, with longer waits.
+# Ten connections, botocore's default, would make 10,000 manifests wait for each other.
+_S3_CLIENT = {"retries": {"mode": "standard", "total_max_attempts": 3}, "max_pool_connections": 32}
+
+
+def open_url(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return the file system and the root path of a URL, with nothing cached that another process may change.
+
+    Raises:
+        SettingsError: The protocol, an option or the endpoint is not usable, or the file system cannot create an
+            object without overwriting one. The message holds no option's value.
+    """
+    given = dict(options)
+    if "://" in url and not url.startswith(("file:", "local:")):
+        given.setdefault("use_listings_cache", False)
+    if url.startswith(("s3:", "s3a:")):
+        given.setdefault("max_concurrency", 1)  # one GET per object instead of HEAD and GET: chunks are small enough
+        given["config_kwargs"] = {**_S3_CLIENT, **(given.get("config_kwargs") or {})}
+    try:
+        fs, root = fsspec.core.url_to_fs(url, **given)
+        if fs.async_impl and hasattr(fs, "connect"):
+            fs.connect()  # makes the client, without a request: here a bad option or endpoint is noticed
+    except (ValueError, ImportError, TypeError, *FAILURES) as error:
+        reason = scrub(f"{type(error).__name__}: {error}", options)
+        raise SettingsError(f"--checkpoint {url!r}: cannot be opened ({reason})") from None
+    _check_creates(fs, url)
+    if isinstance(fs, LocalFileSystem):
+        return fs, root.rstrip("/")
+    if hasattr(fs, "retries"):
+        fs.retries = 1  # s3fs would multiply botocore's tries with its own
+    return Patient(fs, lambda text: scrub(text, options)), root.rstrip("/")
+
+
+def create(fs: Patient, path: str, data: bytes) -> bool:
+    """Create an object unless it exists; whatever a request answered, what is stored decides.
+
+    Returns:
+        True if the stored bytes are these, so that a retry which meets its own write has created it.
+    """
+
+    def attempt() -> bool:
+        try:
+            fs.fs.pipe_file(path, data, mode="create")
+            return True
+        except FAILURES as error:  # exists; or a conflict with a write in progress; or the answer was lost
+            if refuses(error) or (isinstance(error, FileNotFoundError) and not lost_upload(error)):
+                raise
+            failure = error
+        try:
+            return fs.fs.cat_file(path) == data
+        except FileNotFoundError:
+            raise failure from failure.__cause__  # which says whether to try again
+
+    return patiently(attempt, f"creating {path}", fs.scrub)
+
+
+def scrub(text: str, options: Mapping[str, Any]) -> str:
+    """Remove the values of storage options from a message."""
+    for value in _leaves(options):
+        text = text.replace(value, "***")
+    return text
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Yield every string of four or more characters in nested options, the longest first."""
+    if isinstance(value, Mapping):
+        found = [leaf for item in value.values() for leaf in _leaves(item)]
+    elif isinstance(value, list | tuple):
+        found = [leaf for item in value for leaf in _leaves(item)]
+    else:
+        found = [part for part in _parts(value) if len(part) >= 4] if isinstance(value, str) else []
+    yield from sorted(found, key=len, reverse=True)
+
+
+def _parts(value: str) -> list[str]:
+    """Return a string, and of a URL also the user's name and password in it."""
+    inside = re.match(r"[^/]*://([^/@]*)@", value)
+    return [value, *(inside[1].split(":", 1) if inside else [])]
+
+
+def _check_creates(fs: Any, url: str) -> None:
+    """Refuse a file system that cannot create an object without overwriting one."""
+    if isinstance(fs, LocalFileSystem):
+        return
+    kind = type(fs)
+    method = kind._pipe_file if fs.async_impl else kind.pipe_file
+    inherited = method is getattr(fsspec.AbstractFileSystem, "pipe_file", None)
+    if inherited or "mode" not in inspect.signature(method).parameters:
+        raise SettingsError(
+            f"--checkpoint {url!r}: {kind.__name__} has no create-only write, so two workers could overwrite each "
+            "other. Use a local directory, or an object store such as s3://"
+        )

@@ -1,0 +1,269 @@
+"""Byte objects with create-only commits, and checksummed Zarr arrays on top of them, for any fsspec URL."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import uuid
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
+
+from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError, StorageError
+from laplace_dist.storage import local, object_store, retry
+from laplace_dist.storage.arrays import Arrays
+from laplace_dist.storage.keys import check_key
+
+_RERUN = "Run the same command again: it continues from what is committed."
+
+
+class Store(Arrays):
+    """Objects under one URL: a local directory, or anything that fsspec opens and that can create without overwriting.
+
+    It opens its file system on first use and pickles as its arguments, so that every process opens its own.
+
+    Args:
+        url: Directory or URL, such as `runs/digits` or `s3://bucket/run`.
+        storage_options: Passed to the file system: endpoint, key, secret. Never shown.
+
+    Raises:
+        SettingsError: The URL holds credentials.
+    """
+
+    def __init__(self, url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
+        self.url = os.fspath(url)
+        if re.search(r"://[^/@]*@", self.url):
+            raise SettingsError("--checkpoint: credentials in a URL would be shown and stored; give storage options")
+        self._options = dict(storage_options or {})
+        self._opened: tuple[Any, str] | None = None
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self.url, self._options)
+
+    # -------------------------------------------------------------- bytes
+
+    def read(self, key: str) -> bytes:
+        """Return an object's bytes.
+
+        Raises:
+            MissingObjectError: It is not there.
+            CheckpointError: It cannot be read, or the key leaves the checkpoint.
+            SettingsError: The credentials are refused, or there is no such bucket.
+        """
+        path = self._path(key)
+        with self._reporting(key, "read"):
+            return self._fs.cat_file(path)
+
+    def read_many(self, keys: Collection[str], at_once: int = 256) -> Iterator[tuple[str, bytes]]:
+        """Yield `(key, bytes)` in the order given, fetching up to `at_once` objects concurrently where that helps."""
+        keys = list(keys)
+        for start in range(0, len(keys), at_once):
+            group = keys[start : start + at_once]
+            if self.is_local or len(group) == 1:
+                yield from ((key, self.read(key)) for key in group)
+                continue
+            found = self._fs.cat([self._path(key) for key in group], on_error="return")
+            for key in group:
+                with self._reporting(key, "read"):
+                    if isinstance(value := found[self._path(key)], Exception):
+                        raise value
+                yield key, value
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Create an object, whole and durable, unless it exists.
+
+        Returns:
+            True if this call created it; False if it existed, which leaves it as it was. On an object store a retried
+            request can meet its own write: there an existing object with the same bytes counts as created, so data
+            that must tell two writers apart carries an attempt id.
+
+        Raises:
+            RunFailed: No space is left.
+            SettingsError: The location cannot be written to, or cannot create without overwriting.
+        """
+        path = self._path(key)
+        with self._reporting(key, "write"):
+            return local.link_new(path, data) if self.is_local else object_store.create(self._fs, path, data)
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Write an object over the old one; readers see the old or the new bytes, never a mixture."""
+        path = self._path(key)
+        with self._reporting(key, "write"):
+            if self.is_local:
+                local.replace(path, data)
+            else:
+                self._fs.pipe_file(path, data)
+
+    def exists(self, key: str) -> bool:
+        """Say whether there is an object with this key."""
+        return self._info(key) is not None
+
+    def size(self, key: str) -> int:
+        """Return an object's size in bytes; raises MissingObjectError if it is not there."""
+        info = self._info(key)
+        if info is None:
+            raise self._missing(key)
+        return int(info["size"])
+
+    def list(self, prefix: str = "", *, recursive: bool = True) -> list[str]:
+        """Return the sorted keys under a prefix (whole path parts), or only those directly in it."""
+        top = self._path(prefix) if prefix else self._root
+        with self._reporting(prefix or ".", "list"):
+            try:
+                if recursive:  # fsspec would leave out a local directory that it cannot list
+                    paths = local.files(top) if self.is_local else self._fs.find(top)
+                else:
+                    paths = [i["name"] for i in self._fs.ls(top, detail=True) if i["type"] == "file"]
+            except (FileNotFoundError, NotADirectoryError) as error:
+                if retry.no_bucket(error):
+                    raise
+                return []
+        paths = [path for path in paths if path.startswith(top + "/") and local.TEMP not in path[len(top) :]]
+        return sorted(path[len(self._root) + 1 :] for path in paths)
+
+    def modified(self) -> dict[str, datetime]:
+        """Return when every object was last written, by key; on a local disk with what a crash left half-written."""
+        with self._reporting(".", "list"):
+            if self.is_local:
+                found = {path: {"mtime": time} for path, time in local.times(self._root).items()}
+            else:
+                found = self._fs.find(self._root, detail=True)
+        times = {path[len(self._root) + 1 :]: _time(info) for path, info in found.items()}
+        return {key: times[key] for key in sorted(times)}
+
+    def delete_tree(self, prefix: str) -> None:
+        """Delete the object with this key and every object under it; nothing happens where there is none."""
+        path = self._path(prefix)
+        assert not re.search(r"[*?\[]", prefix), f"{prefix!r}: fsspec would delete everything that matches this pattern"
+        with self._reporting(prefix, "delete"):
+            try:
+                self._fs.rm(path, recursive=True)
+            except FileNotFoundError:
+                return
+
+    def check_writable(self) -> None:
+        """Create and delete a small object, so that a bad location is refused before any work is done.
+
+        Raises:
+            SettingsError: It cannot be written to.
+            RunFailed: No space is left.
+        """
+        probe = f"probe-{uuid.uuid4().hex}"
+        self.create(probe, b"probe")
+        self.delete_tree(probe)
+
+    # -------------------------------------------------------------- file system
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the objects are files of this machine."""
+        return isinstance(self._fs, LocalFileSystem)
+
+    @property
+    def _fs(self) -> Any:
+        return self._open()[0]
+
+    @property
+    def _root(self) -> str:
+        return self._open()[1]
+
+    def _open(self) -> tuple[Any, str]:
+        if self._opened is None:
+            self._opened = object_store.open_url(self.url, self._options)
+        return self._opened
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{check_key(key)}"
+
+    def _info(self, key: str) -> dict[str, Any] | None:
+        path = self._path(key)
+        with self._reporting(key, "find"):
+            try:
+                info = self._fs.info(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return info if info["type"] == "file" else None
+
+    def _put(self, key: str, data: bytes) -> None:
+        """Write a new object that no reader knows of yet; not flushed."""
+        path = self._path(key)
+        with self._reporting(key, "write"):
+            if self.is_local:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "xb") as file:
+                    file.write(data)
+            else:
+                self._fs.pipe_file(path, data)
+
+    def _flush(self, prefix: str) -> None:
+        """Make everything under a prefix outlive a power cut; an object store has done so when it answers."""
+        if self.is_local:
+            with self._reporting(prefix, "write"):
+                local.sync_tree(self._path(prefix), self._root)
+
+    # -------------------------------------------------------------- messages
+
+    def remedy(self, key: str) -> str:
+        """Say what to do about a bad object; whoever knows what lies under the keys overrides this."""
+        return "Restore it from a copy."
+
+    @contextmanager
+    def _reporting(self, key: str, verb: str) -> Iterator[None]:
+        """Turn the file system's errors into ones that name the object and the remedy."""
+        try:
+            yield
+        except retry.FAILURES as error:
+            raise self._explain(error, key, verb) from (error if self.is_local else None)
+
+    def _explain(self, error: Exception, key: str, verb: str) -> Exception:
+        reason = self._scrub(f"{type(error).__name__}: {error}")
+        number = getattr(error, "errno", None)
+        if verb == "write":
+            if number in (errno.ENOSPC, errno.EDQUOT):
+                return RunFailed(
+                    f"{self._where(key)}: no space left on the device while writing it; nothing of it is committed. "
+                    f"Free some space. {_RERUN}"
+                )
+            refused = PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError
+            if isinstance(error, refused) or number in (errno.EROFS, errno.EPERM, errno.ENOTSUP):
+                return SettingsError(
+                    f"--checkpoint {self.url!r}: cannot write {key!r} there ({reason}). "
+                    "Give a directory, or a URL with its --storage-options, that this process may write to."
+                )
+        if retry.refuses(error):
+            return SettingsError(
+                f"--checkpoint {self.url!r}: may not {verb} {key!r} there ({reason}). Check that the bucket or directory "
+                "exists and that --storage-options hold credentials that may read, write and list it."
+            )
+        if verb != "write" and isinstance(error, FileNotFoundError | NotADirectoryError):
+            return self._missing(key)
+        return StorageError(f"{self._where(key)}: could not {verb} it ({reason}). Check the storage. {_RERUN}")
+
+    def _missing(self, key: str) -> MissingObjectError:
+        return MissingObjectError(f"{self._where(key)} is missing. {self.remedy(key)}")
+
+    def _altered(self, key: str, why: str) -> CheckpointError:
+        return CheckpointError(f"{self._where(key)} is truncated or altered: {why}. {self.remedy(key)}")
+
+    def _where(self, key: str) -> str:
+        return f"{self.url.rstrip('/')}/{key}"
+
+    def _scrub(self, text: str) -> str:
+        return object_store.scrub(text, self._options)
+
+
+def _time(info: Mapping[str, Any]) -> datetime:
+    """Return an object's time of writing from what the file system says of it."""
+    value = next(
+        info[name] for name in ("mtime", "LastModified", "created", "last_modified", "updated") if name in info
+    )
+    value = datetime.fromtimestamp(value, UTC) if isinstance(value, int | float) else value
+    value = datetime.fromisoformat(value) if isinstance(value, str) else value
+    return value if value.tzinfo else value.replace(tzinfo=UTC)

@@ -1,0 +1,81 @@
+"""Symmetric matrices kept as one triangle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import isqrt
+
+import numpy as np
+
+_BLOCK = 64  # rows that are symmetrised at a time
+
+
+def triangle(rows: int) -> int:
+    """Return how many entries the lower triangle of a square matrix with so many rows has."""
+    return rows * (rows + 1) // 2
+
+
+def pack(matrix: np.ndarray, start: int, stop: int) -> np.ndarray:
+    r"""Return entries `start` to `stop` of the lower triangle, row by row, of a matrix that is symmetric up to rounding.
+
+    Each entry is $(a_{ij} + a_{ji}) / 2$, which is $a_{ij}$ exactly where the matrix is symmetric. Memory beyond
+    the result is a few rows.
+
+    Args:
+        matrix: Shape `(d, d)`.
+        start: First entry, counted along the packed triangle.
+        stop: One past the last entry, at most `d (d + 1) / 2`.
+
+    Returns:
+        Shape `(stop - start,)`, same dtype.
+    """
+    size, columns = matrix.shape
+    assert size == columns, f"a symmetric factor must be square, got {matrix.shape}"
+    packed = np.empty(stop - start, matrix.dtype)
+    first = _row(start) // _BLOCK * _BLOCK
+    for top in range(first, min(size, _row(max(stop - 1, 0)) + 1), _BLOCK):
+        end = min(top + _BLOCK, size)
+        lower = matrix[top:end, :end]
+        mean = np.array(matrix[:end, top:end].T, order="C", copy=True)  # may be a view otherwise: 1 x 1, Fortran order
+        mean -= lower
+        assert np.abs(mean).max() <= 1e-2 * np.abs(lower).max(), "a factor declared symmetric is not"
+        mean *= 0.5
+        mean += lower
+        for row, left, right in _pieces(top, end, start, stop):
+            at = triangle(row) - start
+            packed[at + left : at + right] = mean[row - top, left:right]
+    return packed
+
+
+def unpack(matrix: np.ndarray, start: int, packed: np.ndarray) -> None:
+    """Put entries of a packed triangle, the first of them number `start`, into the lower triangle of a matrix."""
+    stop = start + len(packed)
+    for row, left, right in _pieces(_row(start), len(matrix), start, stop):
+        at = triangle(row) - start
+        matrix[row, left:right] = packed[at + left : at + right]
+
+
+def mirror(matrix: np.ndarray) -> None:
+    """Copy the lower triangle of a square matrix to the upper one, in place."""
+    size = len(matrix)
+    for top in range(0, size, _BLOCK):
+        end = min(top + _BLOCK, size)
+        matrix[:top, top:end] = matrix[top:end, :top].T
+        corner = matrix[top:end, top:end]
+        below = np.tril_indices(end - top, -1)
+        corner.T[below] = corner[below]
+
+
+def _row(entry: int) -> int:
+    """Return the row of the triangle in which a packed entry lies."""
+    return (isqrt(8 * entry + 1) - 1) // 2
+
+
+def _pieces(top: int, end: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Yield `(row, left, right)`: which columns of the rows `top` to `end` are entries `start` to `stop`."""
+    for row in range(top, end):
+        left, right = max(start - triangle(row), 0), min(stop - triangle(row), row + 1)
+        if right <= 0:
+            return
+        if left < right:
+            yield row, left, right

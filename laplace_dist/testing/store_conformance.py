@@ -1,0 +1,291 @@
+"""What every store must do, as tests to inherit: supply a `store` fixture and let pytest collect the subclass.
+
+    class TestMyStore(StoreConformance):
+        @pytest.fixture
+        def store(self):
+            return Store("proto://bucket/" + uuid.uuid4().hex, {"key": ...})
+
+The fixture's store must be empty. Nothing here knows which file system is behind it.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+import zarr.storage
+
+from laplace_dist.errors import CheckpointError, MissingObjectError
+from laplace_dist.plan.plan import Plan, build_plan
+from laplace_dist.run.layout import partial_key
+from laplace_dist.run.partials import commit_partial, read_factor, read_manifest
+from laplace_dist.storage import object_store
+from laplace_dist.storage.store import Store
+
+ARRAYS = {
+    "conv.weight/A": np.array([[2.0, 1.0], [1.0, 3.0]], np.float32),
+    "conv.weight/B": np.arange(24, dtype=np.float64).reshape(4, 6),
+    "blocks": np.arange(18, dtype=np.float32).reshape(2, 3, 3) + np.arange(18, dtype=np.float32).reshape(2, 3, 3).mT,
+    "odd [0]*?/name": np.array([1.0, np.nan, -np.inf]),
+    "zeros": np.zeros((5, 5)),
+    "loss": np.array(1.5),
+    "no rows": np.empty((0, 3), np.float32),
+    "no columns": np.empty((3, 0)),
+    "no triangle": np.empty((0, 0)),
+}
+SYMMETRIC = {"conv.weight/A", "blocks", "zeros", "no triangle"}
+BAD_KEYS = ("", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/.", "a\\b", "a\nb", "a/")
+
+
+def _at_once(count: int, call: Callable[[int], Any]) -> list[Any]:
+    """Return what `call(0)`, `call(1)`, ... return when they run at the same time, in the order of finishing."""
+    start, results = threading.Barrier(count), []
+
+    def run(number: int) -> None:
+        start.wait()
+        results.append(call(number))
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == count, "a thread failed"
+    return results
+
+
+def _plan() -> Plan:
+    spec = {"factors": {name: {"shape": [2, 2], "symmetric": True} for name in ("w/A", "w/B")}}
+    data, settings = {"length": 8, "sha256": "d"}, {"batch_size": 4, "segment_size": 4}
+    return build_plan(settings, data=data, weights="w", model={"path": "m:f", "args": {}}, spec=spec)
+
+
+def _commit(store: Store, plan: Plan, number: int, attempt: str, scale: float = 1.0) -> Any:
+    import torch
+
+    sums = {name: scale * (number + 1) * torch.eye(2) for name in plan.spec["factors"]}
+    sums["loss"] = torch.tensor(1.0, dtype=torch.float64)
+    return commit_partial(store, plan, plan.segments[number], sums, 4, attempt)
+
+
+def _bad_copies(data: bytes) -> Iterator[bytes]:
+    """Yield truncations, an extension, and copies with one altered byte."""
+    yield from (b"", data[: len(data) // 2], data[:-1], data + b"\0")
+    for position in sorted({0, 7, 16, 20, len(data) // 2, len(data) - 5, len(data) - 1} & set(range(len(data)))):
+        yield data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+
+
+class StoreConformance:
+    """The tests; a subclass supplies the fixture `store`."""
+
+    # -------------------------------------------------------------- objects
+
+    def test_an_object_is_created_once(self, store: Store) -> None:
+        """The first creator wins, and what it wrote stays."""
+        assert not store.exists("a/b.json")
+        assert store.create("a/b.json", b"one")
+        assert not store.create("a/b.json", b"two")
+        assert store.read("a/b.json") == b"one"
+        assert (store.size("a/b.json"), store.exists("a/b.json"), store.exists("a")) == (3, True, False)
+
+    def test_exactly_one_of_several_creators_wins(self, store: Store) -> None:
+        """Whatever the timing, one says that it created the object, and the object is that one's."""
+        for race in range(2):
+            key = f"m{race}.json"
+            answers = _at_once(4, lambda n, key=key: (store.create(key, b"attempt %d" % n), b"attempt %d" % n))
+            assert [data for created, data in answers if created] == [store.read(key)]
+
+    def test_exactly_one_of_two_attempts_at_a_segment_wins(self, store: Store) -> None:
+        """The attempt id in the manifest says which, both are told, and the loser's arrays are gone."""
+        plan = _plan()
+        receipts = _at_once(2, lambda n: _commit(store, plan, 1, f"a{n}"))
+        manifest = read_manifest(store, plan, plan.segments[1])
+        assert {receipt.attempt for receipt in receipts} == {manifest["attempt"]}
+        assert sorted(receipt.won for receipt in receipts) == [False, True]
+        left = {key.split("/")[2] for key in store.list("partials") if key.count("/") > 1}
+        assert left == {manifest["attempt"]}
+        assert read_factor(store, manifest, "w/A").tolist() == [[2.0, 0.0], [0.0, 2.0]]
+
+    def test_a_reader_sees_the_old_or_the_new_bytes(self, store: Store) -> None:
+        """Replacing is atomic: never a mixture, never nothing."""
+        values = [bytes([digit]) * 300_000 for digit in (1, 2)]
+        store.replace("CURRENT.json", values[0])
+        done = threading.Event()
+
+        def write(_: int) -> set[bytes]:
+            try:
+                for value in itertools.islice(itertools.cycle(values[::-1]), 12):
+                    store.replace("CURRENT.json", value)
+            finally:
+                done.set()
+            return set()
+
+        def read(_: int) -> set[bytes]:
+            seen = {store.read("CURRENT.json")}
+            while not done.is_set():
+                seen.add(store.read("CURRENT.json"))
+            return seen
+
+        seen = set().union(*_at_once(2, lambda n: (write, read)[n](n)))
+        assert seen <= set(values)
+
+    def test_what_was_written_is_listed_at_once_and_what_was_deleted_is_not(self, store: Store) -> None:
+        """Another client's writes and deletions show without delay, by whole parts of a path."""
+        other = copy.deepcopy(store)  # from its arguments, as in another process
+        assert other.list() == store.list("p") == []
+        keys = ["p/1.json", "p/1/x", "p/1/y/z", "pp/2", "top"]
+        for key in reversed(keys):
+            store.create(key, key.encode())
+        assert other.list() == keys
+        assert sorted(other.modified()) == keys
+        assert other.list("p") == keys[:3]
+        assert other.list("p", recursive=False) == ["p/1.json"]
+        assert dict(other.read_many(keys)) == {key: key.encode() for key in keys}
+        store.delete_tree("p/1")
+        store.delete_tree("p/none")
+        assert other.list("p") == ["p/1.json"]
+        assert not other.exists("p/1/x")
+        store.delete_tree("p/1.json")
+        assert other.list() == ["pp/2", "top"]
+        assert other.create("p/1.json", b"again")
+
+    def test_empty_objects_are_objects(self, store: Store) -> None:
+        """Zero bytes are neither missing nor overwritten."""
+        assert store.create("empty", b"")
+        assert (store.read("empty"), store.size("empty"), store.list()) == (b"", 0, ["empty"])
+        assert not store.create("empty", b"x")
+        store.replace("empty", b"")
+        assert store.exists("empty")
+
+    def test_a_missing_object_is_named(self, store: Store) -> None:
+        """One at a time and many at once."""
+        store.check_writable()
+        assert store.list() == []
+        for call in (store.read, store.size, lambda key: list(store.read_many([key, key]))):
+            with pytest.raises(MissingObjectError, match=r"partials/000001.json is missing.*recomputes that segment"):
+                call("partials/000001.json")
+
+    @pytest.mark.parametrize("key", BAD_KEYS)
+    def test_no_key_leaves_the_checkpoint(self, store: Store, key: str) -> None:
+        """Every operation refuses a key that could."""
+        calls: list[Callable[[str], Any]] = [store.read, store.exists, store.size, store.delete_tree]
+        calls += [lambda k: store.create(k, b""), lambda k: store.replace(k, b"")]
+        calls += [lambda k: store.read_array("p", k, {}), lambda k: store.write_arrays("p", {k: np.ones(1)})]
+        calls += [lambda k: list(store.read_many([k, k]))]
+        for call in calls:
+            with pytest.raises(CheckpointError, match="not a key inside the checkpoint"):
+                call(key)
+
+    def test_no_message_shows_a_storage_option(self, store: Store) -> None:
+        """Neither the store's own text nor the whole traceback of an error."""
+        secrets = list(object_store._leaves(store._options))
+        texts = [repr(store), str(store), store.url]
+        for call in (store.read, store.size, lambda key: store.read_array("p", key, {})):
+            try:
+                call("nothing/here")
+            except CheckpointError as error:
+                texts += traceback.format_exception(error)
+        assert len(texts) > 6
+        assert not [secret for secret in secrets for text in texts if secret in text]
+
+    # -------------------------------------------------------------- arrays
+
+    def test_arrays_come_back_bit_for_bit(self, store: Store) -> None:
+        """Packed or not, of any shape, from another client."""
+        entries = store.write_arrays("p/0/a", ARRAYS, SYMMETRIC)
+        other = copy.deepcopy(store)  # from its arguments, as in another process
+        for name, value in ARRAYS.items():
+            back = other.read_array("p/0/a", name, entries[name])
+            assert (back.dtype, back.shape, back.tobytes()) == (value.dtype, value.shape, value.tobytes()), name
+        assert {name for name, entry in entries.items() if entry["packed"]} == SYMMETRIC
+        assert entries["zeros"]["stored_bytes"] == sum(store.size(key) for key in store.list("p/0/a/zeros"))
+        store.delete_tree("p/0/a")
+        assert store.list() == []
+
+    def test_many_arrays_come_in_order_and_a_bad_one_fails_alone(self, store: Store) -> None:
+        """However many are read at once; of the missing one it is said when its turn comes, and the others are read."""
+        rng, factors = np.random.default_rng(0), {}
+        for number in range(40):
+            shape = (1_500, 1_500) if number == 20 else (number + 1, 3)
+            factors[f"f{number}"] = rng.standard_normal(shape, np.float32)
+        entries = store.write_arrays("group", factors)
+        store.delete_tree("group/f7/zarr.json")
+        reads = store.read_arrays(("group", name, entry) for name, entry in entries.items())
+        for (name, value), read in zip(factors.items(), reads, strict=True):
+            if name == "f7":
+                with pytest.raises(CheckpointError, match="group/f7/zarr.json is missing"):
+                    read()
+            else:
+                assert np.array_equal(read(), value)
+
+    def test_arrays_are_plain_zarr(self, store: Store) -> None:
+        """`zarr.open_group` alone reads them, whatever the store."""
+        store.write_arrays("p/0", ARRAYS, SYMMETRIC)
+        options = dict(store._options) if "://" in store.url else None
+        group = zarr.open_group(f"{store.url}/p/0", mode="r", storage_options=options)
+        assert group["conv.weight/A"][:].tolist() == [2.0, 1.0, 3.0]
+        assert "triangle" in group["conv.weight/A"].attrs["packed"]
+        assert np.array_equal(group["conv.weight/B"][:], ARRAYS["conv.weight/B"])
+        assert (group["loss"][()], group["no rows"].shape) == (1.5, (0, 3))
+        codecs = group["zeros"].metadata.to_dict()["codecs"]
+        assert [codec["name"] for codec in codecs] == ["bytes", "blosc", "crc32c"]
+        assert np.isnan(group["zeros"].metadata.fill_value)
+        assert (group["zeros"][:] == 0).all()  # the chunk of zeros is there, or these would be NaN
+
+    def test_no_altered_truncated_or_deleted_object_goes_unnoticed(self, store: Store) -> None:
+        """Of metadata and of chunks; the message names the object and what to do."""
+        name, prefix = "conv.weight/B", "partials/000000/a"
+        entries = store.write_arrays(prefix, ARRAYS, SYMMETRIC)
+        keys = store.list(f"{prefix}/{name}")
+        assert [key.rsplit("/", 3)[-1] for key in keys] == ["0", "zarr.json"]
+        for key in keys:
+            good = store.read(key)
+            for bad in _bad_copies(good):
+                store.replace(key, bad)
+                with pytest.raises(CheckpointError, match=f"{key} is truncated or altered.*partials/000000.json"):
+                    store.read_array(prefix, name, entries[name])
+            store.delete_tree(key)
+            with pytest.raises(MissingObjectError, match=f"{key} is missing.*partials/000000.json"):
+                store.read_array(prefix, name, entries[name])
+            store.replace(key, good)
+        assert np.array_equal(store.read_array(prefix, name, entries[name]), ARRAYS[name])
+
+    # -------------------------------------------------------------- partials
+
+    def test_swapped_partials_are_noticed(self, store: Store) -> None:
+        """Whether their manifests or their numbers change places, each is valid where it was and nowhere else."""
+        plan = _plan()
+        for number in range(2):
+            _commit(store, plan, number, "a")
+        first, second = (partial_key(segment.id) for segment in plan.segments)
+        whole = read_manifest(store, plan, plan.segments[0])
+        good = store.read(first)
+        store.replace(first, store.read(second))
+        with pytest.raises(CheckpointError, match=f"{first} does not belong to this run: its segment is '000001'"):
+            read_manifest(store, plan, plan.segments[0])
+        store.replace(first, good)
+        for key in store.list("partials/000000/a/w/A"):
+            store.replace(key, store.read(key.replace("000000", "000001")))
+        with pytest.raises(CheckpointError, match="partials/000000/a/w/A.*altered.*sha256"):
+            read_factor(store, whole, "w/A")
+        assert read_factor(store, whole, "w/B").tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+    def test_an_older_manifest_leads_nowhere(self, store: Store) -> None:
+        """One that was kept from before its segment was recomputed names arrays that are gone: an error, not zeros."""
+        plan = _plan()
+        _commit(store, plan, 0, "old")
+        key = partial_key("000000")
+        old = store.read(key)
+        store.delete_tree(key)
+        store.delete_tree("partials/000000")
+        _commit(store, plan, 0, "new", scale=3.0)
+        store.replace(key, old)
+        with pytest.raises(MissingObjectError, match="partials/000000/old/w/A/zarr.json is missing"):
+            read_factor(store, read_manifest(store, plan, plan.segments[0]), "w/A")
