@@ -33,7 +33,7 @@ from laplace_dist.run import attempts, layout, lifecycle, partials, versions  # 
 from laplace_dist.run.checkpoint import Checkpoint  # noqa: E402
 from laplace_dist.stages import reduce  # noqa: E402
 from laplace_dist.stages.context import Context  # noqa: E402
-from laplace_dist.stages.map import map_segment  # noqa: E402
+from laplace_dist.stages.map import MapSegment  # noqa: E402
 from laplace_dist.storage.sealed_json import seal_json  # noqa: E402
 
 SEGMENTS, MANIFESTS = 500, 10_000
@@ -72,8 +72,9 @@ def commit(places: dict[str, tuple[str, dict]], segments: int = 3) -> None:
         with Job(config, say=lambda text: None) as job:
             job.open()
             context, plan = Context(job.config), job.plan
-            map_segment(context, vars(plan.segments[0]))  # loads the model, and every library once
-            total, receipts = timed(lambda: [map_segment(context, vars(s)) for s in plan.segments[1 : 1 + segments]])  # noqa: B023
+            MapSegment(plan.digest, plan.segments[0]).run(context)  # loads the model, and every library once
+            tasks = [MapSegment(plan.digest, segment) for segment in plan.segments[1 : 1 + segments]]
+            total, receipts = timed(lambda: [task.run(context) for task in tasks])  # noqa: B023
             spent = sum(receipt["seconds"] for receipt in receipts)
             size = plan.segments[0].stop
             print(
@@ -117,11 +118,11 @@ def resuming(places: dict[str, tuple[str, dict]]) -> None:
 
         seconds, version = timed(until_the_first_task)
         context = Context(config)
-        group = reduce.groups(context.plan.spec)[0]
-        first, _ = timed(lambda: reduce.reduce_group(context, version, group))  # noqa: B023
+        task = reduce.tasks(context.plan, version)[0]
+        first, _ = timed(lambda: task.run(context))  # noqa: B023
         print(
             f"resume, {where}: {seconds:.2f} s until the reduction of {SEGMENTS} segments is submitted; the task that sums "
-            f"all {len(group)} factors of {SEGMENTS} partials takes {first:.1f} s",
+            f"all {len(task.names)} factors of {SEGMENTS} partials takes {first:.1f} s",
             flush=True,
         )
 

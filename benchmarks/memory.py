@@ -13,7 +13,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 
 import torch
 from torch import nn
@@ -76,13 +75,14 @@ def one(role: str, width: int, segments: int) -> None:
             fit(config)
         else:
             from laplace_dist.execution.worker import Worker
+            from laplace_dist.stages.map import MapSegment
 
             with Job(config) as job:
                 job.open()
                 worker = Worker(job.config, [], ".", False)
                 worker.start()
                 for segment in job.plan.segments[:4]:
-                    worker.run("laplace_dist.stages.map:map_segment", {"segment": asdict(segment)})
+                    worker.run(MapSegment(job.plan.digest, segment))
     print(f"PEAK {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.1f}")
 
 

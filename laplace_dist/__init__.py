@@ -6,9 +6,16 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "fit", "load_posterior", "status", "verify"]
+__all__ = ["Config", "Inline", "__version__", "fit", "load_posterior", "status", "verify"]
 
-_LAZY = {"fit": "job", "load_posterior": "run.posterior", "status": "run.lifecycle", "verify": "run.verify"}
+_LAZY = {
+    "Config": "config.settings",
+    "Inline": "execution.inline",
+    "fit": "job",
+    "load_posterior": "run.posterior",
+    "status": "run.lifecycle",
+    "verify": "run.verify",
+}
 
 
 def __getattr__(name: str) -> Any:

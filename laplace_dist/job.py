@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -13,21 +13,23 @@ from laplace_dist.config import compatibility
 from laplace_dist.config.settings import Config
 from laplace_dist.data import sources
 from laplace_dist.errors import ExampleError, MissingObjectError, SettingsError
+from laplace_dist.execution.inline import Inline
 from laplace_dist.execution.loop import run_tasks
-from laplace_dist.execution.pool import Pool
 from laplace_dist.execution.ray_cluster import Cluster
-from laplace_dist.execution.tasks import Task
+from laplace_dist.execution.tasks import Executor, Task, Workers
 from laplace_dist.execution.timeouts import Limit
 from laplace_dist.plan import identity
 from laplace_dist.plan.plan import Plan, build_plan
-from laplace_dist.plan.segments import Segment, default_segment_size, plan_segments
+from laplace_dist.plan.segments import plan_shards
 from laplace_dist.report.progress import Progress
-from laplace_dist.run import layout, lifecycle, pointer, tunings, versions, weights
+from laplace_dist.run import evaluations, layout, lifecycle, pointer, tunings, versions, weights
 from laplace_dist.run.checkpoint import open_json, open_store
 from laplace_dist.run.weights import dump_weights, weights_digest
-from laplace_dist.stages import evaluate, reduce, tune
+from laplace_dist.stages import evaluate, map, reduce, tune
 from laplace_dist.stages.context import initialized, plain
 from laplace_dist.storage.store import Store
+
+ExecutorType = Callable[[Config, Callable[[str], None]], Executor]
 
 
 @dataclass(frozen=True)
@@ -50,32 +52,36 @@ class Result:
 # ------------------------------------------------------------------ jobs
 
 
-def fit(config: Config) -> Result:
+def fit(config: Config, executor: ExecutorType | None = None) -> Result:
     """Fit a Laplace approximation; then tune its prior and evaluate it, unless the settings say not to.
 
     What is already committed under the checkpoint is kept: running it again continues, or changes nothing.
+
+    Args:
+        config: The settings.
+        executor: Where the tasks are carried out, such as `Inline`; what `--ray-address` says if not given.
 
     Raises:
         SettingsError: The settings or the state are refused; nothing was changed.
         RunFailed: The run cannot go on; everything committed is kept.
         CheckpointError: An object of the checkpoint is missing, truncated or altered.
     """
-    with Job(config) as job:
+    with Job(config, executor) as job:
         job.open()
         job.map()
         version = job.reduce()
         return _follow_on(job, version, tuning=not config.skip_tune, evaluation=not config.skip_evaluate)
 
 
-def tune_posterior(config: Config) -> Result:
-    """Tune the prior precision of a run's current posterior; raises as `fit`."""
-    with Job(config) as job:
+def tune_posterior(config: Config, executor: ExecutorType | None = None) -> Result:
+    """Tune the prior precision of a run's current posterior; arguments and errors as of `fit`."""
+    with Job(config, executor) as job:
         return _follow_on(job, job.current_version(), tuning=True, evaluation=False)
 
 
-def evaluate_posterior(config: Config) -> Result:
-    """Evaluate a run's current posterior with the tuning in force; raises as `fit`."""
-    with Job(config) as job:
+def evaluate_posterior(config: Config, executor: ExecutorType | None = None) -> Result:
+    """Evaluate a run's current posterior with the tuning in force; arguments and errors as of `fit`."""
+    with Job(config, executor) as job:
         return _follow_on(job, job.current_version(), tuning=False, evaluation=True)
 
 
@@ -93,17 +99,20 @@ class Job:
 
     Attributes:
         given: The settings as given; relative paths are made absolute, since workers may have another directory.
+        executor: Where the tasks are carried out, such as `Inline`; what `--ray-address` says if not given.
         say: Where lines for people go.
     """
 
     given: Config
+    executor: ExecutorType | None = None
     say: Callable[[str], None] = lambda text: print(text, flush=True)
-    _pool: Pool | None = field(default=None, init=False)
+    _pool: Workers | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.config = _absolute(self.given)
         self.store: Store = open_store(self.config)
-        self.cluster = Cluster(self.config, self.say)
+        inline = self.config.ray_address == "inline"
+        self.opened: Executor = (self.executor or (Inline if inline else Cluster))(self.config, self.say)
 
     @cached_property
     def plan(self) -> Plan:
@@ -118,7 +127,7 @@ class Job:
             if self._pool is not None:
                 self._pool.close()
         finally:
-            self.cluster.close()
+            self.opened.close()
 
     def current_version(self) -> str:
         """Return the posterior version that a follow-on job works on.
@@ -154,13 +163,13 @@ class Job:
         sources.check_splits(config)
         model = weights.load_model(config)
         try:
-            la = initialized(config, model, train)
+            la = initialized(config.model_dump(), model, train)
         except (ValueError, ImportError, ExampleError) as error:
             raise error if isinstance(error, SettingsError) else SettingsError(str(error)) from error
         found = _fingerprint(train)
         self.store.check_writable()  # before a cluster may be asked for its devices
         plan = build_plan(
-            config.bits(device_type=self.cluster.device_type()),
+            config.bits(device_type=self.opened.device_type()),
             data=found,
             weights=weights_digest(model),
             model={"path": config.model, "args": config.model_args},
@@ -176,28 +185,16 @@ class Job:
 
     def map(self) -> None:
         """Accumulate the segments that have no committed partial."""
-        done = lifecycle.committed(self.store, self.plan, arrays=False)
-        left = lifecycle.remaining(self.plan, done)
-        progress = Progress("map", "segments", len(self.plan.segments), len(done))
-        tasks = (_shard_task("map:map_segment", "segment", segment, "segment") for segment in left)
-        self._run(tasks, progress)
+        tasks, done = map.tasks(self.store, self.plan)
+        self._run(tasks, Progress("map", "segments", len(self.plan.segments), done))
 
     def reduce(self) -> str:
         """Sum the partials to a posterior version, if that is not done yet, and make it current."""
         version = versions.version_of(self.store, self.plan)
         if not self.store.exists(layout.version_key(version)):
-            groups = reduce.groups(self.plan.spec)
-            tasks = (
-                Task(
-                    "laplace_dist.stages.reduce:reduce_group",
-                    {"version": version, "names": names},
-                    f"sum of {names[0]}, …",
-                )
-                for names in groups
-            )
-            progress = Progress("reduce", "groups of factors", len(groups))
-            receipts = self._run(tasks, progress, keep=True, alike=False)
-            versions.commit_version(self.store, self.plan, version, receipts)
+            tasks = reduce.tasks(self.plan, version)
+            receipts = self._run(tasks, Progress("reduce", "groups of factors", len(tasks)), keep=True, alike=False)
+            versions.commit_version(self.store, self.plan, version, [receipt["factors"] for receipt in receipts])
         try:
             current = pointer.read_current(self.store)
         except MissingObjectError:
@@ -217,19 +214,17 @@ class Job:
         validation = sources.load_split(config, "val") if grid else None
         chosen = tune.settings(config, _fingerprint(validation) if grid else None)
         key = layout.tuning_key(version, chosen)
-        common = {"version": version, "key": key}
         if not self.store.exists(key):
-            last = {**common, "chosen": chosen}
+            common = self.plan.digest, version, key
             if grid:
-                shards = _shards(len(validation), config.batch_size)
-                todo = [s for s in shards if not self.store.exists(layout.tuning_shard_key(key, s.id))]
-                tasks = (_shard_task("tune:score_shard", "validation shard", s, "shard", common) for s in todo)
-                self._run(tasks, Progress("tune", "shards", len(shards), len(shards) - len(todo)))
-                last["shards"] = [asdict(shard) for shard in shards]
-            target = f"laplace_dist.stages.tune:{'merge_grid' if grid else 'tune_marglik'}"
-            choice = Task(target, last, "tuning of the prior precision")
-            receipts = self._run([choice], Progress("tune", "results", 1), keep=True)
-            for warning in receipts[0].get("warnings", []):
+                shards = plan_shards(len(validation), config.batch_size)
+                tasks, done = tune.shard_tasks(self.store, *common, shards)
+                self._run(tasks, Progress("tune", "shards", len(shards), done))
+                choice = tune.ChooseFromGrid(*common, chosen, tuple(shard.id for shard in shards))
+            else:
+                choice = tune.MaximizeEvidence(*common, chosen)
+            (receipt,) = self._run([choice], Progress("tune", "results", 1), keep=True)
+            for warning in receipt.get("warnings", []):
                 self.say(f"tune: warning: {warning}")
         pointer.write_current(self.store, version, key)
         manifest, value = tunings.read_tuning(self.store, key)
@@ -250,22 +245,14 @@ class Job:
         chosen = evaluate.settings(config, tuning, {name: _fingerprint(split) for name, split in splits.items()})
         key = layout.evaluation_key(version, chosen)
         if not self.store.exists(key):
-            shards = [(name, s) for name, split in splits.items() for s in _shards(len(split), config.batch_size)]
-            todo = [
-                (name, s) for name, s in shards if not self.store.exists(layout.evaluation_shard_key(key, name, s.id))
-            ]
-            common = {"version": version, "tuning": tuning, "key": key}
-            tasks = (
-                _shard_task("evaluate:evaluate_shard", f"{name} shard", s, "shard", {**common, "split": name})
-                for name, s in todo
-            )
-            self._run(tasks, Progress("evaluate", "shards", len(shards), len(shards) - len(todo)))
+            shards = [(name, s) for name, split in splits.items() for s in plan_shards(len(split), config.batch_size)]
+            tasks, done = evaluate.shard_tasks(self.store, self.plan.digest, version, tuning, key, shards)
+            self._run(tasks, Progress("evaluate", "shards", len(shards), done))
             ids = {name: [s.id for other, s in shards if other == name] for name in splits}
-            arguments = {"key": key, "chosen": chosen, "shards": ids}
-            summary = Task("laplace_dist.stages.evaluate:summarize", arguments, "summary of the scores")
+            summary = evaluate.Summarize(self.plan.digest, key, chosen, ids)
             self._run([summary], Progress("evaluate", "results", 1))
         metrics = open_json(self.store.read(key), key)["metrics"]
-        self.store.replace(layout.METRICS, evaluate.metrics_json(version, tuning, metrics))
+        self.store.replace(layout.METRICS, evaluations.metrics_json(version, tuning, metrics))
         return metrics
 
     def _run(self, tasks: Iterable[Task], progress: Progress, *, keep: bool = False, alike: bool = True) -> list[Any]:
@@ -284,7 +271,7 @@ class Job:
         if first is None:
             return kept
         if self._pool is None:
-            self._pool = self.cluster.pool()
+            self._pool = self.opened.pool()
         given = self.config.segment_timeout
 
         def on_done(_: Task, receipt: Mapping[str, Any]) -> None:
@@ -313,16 +300,6 @@ def _fingerprint(dataset: Any) -> dict[str, Any]:
         return identity.fingerprint(dataset)
     except ExampleError as error:
         raise SettingsError(str(error)) from error
-
-
-def _shards(n: int, batch_size: int) -> list[Segment]:
-    return plan_segments(n, default_segment_size(n, batch_size), batch_size)
-
-
-def _shard_task(target: str, noun: str, shard: Segment, argument: str, common: Mapping[str, Any] | None = None) -> Task:
-    """Return a task over a range of examples, named after it."""
-    what = f"{noun} {shard.id} (examples {shard.start} to {shard.stop - 1})"
-    return Task(f"laplace_dist.stages.{target}", {**(common or {}), argument: asdict(shard)}, what)
 
 
 def _absolute(config: Config) -> Config:

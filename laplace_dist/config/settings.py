@@ -59,7 +59,9 @@ class Config(BaseModel):
     gpus_per_worker: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         None, description="1 where there are GPUs, else 0"
     )
-    ray_address: Annotated[str, Field(min_length=1)] = Field("auto", description="auto, local, or an address")
+    ray_address: Annotated[str, Field(min_length=1)] = Field(
+        "auto", description="auto, local, inline (this process, without Ray), or an address"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of everything that is sampled")
     tune_method: Literal["marglik", "gridsearch"] | None = Field(
         None, description="gridsearch for classification with a scalar prior, else marglik"

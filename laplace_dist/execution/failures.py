@@ -1,4 +1,4 @@
-"""How often a task, a start of a worker, or a whole run may fail."""
+"""What a failure means, and how often a task, a start of a worker, or a whole run may fail."""
 
 from __future__ import annotations
 
@@ -6,13 +6,30 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from laplace_dist.errors import RunFailed
+from laplace_dist.errors import CheckpointError, RunFailed, StorageError
 from laplace_dist.execution.tasks import Task
 
 SAME_FAILURE = 3  # a task with the same failure as often as this is set aside: the others go on without it
 ANY_FAILURE = 6  # or with failures of any kind
 START_FAILURES = 8  # starts of workers that fail with no task finished in between stop the run
 SET_ASIDE = 10  # tasks set aside that stop the run, since then it is not a few examples that are bad
+
+LESS_MEMORY = (
+    "Run fewer workers at once (--num-workers) or on larger nodes; a smaller --batch-size, --subset-of-weights last_layer "
+    "or another --hessian-structure needs less memory too, but is another run: give a new --checkpoint, or --fresh"
+)
+_OUT_OF_MEMORY = re.compile(r"MemoryError|out of memory|(can't|cannot) allocate memory|bad_alloc", re.IGNORECASE)
+
+
+def lasts(error: Exception) -> bool:
+    """Say whether an error of a task would come again wherever it ran, so that it stops the run."""
+    return isinstance(error, (ValueError, CheckpointError, RunFailed)) and not isinstance(error, StorageError)
+
+
+def why_it_failed(error: Exception) -> str:
+    """Return an error that a task raised as a phrase, with what to lower if its worker ran out of memory."""
+    text = f"{type(error).__name__}: {error}"
+    return f"{text.rstrip('.')}. The worker ran out of memory. {LESS_MEMORY}" if _OUT_OF_MEMORY.search(text) else text
 
 
 @dataclass

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 from typing import Any
 
 from laplace_dist.config.settings import Config
-from laplace_dist.errors import CheckpointError, RunFailed, StorageError
+from laplace_dist.execution.failures import LESS_MEMORY, lasts, why_it_failed
 from laplace_dist.execution.tasks import Event, Task
 from laplace_dist.execution.timeouts import Limit
 from laplace_dist.execution.worker import Worker
 
-LESS_MEMORY = (
-    "Run fewer workers at once (--num-workers) or on larger nodes; a smaller --batch-size, --subset-of-weights last_layer "
-    "or another --hessian-structure needs less memory too, but is another run: give a new --checkpoint, or --fresh"
-)
 RESTS = 0.5, 16.0  # seconds before another worker is started after one could not be: at first, and at most
-_OUT_OF_MEMORY = re.compile(r"MemoryError|out of memory|(can't|cannot) allocate memory|bad_alloc", re.IGNORECASE)
-
-
-def why_it_failed(error: Exception) -> str:
-    """Return an error that a task raised as a phrase, with what to lower if its worker ran out of memory."""
-    text = f"{type(error).__name__}: {error}"
-    return f"{text.rstrip('.')}. The worker ran out of memory. {LESS_MEMORY}" if _OUT_OF_MEMORY.search(text) else text
 
 
 def why_it_died(error: Exception) -> str:
@@ -98,7 +86,7 @@ class Pool:
     def submit(self, task: Task) -> None:
         """Give a task to an idle worker."""
         actor = self._idle.pop()
-        self._flight[actor.run.remote(task.target, dict(task.kwargs))] = (actor, task, time.monotonic())
+        self._flight[actor.run.remote(task)] = (actor, task, time.monotonic())
 
     def wait(self, seconds: float, limit: Limit) -> list[Event]:
         """Return what happened: tasks that finished, failed, took too long, workers that could not start."""
@@ -126,8 +114,7 @@ class Pool:
         except errors.RayTaskError as error:
             self._ray.kill(actor, no_restart=True)
             cause = error.cause if isinstance(error.cause, Exception) else error
-            lasting = isinstance(cause, (ValueError, CheckpointError, RunFailed))
-            if lasting and not isinstance(cause, StorageError):
+            if lasts(cause):
                 return Event(task, refusal=cause)
             return self._lost(task, why_it_failed(cause))
         except errors.RayError as error:

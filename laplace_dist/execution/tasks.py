@@ -9,19 +9,23 @@ from typing import Any, Protocol
 from laplace_dist.execution.timeouts import Limit
 
 
-@dataclass(frozen=True)
-class Task:
-    """One unit of work; its effect lies in the store, so that doing it twice changes nothing.
+class Task(Protocol):
+    """One unit of work, small and plain; its effect lies in the store, so that doing it twice changes nothing.
 
-    Attributes:
-        target: `module:function`, called as `function(context, **kwargs)` in a worker.
-        kwargs: Small and plain arguments.
-        what: The task in a person's words, such as `segment 000003 (examples 768 to 1023)`.
+    The stages define them, as frozen dataclasses. What `run` returns is a receipt: a small mapping; `examples` in it counts
+    towards the rate that is shown.
     """
 
-    target: str
-    kwargs: Mapping[str, Any]
-    what: str
+    @property
+    def what(self) -> str:
+        """The task in a person's words, such as `segment 000003 (examples 768 to 1023)`; no two of a stage are equal."""
+
+    def run(self, context: Any) -> Mapping[str, Any]:
+        """Do the work and commit it.
+
+        Args:
+            context: What a task may use; see `stages.context.Context`.
+        """
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,14 @@ class Event:
     """
 
     task: Task | None
-    receipt: Any = None
+    receipt: Mapping[str, Any] | None = None
     failure: str | None = None
     refusal: Exception | None = None
     seconds: float = 0.0
 
 
 class Workers(Protocol):
-    """What the loop needs of a pool of workers; `cluster.Pool` is the one with Ray behind it."""
+    """What the loop needs of a pool of workers."""
 
     size: int
     idle: int
@@ -57,3 +61,19 @@ class Workers(Protocol):
 
     def wait(self, seconds: float, limit: Limit) -> list[Event]:
         """Return what happened within so many seconds; a task in flight for longer than the limit has failed."""
+
+    def close(self) -> None:
+        """End every worker."""
+
+
+class Executor(Protocol):
+    """Where a job's tasks are carried out: `ray_cluster.Cluster`, or `inline.Inline` without Ray."""
+
+    def device_type(self) -> str:
+        """Return `cuda` or `cpu`, the type of device that the workers use."""
+
+    def pool(self) -> Workers:
+        """Return the workers."""
+
+    def close(self) -> None:
+        """Give back whatever was taken."""

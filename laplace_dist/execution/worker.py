@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError
+from laplace_dist.execution.kernels import use_deterministic_kernels
+from laplace_dist.execution.tasks import Task
 from laplace_dist.stages.context import Context
 
 
@@ -40,23 +42,14 @@ class Worker:
                 f"gpus_per_worker={self._config.gpus_per_worker}: Ray gave this worker a GPU, but torch cannot use one "
                 "on that node. Install a CUDA build of torch there, or set gpus_per_worker to 0."
             )
-        if self._gpu:
-            _deterministic_kernels()
         self._context = Context(self._config, "cuda" if self._gpu else "cpu")
+        if self._gpu:
+            use_deterministic_kernels()
         return os.getpid()
 
-    def run(self, target: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Call `target`, written `module:function`, with this worker's context and return its receipt."""
-        module, _, name = target.partition(":")
-        return getattr(importlib.import_module(module), name)(self._context, **kwargs)
-
-
-def _deterministic_kernels() -> None:
-    """Have CUDA add in the same order every time; an operation that cannot warns, and does as it likes."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.backends.cudnn.benchmark = False
+    def run(self, task: Task) -> Mapping[str, Any]:
+        """Carry out a task and return its receipt."""
+        return self._context.carry_out(task)
 
 
 def _share_one_heap() -> None:

@@ -16,6 +16,9 @@ class Segment:
     start: int
     stop: int
 
+    def __str__(self) -> str:
+        return f"{self.id} (examples {self.start} to {self.stop - 1})"
+
 
 def plan_segments(n: int, segment_size: int, batch_size: int) -> list[Segment]:
     """Cut `range(n)` into segments of equal size, the last one possibly shorter.
@@ -63,6 +66,11 @@ def default_segment_size(n: int, batch_size: int) -> int:
     wanted = max(min(32, 2 * (math.isqrt(batches - 1) + 1)), math.ceil(batches / 4096))
     count = 4 * math.ceil(math.ceil(batches / wanted) / 4)
     return math.ceil(batches / count) * batch_size
+
+
+def plan_shards(n: int, batch_size: int) -> list[Segment]:
+    """Cut a split that is scored, not summed, into shards: segments of the default size."""
+    return plan_segments(n, default_segment_size(n, batch_size), batch_size)
 
 
 def whole_batches(size: int, batch_size: int) -> int:

@@ -42,6 +42,20 @@ def read_shard(store: Store, key: str, size: int | None = None) -> tuple[torch.T
     return totals, n
 
 
+def commit_shard(store: Store, key: str, totals: Tensor, n: int) -> None:
+    """Commit the summed scores of one shard, unless they are there.
+
+    Args:
+        store: The checkpoint.
+        key: `layout.tuning_shard_key(...)`.
+        totals: For every value of the grid.
+        n: Number of examples.
+    """
+    # Scores may be infinite, where the sealed JSON of manifests allows numbers only.
+    text = json.dumps({"totals": totals.tolist(), "n": n})
+    store.create(key, seal_json({"format_version": FORMAT_VERSION, "key": key, "scores": text}))
+
+
 def commit_tuning(
     store: Store, key: str, chosen: Mapping[str, Any], la: Any, shards: Collection[str] = ()
 ) -> dict[str, Any]:

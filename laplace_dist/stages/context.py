@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +35,20 @@ class Context:
         self._splits: dict[str, Any] = {}
         self._posterior: tuple[Any, Any] | None = None
 
+    def carry_out(self, task: Any) -> Mapping[str, Any]:
+        """Carry out a task of the run that lies at the checkpoint, and return its receipt.
+
+        Raises:
+            SettingsError: The task is of another run, which was there before.
+        """
+        if task.plan != self.plan.digest:
+            raise SettingsError(
+                f"--checkpoint {self.store.url!r} holds the run of plan {self.plan.digest[:12]}, and this job's is "
+                f"{task.plan[:12]}: another job has begun a run there meanwhile (--fresh). This job stops; give it another "
+                "--checkpoint."
+            )
+        return task.run(self)
+
     @cached_property
     def store(self) -> Store:
         """The checkpoint."""
@@ -58,7 +73,7 @@ class Context:
         Raises:
             SettingsError: Its sums are not those of the plan.
         """
-        la = initialized(self.config, self.model, self.split("train"))
+        la = initialized(self.plan.settings, self.model, self.split("train"))
         if plain(la.sums_spec()) != self.plan.spec:
             raise SettingsError(
                 "this worker finds other factors in the model than the driver did: the same versions of laplace_dist, "
@@ -97,13 +112,13 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
-def initialized(config: Config, model: nn.Module, dataset: Any) -> Any:
+def initialized(settings: Mapping[str, Any], model: nn.Module, dataset: Any) -> Any:
     """Build the Laplace object and let it look at one example, which tells it the outputs and the last layer.
 
     Raises:
         ValueError: The core library does not have this combination of settings, or cannot use the model.
     """
-    la = posterior.new_laplace(config.model_dump(), model)
+    la = posterior.new_laplace(settings, model)
     _, x, _ = next(loader.batches(dataset, 0, 1, 1))
     la.initialize(to_device(x, next(model.parameters()).device))
     return la

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,12 +16,11 @@ from laplace.utils.metrics import (
     summarize_regression,
 )
 from laplace_dist.config.settings import Config
-from laplace_dist.plan.plan import FORMAT_VERSION
 from laplace_dist.plan.segments import Segment
-from laplace_dist.run.attempts import new_attempt
-from laplace_dist.run.checkpoint import open_json
+from laplace_dist.run.evaluations import commit_evaluation, commit_shard, joined_scores
 from laplace_dist.run.layout import evaluation_shard_key
-from laplace_dist.storage.sealed_json import seal_json
+from laplace_dist.stages.context import Context
+from laplace_dist.storage.store import Store
 
 
 def settings(config: Config, tuning: str | None, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,36 +35,82 @@ def settings(config: Config, tuning: str | None, data: Mapping[str, Any]) -> dic
     return {**{name: getattr(config, name) for name in names}, "tuning": tuning, "data": dict(data)}
 
 
-def evaluate_shard(
-    context: Any, version: str, tuning: str | None, key: str, split: str, shard: dict[str, Any]
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class EvaluateShard:
     """Score MAP and Laplace on one shard of a split and commit the scores of its examples.
 
-    Args:
-        context: The worker's model, data and store.
+    Attributes:
+        plan: Digest of the plan.
         version: Posterior version.
         tuning: Key of a tuning, or None for the default prior.
         key: Key of the evaluation's metrics.
         split: `test` or an out-of-distribution split; of the latter only the confidence is kept.
-        shard: `id`, `start` and `stop`.
+        shard: The shard.
     """
-    part, la = Segment(**shard), context.posterior(version, tuning)
-    found: dict[str, list[Tensor]] = {}
-    for offset, x, y in context.batches(split, part.start, part.stop):
-        for name, scores in _batch_scores(context, la, x, y, offset, split):
-            found.setdefault(name, []).append(scores.cpu())
-    arrays = {name: torch.cat(parts).numpy() for name, parts in found.items()}
-    name = evaluation_shard_key(key, split, part.id)
-    prefix = f"{name.removesuffix('.json')}/{new_attempt()}"
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "key": name,
-        "prefix": prefix,
-        "arrays": context.store.write_arrays(prefix, arrays),
-    }
-    if not context.store.create(name, seal_json(manifest)):
-        context.store.delete_tree(prefix)
-    return {"examples": part.stop - part.start}
+
+    plan: str
+    version: str
+    tuning: str | None
+    key: str
+    split: str
+    shard: Segment
+
+    @property
+    def what(self) -> str:
+        """The task in a person's words."""
+        return f"{self.split} shard {self.shard}"
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Do so."""
+        shard, la = self.shard, context.posterior(self.version, self.tuning)
+        found: dict[str, list[Tensor]] = {}
+        for offset, x, y in context.batches(self.split, shard.start, shard.stop):
+            for name, scores in _batch_scores(context, la, x, y, offset, self.split):
+                found.setdefault(name, []).append(scores.cpu())
+        arrays = {name: torch.cat(parts).numpy() for name, parts in found.items()}
+        commit_shard(context.store, evaluation_shard_key(self.key, self.split, shard.id), arrays)
+        return {"examples": shard.stop - shard.start}
+
+
+@dataclass(frozen=True)
+class Summarize:
+    """Join the shards' scores in order, compute the metrics of both methods, and commit them.
+
+    Attributes:
+        plan: Digest of the plan.
+        key: Where the metrics go.
+        chosen: `settings(...)`.
+        shards: For each split, the shards' ids in order.
+    """
+
+    plan: str
+    key: str
+    chosen: dict[str, Any]
+    shards: dict[str, list[str]]
+    what = "summary of the scores"
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Do so."""
+        metrics = {method: self._metrics(context, method) for method in ("map", "laplace")}
+        commit_evaluation(context.store, self.key, self.chosen, self.shards, metrics)
+        return {}
+
+    def _metrics(self, context: Context, method: str) -> dict[str, float]:
+        joined = {
+            split: joined_scores(context.store, self.key, split, ids, method) for split, ids in self.shards.items()
+        }
+        test = joined.pop("test")
+        if context.config.likelihood == "regression":
+            return summarize_regression(test)
+        return summarize_classification(test, {name: scores["confidence"] for name, scores in joined.items()})
+
+
+def shard_tasks(
+    store: Store, plan: str, version: str, tuning: str | None, key: str, shards: Sequence[tuple[str, Segment]]
+) -> tuple[list[EvaluateShard], int]:
+    """Return a task for every shard, given as `(split, shard)`, that has no committed scores, and how many have some."""
+    left = [(split, shard) for split, shard in shards if not store.exists(evaluation_shard_key(key, split, shard.id))]
+    return [EvaluateShard(plan, version, tuning, key, *one) for one in left], len(shards) - len(left)
 
 
 @torch.no_grad()
@@ -93,49 +137,3 @@ def _batch_scores(context: Any, la: Any, x: Any, y: Tensor, offset: int, split: 
         for name, values in scores.items():
             if split == "test" or name == "confidence":
                 yield f"{method}/{name}", values
-
-
-def summarize(context: Any, key: str, chosen: dict[str, Any], shards: dict[str, list[str]]) -> dict[str, Any]:
-    """Join the shards' scores in order, compute the metrics of both methods, and commit them.
-
-    Args:
-        context: The worker's store.
-        key: Where the metrics go.
-        chosen: `settings(...)`.
-        shards: For each split, the shards' ids in order.
-    """
-    metrics = {}
-    for method in ("map", "laplace"):
-        joined = {split: _joined(context.store, key, split, ids, method) for split, ids in shards.items()}
-        test = joined.pop("test")
-        if context.config.likelihood == "regression":
-            metrics[method] = summarize_regression(test)
-        else:
-            metrics[method] = summarize_classification(test, {name: s["confidence"] for name, s in joined.items()})
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "key": key,
-        "settings": chosen,
-        "shards": shards,
-        "metrics": metrics,
-    }
-    context.store.create(key, seal_json(manifest))
-    return {}
-
-
-def _joined(store: Any, key: str, split: str, ids: list[str], method: str) -> dict[str, Tensor]:
-    """Return the scores of one method over a whole split."""
-    found: dict[str, list[np.ndarray]] = {}
-    for shard in ids:
-        name = evaluation_shard_key(key, split, shard)
-        manifest = open_json(store.read(name), name)
-        for array, entry in manifest["arrays"].items():
-            if array.startswith(f"{method}/"):
-                values = store.read_array(manifest["prefix"], array, entry)
-                found.setdefault(array.removeprefix(f"{method}/"), []).append(values)
-    return {name: torch.from_numpy(np.concatenate(parts)) for name, parts in found.items()}
-
-
-def metrics_json(version: str, tuning: str | None, metrics: Mapping[str, Any]) -> bytes:
-    """Return the content of `evaluation/metrics.json`: the latest metrics, and of what they are."""
-    return json.dumps({"version": version, "tuning": tuning, **metrics}, indent=1).encode()

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from laplace.tuning import maximize_evidence, prior_precision_grid, score_grid, select_prior_precision
 from laplace_dist.config.settings import Config
-from laplace_dist.plan.plan import FORMAT_VERSION
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.layout import tuning_shard_key
-from laplace_dist.run.tunings import commit_tuning, read_shard
-from laplace_dist.storage.sealed_json import seal_json
+from laplace_dist.run.tunings import commit_shard, commit_tuning, read_shard
+from laplace_dist.stages.context import Context
+from laplace_dist.storage.store import Store
 
 STEPS, RATE = 100, 0.1  # of Adam on the logarithm of what is tuned
 
@@ -33,63 +33,106 @@ def settings(config: Config, validation: Mapping[str, Any] | None) -> dict[str, 
     return {"method": "gridsearch", **{name: getattr(config, name) for name in names}, "data": validation}
 
 
-def tune_marglik(context: Any, version: str, key: str, chosen: dict[str, Any]) -> dict[str, Any]:
-    """Maximise the log marginal likelihood, for regression together with the observation noise, and commit the result.
+@dataclass(frozen=True)
+class _Tuning:
+    """What the tasks of a tuning have in common.
 
-    Args:
-        context: The worker's model and store.
-        version: Posterior version.
-        key: Where the manifest goes.
-        chosen: `settings(...)`.
-    """
-    la = context.posterior(version)
-    start = la.initial_prior_precision(1.0, chosen["structure"])
-    noise = 1.0 if context.config.likelihood == "regression" else None
-    prior_precision, noise = maximize_evidence(la, start, noise, n_steps=STEPS, lr=RATE)
-    la.prior_precision = prior_precision
-    if noise is not None:
-        la.sigma_noise = noise
-    return commit_tuning(context.store, key, chosen, la)
-
-
-def score_shard(context: Any, version: str, key: str, shard: dict[str, Any]) -> dict[str, Any]:
-    """Score every value of the grid on one shard of the validation split and commit the sums.
-
-    Args:
-        context: The worker's model, data and store.
+    Attributes:
+        plan: Digest of the plan.
         version: Posterior version.
         key: Key of the tuning's manifest.
-        shard: `id`, `start` and `stop`.
     """
-    part, config = Segment(**shard), context.config
-    batches = ((x, y) for _, x, y in context.batches("val", part.start, part.stop))
-    totals, n = score_grid(
-        context.posterior(version),
-        batches,
-        prior_precision_grid(size=config.grid_size),
-        link_approx=config.link_approx,
-        pred_type=config.pred_type,
-        seed=config.seed + part.start,
-    )
-    scores = {"totals": totals.tolist(), "n": n}
-    text = json.dumps(scores)  # scores may be infinite where the sealed JSON of manifests allows numbers only
-    own = tuning_shard_key(key, part.id)
-    context.store.create(own, seal_json({"format_version": FORMAT_VERSION, "key": own, "scores": text}))
-    return {"examples": part.stop - part.start}
+
+    plan: str
+    version: str
+    key: str
 
 
-def merge_grid(
-    context: Any, version: str, key: str, chosen: dict[str, Any], shards: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Add the shards' scores in order, choose the prior precision, and commit it."""
-    grid = prior_precision_grid(size=context.config.grid_size)
-    total, count = torch.zeros_like(grid), 0
-    for shard in shards:
-        part, n = read_shard(context.store, tuning_shard_key(key, shard["id"]), len(grid))
-        total, count = total + part, count + n
-    la = context.posterior(version)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        la.prior_precision = select_prior_precision(grid, total / count)
-    found = commit_tuning(context.store, key, chosen, la, [shard["id"] for shard in shards])
-    return {**found, "warnings": [str(warning.message) for warning in caught]}
+@dataclass(frozen=True)
+class MaximizeEvidence(_Tuning):
+    """Maximise the log marginal likelihood, for regression together with the observation noise, and commit the result.
+
+    Attributes:
+        chosen: `settings(...)`.
+    """
+
+    chosen: dict[str, Any]
+    what = "tuning of the prior precision"
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Do so."""
+        la = context.posterior(self.version)
+        start = la.initial_prior_precision(1.0, self.chosen["structure"])
+        noise = 1.0 if context.config.likelihood == "regression" else None
+        prior_precision, noise = maximize_evidence(la, start, noise, n_steps=STEPS, lr=RATE)
+        la.prior_precision = prior_precision
+        if noise is not None:
+            la.sigma_noise = noise
+        return commit_tuning(context.store, self.key, self.chosen, la)
+
+
+@dataclass(frozen=True)
+class ScoreShard(_Tuning):
+    """Score every value of the grid on one shard of the validation split and commit the sums.
+
+    Attributes:
+        shard: The shard.
+    """
+
+    shard: Segment
+
+    @property
+    def what(self) -> str:
+        """The task in a person's words."""
+        return f"validation shard {self.shard}"
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Do so."""
+        shard, config = self.shard, context.config
+        batches = ((x, y) for _, x, y in context.batches("val", shard.start, shard.stop))
+        totals, n = score_grid(
+            context.posterior(self.version),
+            batches,
+            prior_precision_grid(size=config.grid_size),
+            link_approx=config.link_approx,
+            pred_type=config.pred_type,
+            seed=config.seed + shard.start,
+        )
+        commit_shard(context.store, tuning_shard_key(self.key, shard.id), totals, n)
+        return {"examples": shard.stop - shard.start}
+
+
+@dataclass(frozen=True)
+class ChooseFromGrid(_Tuning):
+    """Add the shards' scores in order, choose the prior precision, and commit it.
+
+    Attributes:
+        chosen: `settings(...)`.
+        shards: Ids of the shards in order.
+    """
+
+    chosen: dict[str, Any]
+    shards: tuple[str, ...]
+    what = "tuning of the prior precision"
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Do so; the receipt has the warnings that people should see."""
+        grid = prior_precision_grid(size=context.config.grid_size)
+        total, count = torch.zeros_like(grid), 0
+        for shard in self.shards:
+            part, n = read_shard(context.store, tuning_shard_key(self.key, shard), len(grid))
+            total, count = total + part, count + n
+        la = context.posterior(self.version)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            la.prior_precision = select_prior_precision(grid, total / count)
+        found = commit_tuning(context.store, self.key, self.chosen, la, self.shards)
+        return {**found, "warnings": [str(warning.message) for warning in caught]}
+
+
+def shard_tasks(
+    store: Store, plan: str, version: str, key: str, shards: Sequence[Segment]
+) -> tuple[list[ScoreShard], int]:
+    """Return a task for every validation shard that has no committed scores, and how many shards have some."""
+    left = [shard for shard in shards if not store.exists(tuning_shard_key(key, shard.id))]
+    return [ScoreShard(plan, version, key, shard) for shard in left], len(shards) - len(left)

@@ -116,7 +116,7 @@ def finish(store: Checkpoint, plan: Plan) -> str:
     version = versions.version_of(store, plan)
     if not store.exists(layout.version_key(version)):
         context = SimpleNamespace(store=store, plan=plan)
-        receipts = [reduce.reduce_group(context, version, names) for names in reduce.groups(plan.spec)]
+        receipts = [task.run(context)["factors"] for task in reduce.tasks(plan, version)]
         versions.commit_version(store, plan, version, receipts)
     if not store.exists(layout.CURRENT) or pointer.read_current(store)["version"] != version:
         pointer.write_current(store, version, None)

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import time
-from collections import deque
 from pathlib import Path
 
 import torch
@@ -18,8 +17,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from laplace_dist.config.settings import Config
 from laplace_dist.job import Job
-from laplace_dist.execution.tasks import Event
-from laplace_dist.execution.worker import Worker
+from laplace_dist.execution.inline import Inline
 
 N = 44
 
@@ -177,43 +175,6 @@ def wait_for(folder: Path, pattern: str, seconds: float = 120.0) -> Path:
     raise AssertionError(f"no file {pattern} in {folder} after {seconds} s")
 
 
-class InlinePool:
-    """The workers of `loop.run_tasks` without Ray: tasks are carried out in this process, by real workers."""
-
-    def __init__(self, config: Config, size: int = 1) -> None:
-        self.size, self._config = size, config
-        self._idle: deque[Worker] = deque()
-        self._events: deque[Event] = deque()
-
-    @property
-    def idle(self) -> int:
-        return len(self._idle)
-
-    @property
-    def busy(self) -> int:
-        return len(self._events)
-
-    def top_up(self, wanted: int) -> None:
-        while len(self._idle) + len(self._events) < min(wanted, self.size):
-            worker = Worker(self._config, [], os.getcwd(), False)
-            worker.start()
-            self._idle.append(worker)
-
-    def submit(self, task) -> None:
-        worker = self._idle.popleft()
-        try:
-            self._events.append(Event(task, receipt=worker.run(task.target, dict(task.kwargs))))
-        except ValueError as error:
-            self._events.append(Event(task, refusal=error))
-        self._idle.append(worker)
-
-    def wait(self, seconds: float, limit) -> list[Event]:
-        return [self._events.popleft()] if self._events else []
-
-    def close(self) -> None:
-        self._idle.clear()
-
-
 def config(checkpoint, **changes) -> Config:
     values = {
         "model": "dist_cases:convnet",
@@ -228,16 +189,14 @@ def config(checkpoint, **changes) -> Config:
     return Config(**{**values, **changes})
 
 
-def inline_job(chosen: Config, size: int = 1) -> Job:
-    """Return a job whose tasks are carried out in this process."""
-    job = Job(chosen, say=lambda text: None)
-    job._pool = InlinePool(job.config, size)
-    return job
+def inline_job(chosen: Config) -> Job:
+    """Return a job whose tasks are carried out in this process, and which says nothing."""
+    return Job(chosen, Inline, say=lambda text: None)
 
 
-def run_inline(chosen: Config, size: int = 1) -> tuple:
+def run_inline(chosen: Config) -> tuple:
     """Carry out the stages that the settings ask for, without Ray; returns the posterior version and the metrics."""
-    with inline_job(chosen, size) as job:
+    with inline_job(chosen) as job:
         job.open()
         job.map()
         version = job.reduce()

@@ -10,6 +10,7 @@ import dist_cases
 from torch import nn
 
 from laplace_dist.errors import StorageError
+from laplace_dist.execution.inline import InlinePool
 from laplace_dist.run.checkpoint import Checkpoint
 
 # Few requests, yet every kind of object: two segments, three shards each of validation and test data.
@@ -22,20 +23,23 @@ SMALL = {
 }
 
 
-class Recording(dist_cases.InlinePool):
+class Recording(InlinePool):
     """Notes the tasks that were carried out and what they returned."""
 
-    def __init__(self, config, size=1):
-        super().__init__(config, size)
+    def __init__(self, config):
+        super().__init__(config)
         self.receipts = []
 
     def wait(self, *arguments):
         events = super().wait(*arguments)
-        self.receipts += [(event.task.target.partition(":")[2], event.receipt) for event in events]
+        self.receipts += [(event.task, event.receipt) for event in events]
         return events
 
-    def of(self, name):
-        return [receipt for done, receipt in self.receipts if done == name]
+    def of(self, kind):
+        return [receipt for task, receipt in self.receipts if isinstance(task, kind)]
+
+    def done(self, kind):
+        return [task for task, _ in self.receipts if isinstance(task, kind)]
 
 
 def recorded_run(config) -> tuple[str, Recording]:

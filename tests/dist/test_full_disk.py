@@ -25,6 +25,7 @@ from laplace_dist.execution.ray_cluster import Cluster
 from laplace_dist.job import evaluate_posterior
 from laplace_dist.job import tune_posterior
 from laplace_dist.errors import RunFailed, SettingsError
+from laplace_dist.stages.map import MapSegment
 from laplace_dist.run.checkpoint import Checkpoint
 
 
@@ -113,7 +114,7 @@ def test_a_disk_that_fills_up_at_any_stage_stops_the_run_and_nothing_is_half_com
         assert not list(url.rglob(".tmp-*"))
         before = {path.stem for path in url.glob("partials/*.json")}
         _, pool = attempt(url)
-        again = {receipt["segment"] for receipt in pool.of("map_segment")}
+        again = {task.segment.id for task in pool.done(MapSegment)}
         assert again == {f"{i:06d}" for i in range(2)} - before, "what was committed is not done again"
         seen.add(len(before))
         assert facts(url) == expected, disk.writes[at - 1]

@@ -15,6 +15,7 @@ from test_s3_runs import factor_digests
 import laplace_dist
 from laplace_dist import load_posterior
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
+from laplace_dist.stages.map import MapSegment
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.run.checkpoint import Checkpoint
@@ -49,7 +50,7 @@ def again(url):
         _, pool = recorded_run(dist_cases.config(url, **SMALL))
     except OWN as error:
         return error
-    return [receipt["segment"] for receipt in pool.of("map_segment")]
+    return [task.segment.id for task in pool.done(MapSegment)]
 
 
 def harm(path, kind):

@@ -9,7 +9,6 @@ import pytest
 
 from laplace_dist.execution import pool
 from laplace_dist.execution.timeouts import Limit
-from laplace_dist.execution.tasks import Task
 from laplace_dist.execution.pool import RESTS
 from laplace_dist.execution.pool import Pool
 
@@ -73,7 +72,7 @@ def started(fake):
 def test_what_took_too_long_fails_and_its_worker_is_ended(fake):
     workers, ray, now = started(fake), fake[1], fake[2]
     for name in "ab":
-        workers.submit(Task("m:f", {}, name))
+        workers.submit(SimpleNamespace(what=name))
     now[0] += 9
     ray.results["actor 1 run"] = {}
     [event] = workers.wait(1, Limit(10.0))
@@ -87,7 +86,7 @@ def test_what_took_too_long_fails_and_its_worker_is_ended(fake):
 def test_what_has_finished_is_not_late_however_long_this_process_was_suspended(fake):
     workers, ray, now = started(fake), fake[1], fake[2]
     for name in "ab":
-        workers.submit(Task("m:f", {}, name))
+        workers.submit(SimpleNamespace(what=name))
     now[0] += 1e6
     ray.results |= {"actor 1 run": {}, "actor 2 run": {}}
     assert [event.failure for event in workers.wait(1, Limit(10.0))] == [None, None]
@@ -114,7 +113,7 @@ def test_after_a_start_that_failed_the_next_ones_wait_longer_and_longer(fake):
 
 def test_a_task_that_failed_does_not_hold_up_the_next_worker(fake):
     workers, ray, _ = started(fake), fake[1], fake[2]
-    workers.submit(Task("m:f", {}, "a"))
+    workers.submit(SimpleNamespace(what="a"))
     ray.results["actor 2 run"] = Died("gone")
     assert [event.failure for event in workers.wait(1, Limit())] == ["gone"]
     workers.top_up(2)

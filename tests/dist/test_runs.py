@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import dist_cases
 import pytest
@@ -23,6 +24,7 @@ from laplace_dist.run import versions
 from laplace_dist.stages import reduce
 from laplace_dist.run import lifecycle
 from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError
+from laplace_dist.execution.inline import InlinePool
 from laplace_dist.run.checkpoint import Checkpoint
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
@@ -126,7 +128,7 @@ def test_running_again_changes_nothing(tmp_path):
     first = run(config)
     store = Checkpoint(str(tmp_path))
     before = {key: store.read(key) for key in store.list()}
-    assert run(config, size=2) == first
+    assert run(config) == first
     assert {key: store.read(key) for key in store.list()} == before
 
 
@@ -231,7 +233,7 @@ def test_an_interrupted_evaluation_keeps_its_finished_shards(tmp_path):
     assert {name for name in kept if kept[name] != now[name]} == {"test-000001.json"}
 
 
-class Limits(dist_cases.InlinePool):
+class Limits(InlinePool):
     """Notes how long each kind of task might have taken at its end."""
 
     def __init__(self, config):
@@ -240,7 +242,7 @@ class Limits(dist_cases.InlinePool):
 
     def wait(self, seconds, within):
         events = super().wait(seconds, within)
-        self.seconds |= {event.task.target.partition(":")[2]: within.seconds for event in events}
+        self.seconds |= {type(event.task).__name__: within.seconds for event in events}
         return events
 
 
@@ -257,12 +259,12 @@ def test_a_time_out_that_the_user_gives_holds_for_every_task(tmp_path, given, mo
         job.evaluate(version, job.tune(version))
     several = timeouts.FLOOR_SECONDS if given is None else given
     assert pool.seconds == {
-        "map_segment": several,
-        "reduce_group": math.inf if given is None else given,
-        "score_shard": several,
-        "merge_grid": given,
-        "evaluate_shard": several,
-        "summarize": given,
+        "MapSegment": several,
+        "SumFactors": math.inf if given is None else given,
+        "ScoreShard": several,
+        "ChooseFromGrid": given,
+        "EvaluateShard": several,
+        "Summarize": given,
     }
     said = capsys.readouterr().out
     assert "tune: 1/1 results" in said and "evaluate: 1/1 results" in said, "so that a line says when they hang"
@@ -363,7 +365,8 @@ def test_the_cluster_is_left_even_if_the_workers_cannot_be_ended(tmp_path):
         raise ConnectionError("the cluster is gone")
 
     job, left = dist_cases.inline_job(dist_cases.config(tmp_path)), []
-    job._pool.close, job.cluster.close = fail, lambda: left.append(True)
+    job._pool, job.opened = SimpleNamespace(close=fail), SimpleNamespace(close=None)
+    job.opened.close = lambda: left.append(True)
     with pytest.raises(ConnectionError, match="the cluster is gone"), job:
         pass
     assert left == [True]

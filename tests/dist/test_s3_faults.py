@@ -21,6 +21,7 @@ from laplace_dist.storage import retry
 from laplace_dist.job import fit
 from laplace_dist.errors import StorageError
 from laplace_dist.report.progress import Progress
+from laplace_dist.stages.map import MapSegment
 from laplace_dist.run.checkpoint import Checkpoint
 
 SEGMENTS = 2
@@ -80,7 +81,7 @@ def test_a_run_survives_outages_at_every_stage(server, undisturbed, monkeypatch,
     _, pool = recorded_run(dist_cases.config(url, storage_options=server.options, **SMALL))
     server.wait_for_restart()
     assert len(outages.fired) == len(POINTS)
-    assert [receipt["won"] for receipt in pool.of("map_segment")] == [True] * SEGMENTS
+    assert [receipt["won"] for receipt in pool.of(MapSegment)] == [True] * SEGMENTS
     store = Checkpoint(url, server.options)
     assert facts(store) == undisturbed
     assert_exactly_once(store)
@@ -139,7 +140,7 @@ def test_an_outage_longer_than_the_patience_names_the_object_and_the_same_comman
     store = Checkpoint(url, server.options)
     first = store.read("partials/000000.json")
     _, pool = recorded_run(config)
-    assert [receipt["segment"] for receipt in pool.of("map_segment")] == ["000001"], "only that one was left"
+    assert [task.segment.id for task in pool.done(MapSegment)] == ["000001"], "only that one was left"
     assert store.read("partials/000000.json") == first
     assert facts(store) == undisturbed
     assert laplace_dist.verify(url, server.options).ok
@@ -155,7 +156,7 @@ def test_a_run_survives_a_storage_that_fails_every_fifth_request(s3, undisturbed
         _, pool = recorded_run(dist_cases.config(url, storage_options=proxy.options(s3.options), **SMALL))
         assert min(proxy.faults[kind] for kind in KINDS) > 0, proxy.faults
         assert proxy.faults.total() > 0.15 * proxy.requests
-    assert [receipt["won"] for receipt in pool.of("map_segment")] == [True] * SEGMENTS
+    assert [receipt["won"] for receipt in pool.of(MapSegment)] == [True] * SEGMENTS
     store = Checkpoint(url, s3.options)
     assert facts(store) == undisturbed
     assert_exactly_once(store)
@@ -182,7 +183,7 @@ def test_every_creation_whose_answer_is_lost_counts_as_won(s3, undisturbed, kind
     wanted = {"plan.json", "weights.safetensors", "partials/000000.json", "partials/000001.json"}
     assert wanted <= names
     assert {name.split("/")[0] for name in names} >= {"posteriors", "tuning", "evaluation"}
-    assert [receipt["won"] for receipt in pool.of("map_segment")] == [True] * SEGMENTS
+    assert [receipt["won"] for receipt in pool.of(MapSegment)] == [True] * SEGMENTS
     store = Checkpoint(url, s3.options)
     assert facts(store) == undisturbed
     assert_exactly_once(store)

@@ -22,6 +22,8 @@ from laplace_dist.job import Result
 from laplace_dist.job import evaluate_posterior
 from laplace_dist.job import fit
 from laplace_dist.errors import SettingsError
+from laplace_dist.stages.context import Context
+from laplace_dist.stages.map import MapSegment
 from laplace_dist.run.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,15 +67,14 @@ def test_a_run_on_s3_is_the_run_on_a_directory(s3, local, caplog, capsys):
     with dist_cases.inline_job(config) as job:
         job.open()
         for segment in job.plan.segments[:2]:
-            job._pool.top_up(1)
-            job._pool._idle[0].run("laplace_dist.stages.map:map_segment", {"segment": vars(segment)})
+            MapSegment(job.plan.digest, segment).run(Context(job.config))
     before = everything(store)
     assert {key for key in before if key.startswith("partials/") and key.count("/") == 1} == {
         "partials/000000.json",
         "partials/000001.json",
     }
     version, pool = recorded_run(config)
-    assert sorted(receipt["segment"] for receipt in pool.of("map_segment")) == [f"{i:06d}" for i in range(2, 6)]
+    assert sorted(task.segment.id for task in pool.done(MapSegment)) == [f"{i:06d}" for i in range(2, 6)]
     after = everything(store)
     assert {key: after[key] for key in before} == before
     assert factor_digests(store) == local

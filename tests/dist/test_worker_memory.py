@@ -10,12 +10,12 @@ import pytest
 # Peak of each of twelve segments above what the worker holds before its first, after one small one has loaded everything.
 SCRIPT = """
 import resource, sys
-from dataclasses import asdict
 import torch
 from torch import nn
 from laplace_dist.config.settings import Config
 from laplace_dist.job import Job
 from laplace_dist.execution.worker import Worker
+from laplace_dist.stages.map import MapSegment
 
 width, url = int(sys.argv[1]), sys.argv[2]
 
@@ -43,7 +43,7 @@ with Job(config) as job:
     worker._context.la, worker._context.store
     before = status("VmRSS")
     for segment in job.plan.segments:
-        worker.run("laplace_dist.stages.map:map_segment", {"segment": asdict(segment)})
+        worker.run(MapSegment(job.plan.digest, segment))
 print((status("VmHWM") - before) / 1024)
 """
 

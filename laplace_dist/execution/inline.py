@@ -1,0 +1,105 @@
+"""An executor without Ray: every task is carried out in this process, one after the other.
+
+For debugging, notebooks and tests. The tasks, the store and the bits are those of any other run; what is missing is
+parallelism, the time-outs of tasks, and the protection of this process from what a task does to it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from laplace_dist.config.settings import Config
+from laplace_dist.execution.failures import lasts, why_it_failed
+from laplace_dist.execution.kernels import deterministic_kernels
+from laplace_dist.execution.tasks import Event, Task
+from laplace_dist.execution.timeouts import Limit
+from laplace_dist.stages.context import Context
+
+
+class Inline:
+    """The executor of `--ray-address inline`, and of `laplace_dist.fit(config, executor=laplace_dist.Inline)`.
+
+    Args:
+        config: The job's settings.
+        say: Where lines for people go.
+    """
+
+    def __init__(self, config: Config, say: Callable[[str], None] = print) -> None:
+        self._config, self._say = config, say
+
+    def device_type(self) -> str:
+        """Return `cuda` or `cpu`: a GPU is used if the settings ask for one, or say nothing and there is one."""
+        gpus = self._config.gpus_per_worker
+        return "cuda" if (torch.cuda.is_available() if gpus is None else gpus > 0) else "cpu"
+
+    def pool(self) -> InlinePool:
+        """Return the one worker that there is."""
+        self._say("inline: every task is carried out in this process")
+        return InlinePool(self._config, self.device_type())
+
+    def close(self) -> None:
+        """Do nothing: nothing was taken."""
+
+
+class InlinePool:
+    """One worker in this process; a task is carried out when its outcome is asked for.
+
+    Args:
+        config: The job's settings.
+        device: `cpu` or `cuda`.
+    """
+
+    size = 1
+
+    def __init__(self, config: Config, device: str = "cpu") -> None:
+        self._config = config
+        self._context = Context(config, device)
+        self._waiting: deque[Task] = deque()
+
+    @property
+    def idle(self) -> int:
+        """Number of workers that wait for a task."""
+        return self.size - len(self._waiting)
+
+    @property
+    def busy(self) -> int:
+        """Number of workers with a task in flight."""
+        return len(self._waiting)
+
+    def top_up(self, wanted: int) -> None:
+        """Do nothing: the worker is there."""
+
+    def submit(self, task: Task) -> None:
+        """Give a task to the idle worker."""
+        self._waiting.append(task)
+
+    def wait(self, seconds: float, limit: Limit) -> list[Event]:
+        """Carry out one task and return what became of it; there is no limit, since nobody else could do it."""
+        return [self._outcome(self._waiting.popleft())] if self._waiting else []
+
+    def close(self) -> None:
+        """Let go of the model and the data."""
+        self._context = Context(self._config, self._context.device.type)
+
+    def _outcome(self, task: Task) -> Event:
+        try:
+            with _computing_as_a_worker(self._config, self._context.device):
+                return Event(task, receipt=self._context.carry_out(task))
+        except Exception as error:  # whatever a task raises is sorted in one place, as it is for a worker of Ray's
+            return Event(task, refusal=error) if lasts(error) else Event(task, failure=why_it_failed(error))
+
+
+@contextmanager
+def _computing_as_a_worker(config: Config, device: torch.device) -> Iterator[None]:
+    """Compute with a worker's threads and kernels, which bits depend on, and with this process's own afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads_per_worker)
+    try:
+        with deterministic_kernels() if device.type == "cuda" else nullcontext():
+            yield
+    finally:
+        torch.set_num_threads(threads)

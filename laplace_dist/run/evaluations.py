@@ -1,0 +1,59 @@
+"""Committed evaluations, and the shards of scores that they were made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from laplace_dist.plan.plan import FORMAT_VERSION
+from laplace_dist.run.attempts import new_attempt
+from laplace_dist.run.checkpoint import open_json
+from laplace_dist.run.layout import evaluation_shard_key
+from laplace_dist.storage.sealed_json import seal_json
+from laplace_dist.storage.store import Store
+
+
+def commit_shard(store: Store, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Commit the scores of the examples of one shard, unless they are there.
+
+    Args:
+        store: The checkpoint.
+        key: `layout.evaluation_shard_key(...)`.
+        arrays: One value per example, by `method/score`.
+    """
+    prefix = f"{key.removesuffix('.json')}/{new_attempt()}"
+    entries = store.write_arrays(prefix, arrays)
+    manifest = {"format_version": FORMAT_VERSION, "key": key, "prefix": prefix, "arrays": entries}
+    if not store.create(key, seal_json(manifest)):
+        store.delete_tree(prefix)
+
+
+def commit_evaluation(
+    store: Store, key: str, chosen: Mapping[str, Any], shards: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> None:
+    """Commit the metrics of an evaluation, unless they are there."""
+    manifest = {"format_version": FORMAT_VERSION, "key": key, "settings": dict(chosen), "shards": dict(shards)}
+    store.create(key, seal_json({**manifest, "metrics": dict(metrics)}))
+
+
+def joined_scores(store: Any, key: str, split: str, ids: list[str], method: str) -> dict[str, Tensor]:
+    """Return the scores of one method over a whole split."""
+    found: dict[str, list[np.ndarray]] = {}
+    for shard in ids:
+        name = evaluation_shard_key(key, split, shard)
+        manifest = open_json(store.read(name), name)
+        for array, entry in manifest["arrays"].items():
+            if array.startswith(f"{method}/"):
+                values = store.read_array(manifest["prefix"], array, entry)
+                found.setdefault(array.removeprefix(f"{method}/"), []).append(values)
+    return {name: torch.from_numpy(np.concatenate(parts)) for name, parts in found.items()}
+
+
+def metrics_json(version: str, tuning: str | None, metrics: Mapping[str, Any]) -> bytes:
+    """Return the content of `evaluation/metrics.json`: the latest metrics, and of what they are."""
+    return json.dumps({"version": version, "tuning": tuning, **metrics}, indent=1).encode()

@@ -1,0 +1,59 @@
+"""The executor without Ray: the same bits as any other run, and this process as it was."""
+
+from __future__ import annotations
+
+import dist_cases
+import pytest
+import torch
+
+import laplace_dist
+from laplace_dist import cli
+from laplace_dist.execution.inline import InlinePool
+from laplace_dist.plan.segments import Segment
+from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.stages.map import MapSegment
+
+
+def test_a_whole_job_runs_in_this_process_by_flag_and_by_argument(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("laplace_dist.execution.ray_cluster.Cluster.connect", None)  # calling it would be an error
+    whole = {"skip_tune": False, "skip_evaluate": False}
+    result = laplace_dist.fit(dist_cases.config(tmp_path / "argument", **whole), executor=laplace_dist.Inline)
+    flags = ["--model=dist_cases:convnet", "--data=dist_cases:blobs", f"--checkpoint={tmp_path / 'flag'}"]
+    flags += ["--batch-size=4", "--segment-size=8", "--gpus-per-worker=0", "--ray-address=inline"]
+    assert cli.main("fit", flags) == 0
+    assert "inline: every task is carried out in this process" in capsys.readouterr().out
+    assert laplace_dist.load_posterior(str(tmp_path / "flag"), dist_cases.convnet()).n_data == dist_cases.N
+    current = [Checkpoint(str(tmp_path / name)).read("CURRENT.json") for name in ("argument", "flag")]
+    assert current[0] == current[1] and result.version in current[0].decode()
+
+
+def test_threads_are_those_of_a_worker_while_a_task_runs_and_the_users_own_afterwards(tmp_path):
+    seen = []
+
+    class Look(MapSegment):
+        def run(self, context):
+            seen.append(torch.get_num_threads())
+            return {}
+
+    config = dist_cases.config(tmp_path, cpus_per_worker=2)
+    with dist_cases.inline_job(config) as job:
+        job.open()
+        pool = InlinePool(config)
+        pool.submit(Look(job.plan.digest, Segment("0", 0, 1)))
+        assert pool.wait(1, None)[0].failure is None
+    assert seen == [2] and torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(("error", "again"), [(OSError("the disk is gone"), True), (ValueError("no such class"), False)])
+def test_an_error_is_sorted_as_it_is_for_a_worker_of_rays(tmp_path, error, again):
+    class Broken(MapSegment):
+        def run(self, context):
+            raise error
+
+    config = dist_cases.config(tmp_path)
+    with dist_cases.inline_job(config) as job:
+        job.open()
+        pool = InlinePool(config)
+        pool.submit(Broken(job.plan.digest, Segment("0", 0, 1)))
+        (event,) = pool.wait(1, None)
+    assert (event.failure == "OSError: the disk is gone") if again else (event.refusal is error)
