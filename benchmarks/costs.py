@@ -31,6 +31,7 @@ from laplace_dist.plan.plan import Plan, build_plan  # noqa: E402
 from laplace_dist.plan.segments import Segment  # noqa: E402
 from laplace_dist.run import attempts, layout, lifecycle, partials, versions  # noqa: E402
 from laplace_dist.run.checkpoint import Checkpoint  # noqa: E402
+from laplace_dist.run.provenance import environment  # noqa: E402
 from laplace_dist.stages import reduce  # noqa: E402
 from laplace_dist.stages.context import Context  # noqa: E402
 from laplace_dist.stages.map import MapSegment  # noqa: E402
@@ -102,11 +103,20 @@ def resuming(places: dict[str, tuple[str, dict]]) -> None:
             job.open()
             plan, context = job.plan, Context(job.config)
             sums = context.la.zero_sums()
-            for offset, x, y in context.batches("train", 0, 4):
+            for offset, x, y in context.batches("train", plan.data, 0, 4):
                 context.la.accumulate(sums, x, y, offset=offset)
             for segment in plan.segments:
                 tensors = {name: tensor + segment.start for name, tensor in sums.to_tensors().items()}
-                partials.commit_partial(job.store, plan, segment, tensors, 4, attempts.new_attempt())
+                partials.commit_partial(
+                    job.store,
+                    plan,
+                    segment,
+                    tensors,
+                    4,
+                    attempts.new_attempt(),
+                    data_sha256="0" * 64,
+                    environment=environment("cpu"),
+                )
 
         def until_the_first_task() -> str:
             with Job(config, say=lambda text: None) as job:  # noqa: B023

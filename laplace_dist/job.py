@@ -9,9 +9,11 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
+from torch import nn
+
 from laplace_dist.config import compatibility
 from laplace_dist.config.settings import Config
-from laplace_dist.data import sources
+from laplace_dist.data import loader, sources
 from laplace_dist.errors import ExampleError, MissingObjectError, SettingsError
 from laplace_dist.execution.inline import Inline
 from laplace_dist.execution.loop import run_tasks
@@ -24,6 +26,7 @@ from laplace_dist.plan.segments import plan_shards
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import evaluations, layout, lifecycle, pointer, tunings, versions, weights
 from laplace_dist.run.checkpoint import open_json, open_store
+from laplace_dist.run.probe import make_probe
 from laplace_dist.run.weights import dump_weights, weights_digest
 from laplace_dist.stages import evaluate, map, reduce, tune
 from laplace_dist.stages.context import initialized, plain
@@ -107,12 +110,22 @@ class Job:
     executor: ExecutorType | None = None
     say: Callable[[str], None] = lambda text: print(text, flush=True)
     _pool: Workers | None = field(default=None, init=False)
+    _continued: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.config = _absolute(self.given)
         self.store: Store = open_store(self.config)
         inline = self.config.ray_address == "inline"
         self.opened: Executor = (self.executor or (Inline if inline else Cluster))(self.config, self.say)
+
+    @cached_property
+    def device_type(self) -> str:
+        """Where the workers compute, `cpu` or `cuda`: as the settings say, else as the run has begun, else as there are."""
+        if self.config.device != "auto":
+            return self.config.device
+        if self.store.exists(layout.PLAN) and not self.config.fresh:
+            return self.plan.settings["device_type"]
+        return self.opened.device_type()
 
     @cached_property
     def plan(self) -> Plan:
@@ -159,6 +172,7 @@ class Job:
         """Resolve model, data and factors once, and start the run or continue the one that is there."""
         config = self.config
         compatibility.check_predictive(config)
+        lifecycle.check_place(self.store)
         train = sources.load_split(config, "train")
         sources.check_splits(config)
         model = weights.load_model(config)
@@ -166,27 +180,47 @@ class Job:
             la = initialized(config.model_dump(), model, train)
         except (ValueError, ImportError, ExampleError) as error:
             raise error if isinstance(error, SettingsError) else SettingsError(str(error)) from error
-        found = _fingerprint(train)
+        found = _fingerprint(train, "train")
         self.store.check_writable()  # before a cluster may be asked for its devices
-        plan = build_plan(
-            config.bits(device_type=self.opened.device_type()),
+        wanted = build_plan(
+            config.bits(device_type=self.device_type),
             data=found,
             weights=weights_digest(model),
             model={"path": config.model, "args": config.model_args},
             spec=plain(la.sums_spec()),
         )
         snapshot = config.model_copy(update={"weights": f"{self.store.url}/{layout.WEIGHTS}"}).to_yaml()
-        continued = lifecycle.open_run(
-            self.store, plan, weights=lambda: dump_weights(model), config_yaml=snapshot, fresh=config.fresh
+        self.plan, self._continued = lifecycle.open_run(
+            self.store,
+            wanted,
+            model=model,
+            weights=lambda: dump_weights(model),
+            probe=lambda: self._probe(model, train),
+            config_yaml=snapshot,
+            fresh=config.fresh,
+            say=self.say,
         )
-        self.say(f"{'continuing' if continued else 'starting'} the run at {self.store.url}")
-        if not continued:
+        self.say(f"{'continuing' if self._continued else 'starting'} the run at {self.store.url}")
+        if not self._continued:
             self.say(str(la.coverage))
+
+    def _probe(self, model: nn.Module, train: Any) -> bytes | None:
+        try:
+            return make_probe(model, lambda n: next(loader.batches(train, 0, n, n))[1], len(train))
+        except TypeError as error:
+            self.say(
+                f"the inputs hold {error}, which cannot be stored with the run: whether --model's code is still the same "
+                "will not be checked, only its weights and the data"
+            )
+            return None
 
     def map(self) -> None:
         """Accumulate the segments that have no committed partial."""
-        tasks, done = map.tasks(self.store, self.plan)
-        self._run(tasks, Progress("map", "segments", len(self.plan.segments), done))
+        done = lifecycle.committed(self.store, self.plan, arrays=False)
+        if self._continued and len(done) < len(self.plan.segments):
+            comparisons = map.comparisons(self.plan, done)
+            self._run(comparisons, Progress("map", "segments compared with the data", len(comparisons)))
+        self._run(map.tasks(self.plan, done), Progress("map", "segments", len(self.plan.segments), len(done)))
 
     def reduce(self) -> str:
         """Sum the partials to a posterior version, if that is not done yet, and make it current."""
@@ -212,17 +246,17 @@ class Job:
         compatibility.check_predictive(config)
         grid = config.tuning == "gridsearch"
         validation = sources.load_split(config, "val") if grid else None
-        chosen = tune.settings(config, _fingerprint(validation) if grid else None)
+        chosen = tune.settings(config, _fingerprint(validation, "val") if grid else None, self.device_type)
         key = layout.tuning_key(version, chosen)
         if not self.store.exists(key):
-            common = self.plan.digest, version, key
+            common = self.plan.digest, version, key, chosen
             if grid:
                 shards = plan_shards(len(validation), config.batch_size)
                 tasks, done = tune.shard_tasks(self.store, *common, shards)
                 self._run(tasks, Progress("tune", "shards", len(shards), done))
-                choice = tune.ChooseFromGrid(*common, chosen, tuple(shard.id for shard in shards))
+                choice = tune.ChooseFromGrid(*common, tuple(shard.id for shard in shards))
             else:
-                choice = tune.MaximizeEvidence(*common, chosen)
+                choice = tune.MaximizeEvidence(*common)
             (receipt,) = self._run([choice], Progress("tune", "results", 1), keep=True)
             for warning in receipt.get("warnings", []):
                 self.say(f"tune: warning: {warning}")
@@ -242,11 +276,12 @@ class Job:
         config = self.config
         compatibility.check_predictive(config)
         splits = {name: sources.load_split(config, name) for name in ("test", *compatibility.ood(config))}
-        chosen = evaluate.settings(config, tuning, {name: _fingerprint(split) for name, split in splits.items()})
+        found = {name: _fingerprint(split, name) for name, split in splits.items()}
+        chosen = evaluate.settings(config, tuning, found, self.device_type)
         key = layout.evaluation_key(version, chosen)
         if not self.store.exists(key):
             shards = [(name, s) for name, split in splits.items() for s in plan_shards(len(split), config.batch_size)]
-            tasks, done = evaluate.shard_tasks(self.store, self.plan.digest, version, tuning, key, shards)
+            tasks, done = evaluate.shard_tasks(self.store, self.plan.digest, version, tuning, key, found, shards)
             self._run(tasks, Progress("evaluate", "shards", len(shards), done))
             ids = {name: [s.id for other, s in shards if other == name] for name in splits}
             summary = evaluate.Summarize(self.plan.digest, key, chosen, ids)
@@ -271,7 +306,7 @@ class Job:
         if first is None:
             return kept
         if self._pool is None:
-            self._pool = self.opened.pool()
+            self._pool = self.opened.pool(self.device_type)
         given = self.config.segment_timeout
 
         def on_done(_: Task, receipt: Mapping[str, Any]) -> None:
@@ -290,14 +325,14 @@ class Job:
         return kept
 
 
-def _fingerprint(dataset: Any) -> dict[str, Any]:
+def _fingerprint(dataset: Any, split: str) -> dict[str, Any]:
     """Return a split's fingerprint; an example that this process cannot read is refused as a setting is.
 
     Raises:
         SettingsError: Naming the example.
     """
     try:
-        return identity.fingerprint(dataset)
+        return identity.fingerprint(dataset, split)
     except ExampleError as error:
         raise SettingsError(str(error)) from error
 

@@ -17,6 +17,12 @@ def check_predictive(config: Config) -> None:
     Raises:
         SettingsError: Naming the fields.
     """
+    if config.device == "cpu" and config.gpus_per_worker:
+        raise SettingsError(
+            f"--gpus-per-worker: got {config.gpus_per_worker:g} with --device cpu; leave one of them out"
+        )
+    if config.device == "cuda" and config.gpus_per_worker == 0:
+        raise SettingsError("--gpus-per-worker: got 0 with --device cuda; leave one of them out")
     if config.pred_type == "nn" and config.likelihood == "classification" and config.link_approx != "mc":
         raise SettingsError(
             f"--link-approx: got {config.link_approx!r} with --pred-type nn, which samples networks; expected mc"

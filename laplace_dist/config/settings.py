@@ -62,6 +62,12 @@ class Config(BaseModel):
     ray_address: Annotated[str, Field(min_length=1)] = Field(
         "auto", description="auto, local, inline (this process, without Ray), or an address"
     )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where workers compute; auto is cuda where the cluster has GPUs when the run begins"
+    )
+    precision: Literal["float32", "tf32"] = Field(
+        "float32", description="of products in float32 on GPUs: tf32 is faster and has three digits"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of everything that is sampled")
     tune_method: Literal["marglik", "gridsearch"] | None = Field(
         None, description="gridsearch for classification with a scalar prior, else marglik"
@@ -135,7 +141,15 @@ class Config(BaseModel):
         names = ("likelihood", "subset_of_weights", "hessian_structure", "backend", "estimator")
         sizes = ("batch_size", "segment_size", "seed")
         chosen = {name: getattr(self, name) for name in names + sizes}
-        return {**chosen, "cpus_per_worker": self.threads_per_worker, "device_type": device_type}
+        return {**chosen, **self.machine(device_type)}
+
+    def machine(self, device_type: str) -> dict[str, Any]:
+        """Return what changes bits of how a worker computes, for `bits` and the keys of follow-on results."""
+        return {
+            "cpus_per_worker": self.threads_per_worker,
+            "device_type": device_type,
+            "precision": self.precision,
+        }
 
     def to_yaml(self) -> str:
         """Return the settings as a file for `--config`, without the storage options and without `fresh`."""

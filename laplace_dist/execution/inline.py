@@ -13,8 +13,9 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from laplace_dist.config.settings import Config
+from laplace_dist.errors import SettingsError
 from laplace_dist.execution.failures import lasts, why_it_failed
-from laplace_dist.execution.kernels import deterministic_kernels
+from laplace_dist.execution.kernels import deterministic_kernels, precision
 from laplace_dist.execution.tasks import Event, Task
 from laplace_dist.execution.timeouts import Limit
 from laplace_dist.stages.context import Context
@@ -36,10 +37,16 @@ class Inline:
         gpus = self._config.gpus_per_worker
         return "cuda" if (torch.cuda.is_available() if gpus is None else gpus > 0) else "cpu"
 
-    def pool(self) -> InlinePool:
-        """Return the one worker that there is."""
+    def pool(self, device: str) -> InlinePool:
+        """Return the one worker that there is.
+
+        Raises:
+            SettingsError: It is to compute on a GPU, and torch cannot use one here.
+        """
+        if device == "cuda" and not torch.cuda.is_available():
+            raise SettingsError("--device: got 'cuda', but torch cannot use a GPU in this process; give --device cpu")
         self._say("inline: every task is carried out in this process")
-        return InlinePool(self._config, self.device_type())
+        return InlinePool(self._config, device)
 
     def close(self) -> None:
         """Do nothing: nothing was taken."""
@@ -99,7 +106,7 @@ def _computing_as_a_worker(config: Config, device: torch.device) -> Iterator[Non
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads_per_worker)
     try:
-        with deterministic_kernels() if device.type == "cuda" else nullcontext():
+        with precision(config.precision), deterministic_kernels() if device.type == "cuda" else nullcontext():
             yield
     finally:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Kernels that add in the same order every time; an operation that has none warns, and does as it likes."""
+"""Which kernels a worker computes with: their precision, and on GPUs those that add in the same order every time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def use_deterministic_kernels() -> None:
-    """Ask CUDA for deterministic kernels, from now on."""
+    """Ask CUDA for deterministic kernels, from now on; an operation that has none warns, and does as it likes."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -31,3 +31,27 @@ def deterministic_kernels() -> Iterator[None]:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill
         torch.backends.cudnn.benchmark = benchmark
+
+
+def use_precision(wanted: str) -> None:
+    """Set the precision of products in float32, from now on.
+
+    Left alone, convolutions on GPUs use TF32 with its three digits, which no float64 sum mends afterwards.
+
+    Args:
+        wanted: `float32` or `tf32`.
+    """
+    torch.set_float32_matmul_precision("high" if wanted == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = wanted == "tf32"
+
+
+@contextmanager
+def precision(wanted: str) -> Iterator[None]:
+    """Set the precision of products in float32, for a while."""
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    use_precision(wanted)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn

@@ -221,14 +221,17 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def pool(self) -> Pool:
+    def pool(self, device: str) -> Pool:
         """Return the workers, as many as the settings say or the cluster holds; none is started yet.
+
+        Args:
+            device: `cpu` or `cuda`: where they compute.
 
         Raises:
             SettingsError: One worker is larger than everything the cluster has.
         """
         config, have = self.config, self.resources()
-        gpus = config.gpus_per_worker if config.gpus_per_worker is not None else float(have.get("GPU", 0) >= 1)
+        gpus = 0.0 if device == "cpu" else config.gpus_per_worker or 1.0
         need = {"CPU": float(config.cpus_per_worker), "GPU": float(gpus)}
         fits = min(int(have.get(name, 0) // amount) for name, amount in need.items() if amount > 0)
         if fits < 1 and config.num_workers is None:

@@ -72,8 +72,12 @@ class Executor(Protocol):
     def device_type(self) -> str:
         """Return `cuda` or `cpu`, the type of device that the workers use."""
 
-    def pool(self) -> Workers:
-        """Return the workers."""
+    def pool(self, device: str) -> Workers:
+        """Return the workers.
+
+        Args:
+            device: `cpu` or `cuda`: those that compute there, and no others.
+        """
 
     def close(self) -> None:
         """Give back whatever was taken."""

@@ -12,7 +12,7 @@ import torch
 
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError
-from laplace_dist.execution.kernels import use_deterministic_kernels
+from laplace_dist.execution.kernels import use_deterministic_kernels, use_precision
 from laplace_dist.execution.tasks import Task
 from laplace_dist.stages.context import Context
 
@@ -43,6 +43,7 @@ class Worker:
                 "on that node. Install a CUDA build of torch there, or set gpus_per_worker to 0."
             )
         self._context = Context(self._config, "cuda" if self._gpu else "cpu")
+        use_precision(self._config.precision)
         if self._gpu:
             use_deterministic_kernels()
         return os.getpid()

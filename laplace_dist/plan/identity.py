@@ -1,19 +1,35 @@
-"""What tells that a data set is the one of the plan: its length and a digest of examples."""
+"""What tells that a data set is the one of the plan: its length and digests of sampled examples, each read twice."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from laplace_dist.data.loader import read_example
-from laplace_dist.errors import SettingsError
+from laplace_dist.errors import ExampleError, SettingsError, listed
 from laplace_dist.plan.digests import feed
 
-_SAMPLE = 64
+SAMPLE = 64
+_SHOWN = 16  # hexadecimal digits of the digest of one example, kept to say which one differs
 
 
-def fingerprint(dataset: Any) -> dict[str, Any]:
-    """Return `length`, and `sha256` over the length and up to 64 evenly spaced examples, first and last included.
+def sampled(length: int) -> list[int]:
+    """Return the indices of up to 64 evenly spaced examples, first and last included."""
+    count = min(length, SAMPLE)
+    return sorted({i * (length - 1) // max(count - 1, 1) for i in range(count)})
+
+
+def fingerprint(dataset: Any, split: str = "train") -> dict[str, Any]:
+    """Return what a split is told by.
+
+    Args:
+        dataset: Map-style.
+        split: Its name, for messages.
+
+    Returns:
+        `length`; `sha256` over the length and the sampled examples; and under `examples` the beginning of each sampled
+        example's own digest by its index, so that a difference can be placed.
 
     Raises:
         SettingsError: An example differs from one reading to the next, or holds something other than tensors, arrays,
@@ -21,16 +37,68 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
         ExampleError: An example cannot be read.
     """
     length = len(dataset)
-    count = min(length, _SAMPLE)
-    digest = hashlib.sha256(str(length).encode())
-    for index in sorted({i * (length - 1) // max(count - 1, 1) for i in range(count)}):
-        digest.update(_example_digest(dataset, index))
-    if _example_digest(dataset, 0) != _example_digest(dataset, 0):
-        raise SettingsError(
-            "--data: example 0 of a split differs between two readings; switch random augmentation off, "
-            "since a run that is resumed must meet the same examples"
+    digest, examples = hashlib.sha256(str(length).encode()), {}
+    for index in sampled(length):
+        own = _example_digest(dataset, index)
+        if _example_digest(dataset, index) != own:
+            raise SettingsError(
+                f"--data: example {index} of split {split!r} differs between two readings; switch random augmentation off, "
+                "since a run that is resumed must meet the same examples"
+            )
+        digest.update(own)
+        examples[str(index)] = own.hex()[:_SHOWN]
+    return {"length": length, "sha256": digest.hexdigest(), "examples": examples}
+
+
+def check_data(dataset: Any, wanted: Mapping[str, Any], split: str, where: str) -> None:
+    """Refuse a split that is not the one that the driver saw.
+
+    Args:
+        dataset: The split as this process has it.
+        wanted: Its fingerprint as the driver has it.
+        split: Its name.
+        where: This process, in a person's words, such as `node 10.0.0.3`.
+
+    Raises:
+        SettingsError: Naming the split and what differs.
+    """
+    if len(dataset) != wanted["length"]:
+        differs = f"{len(dataset)} examples, the driver's has {wanted['length']}"
+    elif not wanted.get("examples"):  # of a plan of 0.1
+        differs = (
+            "" if fingerprint(dataset, split)["sha256"] == wanted["sha256"] else "other contents than the driver's"
         )
-    return {"length": length, "sha256": digest.hexdigest()}
+    else:
+        different = different_examples(wanted, {"examples": _readable(dataset, wanted["examples"])})
+        differs = different and f"other contents than the driver's: {different}"
+    if not differs:
+        return
+    raise SettingsError(
+        f"--data: the split {split!r} on {where} has {differs}. Every node needs the same data in the same order: no random "
+        "split without a seed, no stale or partial copy. Nothing of it was added."
+    )
+
+
+def different_examples(one: Mapping[str, Any], two: Mapping[str, Any]) -> str:
+    """Name the sampled examples in which two fingerprints of one length differ; empty where they cannot tell."""
+    first, second = one.get("examples", {}), two.get("examples", {})
+    which = sorted(int(index) for index in first.keys() & second.keys() if first[index] != second[index])
+    return (
+        f"{len(which)} of {len(first)} sampled examples differ ({listed([str(index) for index in which])})"
+        if which
+        else ""
+    )
+
+
+def _readable(dataset: Any, indices: Iterable[str]) -> dict[str, str]:
+    """Return the digests of sampled examples; one that cannot be read is left to its segment, which fails naming it."""
+    found = {}
+    for index in indices:
+        try:
+            found[index] = _example_digest(dataset, int(index)).hex()[:_SHOWN]
+        except ExampleError:
+            continue
+    return found
 
 
 def _example_digest(dataset: Any, index: int) -> bytes:

@@ -10,9 +10,10 @@ from functools import cached_property
 from typing import Any
 
 from laplace_dist.plan.digests import canonical
+from laplace_dist.plan.identity import different_examples
 from laplace_dist.plan.segments import Segment, default_segment_size, plan_segments, whole_batches
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 is that of 0.1: its plans have no probe, its manifests no digest of the data and no environment
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,12 @@ class Plan:
     Attributes:
         segments: In the order in which their partials are summed.
         settings: Those that change bits, by field name.
-        data: Fingerprint of the training split: `length` and `sha256`.
+        data: Fingerprint of the training split: see `identity.fingerprint`.
         weights: Digest of the model's parameters and buffers.
         model: `path` and `args` of the callable that builds the model.
         spec: The factors: `name -> {"shape": [...], "symmetric": bool}` under `factors`, beside what else the core
             library's specification says of itself.
+        probe: Sha256 of the model's inputs and outputs in `probe.safetensors`; None where the inputs cannot be stored.
     """
 
     segments: tuple[Segment, ...]
@@ -36,11 +38,12 @@ class Plan:
     model: dict[str, Any]
     spec: dict[str, Any]
     format_version: int = FORMAT_VERSION
+    probe: str | None = None
 
     @cached_property
     def digest(self) -> str:
         """Return the sha256 of everything in the plan."""
-        return hashlib.sha256(canonical(asdict(self))).hexdigest()
+        return hashlib.sha256(canonical(self.to_values())).hexdigest()
 
     @property
     def n_examples(self) -> int:
@@ -48,8 +51,9 @@ class Plan:
         return self.segments[-1].stop
 
     def to_values(self) -> dict[str, Any]:
-        """Return the plan as plain values."""
-        return asdict(self)
+        """Return the plan as plain values, those that its format has."""
+        values = asdict(self)
+        return values if self.format_version > 1 else {k: v for k, v in values.items() if k != "probe"}
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Plan:
@@ -58,7 +62,13 @@ class Plan:
 
 
 def build_plan(
-    settings: Mapping[str, Any], *, data: Mapping[str, Any], weights: str, model: Mapping[str, Any], spec: Mapping
+    settings: Mapping[str, Any],
+    *,
+    data: Mapping[str, Any],
+    weights: str,
+    model: Mapping[str, Any],
+    spec: Mapping,
+    probe: str | None = None,
 ) -> Plan:
     """Return the plan for these settings and digests; a segment size that is not given gets its default.
 
@@ -68,6 +78,7 @@ def build_plan(
         weights: `weights_digest(model)`.
         model: `{"path": config.model, "args": config.model_args}`.
         spec: Plain dictionary of the core library's specification of the sums.
+        probe: Sha256 of `probe.safetensors`.
 
     Raises:
         SettingsError: The data set is empty or a size is below 1.
@@ -77,13 +88,17 @@ def build_plan(
     segments = plan_segments(length, default_segment_size(length, batch_size) if size is None else size, batch_size)
     settings["segment_size"] = min(whole_batches(size, batch_size), length) if size else segments[0].stop
     plain = json.loads(canonical({"data": data, "model": model, "spec": spec}))
-    return Plan(segments=tuple(segments), settings=settings, weights=weights, **plain)
+    return Plan(segments=tuple(segments), settings=settings, weights=weights, probe=probe, **plain)
 
 
 def differences(stored: Plan, wanted: Plan) -> list[str]:
-    """Name every field in which two plans differ, with both values: `field: stored ..., now ...`."""
+    """Name every field in which two plans differ, with both values: `field: stored ..., now ...`.
+
+    Of a plan of an older format only what it has is compared.
+    """
     found = []
-    for name in sorted(stored.settings.keys() | wanted.settings.keys()):
+    names = stored.settings.keys() if stored.format_version < wanted.format_version else wanted.settings.keys()
+    for name in sorted(stored.settings.keys() | names):
         _compare(found, f"--{name.replace('_', '-')}", stored.settings.get(name), wanted.settings.get(name))
     _compare(found, "--model", stored.model.get("path"), wanted.model.get("path"))
     _compare(found, "--model-args", stored.model.get("args"), wanted.model.get("args"))
@@ -91,12 +106,20 @@ def differences(stored: Plan, wanted: Plan) -> list[str]:
     if lengths[0] != lengths[1]:
         found.append(f"--data: the train split's length changed: stored {lengths[0]} examples, now {lengths[1]}")
     else:
-        _compare(found, "--data (contents, as sha256)", stored.data["sha256"], wanted.data["sha256"])
+        _compare_data(found, stored.data, wanted.data)
     _compare(found, "--weights (values, as sha256)", stored.weights, wanted.weights)
     if not found:
         _compare(found, "factors of the curvature", canonical(stored.spec).decode(), canonical(wanted.spec).decode())
         _compare(found, "segments", len(stored.segments), len(wanted.segments))
     return found
+
+
+def _compare_data(found: list[str], stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Compare the contents of two data sets of one length."""
+    if stored["sha256"] != wanted["sha256"]:
+        which = different_examples(stored, wanted)
+        say = f"--data (contents, as sha256): stored {stored['sha256']!r}, now {wanted['sha256']!r}"
+        found.append(f"{say}; {which}" if which else say)
 
 
 def _compare(found: list[str], field: str, stored: Any, wanted: Any) -> None:

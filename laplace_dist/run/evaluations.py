@@ -18,27 +18,34 @@ from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
 
 
-def commit_shard(store: Store, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+def commit_shard(store: Store, key: str, arrays: Mapping[str, np.ndarray], environment: Mapping[str, Any]) -> None:
     """Commit the scores of the examples of one shard, unless they are there.
 
     Args:
         store: The checkpoint.
         key: `layout.evaluation_shard_key(...)`.
         arrays: One value per example, by `method/score`.
+        environment: Where they were made.
     """
     prefix = f"{key.removesuffix('.json')}/{new_attempt()}"
     entries = store.write_arrays(prefix, arrays)
     manifest = {"format_version": FORMAT_VERSION, "key": key, "prefix": prefix, "arrays": entries}
+    manifest["environment"] = dict(environment)
     if not store.create(key, seal_json(manifest)):
         store.delete_tree(prefix)
 
 
 def commit_evaluation(
-    store: Store, key: str, chosen: Mapping[str, Any], shards: Mapping[str, Any], metrics: Mapping[str, Any]
+    store: Store,
+    key: str,
+    chosen: Mapping[str, Any],
+    shards: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    environment: Mapping[str, Any],
 ) -> None:
     """Commit the metrics of an evaluation, unless they are there."""
     manifest = {"format_version": FORMAT_VERSION, "key": key, "settings": dict(chosen), "shards": dict(shards)}
-    store.create(key, seal_json({**manifest, "metrics": dict(metrics)}))
+    store.create(key, seal_json({**manifest, "metrics": dict(metrics), "environment": dict(environment)}))
 
 
 def joined_scores(store: Any, key: str, split: str, ids: list[str], method: str) -> dict[str, Tensor]:

@@ -22,10 +22,15 @@ from laplace_dist.run.schemas import (
 )
 
 PLAN, WEIGHTS, CONFIG, CURRENT = "plan.json", "weights.safetensors", "config.yaml", "CURRENT.json"
-FOLLOW_ON = ("report.html", "evaluation", "tuning")
-VERSIONED = ("posteriors", "partials")
+CLEARED = (CURRENT, "evaluation/", "tuning/", "posteriors/", "partials/")  # in the order in which a run is deleted
+PROBE = re.compile(r"probe-[0-9a-f]{16}\.safetensors")
 METRICS = "evaluation/metrics.json"
 LOSS = "loss"
+
+
+def probe_key(digest: str) -> str:
+    """Return the key of the probe with this sha256; it is named by its content, so that two drivers cannot mix theirs."""
+    return f"probe-{digest[:16]}.safetensors"
 
 
 def partial_key(segment_id: str) -> str:
@@ -61,6 +66,18 @@ def evaluation_shard_key(key: str, split: str, shard: str) -> str:
 MANIFEST = re.compile(r"(?:partials|posteriors|tuning|evaluation)/[^/]+\.json|(?:tuning|evaluation)/[^/]+/[^/]+\.json")
 # Attempt directories, and the temporary files of a crashed commit: only these are ever collected.
 ATTEMPT = re.compile(r"((?:partials|posteriors|tuning)/[^/]+/[^/]+|evaluation/[^/]+/[^/]+/[^/]+)/.+")
+
+
+_DIGEST = r"[0-9a-f]{16}"
+_OWNED = re.compile(
+    rf"plan\.json|CURRENT\.json|config\.yaml|weights\.safetensors|{PROBE.pattern}|probe-[0-9a-f]{{32}}|evaluation/metrics\.json"
+    rf"|partials/\d{{6,}}(\.json|/.+)|posteriors/{_DIGEST}(\.json|/.+)|(tuning|evaluation)/{_DIGEST}-{_DIGEST}(\.json|/.+)"
+)
+
+
+def owned(key: str) -> bool:
+    """Say whether an object with this key is the run's own; whatever else lies beside it is the user's."""
+    return bool(_OWNED.fullmatch(key))
 
 
 _KINDS: dict[str, type[Strict]] = {

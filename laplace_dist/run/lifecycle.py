@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
+
+from torch import nn
 
 from laplace_dist.config.command_line import parse_yaml
 from laplace_dist.config.settings import Config
-from laplace_dist.errors import CheckpointError, SettingsError
+from laplace_dist.errors import CheckpointError, SettingsError, listed
 from laplace_dist.plan.plan import Plan, differences
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.checkpoint import Checkpoint, open_json
-from laplace_dist.run.layout import CONFIG, CURRENT, FOLLOW_ON, PLAN, VERSIONED, WEIGHTS, partial_key
+from laplace_dist.run.layout import CLEARED, CONFIG, CURRENT, PLAN, PROBE, WEIGHTS, owned, partial_key, probe_key
 from laplace_dist.run.partials import parse_manifest
+from laplace_dist.run.probe import check_probe, probe_digest
+from laplace_dist.storage.local import TEMP
 from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
 
@@ -29,42 +34,91 @@ def read_plan(store: Store) -> Plan:
     return Plan.from_values(open_json(store.read(PLAN), PLAN))
 
 
-def open_run(store: Store, plan: Plan, *, weights: Callable[[], bytes], config_yaml: str, fresh: bool = False) -> bool:
+def check_model(store: Store, plan: Plan, model: nn.Module, who: str) -> None:
+    """Refuse a model whose outputs are not those of the run's; a run without a probe cannot tell.
+
+    Args:
+        store: The checkpoint.
+        plan: Of the run.
+        model: In eval mode, with the run's weights.
+        who: Whose model it is, in a person's words.
+
+    Raises:
+        SettingsError: It is another model.
+        CheckpointError: The probe is missing, truncated or altered.
+    """
+    if plan.probe is not None:
+        key = probe_key(plan.probe)
+        check_probe(store.read(key), plan.probe, model, f"{store.url}/{key}", who)
+
+
+def open_run(
+    store: Store,
+    plan: Plan,
+    *,
+    model: nn.Module,
+    weights: Callable[[], bytes],
+    probe: Callable[[], bytes | None],
+    config_yaml: str,
+    fresh: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[Plan, bool]:
     """Start a run, or continue the one that is there if it has the same plan.
 
     Args:
         store: The checkpoint.
         plan: What this command asks for.
+        model: The network, in eval mode.
         weights: Returns the model's weights as a safetensors file; called if they are not stored yet.
+        probe: Returns the model's probe, or None where its inputs cannot be stored; called for a new run.
         config_yaml: Snapshot of the settings, without secrets.
         fresh: Delete an existing run first.
+        say: Where lines for people go.
 
     Returns:
-        True if it continues an existing run.
+        The run's plan, and whether the run was there before.
 
     Raises:
-        SettingsError: The location cannot be written to; or the run there has another plan, and every field that
-            differs is named with both values; or a newer version wrote it.
+        SettingsError: The location cannot be written to, or holds something that is no run; or the run there has another
+            plan, and every field that differs is named with both values; or a newer version wrote it.
     """
+    here = store.exists(PLAN)
+    if not here:
+        check_place(store)
     store.check_writable()
-    if fresh:
-        clear(store)
-    created = not store.exists(PLAN) and store.create(PLAN, seal_json(plan.to_values()))
-    stored = plan if created else read_plan(store)
-    if stored.digest != plan.digest:
-        changed = "\n  ".join(differences(stored, plan))
-        raise SettingsError(
-            f"--checkpoint {store.url!r} holds a run with another plan:\n  {changed}\n"
-            "Restore these, give another --checkpoint, or delete that run with --fresh."
-        )
+    if fresh and here:
+        clear(store, say)
+    created = _create_plan(store, plan, probe()) if fresh or not here else None
+    if created is None:
+        stored = read_plan(store)
+        _refuse_another_plan(store, stored, plan)
+        check_model(store, stored, model, "what --model builds here")
     if not store.exists(WEIGHTS):
         store.create(WEIGHTS, weights())
     store.replace(CONFIG, _seal_yaml(config_yaml))
-    return not created
+    return created or stored, created is None
 
 
-# Readers follow CURRENT to manifests to arrays, so `clear` deletes in that order and the plan last: if it is
-# interrupted, what remains is still a run.
+def _create_plan(store: Store, plan: Plan, probe: bytes | None) -> Plan | None:
+    """Create a plan, after the probe that it names, unless there is one; returns what this call created."""
+    if probe is not None:
+        plan = replace(plan, probe=probe_digest(probe))
+        store.create(probe_key(plan.probe), probe)
+    return plan if store.create(PLAN, seal_json(plan.to_values())) else None
+
+
+def _refuse_another_plan(store: Store, stored: Plan, plan: Plan) -> None:
+    """Compare plans but for the probe, whose last bits depend on the machine; `check_model` compares what it means."""
+    older = stored.format_version < plan.format_version
+    changed = differences(stored, plan)
+    if not changed and (older or stored.digest == replace(plan, probe=stored.probe).digest):
+        return
+    raise SettingsError(
+        f"--checkpoint {store.url!r} holds a run with another plan:\n  " + "\n  ".join(changed) + "\n"
+        "Restore these, give another --checkpoint, or delete that run with --fresh."
+    )
+
+
 _SEAL = "# sha256 of the above: "
 
 
@@ -128,17 +182,56 @@ def remaining(plan: Plan, committed: Collection[str] | Mapping[str, Any]) -> lis
     return [segment for segment in plan.segments if segment.id not in committed]
 
 
-def clear(store: Store) -> None:
-    """Delete the run under a checkpoint URL: only what the layout names, and in an order that can be interrupted."""
-    store.delete_tree(CURRENT)
-    for name in FOLLOW_ON:
-        store.delete_tree(name)
-    for folder in VERSIONED:
-        for key in store.list(folder, recursive=False):
+def clear(store: Store, say: Callable[[str], None] = lambda text: None) -> None:
+    """Delete the run under a checkpoint URL, and nothing else that lies there.
+
+    Readers follow CURRENT to manifests to arrays, so it is deleted in that order and the plan last: if this is interrupted,
+    what remains is still a run.
+
+    Args:
+        store: The checkpoint, which holds a run.
+        say: Where a line about what is deleted and what is kept goes.
+    """
+    keys = store.list()
+    mine = [key for key in keys if owned(key)]
+    kept = [key for key in keys if not owned(key)]
+    say(f"--fresh: deleting the run at {store.url}: {len(mine)} objects" + (f"; kept: {listed(kept)}" if kept else ""))
+    for stage in CLEARED:
+        manifests = [key for key in mine if key.startswith(stage) and key.endswith(".json")]
+        for key in manifests:
             store.delete_tree(key)
-        store.delete_tree(folder)
+        for folder in sorted({"/".join(key.split("/")[:2]) for key in mine if key.startswith(stage)} - set(manifests)):
+            _delete_folder(store, folder, mine, kept)
+    for key in sorted(key for key in mine if PROBE.fullmatch(key)):
+        store.delete_tree(key)
     for name in (CONFIG, WEIGHTS, PLAN):
         store.delete_tree(name)
+
+
+def _delete_folder(store: Store, folder: str, mine: Collection[str], kept: Collection[str]) -> None:
+    """Delete a folder at once, or object by object if something lies there that is not the run's."""
+    if not any(key.startswith(f"{folder}/") for key in kept):
+        store.delete_tree(folder)
+        return
+    for key in mine:
+        if key.startswith(f"{folder}/"):
+            store.delete_tree(key)
+
+
+def check_place(store: Store) -> None:
+    """Refuse a place that is not empty and holds no run; what a start that was interrupted leaves does not count.
+
+    Raises:
+        SettingsError: Naming what was found.
+    """
+    found = [name for name in store.entries() if not owned(name) or name in (CONFIG, WEIGHTS)]
+    found = [name for name in found if not name.startswith(TEMP)]
+    found = [name for name in found if name != "lost+found/"]  # of a file system's own root
+    if found and not store.exists(PLAN):
+        raise SettingsError(
+            f"--checkpoint {store.url!r}: holds no run (no {PLAN}), but is not empty: {listed(found)}. Nothing was changed. "
+            "Give a new or empty place, or one that holds a run."
+        )
 
 
 def status(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[str, Any]:

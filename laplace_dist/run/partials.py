@@ -42,7 +42,15 @@ class Receipt:
 
 
 def commit_partial(
-    store: Store, plan: Plan, segment: Segment, tensors: Mapping[str, torch.Tensor], n_data: int, attempt: str
+    store: Store,
+    plan: Plan,
+    segment: Segment,
+    tensors: Mapping[str, torch.Tensor],
+    n_data: int,
+    attempt: str,
+    *,
+    data_sha256: str,
+    environment: Mapping[str, Any],
 ) -> Receipt:
     """Make the sums of one segment part of the run, once, whoever else tries.
 
@@ -57,9 +65,11 @@ def commit_partial(
         tensors: Every factor of the plan's specification, and optionally `loss` (0-d).
         n_data: Examples in the sums.
         attempt: `new_attempt()`.
+        data_sha256: Digest of the very batches that were read.
+        environment: `provenance.environment(...)`.
 
     Raises:
-        RunFailed: A sum is not finite, or no space is left.
+        RunFailed: A sum is not finite, no space is left, or another attempt at the segment has read other data.
         CheckpointError: What was read back differs, or the existing manifest is bad.
     """
     begun = time.perf_counter()
@@ -83,14 +93,39 @@ def commit_partial(
         "n_data": n_data,
         "prefix": prefix,
         "arrays": entries,
+        "data_sha256": data_sha256,
+        "environment": dict(environment),
     }
     winner = attempt
     if not store.create(partial_key(segment.id), seal_json(manifest)):
-        winner = read_manifest(store, plan, segment)["attempt"]
+        first = read_manifest(store, plan, segment)
+        winner = first["attempt"]
         if winner != attempt:
             store.delete_tree(prefix)
+            check_same_data(first, data_sha256, environment["node"])
     size = sum(entry["stored_bytes"] for entry in entries.values())
     return Receipt(segment.id, winner, winner == attempt, size, time.perf_counter() - begun)
+
+
+def check_same_data(manifest: Mapping[str, Any], data_sha256: str, node: str) -> None:
+    """Compare the data that a committed attempt has read with what was read of the segment here.
+
+    Args:
+        manifest: Of the committed attempt; one of 0.1 has no digest to compare with.
+        data_sha256: Digest of the batches as they were read here.
+        node: Name of this machine.
+
+    Raises:
+        RunFailed: They differ; names the segment and both nodes.
+    """
+    if manifest.get("data_sha256") in (None, data_sha256):
+        return
+    raise RunFailed(
+        f"segment {manifest['segment']} (examples {manifest['start']} to {manifest['stop'] - 1}): node "
+        f"{manifest['environment']['node']}, whose attempt is committed, has read other data than node {node}. Every node "
+        "needs the same data, and reading it again must give the same examples. Find out which node is right: if it is "
+        f"{node}, delete {partial_key(manifest['segment'])}; remove the cause and run the same command again."
+    )
 
 
 def read_manifest(store: Store, plan: Plan, segment: Segment) -> dict[str, Any]:

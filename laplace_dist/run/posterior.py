@@ -15,7 +15,7 @@ from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.layout import PLAN
-from laplace_dist.run.lifecycle import read_plan
+from laplace_dist.run.lifecycle import check_model, read_plan
 from laplace_dist.run.pointer import read_current
 from laplace_dist.run.tunings import apply_tuning
 from laplace_dist.run.versions import read_version
@@ -61,6 +61,7 @@ def load_posterior(
             f"model: its weights are not those of the run at {store.url!r}. Give load_weights=True, with "
             f"the model that {plan.model['path']} builds with the arguments {plan.model['args']}."
         )
+    check_model(store, plan, model, "the given model")
     current = read_current(store)
     name = version or current["version"]
     la = build(store, plan, model, name)

@@ -36,6 +36,19 @@ class Entry(Strict):
         return self
 
 
+class Environment(Strict):
+    """Where numbers were made, as `provenance.environment` describes it."""
+
+    node: str
+    laplace_dist: str
+    torch: str
+    python: str
+    device: str
+    driver: str
+    threads: Positive
+    precision: dict[str, str | bool]
+
+
 class _Segment(Strict):
     id: Name
     start: Number
@@ -57,6 +70,7 @@ class _Spec(Strict):
 class _Data(Strict):
     length: Positive
     sha256: str
+    examples: dict[Annotated[str, Field(pattern=r"^[0-9]+$")], str] = {}
 
 
 class _Model(Strict):
@@ -74,6 +88,7 @@ class PlanFields(Strict):
     weights: str
     model: _Model
     spec: _Spec
+    probe: Sha256 | None = None
 
     @model_validator(mode="after")
     def _covers_the_data(self) -> PlanFields:
@@ -97,6 +112,14 @@ class PartialFields(Strict):
     n_data: Number
     prefix: str
     arrays: dict[str, Entry]
+    data_sha256: Sha256 | None = None
+    environment: Environment | None = None
+
+    @model_validator(mode="after")
+    def _says_where_it_comes_from(self) -> PartialFields:
+        if self.format_version > 1 and None in (self.data_sha256, self.environment):
+            raise ValueError("it does not say what was read and where")
+        return self
 
 
 class _Place(Strict):
@@ -112,6 +135,7 @@ class VersionFields(Strict):
     version: Name
     n_data: Positive
     factors: dict[str, _Place]
+    environment: Environment | None = None
 
 
 class CurrentFields(Strict):
@@ -138,6 +162,7 @@ class TuningFields(_Owned):
     arrays: dict[Literal["prior_precision"], Entry]
     sigma_noise: Annotated[Finite, Field(gt=0)] | None
     log_marginal_likelihood: Finite
+    environment: Environment | None = None
 
     @model_validator(mode="after")
     def _has_the_prior(self) -> TuningFields:
@@ -149,12 +174,14 @@ class TuningFields(_Owned):
 class TuningShardFields(_Owned):
     """One validation shard's scores."""
 
+    environment: Environment | None = None
     scores: str
 
 
 class EvaluationFields(_Owned):
     """The metrics of an evaluation."""
 
+    environment: Environment | None = None
     settings: dict[str, Any]
     shards: dict[str, list[Name]]
     metrics: dict[Literal["map", "laplace"], dict[str, Finite]]
@@ -163,5 +190,6 @@ class EvaluationFields(_Owned):
 class EvaluationShardFields(_Owned):
     """The manifest of one shard's scores."""
 
+    environment: Environment | None = None
     prefix: str
     arrays: dict[str, Entry]

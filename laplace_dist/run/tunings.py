@@ -42,7 +42,7 @@ def read_shard(store: Store, key: str, size: int | None = None) -> tuple[torch.T
     return totals, n
 
 
-def commit_shard(store: Store, key: str, totals: Tensor, n: int) -> None:
+def commit_shard(store: Store, key: str, totals: Tensor, n: int, environment: Mapping[str, Any]) -> None:
     """Commit the summed scores of one shard, unless they are there.
 
     Args:
@@ -50,14 +50,22 @@ def commit_shard(store: Store, key: str, totals: Tensor, n: int) -> None:
         key: `layout.tuning_shard_key(...)`.
         totals: For every value of the grid.
         n: Number of examples.
+        environment: Where they were made.
     """
     # Scores may be infinite, where the sealed JSON of manifests allows numbers only.
     text = json.dumps({"totals": totals.tolist(), "n": n})
-    store.create(key, seal_json({"format_version": FORMAT_VERSION, "key": key, "scores": text}))
+    manifest = {"format_version": FORMAT_VERSION, "key": key, "scores": text, "environment": dict(environment)}
+    store.create(key, seal_json(manifest))
 
 
 def commit_tuning(
-    store: Store, key: str, chosen: Mapping[str, Any], la: Any, shards: Collection[str] = ()
+    store: Store,
+    key: str,
+    chosen: Mapping[str, Any],
+    la: Any,
+    shards: Collection[str] = (),
+    *,
+    environment: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Create the manifest of a tuning with the prior precision that the object has now, unless it exists."""
     prefix = f"{key.removesuffix('.json')}/{new_attempt()}"
@@ -74,6 +82,7 @@ def commit_tuning(
         "arrays": store.write_arrays(prefix, {"prior_precision": values}),
         "sigma_noise": noise,
         "log_marginal_likelihood": evidence,
+        "environment": dict(environment),
     }
     if not store.create(key, seal_json(manifest)):
         store.delete_tree(prefix)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -20,6 +21,7 @@ from laplace_dist.plan.plan import Plan
 from laplace_dist.run import layout, lifecycle, orphans, partials, tunings, versions
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.pointer import read_current
+from laplace_dist.run.probe import open_probe
 from laplace_dist.run.weights import check_weights
 from laplace_dist.storage.local import TEMP
 from laplace_dist.storage.store import Store
@@ -39,6 +41,7 @@ class Report:
         notes: `(key, what is still to do)` where a run ended before a step that the same command takes.
         orphans: Hours since the last write, by attempt directory or temporary file that no manifest names.
         collected: Those of them that were deleted.
+        environments: How many partials, tunings and evaluations were made with which versions, device and flags.
     """
 
     url: str
@@ -50,6 +53,7 @@ class Report:
     notes: list[tuple[str, str]] = field(default_factory=list)
     orphans: dict[str, float] = field(default_factory=dict)
     collected: list[str] = field(default_factory=list)
+    environments: Counter[str] = field(default_factory=Counter)
 
     @property
     def ok(self) -> bool:
@@ -122,6 +126,9 @@ class _Check:
             self.attempt(weights, lambda: check_weights(store.read(weights), plan.weights, weights))
         if layout.CONFIG in keys or any(key.startswith("partials/") for key in keys):
             self.attempt(layout.CONFIG, lambda: lifecycle.read_config(store))
+        if plan.probe is not None:
+            key = layout.probe_key(plan.probe)
+            self.attempt(key, lambda: open_probe(store.read(key), plan.probe, key))
         manifests = self.partials(plan, keys)
         for key in keys:
             if layout.MANIFEST.fullmatch(key) and not key.startswith("partials/") and key != layout.METRICS:
@@ -145,10 +152,18 @@ class _Check:
             manifest = self.attempt(key, lambda c=content, s=segment: partials.parse_manifest(c, plan, s))
             if manifest is not None:
                 found[segment.id] = manifest
+                self.came_from(manifest)
                 self.groups(manifest["prefix"], manifest["arrays"])
         self.report.segments, self.report.committed = len(planned), len(found)
         self.sums = {name: self.sum_digest(plan, found, name) for name in (layout.LOSS, *plan.spec["factors"])}
         return found
+
+    def came_from(self, manifest: Mapping[str, Any]) -> None:
+        """Count the environment that a committed object was made in, whichever node of its kind it was."""
+        made = manifest.get("environment") or {"version": "0.1, which recorded none"}
+        kind = ", ".join(f"{name} {value}" for name, value in sorted(made.items()) if name not in ("node", "precision"))
+        flags = [f"{name}={value}" for name, value in sorted(made.get("precision", {}).items()) if value != ""]
+        self.report.environments["; ".join([kind, *flags])] += 1
 
     def sum_digest(self, plan: Plan, manifests: Mapping[str, Any], name: str) -> bytes | None:
         """Read one factor of every partial; return the digest of their sum in plan order if all are there and good.
@@ -202,6 +217,7 @@ class _Check:
         manifest = self.attempt(key, lambda: open_json(self.store.read(key), key))
         if manifest is None:
             return
+        self.came_from(manifest)
         if "scores" in manifest:
             self.attempt(key, lambda: tunings.read_shard(self.store, key))
         for shard in _shards(key, manifest):

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from laplace_dist.config.settings import Config
 from laplace_dist.data import loader, sources
 from laplace_dist.errors import SettingsError
+from laplace_dist.plan.digests import feed
+from laplace_dist.plan.identity import check_data
 from laplace_dist.plan.plan import Plan
-from laplace_dist.run import posterior, tunings, weights
+from laplace_dist.run import posterior, provenance, tunings, weights
 from laplace_dist.run.checkpoint import open_store
-from laplace_dist.run.lifecycle import read_plan
+from laplace_dist.run.lifecycle import check_model, read_plan
 from laplace_dist.run.weights import load_run_weights
 from laplace_dist.storage.store import Store
 
@@ -64,7 +66,14 @@ class Context:
         """The run's model with the run's own weights, in eval mode, on the device."""
         model = weights.load_model(self.config.model_copy(update={"weights": None}))
         load_run_weights(self.store, self.plan, model)
-        return model.to(self.device)
+        model = model.to(self.device)
+        check_model(self.store, self.plan, model, f"what --model builds on {self.where}")
+        return model
+
+    @property
+    def where(self) -> str:
+        """This process, in a person's words."""
+        return f"node {provenance.node()}"
 
     @cached_property
     def la(self) -> Any:
@@ -73,7 +82,7 @@ class Context:
         Raises:
             SettingsError: Its sums are not those of the plan.
         """
-        la = initialized(self.plan.settings, self.model, self.split("train"))
+        la = initialized(self.plan.settings, self.model, self.split("train", self.plan.data))
         if plain(la.sums_spec()) != self.plan.spec:
             raise SettingsError(
                 "this worker finds other factors in the model than the driver did: the same versions of laplace_dist, "
@@ -91,15 +100,35 @@ class Context:
             self._posterior = (version, tuning), la
         return self._posterior[1]
 
-    def split(self, name: str) -> Any:
-        """Return a split of the data set."""
+    def split(self, name: str, wanted: Mapping[str, Any]) -> Any:
+        """Return a split of the data set, compared with the driver's when it is first opened.
+
+        Args:
+            name: Of the split.
+            wanted: Its fingerprint, as the driver has it.
+
+        Raises:
+            SettingsError: It is another one here.
+        """
         if name not in self._splits:
-            self._splits[name] = sources.load_split(self.config, name)
+            found = sources.load_split(self.config, name)
+            check_data(found, wanted, name, self.where)
+            self._splits[name] = found
         return self._splits[name]
 
-    def batches(self, split: str, start: int, stop: int) -> Any:
-        """Yield `(offset, x, y)` for a contiguous range of a split, on the device."""
-        for offset, x, y in loader.batches(self.split(split), start, stop, self.config.batch_size):
+    def batches(self, split: str, data: Mapping[str, Any], start: int, stop: int, digest: Any = None) -> Any:
+        """Yield `(offset, x, y)` for a contiguous range of a split, on the device.
+
+        Args:
+            split: Name of the split.
+            data: Its fingerprint, as the driver has it.
+            start: First example.
+            stop: One past the last example.
+            digest: A hash of `hashlib` that is to see the very bytes that are handed out.
+        """
+        for offset, x, y in loader.batches(self.split(split, data), start, stop, self.config.batch_size):
+            if digest is not None:
+                feed(digest, (x, y))
             yield offset, to_device(x, self.device), to_device(y, self.device)
 
 

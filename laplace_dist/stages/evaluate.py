@@ -19,20 +19,23 @@ from laplace_dist.config.settings import Config
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.evaluations import commit_evaluation, commit_shard, joined_scores
 from laplace_dist.run.layout import evaluation_shard_key
+from laplace_dist.run.provenance import environment
 from laplace_dist.stages.context import Context
 from laplace_dist.storage.store import Store
 
 
-def settings(config: Config, tuning: str | None, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the result of an evaluation depends on beside the posterior version.
+def settings(config: Config, tuning: str | None, data: Mapping[str, Any], device_type: str = "cpu") -> dict[str, Any]:
+    """Return what the bits of an evaluation depend on beside the posterior version.
 
     Args:
         config: The job's settings.
         tuning: Key of the tuning that is in force, or None.
         data: Fingerprints of the splits by name.
+        device_type: Where the workers compute: `cpu` or `cuda`.
     """
     names = ("link_approx", "pred_type", "batch_size", "seed")
-    return {**{name: getattr(config, name) for name in names}, "tuning": tuning, "data": dict(data)}
+    chosen = {name: getattr(config, name) for name in names}
+    return {**chosen, **config.machine(device_type), "tuning": tuning, "data": dict(data)}
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class EvaluateShard:
         tuning: Key of a tuning, or None for the default prior.
         key: Key of the evaluation's metrics.
         split: `test` or an out-of-distribution split; of the latter only the confidence is kept.
+        data: Fingerprint of the split.
         shard: The shard.
     """
 
@@ -53,6 +57,7 @@ class EvaluateShard:
     tuning: str | None
     key: str
     split: str
+    data: dict[str, Any]
     shard: Segment
 
     @property
@@ -64,11 +69,12 @@ class EvaluateShard:
         """Do so."""
         shard, la = self.shard, context.posterior(self.version, self.tuning)
         found: dict[str, list[Tensor]] = {}
-        for offset, x, y in context.batches(self.split, shard.start, shard.stop):
+        for offset, x, y in context.batches(self.split, self.data, shard.start, shard.stop):
             for name, scores in _batch_scores(context, la, x, y, offset, self.split):
                 found.setdefault(name, []).append(scores.cpu())
         arrays = {name: torch.cat(parts).numpy() for name, parts in found.items()}
-        commit_shard(context.store, evaluation_shard_key(self.key, self.split, shard.id), arrays)
+        key = evaluation_shard_key(self.key, self.split, shard.id)
+        commit_shard(context.store, key, arrays, environment(context.device))
         return {"examples": shard.stop - shard.start}
 
 
@@ -92,7 +98,7 @@ class Summarize:
     def run(self, context: Context) -> dict[str, Any]:
         """Do so."""
         metrics = {method: self._metrics(context, method) for method in ("map", "laplace")}
-        commit_evaluation(context.store, self.key, self.chosen, self.shards, metrics)
+        commit_evaluation(context.store, self.key, self.chosen, self.shards, metrics, environment(context.device))
         return {}
 
     def _metrics(self, context: Context, method: str) -> dict[str, float]:
@@ -106,11 +112,18 @@ class Summarize:
 
 
 def shard_tasks(
-    store: Store, plan: str, version: str, tuning: str | None, key: str, shards: Sequence[tuple[str, Segment]]
+    store: Store,
+    plan: str,
+    version: str,
+    tuning: str | None,
+    key: str,
+    data: Mapping[str, dict[str, Any]],
+    shards: Sequence[tuple[str, Segment]],
 ) -> tuple[list[EvaluateShard], int]:
     """Return a task for every shard, given as `(split, shard)`, that has no committed scores, and how many have some."""
     left = [(split, shard) for split, shard in shards if not store.exists(evaluation_shard_key(key, split, shard.id))]
-    return [EvaluateShard(plan, version, tuning, key, *one) for one in left], len(shards) - len(left)
+    tasks = [EvaluateShard(plan, version, tuning, key, split, data[split], shard) for split, shard in left]
+    return tasks, len(shards) - len(left)
 
 
 @torch.no_grad()

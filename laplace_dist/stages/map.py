@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,8 @@ from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run import lifecycle, partials
 from laplace_dist.run.attempts import new_attempt
+from laplace_dist.run.provenance import environment, node
 from laplace_dist.stages.context import Context
-from laplace_dist.storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,65 @@ class MapSegment:
     def run(self, context: Context) -> dict[str, Any]:
         """Do so; the receipt says who won the commit and how many seconds that took."""
         segment = self.segment
-        sums = context.la.zero_sums()
-        for offset, x, y in context.batches("train", segment.start, segment.stop):
+        sums, digest = context.la.zero_sums(), hashlib.sha256()
+        for offset, x, y in context.batches("train", context.plan.data, segment.start, segment.stop, digest):
             context.la.accumulate(sums, x, y, offset=offset)
         receipt = partials.commit_partial(
-            context.store, context.plan, segment, sums.to_tensors(), sums.n_data, new_attempt()
+            context.store,
+            context.plan,
+            segment,
+            sums.to_tensors(),
+            sums.n_data,
+            new_attempt(),
+            data_sha256=digest.hexdigest(),
+            environment=environment(context.device),
         )
         return {"examples": segment.stop - segment.start, "won": receipt.won, "seconds": receipt.seconds}
 
 
-def tasks(store: Store, plan: Plan) -> tuple[Iterator[MapSegment], int]:
-    """Return a task for every segment that has no committed partial, in plan order, and how many segments have one."""
-    done = lifecycle.committed(store, plan, arrays=False)
-    return (MapSegment(plan.digest, segment) for segment in lifecycle.remaining(plan, done)), len(done)
+@dataclass(frozen=True)
+class CompareData:
+    """Read the data of a committed segment again and compare its digest with the one in the partial's manifest.
+
+    Attributes:
+        plan: Digest of the plan.
+        segment: The segment.
+    """
+
+    plan: str
+    segment: Segment
+
+    @property
+    def what(self) -> str:
+        """The task in a person's words."""
+        return f"comparison of the data of segment {self.segment}"
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Do so.
+
+        Raises:
+            RunFailed: The data are not those that the partial was made of.
+        """
+        segment, digest = self.segment, hashlib.sha256()
+        for _ in context.batches("train", context.plan.data, segment.start, segment.stop, digest):
+            pass
+        manifest = partials.read_manifest(context.store, context.plan, segment)
+        partials.check_same_data(manifest, digest.hexdigest(), node())
+        return {}
+
+
+def comparisons(plan: Plan, done: Collection[str]) -> list[CompareData]:
+    """Return tasks that compare the data of three committed segments, the first, the last and one between.
+
+    Args:
+        plan: The plan.
+        done: Ids of the committed segments.
+    """
+    there = [segment for segment in plan.segments if segment.id in done]
+    chosen = {index: there[index] for index in (0, len(there) // 2, len(there) - 1)} if there else {}
+    return [CompareData(plan.digest, segment) for segment in chosen.values()]
+
+
+def tasks(plan: Plan, done: Collection[str]) -> Iterator[MapSegment]:
+    """Yield a task for every segment that has no committed partial, in plan order."""
+    return (MapSegment(plan.digest, segment) for segment in lifecycle.remaining(plan, done))

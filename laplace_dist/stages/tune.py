@@ -13,6 +13,7 @@ from laplace.tuning import maximize_evidence, prior_precision_grid, score_grid, 
 from laplace_dist.config.settings import Config
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.layout import tuning_shard_key
+from laplace_dist.run.provenance import environment
 from laplace_dist.run.tunings import commit_shard, commit_tuning, read_shard
 from laplace_dist.stages.context import Context
 from laplace_dist.storage.store import Store
@@ -20,17 +21,20 @@ from laplace_dist.storage.store import Store
 STEPS, RATE = 100, 0.1  # of Adam on the logarithm of what is tuned
 
 
-def settings(config: Config, validation: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what the result of tuning depends on beside the posterior version.
+def settings(config: Config, validation: Mapping[str, Any] | None, device_type: str = "cpu") -> dict[str, Any]:
+    """Return what the bits of a tuning depend on beside the posterior version.
 
     Args:
         config: The job's settings.
         validation: Fingerprint of the validation split, for the grid search.
+        device_type: Where the workers compute: `cpu` or `cuda`.
     """
+    machine = config.machine(device_type)
     if config.tuning == "marglik":
-        return {"method": "marglik", "structure": config.prior_structure, "steps": STEPS, "rate": RATE}
+        return {"method": "marglik", "structure": config.prior_structure, "steps": STEPS, "rate": RATE, **machine}
     names = ("grid_size", "link_approx", "pred_type", "batch_size", "seed")
-    return {"method": "gridsearch", **{name: getattr(config, name) for name in names}, "data": validation}
+    chosen = {name: getattr(config, name) for name in names}
+    return {"method": "gridsearch", **chosen, **machine, "data": validation}
 
 
 @dataclass(frozen=True)
@@ -41,22 +45,19 @@ class _Tuning:
         plan: Digest of the plan.
         version: Posterior version.
         key: Key of the tuning's manifest.
+        chosen: `settings(...)`.
     """
 
     plan: str
     version: str
     key: str
+    chosen: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class MaximizeEvidence(_Tuning):
-    """Maximise the log marginal likelihood, for regression together with the observation noise, and commit the result.
+    """Maximise the log marginal likelihood, for regression together with the observation noise, and commit the result."""
 
-    Attributes:
-        chosen: `settings(...)`.
-    """
-
-    chosen: dict[str, Any]
     what = "tuning of the prior precision"
 
     def run(self, context: Context) -> dict[str, Any]:
@@ -68,7 +69,7 @@ class MaximizeEvidence(_Tuning):
         la.prior_precision = prior_precision
         if noise is not None:
             la.sigma_noise = noise
-        return commit_tuning(context.store, self.key, self.chosen, la)
+        return commit_tuning(context.store, self.key, self.chosen, la, environment=environment(context.device))
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class ScoreShard(_Tuning):
     def run(self, context: Context) -> dict[str, Any]:
         """Do so."""
         shard, config = self.shard, context.config
-        batches = ((x, y) for _, x, y in context.batches("val", shard.start, shard.stop))
+        batches = ((x, y) for _, x, y in context.batches("val", self.chosen["data"], shard.start, shard.stop))
         totals, n = score_grid(
             context.posterior(self.version),
             batches,
@@ -98,7 +99,7 @@ class ScoreShard(_Tuning):
             pred_type=config.pred_type,
             seed=config.seed + shard.start,
         )
-        commit_shard(context.store, tuning_shard_key(self.key, shard.id), totals, n)
+        commit_shard(context.store, tuning_shard_key(self.key, shard.id), totals, n, environment(context.device))
         return {"examples": shard.stop - shard.start}
 
 
@@ -107,11 +108,9 @@ class ChooseFromGrid(_Tuning):
     """Add the shards' scores in order, choose the prior precision, and commit it.
 
     Attributes:
-        chosen: `settings(...)`.
         shards: Ids of the shards in order.
     """
 
-    chosen: dict[str, Any]
     shards: tuple[str, ...]
     what = "tuning of the prior precision"
 
@@ -126,13 +125,15 @@ class ChooseFromGrid(_Tuning):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             la.prior_precision = select_prior_precision(grid, total / count)
-        found = commit_tuning(context.store, self.key, self.chosen, la, self.shards)
+        found = commit_tuning(
+            context.store, self.key, self.chosen, la, self.shards, environment=environment(context.device)
+        )
         return {**found, "warnings": [str(warning.message) for warning in caught]}
 
 
 def shard_tasks(
-    store: Store, plan: str, version: str, key: str, shards: Sequence[Segment]
+    store: Store, plan: str, version: str, key: str, chosen: dict[str, Any], shards: Sequence[Segment]
 ) -> tuple[list[ScoreShard], int]:
     """Return a task for every validation shard that has no committed scores, and how many shards have some."""
     left = [shard for shard in shards if not store.exists(tuning_shard_key(key, shard.id))]
-    return [ScoreShard(plan, version, key, shard) for shard in left], len(shards) - len(left)
+    return [ScoreShard(plan, version, key, chosen, shard) for shard in left], len(shards) - len(left)

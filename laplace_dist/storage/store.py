@@ -149,15 +149,40 @@ class Store(Arrays):
                 return
 
     def check_writable(self) -> None:
-        """Create and delete a small object, so that a bad location is refused before any work is done.
+        """Create a small object twice and delete it, so that a bad location is refused before any work is done.
 
         Raises:
-            SettingsError: It cannot be written to.
+            SettingsError: It cannot be written to, or lets a second create-only write overwrite the first.
             RunFailed: No space is left.
         """
         probe = f"probe-{uuid.uuid4().hex}"
-        self.create(probe, b"probe")
+        self.create(probe, b"first")
+        again, found = self.create(probe, b"second"), self.read(probe)
         self.delete_tree(probe)
+        if again or found != b"first":
+            raise SettingsError(
+                f"--checkpoint {self.url!r}: {type(self.file_system).__name__} let a create-only write overwrite an object, so "
+                "two workers could overwrite each other's results. Use a local directory, or an object store that honours "
+                "If-None-Match, such as S3."
+            )
+
+    def entries(self) -> list[str]:
+        """Return what lies directly under the URL: names of objects, and of folders with a slash behind."""
+        with self._reporting(".", "list"):
+            try:
+                found = self._fs.ls(self._root, detail=True)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                if retry.no_bucket(error):
+                    raise
+                return []
+        inside = [info for info in found if info["name"].rstrip("/") != self._root]  # some list a folder within itself
+        names = ((info["name"].rstrip("/").rpartition("/")[2], info["type"]) for info in inside)
+        return sorted(name + ("/" if kind == "directory" else "") for name, kind in names)
+
+    @property
+    def file_system(self) -> Any:
+        """The fsspec file system."""
+        return getattr(self._fs, "fs", self._fs)
 
     # -------------------------------------------------------------- file system
 

@@ -26,6 +26,7 @@ from laplace_dist.errors import CheckpointError, MissingObjectError
 from laplace_dist.plan.plan import Plan, build_plan
 from laplace_dist.run.layout import partial_key
 from laplace_dist.run.partials import commit_partial, read_factor, read_manifest
+from laplace_dist.run.provenance import environment
 from laplace_dist.storage import object_store
 from laplace_dist.storage.store import Store
 
@@ -72,7 +73,8 @@ def _commit(store: Store, plan: Plan, number: int, attempt: str, scale: float = 
 
     sums = {name: scale * (number + 1) * torch.eye(2) for name in plan.spec["factors"]}
     sums["loss"] = torch.tensor(1.0, dtype=torch.float64)
-    return commit_partial(store, plan, plan.segments[number], sums, 4, attempt)
+    origin = {"data_sha256": "0" * 64, "environment": environment("cpu")}
+    return commit_partial(store, plan, plan.segments[number], sums, 4, attempt, **origin)
 
 
 def _bad_copies(data: bytes) -> Iterator[bytes]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch import nn
 
 from laplace_dist.run import attempts
 from laplace_dist.run import partials
@@ -18,6 +19,7 @@ from laplace_dist.run import lifecycle
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.plan import build_plan
 from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.run.provenance import environment
 
 SPEC = {
     "structure": "kron",
@@ -25,6 +27,8 @@ SPEC = {
     "factors": {"w/A": {"shape": [3, 3], "symmetric": True}, "b": {"shape": [2], "symmetric": False}},
 }
 WEIGHTS = b"weights"
+MODEL = nn.Sequential(nn.Linear(3, 2))
+ORIGIN = {"data_sha256": "0" * 64, "environment": environment("cpu")}
 
 
 class Crash(BaseException):
@@ -104,11 +108,13 @@ def sums_of(segment) -> dict[str, torch.Tensor]:
 
 
 def start(store: Checkpoint, plan: Plan) -> None:
-    lifecycle.open_run(store, plan, weights=lambda: WEIGHTS, config_yaml="seed: 0\n")
+    lifecycle.open_run(
+        store, plan, model=MODEL, weights=lambda: WEIGHTS, probe=lambda: None, config_yaml="seed: 0\n"
+    )
 
 
 def work(store: Checkpoint, plan: Plan, segment) -> partials.Receipt:
-    return partials.commit_partial(store, plan, segment, sums_of(segment), 4, attempts.new_attempt())
+    return partials.commit_partial(store, plan, segment, sums_of(segment), 4, attempts.new_attempt(), **ORIGIN)
 
 
 def finish(store: Checkpoint, plan: Plan) -> str:

@@ -51,7 +51,7 @@ class Faulty(dist_cases.Watched):
     def __getitem__(self, index: int):
         if not 0 <= index < len(self):
             raise IndexError(index)
-        if dist_cases.in_worker():
+        if dist_cases.in_worker() and not dist_cases.only_compared():
             with open(self.folder / f"{self.prefix}-{os.getpid()}", "a") as file:
                 file.write(f"{index}\n")
         return self.x[index], self.y[index]

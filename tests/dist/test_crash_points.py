@@ -8,7 +8,7 @@ import uuid
 from collections import Counter
 
 import pytest
-from crash_store import Crash, CrashingStore, finish, make_plan, serial, start, state, sums_of, whole_run, work
+from crash_store import ORIGIN, Crash, CrashingStore, finish, make_plan, serial, start, state, sums_of, whole_run, work
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -152,7 +152,7 @@ class Interleavings(RuleBasedStateMachine):
                 work(Checkpoint(url), PLAN, second)
                 return super().create(key, data)
 
-        receipt = partials.commit_partial(Late(url), PLAN, first, sums_of(first), 4, attempts.new_attempt())
+        receipt = partials.commit_partial(Late(url), PLAN, first, sums_of(first), 4, attempts.new_attempt(), **ORIGIN)
         assert receipt.attempt == partials.read_manifest(self.store, PLAN, first)["attempt"]
         assert not (receipt.won and first == second)
 

@@ -22,6 +22,7 @@ from laplace_dist.plan.plan import build_plan
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.run.provenance import environment
 
 SPEC = {
     "structure": "kron",
@@ -30,6 +31,8 @@ SPEC = {
         "conv.bias": {"shape": [2], "symmetric": False},
     },
 }
+
+ORIGIN = {"data_sha256": "0" * 64, "environment": environment("cpu")}
 
 
 def make_plan(length=20, weights="w"):
@@ -58,7 +61,7 @@ def store(tmp_path):
 
 
 def commit(store, sums=None, attempt="a0", plan=PLAN, segment=SEGMENT):
-    return commit_partial(store, plan, segment, sums or make_sums(), segment.stop - segment.start, attempt)
+    return commit_partial(store, plan, segment, sums or make_sums(), segment.stop - segment.start, attempt, **ORIGIN)
 
 
 def rewrite(store, **changes):
@@ -241,7 +244,7 @@ def test_a_manifest_of_another_plan_is_refused(store):
 def test_a_manifest_of_a_newer_version_is_refused(store):
     commit(store)
     rewrite(store, format_version=FORMAT_VERSION + 1)
-    with pytest.raises(SettingsError, match="partials/000001.json has format_version 2"):
+    with pytest.raises(SettingsError, match=f"partials/000001.json has format_version {FORMAT_VERSION + 1}"):
         read_manifest(store, PLAN, SEGMENT)
 
 

@@ -16,7 +16,7 @@ from storage_cases import SMALL, recorded_run
 import laplace_dist
 from laplace_dist import load_posterior
 from laplace_dist.run import layout
-from laplace_dist.stages import evaluate
+from laplace_dist.run import evaluations
 from laplace_dist.run import partials
 from laplace_dist.run import pointer
 from laplace_dist.run import tunings
@@ -117,7 +117,7 @@ def shard_of_tuning(run, key):
 def joined(run, key):
     main, _, shard = key.removesuffix(".json").rpartition("/")
     split, _, id_ = shard.rpartition("-")
-    return {name: value.tolist() for name, value in evaluate._joined(run, f"{main}.json", split, [id_], "map").items()}
+    return {name: value.tolist() for name, value in evaluations.joined_scores(run, f"{main}.json", split, [id_], "map").items()}
 
 
 def version(run, key):

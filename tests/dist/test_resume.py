@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,16 +31,17 @@ def store(tmp_path):
     return Checkpoint(str(tmp_path / "run"))
 
 
-def start(store, plan=PLAN, fresh=False, weights=b"weights"):
-    return open_run(store, plan, weights=lambda: weights, config_yaml="seed: 0\n", fresh=fresh)
+def start(store, plan=PLAN, fresh=False, weights=b"weights", say=lambda text: None):
+    given = {"model": nn.Linear(1, 1), "weights": lambda: weights, "probe": lambda: None}
+    return open_run(store, plan, **given, config_yaml="seed: 0\n", fresh=fresh, say=say)
 
 
 def test_a_run_starts_once_and_continues_afterwards(store):
-    assert start(store) is False
+    assert start(store) == (PLAN, False)
     assert store.list() == ["config.yaml", "plan.json", "weights.safetensors"]
     assert read_plan(store) == PLAN
     commit(store)
-    assert start(store) is True
+    assert start(store) == (PLAN, True)
     assert set(committed(store, PLAN)) == {"000001"}
 
 
@@ -68,7 +70,7 @@ def test_arrays_without_a_manifest_do_not_count(store):
 def test_a_run_that_lost_its_weights_before_they_were_written_gets_them(store):
     start(store)
     store.delete_tree("weights.safetensors")
-    assert start(store) is True
+    assert start(store) == (PLAN, True)
     assert store.read("weights.safetensors") == b"weights"
 
 
@@ -89,7 +91,7 @@ def test_a_newer_run_is_refused(store):
     values = open_json(store.read("plan.json"), "plan.json")
     store.replace("plan.json", seal_json({**values, "format_version": FORMAT_VERSION + 1}))
     for call in (start, read_plan):
-        with pytest.raises(SettingsError, match=r"plan.json has format_version 2.*reads up to 1"):
+        with pytest.raises(SettingsError, match=rf"plan.json has format_version {FORMAT_VERSION + 1}.*reads up to {FORMAT_VERSION}"):
             call(store)
 
 
@@ -124,15 +126,23 @@ def fill(store):
     """Make a finished run, with a user's file beside it."""
     start(store)
     commit(store)
-    for key in ("posteriors/v1/x", "posteriors/v1.json", "CURRENT.json", "tuning/a", "evaluation/b", "report.html"):
+    for key in (f"{VERSION}/a/x", f"{VERSION}.json", "CURRENT.json", f"{TUNING}.json", f"{EVALUATION}/test-000000.json"):
         store.create(key, b"x")
-    store.create("notes.txt", b"mine")
+    for key in USERS:
+        store.create(key, b"mine")
+
+
+VERSION, TUNING, EVALUATION = (f"posteriors/{16 * 'a'}", f"tuning/{16 * 'a'}-{16 * 'b'}", f"evaluation/{16 * 'a'}-{16 * 'c'}")
+# What lies beside a run, as similar to it as it may be.
+USERS = ["evaluation/my_eval.py", "notes.txt", "partials/readme", "posteriors/mine/x", "tuning.json", "weights.pt"]
 
 
 def test_fresh_deletes_the_run_and_nothing_else(store):
     fill(store)
-    assert start(store, make_plan(length=19), fresh=True) is False
-    assert store.list() == ["config.yaml", "notes.txt", "plan.json", "weights.safetensors"]
+    said = []
+    assert start(store, make_plan(length=19), fresh=True, say=said.append)[1] is False
+    assert store.list() == sorted(["config.yaml", "plan.json", "weights.safetensors", *USERS])
+    assert "--fresh: deleting the run at" in said[0] and all(name in said[0] for name in ["; kept: ", *USERS])
     assert read_plan(store).n_examples == 19
 
 
@@ -144,9 +154,9 @@ def test_clearing_can_be_interrupted_anywhere(store, monkeypatch):
     def watched(self, key):
         keys = set(self.list())
         seen.append("plan.json" in keys)
-        assert "CURRENT.json" not in keys or "posteriors/v1.json" in keys
+        assert "CURRENT.json" not in keys or f"{VERSION}.json" in keys
         for manifest, arrays in (
-            ("posteriors/v1.json", "posteriors/v1/"),
+            (f"{VERSION}.json", f"{VERSION}/"),
             ("partials/000001.json", "partials/000001/"),
         ):
             assert manifest not in keys or any(k.startswith(arrays) for k in keys)
@@ -156,7 +166,23 @@ def test_clearing_can_be_interrupted_anywhere(store, monkeypatch):
     clear(store)
     assert len(seen) > 8
     assert all(seen)
-    assert store.list() == ["notes.txt"]
+    assert store.list() == USERS
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("name", ["config.yaml", "weights.safetensors", "evaluation/my_eval.py", ".git/HEAD"])
+def test_a_place_that_is_not_empty_and_holds_no_run_is_refused_and_left_alone(store, name, fresh):
+    store.create(name, b"mine")
+    with pytest.raises(SettingsError, match=rf"holds no run.*but is not empty: {name.split('/')[0]}"):
+        start(store, fresh=fresh)
+    assert store.list() == [name] and store.read(name) == b"mine"
+
+
+def test_what_an_interrupted_start_leaves_does_not_count(store):
+    store.create(f"probe-{16 * '0'}.safetensors", b"of a driver that died before its plan")
+    store.create(f"probe-{32 * '0'}", b"of the check whether a place can be written to")
+    (Path(store.url) / "lost+found").mkdir()
+    assert start(store) == (PLAN, False)
 
 
 def test_status(store):

@@ -1,0 +1,166 @@
+"""The probe: a few inputs of the training split with the model's outputs on them, kept to recognise the model's code.
+
+Weights have a digest, but code has none that means anything: an edited activation keeps every name and shape. Whoever has
+a model that claims to be the run's, a worker, a resumed or follow-on job, or somebody who loads the posterior, runs it on
+the probe's inputs and compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from laplace.curvature.capture import eval_mode
+from laplace_dist.errors import CheckpointError, SettingsError
+
+EXAMPLES = 4
+LARGEST = 4 * 2**20  # bytes of inputs, if more than one example has them
+TOLERANCE = {
+    "float32": 1e-3,
+    "float64": 1e-3,
+}  # relative, for other devices and libraries; an edited layer makes of order 1
+COARSE = 5e-2  # of half precision, and of float32 products in TF32
+
+
+def make_probe(model: nn.Module, batch: Callable[[int], Any], length: int) -> bytes:
+    """Return the probe of a model as a safetensors file.
+
+    Args:
+        model: In eval mode.
+        batch: Returns the first so many examples' inputs as the model takes them.
+        length: Number of examples that there are.
+
+    Raises:
+        SettingsError: The model gives other outputs when it is run again.
+        TypeError: The inputs hold something that cannot be stored.
+    """
+    x = batch(1)
+    one = sum(tensor.nbytes for tensor in _flatten(x)[0].values())
+    x = batch(max(1, min(EXAMPLES, length, LARGEST // max(one, 1))))
+    tensors, form = _flatten(x)
+    outputs = _run(model, x)
+    if not torch.equal(outputs, _run(model, x)):
+        raise SettingsError(
+            "--model: its outputs differ between two runs on the same inputs, so that its curvature is another one each "
+            "time. Switch off what is random in eval mode (functional dropout without training=self.training, noise)."
+        )
+    header = {"form": json.dumps(form)}
+    return safetensors.torch.save({**tensors, "outputs": outputs.contiguous()}, metadata=header)
+
+
+def probe_digest(content: bytes) -> str:
+    """Return the sha256 of a probe."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def check_probe(content: bytes, digest: str, model: nn.Module, label: str, who: str) -> None:
+    """Refuse a model whose outputs on the probe's inputs are not those of the run's model.
+
+    Args:
+        content: The probe.
+        digest: Its sha256, as the plan has it.
+        model: In eval mode, with the run's weights.
+        label: What to call the probe in messages.
+        who: Whose model it is, in a person's words.
+
+    Raises:
+        CheckpointError: The probe is truncated or altered.
+        SettingsError: The model is another one.
+    """
+    inputs, wanted = open_probe(content, digest, label)
+    try:
+        found = _run(model, _moved(inputs, next(model.parameters()).device))
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise SettingsError(_refusal(who, f"it fails on the run's inputs ({type(error).__name__}: {error})")) from error
+    if found.shape != wanted.shape:
+        raise SettingsError(_refusal(who, f"outputs of shape {tuple(found.shape)}, the run's {tuple(wanted.shape)}"))
+    error = float((found.double() - wanted.double()).norm())
+    scale = max(float(wanted.double().norm()), torch.finfo(torch.float32).tiny)
+    if not error <= _tolerance(found) * scale:
+        raise SettingsError(
+            _refusal(who, f"its outputs on the same inputs differ by {error / scale:.1e} of their size")
+        )
+
+
+def _refusal(who: str, what: str) -> str:
+    return (
+        f"--model: {who} is not the model of the run: {what}, with the same weights. Its code, or a library that it uses, "
+        "was changed since the run began, or is of another version on that node. Restore it, or begin another run."
+    )
+
+
+def _tolerance(outputs: Tensor) -> float:
+    name = str(outputs.dtype).removeprefix("torch.")
+    tf32 = outputs.is_cuda and torch.backends.cudnn.allow_tf32
+    return COARSE if tf32 else TOLERANCE.get(name, COARSE)
+
+
+@torch.no_grad()
+def _run(model: nn.Module, x: Any) -> Tensor:
+    with eval_mode(model):
+        return model(x).detach().cpu().nan_to_num()  # NaN is another check's business, and equals itself here
+
+
+def open_probe(content: bytes, digest: str, label: str) -> tuple[Any, Tensor]:
+    """Return the inputs and outputs of a probe.
+
+    Raises:
+        CheckpointError: It is truncated or altered.
+    """
+    bad = f"{label} is truncated or altered. Restore it from a copy, or start again with --fresh."
+    if probe_digest(content) != digest:
+        raise CheckpointError(bad)
+    try:
+        tensors = safetensors.torch.load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        form = json.loads(header["__metadata__"]["form"])
+        return _rebuilt(form, tensors), tensors["outputs"]
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(bad) from error
+
+
+def _flatten(x: Any) -> tuple[dict[str, Tensor], Any]:
+    """Return the tensors of nested inputs by name, and the nesting with the names in their places."""
+    tensors: dict[str, Tensor] = {}
+
+    def form(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            name = f"x{len(tensors)}"
+            tensors[name] = value.detach().cpu().contiguous().clone()
+            return {"tensor": name}
+        if isinstance(value, Mapping):
+            return {"mapping": {str(key): form(item) for key, item in value.items()}}
+        if isinstance(value, list | tuple):
+            return {"list" if isinstance(value, list) else "tuple": [form(item) for item in value]}
+        if isinstance(value, bool | int | float | str | None):
+            return {"value": value}
+        raise TypeError(f"a {type(value).__name__}")
+
+    return tensors, form(x)
+
+
+def _rebuilt(form: Any, tensors: Mapping[str, Tensor]) -> Any:
+    (kind, value), *_ = form.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "mapping":
+        return {key: _rebuilt(item, tensors) for key, item in value.items()}
+    if kind in ("list", "tuple"):
+        items = [_rebuilt(item, tensors) for item in value]
+        return items if kind == "list" else tuple(items)
+    return value
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return type(value)(_moved(item, device) for item in value) if isinstance(value, list | tuple) else value
