@@ -233,7 +233,7 @@ def test_lora(name, target, structure):
 
 @pytest.mark.parametrize("subset", ["all", "last_layer"])
 @pytest.mark.parametrize("structure", ["diag", "kron"])
-def test_bfloat16_models_have_float32_sums(structure, subset):
+def test_bfloat16_models_have_float64_sums(structure, subset):
     kwargs = {"feature_reduction": "pick_last"} if subset == "last_layer" else {}
     data, found = batches(), []
     for dtype in (torch.bfloat16, torch.float32):
