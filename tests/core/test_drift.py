@@ -8,7 +8,7 @@ from torch import nn
 
 from laplace import Laplace
 from laplace import likelihood as lik
-from laplace.curvature import backend_class
+from laplace.curvature import backend_class, gram
 from laplace.curvature.curvature import GGNInterface
 from laplace.utils.enums import Likelihood
 from laplace.utils.matrix import Kron
@@ -200,6 +200,19 @@ def test_sums_of_several_blocks(structure, data):
     f = model.double()(x.double()).detach()
     sums = summed(laplace(model.float(), "native", "ggn", structure), x, y, len(x))
     check(sums, reference(x, directions(f, y, "ggn"), structure))
+
+
+@pytest.mark.parametrize("width", [20, 130])
+def test_very_many_rows(width):
+    """One row over and over is rounded in the same direction every time."""
+    row = torch.rand(1, width, generator=torch.Generator().manual_seed(0))
+    n = 200_000
+    total = torch.zeros(width, width, dtype=torch.float64)
+    gram.add_gram_(total, [row.expand(n, -1)])
+    assert relative_error(total, n * row.double().T @ row.double()) < BOUND
+    product = torch.zeros(width, width, dtype=torch.float64)
+    gram.add_product_(product, row.expand(n, -1), row.expand(n, -1))
+    assert relative_error(product, n * row.double().T @ row.double()) < BOUND
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
