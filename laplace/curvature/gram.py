@@ -82,7 +82,7 @@ def add_gram_of_positions_(total: Tensor, values: Sequence[Tensor], scale: float
         if value.stride(2) == 1:
             rows.append(value.reshape(-1, width))
         elif width <= _POSITIONS:
-            for part in value.split(_SHORT_RUN, 1):
+            for part in value.split(_RUN, 1):
                 total.add_(torch.bmm(part.mT, part).sum(0), alpha=scale)
         else:
             rows.append(value.permute(2, 0, 1).reshape(width, -1).T)
