@@ -55,7 +55,7 @@ class AsdlInterface(PerExampleInterface):
             f = output.detach()
             lik.check_targets(self.likelihood, f, y, self._offset)
             parameters = [p for p in module.parameters() if p.requires_grad]
-            for v in self.directions(f.to(self.sums_dtype), y, self._offset):
+            for v in self.directions(f.double(), y, self._offset):
                 torch.autograd.grad(output, parameters, v.to(f.dtype), retain_graph=True, allow_unused=True)
             found = {name: context.cov_kron(layer) for name, layer in layers.items()}
         positions = {name: _positions(name, layers[name], shapes[name], len(f)) for name in layers}

@@ -15,6 +15,7 @@ from laplace.curvature.curvature import EFInterface, GGNInterface
 from laplace.curvature.noise import fresh_seed
 from laplace.curvature.optional import import_optional
 from laplace.curvature.per_example import Gradients, PerExampleInterface
+from laplace.curvature.sums import SumsSpec
 from laplace.utils.enums import Likelihood
 from laplace.utils.matrix import Kron
 
@@ -94,6 +95,11 @@ class BackPackGGN(BackPackInterface, GGNInterface):
             factors = getattr(parameters[key], name)
             kfacs.append([factors[0] * self.factor, *[a * (len(y) / N) for a in factors[1:]]])
         return lik.loss_sum(self.likelihood, f, y), Kron(kfacs)
+
+    def examples_at_once(self, spec: SumsSpec) -> int:
+        """Fewer than elsewhere: BackPACK's factors are one product over all examples and all directions."""
+        directions = self.num_samples if self.stochastic else spec.n_outputs
+        return max(1, super().examples_at_once(spec) // (directions if spec.structure == "kron" else 1))
 
     @contextmanager
     def _own_generator(self) -> Iterator[None]:

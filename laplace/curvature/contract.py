@@ -16,51 +16,22 @@ import torch
 from torch import Tensor
 
 from laplace.curvature.capture import ranges
+from laplace.curvature.gram import add_gram_, add_gram_of_positions_, add_product_
 from laplace.curvature.layers import is_outer, is_transposed, weight_rows
 from laplace.curvature.sums import Block, CurvatureSums, Factor
 from laplace.utils import memory
 
 _CHUNK = 1 << 22  # elements of a temporary of per-example rows
 _PATCHES = 1 << 20  # elements of a chunk of layer inputs: small enough to stay in a cache
-_NARROW = 64  # width up to which per-example Gram matrices are cheaper than a transposed copy
-_TRIANGLE = 128  # symmetric sums at least twice this wide are computed as block triangles
-
-
-def add_gram_(total: Tensor, rows: Tensor, scale: float = 1.0) -> None:
-    """Add ``scale · rowsᵀ rows`` to a symmetric sum; wide sums only above the block diagonal.
-
-    :func:`mirror_` completes wide sums, once after many calls.
-    """
-    width = total.shape[0]
-    if width < 2 * _TRIANGLE:
-        total.addmm_(rows.T, rows, alpha=scale)
-        return
-    for start in range(0, width, _TRIANGLE):
-        stop = min(start + _TRIANGLE, width)
-        total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:], alpha=scale)
-
-
-def _add_gram_of_positions(total: Tensor, values: Tensor, scale: float = 1.0) -> None:
-    """Add the Gram matrix of ``(batch, positions, width)``; channels-first memory of convolutions is not transposed."""
-    width = values.shape[2]
-    if values.stride(2) == 1:
-        add_gram_(total, values.reshape(-1, width), scale)
-    elif width <= _NARROW:
-        total.add_(torch.bmm(values.transpose(1, 2), values).sum(0), alpha=scale)
-    else:
-        add_gram_(total, values.permute(2, 0, 1).reshape(width, -1).T, scale)
-
-
-def mirror_(total: Tensor) -> None:
-    """Copy the upper triangle of a wide symmetric sum to the lower one."""
-    if total.shape[0] >= 2 * _TRIANGLE:
-        for start in range(0, total.shape[0], _TRIANGLE):
-            stop = min(start + _TRIANGLE, total.shape[0])
-            total[stop:, start:stop] = total[start:stop, stop:].T
+_ROWS = 4096  # rows of several directions that are added together: large sums are read and written less often
 
 
 def add_curvature_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
-    """Add one batch's curvature along the given output directions to the sums, in place."""
+    """Add one batch's curvature along the given output directions to the sums, in place.
+
+    Rows and their products are of the capture's type, the running sums of float64: small contributions do not vanish in
+    large sums.
+    """
     {"kron": _add_kron, "diag": _add_diag, "full": _add_full}[sums.spec.structure](sums, capture, directions)
 
 
@@ -80,17 +51,20 @@ def _add_kron(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> Non
     outputs = {name: block.layer for block in factored for name in block.factors if name.endswith("/B")}
     for name, layer in inputs.items():
         for a in capture.input_chunks(layer, _PATCHES):
-            _add_gram_of_positions(sums.tensors[name], a, 1.0 / a.shape[1])
+            add_gram_of_positions_(sums.running(name), [a], 1.0 / a.shape[1])
+    waiting: dict[str, list[Tensor]] = {name: [] for name in outputs}
     for v in directions:
         gradients = capture.gradients(v)
         for name, layer in outputs.items():
-            _add_gram_of_positions(sums.tensors[name], gradients[layer])
+            waiting[name].append(gradients[layer])
+            if sum(g.shape[0] * g.shape[1] for g in waiting[name]) >= _ROWS:
+                add_gram_of_positions_(sums.running(name), waiting[name])
+                waiting[name] = []
         for block in sums.spec.blocks:
             if not block.has_factors:
                 _add_square_of_row(sums, block, gradients, capture, v)
-    for name, factor in sums.spec.factors.items():
-        if factor.symmetric:
-            mirror_(sums.tensors[name])
+    for name, rest in waiting.items():
+        add_gram_of_positions_(sums.running(name), rest)
 
 
 def _add_diag(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
@@ -103,22 +77,23 @@ def _add_diag(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> Non
         for name, g in gradients.items():
             if g.shape[1] == 1 and is_outer(capture.modules[name]):
                 square = g[:, 0].square()
-                squared[name] = squared[name] + square if name in squared else square
+                squared[name] = squared[name].add_(square) if name in squared else square.double()
         for block in sums.spec.blocks:
             if block.layer in squared:
                 continue
             if is_outer_weight(block, capture):
                 left, right = _sides(capture, block.layer, gradients[block.layer])
-                _add_squared_rows(sums.tensors[block.factors[0]], left, right)
+                _add_squared_rows(sums.running(block.factors[0]), left, right)
             else:
                 _add_square_of_row(sums, block, gradients, capture, v)
     for block in sums.spec.blocks:
         if block.layer in squared and is_bias(block):
-            sums.tensors[block.factors[0]] += squared[block.layer].sum(0)
+            sums.running(block.factors[0]).add_(squared[block.layer].sum(0))
         elif block.layer in squared:
-            square = squared[block.layer][:, None], capture.inputs(block.layer).square()
+            inputs = capture.inputs(block.layer)[:, 0].square()
+            square = squared[block.layer].to(inputs.dtype), inputs
             left, right = reversed(square) if is_transposed(capture.modules[block.layer]) else square
-            sums.tensors[block.factors[0]].view(left.shape[-1], -1).addmm_(left[:, 0].T, right[:, 0])
+            add_product_(sums.running(block.factors[0]).view(left.shape[1], -1), left, right)
 
 
 def _add_chosen_diag(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
@@ -130,7 +105,7 @@ def _add_chosen_diag(sums: CurvatureSums, capture, directions: Iterator[Tensor])
     for block in sums.spec.blocks:
         value = whole.tensors[block.factors[0]]
         kept = value if block.chosen is None else value.flatten()[block.indices.to(value.device)]
-        sums.tensors[block.factors[0]] += kept
+        sums.running(block.factors[0]).add_(kept)
 
 
 def _sides(capture, layer: str, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +121,7 @@ def _add_squared_rows(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _add_square_of_row(sums: CurvatureSums, block: Block, gradients: dict[str, Tensor], capture, v: Tensor) -> None:
-    total = sums.tensors[block.factors[0]]
+    total = sums.running(block.factors[0])
     for start, stop in chunks(v.shape[0], block.size):
         row = row_of_block(block, gradients, capture, v, start, stop)
         total += row.square().sum(0).view(block.shape)
@@ -166,10 +141,14 @@ def row_of_block(
 
 
 def _add_full(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
-    total = sums.tensors["full"]
+    total = sums.running("full")
+    waiting: list[Tensor] = []
     for v in directions:
-        add_gram_(total, jacobian_rows(capture, sums.spec.blocks, v))
-    mirror_(total)
+        waiting.append(jacobian_rows(capture, sums.spec.blocks, v))
+        if sum(len(rows) for rows in waiting) >= _ROWS:
+            add_gram_(total, waiting)
+            waiting = []
+    add_gram_(total, waiting)
 
 
 def jacobian_rows(capture, blocks: tuple[Block, ...], v: Tensor) -> Tensor:

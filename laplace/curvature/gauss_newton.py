@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from laplace import likelihood as lik
 from laplace.curvature import lowrank
+from laplace.curvature.gram import gram, sum_of_squares
 from laplace.curvature.interface import CurvatureInterface
 from laplace.curvature.noise import fresh_seed
 from laplace.utils.enums import Likelihood
@@ -24,12 +25,12 @@ class _Directional(CurvatureInterface):
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Dense curvature of one batch ``(parameters, parameters)``, from dense Jacobians."""
         loss, rows = self._rows(x, y)
-        return loss, sum(r.T @ r for r in rows)
+        return loss, gram(rows)
 
     def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Its diagonal ``(parameters,)``."""
         loss, rows = self._rows(x, y)
-        return loss, sum(r.square().sum(0) for r in rows)
+        return loss, sum_of_squares(rows)
 
     def curvature_product(self, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
         """Summed loss of one batch, and its curvature times ``vectors`` ``(parameters, k)``."""
@@ -40,8 +41,8 @@ class _Directional(CurvatureInterface):
         js, f = self.jacobians(x)
         lik.check_targets(self.likelihood, f, y, self._offset)
         loss = lik.loss_sum(self.likelihood, f, y)
-        directions, js = self.directions(f.to(js.dtype), y, self._offset), js.flatten(1, -2)
-        return loss, (torch.bmm(v.reshape(len(f), 1, -1), js)[:, 0] for v in directions)
+        directions, js = self.directions(f.double(), y, self._offset), js.flatten(1, -2)
+        return loss, (torch.bmm(v.to(js.dtype).reshape(len(f), 1, -1), js)[:, 0] for v in directions)
 
 
 class GGNInterface(_Directional):

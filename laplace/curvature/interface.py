@@ -34,6 +34,7 @@ from laplace.utils.feature_extractor import FeatureExtractor
 from laplace.utils.matrix import Kron
 
 _FEW = 8  # examples that are enough to compare captured gradients with automatic differentiation
+_EXAMPLES = 128  # rows that other code than ours may add up in float32 before the sums take the result
 _JACOBIANS = 1 << 24  # elements of the Jacobians of parameters without a covered layer that are held at once
 
 
@@ -194,12 +195,30 @@ class CurvatureInterface:
     def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
         """Add one batch to raw sums in place, by way of this backend's ``full``, ``kron`` or ``diag``.
 
+        These see at most :meth:`examples_at_once` of a batch: what they add up in float32 loses small contributions of a
+        very large one.
+
         Args:
             sums: The state to add to.
             x: Inputs ``(batch, …)`` or a dict-like batch.
             y: Targets.
             offset: Index in the data set of the batch's first example.
         """
+        step = self.examples_at_once(sums.spec)
+        if len(y) <= step:
+            self._accumulate_part(sums, x, y, offset)
+            return
+        with torch.no_grad(), eval_mode(self.model):
+            lik.check_targets(self.likelihood, self.model(x), y, offset)  # before the first part is added
+        for start, stop in ranges(len(y), 1, step):
+            part = slice(start, stop)
+            self._accumulate_part(sums, part_of(x, part), y[part], offset + start)
+
+    def examples_at_once(self, spec: SumsSpec) -> int:
+        """How many examples ``full``, ``kron`` or ``diag`` may add up in the precision of ``spec``."""
+        return _EXAMPLES
+
+    def _accumulate_part(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int) -> None:
         n = len(y)
         structure = sums.spec.structure
         self._offset = offset
@@ -212,7 +231,7 @@ class CurvatureInterface:
         else:
             flat = curvature if structure == "full" else curvature.split([block.size for block in sums.spec.blocks])
             for factor, value in zip(sums.spec.factors, [flat] if structure == "full" else flat, strict=True):
-                sums.tensors[factor] += value.detach().view(sums.spec.factors[factor].shape).to(sums.spec.torch_dtype)
+                sums.tensors[factor] += value.detach().view(sums.spec.factors[factor].shape)
         sums.loss = sums.loss + torch.as_tensor(loss, dtype=torch.float64, device=sums.loss.device).detach()
         sums.n_data += n
 
@@ -228,7 +247,7 @@ class CurvatureInterface:
             for name, value in zip(block.factors, factors, strict=True):
                 if name not in done:
                     scale = n if name.endswith("/A") else 1
-                    sums.tensors[name] += value.detach().to(sums.spec.torch_dtype) * scale
+                    sums.tensors[name].add_(value.detach(), alpha=scale)
                     done.add(name)
 
     def jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:

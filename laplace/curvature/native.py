@@ -35,7 +35,7 @@ class _Native:
         capture = self.capture(x)
         y = y.to(capture.f.device)
         lik.check_targets(self.likelihood, capture.f, y, offset)
-        f = capture.f.to(sums.spec.torch_dtype)
+        f = capture.f.double()  # in float32, 1 - p of a sure example has no digits
         contract.add_curvature_(sums, capture, self.directions(f, y, offset))
         sums.loss = sums.loss + lik.loss_sum(self.likelihood, f, y)
         sums.n_data += len(y)
@@ -66,7 +66,7 @@ class _Native:
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Dense curvature of one batch ``(parameters, parameters)``."""
         sums = self._sums("full", x, y)
-        return sums.loss, sums.tensors["full"]
+        return sums.loss, sums.tensors["full"].to(sums.spec.torch_dtype)
 
     def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """Kronecker factors of one batch, their input side divided by ``N``."""
@@ -88,5 +88,6 @@ class NativeEF(_Native, EFInterface):
 
 
 def diag_vector(sums: CurvatureSums) -> Tensor:
-    """The diagonal as one vector in the order of the parameters."""
-    return torch.cat([sums.tensors[block.factors[0]].flatten() for block in sums.spec.blocks])
+    """The diagonal as one vector in the order of the parameters, rounded to the posterior's type."""
+    tensors = sums.tensors
+    return torch.cat([tensors[block.factors[0]].flatten() for block in sums.spec.blocks]).to(sums.spec.torch_dtype)

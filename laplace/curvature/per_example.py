@@ -13,6 +13,7 @@ from laplace import likelihood as lik
 from laplace.curvature.capture import eval_mode
 from laplace.curvature.contract import output_directions
 from laplace.curvature.curvature import CurvatureInterface
+from laplace.curvature.gram import add_gram_, mirror_
 from laplace.curvature.isolated import isolated_copy
 from laplace.curvature.sums import CurvatureSums
 
@@ -66,22 +67,28 @@ class PerExampleInterface(CurvatureInterface):
 
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Dense curvature of one batch ``(parameters, parameters)``."""
-        return self._sum_rows(x, y, lambda r: r.T @ r)
+        size = self._size
+        total = torch.zeros(size, size, dtype=torch.float64, device=self.params[0].device)
+        loss = self._for_rows(x, y, lambda rows: add_gram_(total, [rows]))
+        mirror_(total)
+        return loss, total.to(self.sums_dtype)
 
     def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Diagonal curvature of one batch ``(parameters,)``."""
-        return self._sum_rows(x, y, lambda r: r.square().sum(0))
+        total = torch.zeros(self._size, dtype=torch.float64, device=self.params[0].device)
+        loss = self._for_rows(x, y, lambda rows: total.add_(rows.square().sum(0)))
+        return loss, total.to(self.sums_dtype)
 
-    def _sum_rows(self, x: Any, y: Tensor, contract: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        total: Tensor | float = 0.0
+    @property
+    def _size(self) -> int:
+        """Number of parameters with curvature."""
+        return sum(p.numel() for p in self.params) if self.subnetwork_indices is None else len(self.subnetwork_indices)
 
-        def add(rows: Tensor) -> None:
-            nonlocal total
-            rows = rows if self.subnetwork_indices is None else rows[:, self.subnetwork_indices]
-            total = total + contract(rows)
-
-        f = self._each_row(x, y, lambda f: self.directions(f, y, self._offset), add)
-        return lik.loss_sum(self.likelihood, f, y), total
+    def _for_rows(self, x: Any, y: Tensor, use: Callable[[Tensor], object]) -> Tensor:
+        """Hand the rows ``(batch, parameters with curvature)`` of the estimator's directions to ``use``; return the loss."""
+        chosen = slice(None) if self.subnetwork_indices is None else self.subnetwork_indices
+        f = self._each_row(x, y, lambda f: self.directions(f, y, self._offset), lambda rows: use(rows[:, chosen]))
+        return lik.loss_sum(self.likelihood, f, y)
 
     def _module(self, x: Any) -> tuple[nn.Module, Any]:
         """A copy of what is to be differentiated, and its inputs: the last layer and its features where that is all."""
@@ -104,13 +111,12 @@ class PerExampleInterface(CurvatureInterface):
             f = output.detach()
             if y is not None:
                 lik.check_targets(self.likelihood, f, y, self._offset)
-            f = f.to(self.sums_dtype)
-            for number, v in enumerate(directions(f)):
+            for number, v in enumerate(directions(f.double())):
                 rows = self._checked_rows(gradients, v.to(output.dtype))
                 if number == 0:
                     self._check_one_example(gradients, v.to(output.dtype), rows)
                 use(rows.to(self.sums_dtype))
-        return f
+        return f.to(self.sums_dtype)
 
     def _checked_rows(self, gradients: Gradients, v: Tensor) -> Tensor:
         rows, sums = gradients(v)

@@ -4,6 +4,9 @@ A Laplace approximation needs :math:`\sum_n J_n^\top \Lambda_n J_n` (or its diag
 :math:`\sum_n g_n g_n^\top` for each layer), the summed loss and the number of examples. All of these are sums over
 examples. Nothing is divided by the number of examples before :mod:`laplace.posterior` finalises the sum, so that batches,
 segments and whole data sets combine by addition alone, in any partition.
+
+Sums are kept in float64, whatever the type of the model and of one batch's contribution: in float32, what one batch adds
+to the sum over millions of examples would vanish. Posteriors round the finished sum once.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from laplace import _clash as _clash  # says so where laplace-torch has replaced laplace/__init__.py
+from laplace.curvature.gram import mirror_
 from laplace.utils import memory
 
 _SMALLER = {
@@ -78,7 +82,8 @@ class SumsSpec:
         structure: ``'full'``, ``'kron'`` or ``'diag'``.
         blocks: One per parameter, in the order of the parameter vector.
         factors: Shape of every sum by name.
-        dtype: Name of the floating-point type of the sums, such as ``'float32'``.
+        dtype: Name of the floating-point type of one batch's contribution and of the posterior, such as ``'float32'``. The
+            running sums themselves are of float64 always.
         n_outputs: Number of outputs (classes or regression targets) of the model.
     """
 
@@ -90,7 +95,7 @@ class SumsSpec:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The sums' floating-point type."""
+        """The floating-point type of one batch's contribution and of the posterior."""
         return getattr(torch, self.dtype)
 
     def to_json(self) -> dict:
@@ -124,7 +129,6 @@ class CurvatureSums:
 
     Attributes:
         spec: What the sums are called and how they are shaped.
-        tensors: Every factor by name.
         loss: Summed negative log likelihood, a float64 scalar.
         n_data: Number of examples added so far.
     """
@@ -132,7 +136,8 @@ class CurvatureSums:
     def __init__(self, spec: SumsSpec, tensors: dict[str, Tensor], loss: Tensor, n_data: int):
         """Wrap existing tensors; use :meth:`zero` or :meth:`from_tensors` instead."""
         self.spec = spec
-        self.tensors = tensors
+        self._tensors = tensors
+        self._halves: set[str] = set()
         self.loss = loss
         self.n_data = n_data
 
@@ -144,16 +149,31 @@ class CurvatureSums:
             NotEnoughMemoryError: If it is larger than the free memory; says what to use instead.
         """
         memory.require(
-            sum(memory.tensor_bytes(*factor.shape, dtype=spec.torch_dtype) for factor in spec.factors.values()),
+            sum(memory.tensor_bytes(*factor.shape, dtype=torch.float64) for factor in spec.factors.values()),
             device,
             f"The sums of a {spec.structure!r} posterior over {sum(block.size for block in spec.blocks):,} parameters",
             _SMALLER.get(spec.structure, ""),
         )
         tensors = {
-            name: torch.zeros(factor.shape, dtype=spec.torch_dtype, device=device)
-            for name, factor in spec.factors.items()
+            name: torch.zeros(factor.shape, dtype=torch.float64, device=device) for name, factor in spec.factors.items()
         }
         return cls(spec, tensors, torch.zeros((), dtype=torch.float64, device=device), 0)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every factor by name, float64."""
+        while self._halves:
+            mirror_(self._tensors[self._halves.pop()])
+        return self._tensors
+
+    def running(self, name: str) -> Tensor:
+        """The factor to add to in place; of symmetric ones, only what is on and above the block diagonal has to be added.
+
+        What is below follows when :attr:`tensors` is read next.
+        """
+        if self.spec.factors[name].symmetric:
+            self._halves.add(name)
+        return self._tensors[name]
 
     def merge(self, other: CurvatureSums) -> CurvatureSums:
         """Add another sum of the same specification in place.
@@ -175,12 +195,15 @@ class CurvatureSums:
         return self
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Every factor by name plus ``"loss"``; the inverse of :meth:`from_tensors` together with ``n_data``."""
+        """Every factor by name plus ``"loss"``; the inverse of :meth:`from_tensors` together with ``n_data``.
+
+        The tensors are those of the sums themselves, float64, not copies.
+        """
         return {**self.tensors, "loss": self.loss}
 
     @classmethod
     def from_tensors(cls, spec: SumsSpec, tensors: Mapping[str, Tensor], n_data: int) -> CurvatureSums:
-        """Rebuild a sum from its tensors.
+        """Rebuild a sum from copies of its tensors, of float64 or of any type that they were stored in.
 
         Raises:
             ValueError: If a factor is missing, unknown or of the wrong shape.
@@ -192,8 +215,8 @@ class CurvatureSums:
         for name, factor in spec.factors.items():
             if tuple(tensors[name].shape) != factor.shape:
                 raise ValueError(f"Factor {name!r} has shape {tuple(tensors[name].shape)}, expected {factor.shape}.")
-        factors = {name: tensors[name].to(spec.torch_dtype) for name in spec.factors}
-        return cls(spec, factors, tensors["loss"].double(), int(n_data))
+        factors = {name: tensors[name].to(torch.float64, copy=True) for name in spec.factors}
+        return cls(spec, factors, tensors["loss"].to(torch.float64, copy=True), int(n_data))
 
     def non_finite(self) -> list[str]:
         """Names of the factors that hold NaN or Inf."""
@@ -206,7 +229,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def sum_in_order(tensors: Iterable[Tensor]) -> Tensor:
-    """Sum in float64 in the given order and round once to the type of the inputs.
+    """Sum in float64 in the given order and round once to the widest type among the inputs; that of sums is float64.
 
     Raises:
         ValueError: If there is nothing to add.
@@ -218,6 +241,7 @@ def sum_in_order(tensors: Iterable[Tensor]) -> Tensor:
             total, dtype = tensor.to(torch.float64, copy=True), tensor.dtype
         else:
             total += tensor
+            dtype = torch.promote_types(dtype, tensor.dtype)
     if total is None:
         raise ValueError("There is nothing to add: the sequence of tensors is empty.")
     return total.to(dtype)

@@ -23,9 +23,6 @@ class FullLaplace(ParametricLaplace):
 
     A scalar prior precision only shifts the spectrum of ``H``: evidence and sweeps over priors then use one
     eigendecomposition, made on first use. Other priors need a Cholesky factor of their own.
-
-    Attributes:
-        H: Summed curvature ``(parameters, parameters)``.
     """
 
     structure = "full"
@@ -38,8 +35,17 @@ class FullLaplace(ParametricLaplace):
         super().__init__(**kwargs)
 
     def _finalize(self, sums: CurvatureSums) -> None:
-        self.H = sums.tensors["full"]
         self._eigen = None
+
+    @property
+    def H(self) -> Tensor | None:
+        """Summed curvature ``(parameters, parameters)``, rounded to the posterior's type; None before ``fit``."""
+        return None if self.sums is None else self._curvature.to(self.sums.spec.torch_dtype)
+
+    @property
+    def _curvature(self) -> Tensor:
+        """The same in float64, as it was summed."""
+        return self.sums.tensors["full"]
 
     def _prior_changed(self) -> None:
         self._scale = None
@@ -50,11 +56,11 @@ class FullLaplace(ParametricLaplace):
         self._check_fitted()
         if self._eigen is None:
             self._require(4, "The eigendecomposition")
-            values, vectors = eigh(self.H)
+            values, vectors = eigh(self._curvature)
             rounding = len(values) * torch.finfo(self.params[0].dtype).eps * values.abs().max()
             if isinstance(self.backend, (GGNInterface, EFInterface)):
                 rounding = math.inf
-            self._eigen = values, values > -rounding, vectors
+            self._eigen = values, values > -rounding, vectors.to(self.sums.spec.torch_dtype)
         return self._eigen
 
     def _shifted(self, prior_precision: Tensor) -> Tensor:
@@ -69,27 +75,27 @@ class FullLaplace(ParametricLaplace):
     @property
     def posterior_precision(self) -> Tensor:
         """Posterior precision ``(parameters, parameters)``."""
-        return self._double_precision().to(self.H.dtype)
+        return self._double_precision().to(self.sums.spec.torch_dtype)
 
     def _double_precision(self) -> Tensor:
         """Posterior precision in float64: next to large curvature, float32 has no digits left for the prior."""
         self._check_fitted()
         self._require(4, "Computing with the float64 form")
-        return self._H_factor.double() * self.H.double() + torch.diag(self.prior_precision_diag.double())
+        return self._H_factor.double() * self._curvature + torch.diag(self.prior_precision_diag.double())
 
     @property
     def posterior_scale(self) -> Tensor:
         r"""Lower triangular root :math:`L` of the covariance, :math:`LL^\top = P^{-1}`."""
         if self._scale is None or self._scale.requires_grad:
-            self._scale = invsqrt_precision(self._double_precision()).to(self.H.dtype)
+            self._scale = invsqrt_precision(self._double_precision()).to(self.sums.spec.torch_dtype)
         return self._scale
 
     def _require(self, copies: int, what: str) -> None:
         """Stop before a factorisation that cannot fit into memory."""
-        size = len(self.H)
+        size = len(self._curvature)
         memory.require(
             copies * memory.tensor_bytes(size, size),
-            self.H.device,
+            self._curvature.device,
             f"{what} of a dense posterior precision over {size:,} parameters",
             "Use hessian_structure='kron' or 'diag', subset_of_weights='last_layer', or a smaller subnetwork.",
         )
@@ -141,7 +147,8 @@ class FullLaplace(ParametricLaplace):
     def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor:
         blocks = self.sums_spec().blocks
         if len(prior_precisions) == 1 and self._scale_is_cheaper(prior_precisions[0]):
-            basis, weights = self.posterior_scale, [torch.ones(len(self.H), dtype=self.H.dtype, device=self.H.device)]
+            basis = self.posterior_scale
+            weights = [torch.ones(len(basis), dtype=basis.dtype, device=basis.device)]
         elif any(len(p) > 1 for p in prior_precisions):
             raise ValueError("A sweep over prior precisions of a full posterior takes scalars only.")
         else:

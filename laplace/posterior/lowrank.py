@@ -83,7 +83,7 @@ class LowRankLaplace(NotASum, ParametricLaplace):
             spec = self.initialize(x)
             vectors, values, loss = self.backend.eig_lowrank(train_loader)
             factors = {"vectors": Factor(tuple(vectors.shape)), "values": Factor(tuple(values.shape))}
-            tensors = {"vectors": vectors.to(spec.torch_dtype), "values": values.to(spec.torch_dtype)}
+            tensors = {"vectors": vectors.double(), "values": values.double()}
             loss = torch.as_tensor(loss, dtype=torch.float64, device=self._device)
             self.set_sums(CurvatureSums(replace(spec, factors=factors), tensors, loss, n_data))
 
@@ -101,7 +101,7 @@ class LowRankLaplace(NotASum, ParametricLaplace):
         return first, n
 
     def _finalize(self, sums: CurvatureSums) -> None:
-        self.H = sums.tensors["vectors"], sums.tensors["values"]
+        self.H = tuple(sums.tensors[name].to(sums.spec.torch_dtype) for name in ("vectors", "values"))
 
     # --- algebra -------------------------------------------------------------------------------------------------
 

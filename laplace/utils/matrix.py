@@ -44,19 +44,19 @@ class Kron:
 
     @classmethod
     def from_sums(cls, sums, n_data: int) -> Kron:
-        """Divide the input-side sums by the number of examples; the only division there is.
+        """Divide the input-side sums by the number of examples, the only division there is, and round to the posterior's type.
 
         Args:
             sums: :class:`laplace.curvature.sums.CurvatureSums` of structure ``'kron'``.
             n_data: Number of examples in the whole sum.
         """
+        rounded = {}  # once for every name: blocks that share a factor share its eigendecomposition
+        for name, value in sums.tensors.items():
+            rounded[name] = (value / n_data if name.endswith("/A") else value).to(sums.spec.torch_dtype)
         kfacs = []
         for block in sums.spec.blocks:
-            factors = [sums.tensors[name] for name in block.factors]
-            if not block.has_factors:
-                factors[0] = factors[0].flatten()
-            factors = [f / n_data if name.endswith("/A") else f for name, f in zip(block.factors, factors, strict=True)]
-            kfacs.append(factors)
+            factors = [rounded[name] for name in block.factors]
+            kfacs.append(factors if block.has_factors else [factors[0].flatten()])
         return cls(kfacs)
 
     def __add__(self, other: Kron) -> Kron:
