@@ -24,8 +24,9 @@ from laplace_dist.plan import identity
 from laplace_dist.plan.plan import Plan, build_plan
 from laplace_dist.plan.segments import plan_shards
 from laplace_dist.report.progress import Progress
-from laplace_dist.run import evaluations, layout, lifecycle, pointer, tunings, versions, weights
+from laplace_dist.run import evaluations, layout, lifecycle, partials, pointer, tunings, versions, weights, windows
 from laplace_dist.run.checkpoint import open_json, open_store
+from laplace_dist.run.leases import Lease
 from laplace_dist.run.probe import make_probe
 from laplace_dist.run.weights import dump_weights, weights_digest
 from laplace_dist.stages import evaluate, map, reduce, tune
@@ -115,6 +116,7 @@ class Job:
     def __post_init__(self) -> None:
         self.config = _absolute(self.given)
         self.store: Store = open_store(self.config)
+        self._lease = Lease(self.store)
         inline = self.config.ray_address == "inline"
         self.opened: Executor = (self.executor or (Inline if inline else Cluster))(self.config, self.say)
 
@@ -139,6 +141,7 @@ class Job:
         try:
             if self._pool is not None:
                 self._pool.close()
+            self._lease.end()
         finally:
             self.opened.close()
 
@@ -224,11 +227,14 @@ class Job:
 
     def reduce(self) -> str:
         """Sum the partials to a posterior version, if that is not done yet, and make it current."""
-        version = versions.version_of(self.store, self.plan)
+        if (done := self._version_of_0_1()) is not None:
+            return done
+        window = windows.find_window(self.store, self.plan) or self._sum_window()
+        version = versions.version_of(window)
         if not self.store.exists(layout.version_key(version)):
-            tasks = reduce.tasks(self.plan, version)
+            tasks = reduce.factor_tasks(self.plan, version)
             receipts = self._run(tasks, Progress("reduce", "groups of factors", len(tasks)), keep=True, alike=False)
-            versions.commit_version(self.store, self.plan, version, [receipt["factors"] for receipt in receipts])
+            versions.commit_version(self.store, self.plan, window, [receipt["factors"] for receipt in receipts])
         try:
             current = pointer.read_current(self.store)
         except MissingObjectError:
@@ -237,6 +243,20 @@ class Job:
         if current["version"] != version:
             pointer.write_current(self.store, version, None)
         return version
+
+    def _sum_window(self) -> dict[str, Any]:
+        """Sum the parts that are not summed yet and commit the window's sum; returns its manifest."""
+        manifests = list(partials.manifests(self.store, self.plan))
+        tasks = reduce.part_tasks(self.store, self.plan, manifests)
+        done = len(self.plan.parts) - len(tasks)
+        self._run(tasks, Progress("reduce", "parts", len(self.plan.parts), done))
+        return windows.commit_window(self.store, self.plan, manifests)
+
+    def _version_of_0_1(self) -> str | None:
+        """Return the posterior version of a finished run of 0.1, whose sums were not kept apart from it."""
+        if self.plan.format_version > 1 or not self.store.exists(layout.CURRENT):
+            return None
+        return pointer.read_current(self.store)["version"]
 
     # -------------------------------------------------------------- the follow-on stages
 
@@ -309,6 +329,8 @@ class Job:
             self._pool = self.opened.pool(self.device_type)
         given = self.config.segment_timeout
 
+        self._lease.show()
+
         def on_done(_: Task, receipt: Mapping[str, Any]) -> None:
             progress.done(receipt.get("examples", 0))
             if keep:
@@ -319,7 +341,7 @@ class Job:
             chain([first], tasks),
             on_done,
             limit=Limit(given if alike or given is not None else float("inf")),
-            tick=lambda: progress.tick(self._pool.busy),
+            tick=lambda: (progress.tick(self._pool.busy), self._lease.show()),
             say=lambda text: self.say(f"{progress.stage}: {text}"),
         )
         return kept

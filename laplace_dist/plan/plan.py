@@ -11,6 +11,7 @@ from typing import Any
 
 from laplace_dist.plan.digests import canonical
 from laplace_dist.plan.identity import different_examples
+from laplace_dist.plan.parts import PART_ENTRIES, Part, Place, places, plan_parts
 from laplace_dist.plan.segments import Segment, default_segment_size, plan_segments, whole_batches
 
 FORMAT_VERSION = 2  # 1 is that of 0.1: its plans have no probe, its manifests no digest of the data and no environment
@@ -28,7 +29,8 @@ class Plan:
         model: `path` and `args` of the callable that builds the model.
         spec: The factors: `name -> {"shape": [...], "symmetric": bool}` under `factors`, beside what else the core
             library's specification says of itself.
-        probe: Sha256 of the model's inputs and outputs in `probe.safetensors`; None where the inputs cannot be stored.
+        probe: Sha256 of the model's inputs and outputs in `probe-….safetensors`; None where the inputs cannot be stored.
+        part_entries: Size of a part, the unit of reduction.
     """
 
     segments: tuple[Segment, ...]
@@ -39,11 +41,22 @@ class Plan:
     spec: dict[str, Any]
     format_version: int = FORMAT_VERSION
     probe: str | None = None
+    part_entries: int = PART_ENTRIES
 
     @cached_property
     def digest(self) -> str:
         """Return the sha256 of everything in the plan."""
         return hashlib.sha256(canonical(self.to_values())).hexdigest()
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """Return where the factors lie in the vector that the parts are cut from."""
+        return places(self.spec)
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """Return the units of reduction."""
+        return plan_parts(self.spec, self.part_entries)
 
     @property
     def n_examples(self) -> int:
@@ -53,7 +66,11 @@ class Plan:
     def to_values(self) -> dict[str, Any]:
         """Return the plan as plain values, those that its format has."""
         values = asdict(self)
-        return values if self.format_version > 1 else {k: v for k, v in values.items() if k != "probe"}
+        return (
+            values
+            if self.format_version > 1
+            else {k: v for k, v in values.items() if k not in ("probe", "part_entries")}
+        )
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Plan:
@@ -88,7 +105,9 @@ def build_plan(
     segments = plan_segments(length, default_segment_size(length, batch_size) if size is None else size, batch_size)
     settings["segment_size"] = min(whole_batches(size, batch_size), length) if size else segments[0].stop
     plain = json.loads(canonical({"data": data, "model": model, "spec": spec}))
-    return Plan(segments=tuple(segments), settings=settings, weights=weights, probe=probe, **plain)
+    return Plan(
+        segments=tuple(segments), settings=settings, weights=weights, probe=probe, part_entries=PART_ENTRIES, **plain
+    )
 
 
 def differences(stored: Plan, wanted: Plan) -> list[str]:

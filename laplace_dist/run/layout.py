@@ -13,19 +13,32 @@ from laplace_dist.run.schemas import (
     CurrentFields,
     EvaluationFields,
     EvaluationShardFields,
+    LeaseFields,
+    PartFields,
     PartialFields,
     PlanFields,
     Strict,
     TuningFields,
     TuningShardFields,
     VersionFields,
+    WindowFields,
 )
 
 PLAN, WEIGHTS, CONFIG, CURRENT = "plan.json", "weights.safetensors", "config.yaml", "CURRENT.json"
-CLEARED = (CURRENT, "evaluation/", "tuning/", "posteriors/", "partials/")  # in the order in which a run is deleted
+CLEARED = (
+    CURRENT,
+    "evaluation/",
+    "tuning/",
+    "posteriors/",
+    "window.json",
+    "parts/",
+    "partials/",
+    "jobs/",
+)  # in the order in which a run is deleted
 PROBE = re.compile(r"probe-[0-9a-f]{16}\.safetensors")
 METRICS = "evaluation/metrics.json"
-LOSS = "loss"
+LOSS = "loss"  # in 0.1 an array beside the factors
+WINDOW = "window.json"
 
 
 def probe_key(digest: str) -> str:
@@ -36,6 +49,16 @@ def probe_key(digest: str) -> str:
 def partial_key(segment_id: str) -> str:
     """Return the key of a segment's manifest."""
     return f"partials/{segment_id}.json"
+
+
+def part_key(part: str) -> str:
+    """Return the key of the manifest of a part's sum."""
+    return f"parts/{part}.json"
+
+
+def lease_key(job: str) -> str:
+    """Return the key of the object that says that a job is at work."""
+    return f"jobs/{job}.json"
 
 
 def version_key(version: str) -> str:
@@ -63,15 +86,17 @@ def evaluation_shard_key(key: str, split: str, shard: str) -> str:
     return f"{key.removesuffix('.json')}/{split}-{shard}.json"
 
 
-MANIFEST = re.compile(r"(?:partials|posteriors|tuning|evaluation)/[^/]+\.json|(?:tuning|evaluation)/[^/]+/[^/]+\.json")
+MANIFEST = re.compile(
+    r"(?:partials|parts|posteriors|tuning|evaluation)/[^/]+\.json|window\.json|(?:tuning|evaluation)/[^/]+/[^/]+\.json"
+)
 # Attempt directories, and the temporary files of a crashed commit: only these are ever collected.
-ATTEMPT = re.compile(r"((?:partials|posteriors|tuning)/[^/]+/[^/]+|evaluation/[^/]+/[^/]+/[^/]+)/.+")
+ATTEMPT = re.compile(r"((?:partials|parts|posteriors|tuning)/[^/]+/[^/]+|evaluation/[^/]+/[^/]+/[^/]+)/.+")
 
 
 _DIGEST = r"[0-9a-f]{16}"
 _OWNED = re.compile(
     rf"plan\.json|CURRENT\.json|config\.yaml|weights\.safetensors|{PROBE.pattern}|probe-[0-9a-f]{{32}}|evaluation/metrics\.json"
-    rf"|partials/\d{{6,}}(\.json|/.+)|posteriors/{_DIGEST}(\.json|/.+)|(tuning|evaluation)/{_DIGEST}-{_DIGEST}(\.json|/.+)"
+    rf"|window\.json|jobs/[0-9a-f]{{32}}\.json|partials/\d{{6,}}(\.json|/.+)|parts/\d{{5,}}(\.json|/.+)|posteriors/{_DIGEST}(\.json|/.+)|(tuning|evaluation)/{_DIGEST}-{_DIGEST}(\.json|/.+)"
 )
 
 
@@ -83,7 +108,10 @@ def owned(key: str) -> bool:
 _KINDS: dict[str, type[Strict]] = {
     r"plan\.json": PlanFields,
     r"CURRENT\.json": CurrentFields,
+    r"jobs/[^/]+\.json": LeaseFields,
     r"partials/[^/]+\.json": PartialFields,
+    r"parts/[^/]+\.json": PartFields,
+    r"window\.json": WindowFields,
     r"posteriors/[^/]+\.json": VersionFields,
     r"tuning/[^/]+\.json": TuningFields,
     r"tuning/[^/]+/[^/]+\.json": TuningShardFields,
@@ -118,9 +146,10 @@ def _foreign_prefix(own: str, values: Mapping[str, Any]) -> str | None:
     """Say which prefix in an object is not directly under its own key."""
     if own.startswith("partials/"):
         return None  # compared with the attempt's id by `partials.parse_manifest`
-    for place in (values, *values.get("factors", {}).values()):
+    parts = [(f"parts/{name}", place) for name, place in values.get("parts", {}).items()]
+    for owner, place in [(own, values), *((own, place) for place in values.get("factors", {}).values()), *parts]:
         prefix = place.get("prefix")
-        if prefix is not None and not re.fullmatch(rf"{re.escape(own)}/[^/]+", prefix):
+        if prefix is not None and not re.fullmatch(rf"{re.escape(owner)}/[^/]+", prefix):
             return f"its prefix {prefix!r} is not its own"
     return None
 
@@ -128,10 +157,18 @@ def _foreign_prefix(own: str, values: Mapping[str, Any]) -> str | None:
 def remedy(key: str) -> str:
     """Say what to do about a bad object."""
     parts = key.split("/")
-    does = {"partials": "it recomputes that segment", "posteriors": "it reduces the partials anew"}
+    does = {
+        "partials": "it recomputes that segment",
+        "parts": "it sums that part anew",
+        "posteriors": "it takes the factors from the window's sum anew",
+    }
     if parts[0] in does and len(parts) > 1:
-        manifest = f"{parts[0]}/{parts[1].removesuffix('.json')}.json"
+        manifest = f"{parts[0]}/{parts[1].removesuffix('.json')}.json" + (
+            f" and {WINDOW}" if parts[0] == "parts" else ""
+        )
         return f"Restore it from a copy, or delete {manifest} and run the same command again: {does[parts[0]]}."
     if parts[0] in ("tuning", "evaluation") and len(parts) > 1:
         return f"Restore it from a copy, or delete everything under {parts[0]}/ and run the same command again."
+    if key == WINDOW:
+        return "Restore it from a copy, or delete it and run the same command again: it puts the parts together anew."
     return "Restore it from a copy, or start again with --fresh."

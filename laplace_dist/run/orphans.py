@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.run import layout
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.layout import ATTEMPT, MANIFEST
+from laplace_dist.run.leases import GONE
 from laplace_dist.storage.local import TEMP
 from laplace_dist.storage.store import Store
 
@@ -29,6 +30,9 @@ def find(store: Store, times: Mapping[str, datetime]) -> tuple[dict[str, float],
             newest[place] = max(time, newest.get(place, time))
     named, readable = _named(store, times)
     now = datetime.now(UTC)
+    newest |= {
+        key: time for key, time in times.items() if key.startswith("jobs/") and now - time > timedelta(hours=GONE)
+    }
     ages = {
         place: max(0.0, (now - time).total_seconds() / 3600) for place, time in newest.items() if place not in named
     }
@@ -51,6 +55,6 @@ def _named(store: Store, before: Collection[str]) -> tuple[set[str], bool]:
             manifest = open_json(content, key)
         except (CheckpointError, SettingsError):
             return named, False
-        places = [manifest, *manifest.get("factors", {}).values()]
+        places = [manifest, *manifest.get("factors", {}).values(), *manifest.get("parts", {}).values()]
         named |= {place["prefix"] for place in places if "prefix" in place}
     return named, True

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from laplace.curvature.sums import is_finite
-from laplace_dist.errors import CheckpointError, RunFailed
+from laplace_dist.errors import CheckpointError, RunFailed, listed
+from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.layout import LOSS, partial_key
+from laplace_dist.run.vector import Vector, complete, overlaps, write
 from laplace_dist.storage.keys import check_key
 from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
@@ -54,7 +57,7 @@ def commit_partial(
 ) -> Receipt:
     """Make the sums of one segment part of the run, once, whoever else tries.
 
-    The arrays are written, flushed, read back and verified under `partials/<segment>/<attempt>/`; the manifest that
+    The parts of the sums are written, flushed, read back and verified under `partials/<segment>/<attempt>/`; the manifest that
     names them is created only if there is none. If there is one, the attempt id in it says who won, and the loser's
     arrays are deleted. A failure before that leaves nothing that a reader sees.
 
@@ -62,7 +65,7 @@ def commit_partial(
         store: The checkpoint.
         plan: Plan of the run.
         segment: The segment that was accumulated.
-        tensors: Every factor of the plan's specification, and optionally `loss` (0-d).
+        tensors: Every factor of the plan's specification, and `loss` (0-d).
         n_data: Examples in the sums.
         attempt: `new_attempt()`.
         data_sha256: Digest of the very batches that were read.
@@ -75,11 +78,10 @@ def commit_partial(
     begun = time.perf_counter()
     assert re.fullmatch(r"[\w-]+", attempt), f"attempt id {attempt!r} must be one part of a key"
     assert n_data == segment.stop - segment.start, f"segment {segment} cannot hold {n_data} examples"
-    arrays = _arrays(plan, segment, tensors)
-    symmetric = {name for name, factor in plan.spec["factors"].items() if factor["symmetric"]}
+    vector = Vector(plan.places, _arrays(plan, segment, tensors))
     prefix = f"partials/{segment.id}/{attempt}"
     try:
-        entries = store.write_arrays(prefix, arrays, symmetric)
+        entries = store.write_arrays(prefix, {part.id: vector.part(part.start, part.stop) for part in plan.parts})
     except RunFailed:  # no space: give back what this attempt took
         store.delete_tree(prefix)
         raise
@@ -93,6 +95,7 @@ def commit_partial(
         "n_data": n_data,
         "prefix": prefix,
         "arrays": entries,
+        "loss": float(tensors[LOSS]),
         "data_sha256": data_sha256,
         "environment": dict(environment),
     }
@@ -159,44 +162,107 @@ def parse_manifest(data: bytes, plan: Plan, segment: Segment) -> dict[str, Any]:
                 "Delete it to have the segment recomputed, or start again with --fresh."
             )
     check_key(manifest["prefix"])
-    arrays = {name: entry for name, entry in manifest["arrays"].items() if name != LOSS}
-    factors = plan.spec["factors"]
-    named = {name: list(entry["shape"]) for name, entry in arrays.items()}
-    planned = {name: list(factor["shape"]) for name, factor in factors.items() if name != LOSS}
+    named = {name: list(entry["shape"]) for name, entry in manifest["arrays"].items() if name != LOSS}
+    planned = _planned_arrays(plan, manifest["format_version"])
     if named != planned:
         odd = sorted(name for name in named.keys() | planned.keys() if named.get(name) != planned.get(name))
         raise CheckpointError(
-            f"{key} does not name the factors of the plan; it differs in {', '.join(odd[:5])}. Delete it "
+            f"{key} does not name the arrays of the plan; it differs in {', '.join(odd[:5])}. Delete it "
             "to have the segment recomputed, or start again with --fresh."
         )
+    refuse_emptied(manifest["arrays"], manifest["format_version"], key, "Delete it to have the segment recomputed.")
     return manifest
 
 
-def place_of(manifest: Mapping[str, Any], name: str) -> tuple[str, str, dict[str, Any]]:
-    """Return what `Store.read_array` and `read_arrays` need for one factor of a committed partial.
+def _planned_arrays(plan: Plan, format_version: int) -> dict[str, list[int]]:
+    """Return the shapes of the arrays of a partial: since format 2 its parts, before that its factors."""
+    if format_version > 1:
+        return {part.id: [part.stop - part.start] for part in plan.parts}
+    return {name: list(factor["shape"]) for name, factor in plan.spec["factors"].items()}
+
+
+def refuse_emptied(arrays: Mapping[str, Mapping[str, Any]], format_version: int, key: str, remedy: str) -> None:
+    """Refuse what 0.1 wrote of symmetric factors of one entry: it emptied them.
 
     Raises:
-        CheckpointError: The manifest does not name it.
+        CheckpointError: Naming the object and the factors.
     """
-    if name not in manifest["arrays"]:
-        names = ", ".join(sorted(manifest["arrays"])[:8])
-        raise CheckpointError(f"{partial_key(manifest['segment'])} names no factor {name!r}; it has {names}")
-    return manifest["prefix"], name, manifest["arrays"][name]
+    emptied = [name for name, entry in arrays.items() if entry["packed"] and entry["shape"][-1] == 1]
+    if format_version == 1 and emptied:
+        raise CheckpointError(
+            f"{key} was written by laplace_dist 0.1, which stored every symmetric factor of one entry as zero: "
+            f"{listed(emptied)}. {remedy}"
+        )
 
 
-def read_factor(store: Store, manifest: Mapping[str, Any], name: str) -> np.ndarray:
-    """Return one factor of a committed partial, after verifying every byte of it.
+def manifests(store: Store, plan: Plan) -> Iterator[dict[str, Any]]:
+    """Yield the manifest of every segment in plan order, one at a time, each checked against the plan.
 
     Raises:
-        CheckpointError: The manifest does not name it, or something is missing, truncated or altered.
+        MissingObjectError: A segment is not committed.
+        CheckpointError: A manifest is truncated, altered or of another plan.
     """
-    return store.read_array(*place_of(manifest, name))
+    found = store.read_many([partial_key(segment.id) for segment in plan.segments])
+    for segment, (_, data) in zip(plan.segments, found, strict=True):
+        yield parse_manifest(data, plan, segment)
+
+
+def entries_of(manifest: Mapping[str, Any], part: Part) -> Any:
+    """Return what says of which bytes a part of a partial is made: digests of its arrays."""
+    if manifest["format_version"] > 1:
+        return manifest["arrays"][part.id]["sha256"]
+    return {name: entry["sha256"] for name, entry in sorted(manifest["arrays"].items())}
+
+
+def loss_of(store: Store, manifest: Mapping[str, Any]) -> float:
+    """Return the summed loss of a partial."""
+    if manifest["format_version"] > 1:
+        return manifest["loss"]
+    return float(store.read_array(manifest["prefix"], LOSS, manifest["arrays"][LOSS]))
+
+
+def read_parts(
+    store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any]], part: Part
+) -> Iterator[Callable[[], np.ndarray]]:
+    """Yield, for every partial in order, a call that returns one part of it or raises as `Store.read_array` does."""
+    if all(manifest["format_version"] > 1 for manifest in manifests):
+        yield from store.read_arrays((m["prefix"], part.id, m["arrays"][part.id]) for m in manifests)
+    else:
+        for manifest in manifests:
+            yield partial(read_part, store, plan, manifest, part)
+
+
+def read_part(store: Store, plan: Plan, manifest: Mapping[str, Any], part: Part) -> np.ndarray:
+    """Return one part of a committed partial, after verifying every byte of it.
+
+    Raises:
+        CheckpointError: Something is missing, truncated or altered.
+    """
+    prefix, entries = manifest["prefix"], manifest["arrays"]
+    if manifest["format_version"] > 1:
+        return store.read_array(prefix, part.id, entries[part.id])
+    names = [place.name for place, _, _ in overlaps(plan.places, part.start, part.stop)]
+    arrays = {name: store.read_array(prefix, name, entries[name]) for name in names}
+    return Vector(plan.places, arrays).read(part.start, part.stop)
+
+
+def read_factors(store: Store, plan: Plan, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return the factors of a committed partial by name, float64, after verifying every byte of them.
+
+    Raises:
+        CheckpointError: Something is missing, truncated or altered.
+    """
+    found = {place.name: np.empty(place.shape) for place in plan.places}
+    for part in plan.parts:
+        write(plan.places, found, part.start, read_part(store, plan, manifest, part))
+    complete(plan.places, found)
+    return found
 
 
 def _arrays(plan: Plan, segment: Segment, tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """Return the tensors as arrays, finite and of the planned names and shapes."""
     planned = {name: list(factor["shape"]) for name, factor in plan.spec["factors"].items()}
-    given = {name: list(tensor.shape) for name, tensor in tensors.items() if name in planned or name != LOSS}
+    given = {name: list(tensor.shape) for name, tensor in tensors.items() if name != LOSS}
     assert given == planned, f"sums hold {given}, the plan says {planned}"
     for name, tensor in tensors.items():
         if not is_finite(tensor):
@@ -204,4 +270,4 @@ def _arrays(plan: Plan, segment: Segment, tensors: Mapping[str, torch.Tensor]) -
                 f"segment {segment.id} (examples {segment.start} to {segment.stop - 1}): the sum {name!r} is not "
                 "finite, so nothing was committed. Values this large overflow: scale the data, or compute in float64."
             )
-    return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+    return {name: tensors[name].detach().cpu().numpy() for name in planned}

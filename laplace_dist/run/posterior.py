@@ -14,11 +14,11 @@ from laplace.curvature.sums import CurvatureSums, SumsSpec
 from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run.checkpoint import Checkpoint
-from laplace_dist.run.layout import PLAN
+from laplace_dist.run.layout import LOSS, PLAN
 from laplace_dist.run.lifecycle import check_model, read_plan
 from laplace_dist.run.pointer import read_current
 from laplace_dist.run.tunings import apply_tuning
-from laplace_dist.run.versions import read_version
+from laplace_dist.run.versions import read_loss, read_version
 from laplace_dist.run.weights import load_run_weights, weights_digest
 from laplace_dist.storage.store import Store
 
@@ -89,7 +89,9 @@ def build(store: Store, plan: Plan, model: nn.Module, version: str) -> Any:
     tensors = {
         name: torch.from_numpy(store.read_array(place["prefix"], name, place["entry"])).to(device)
         for name, place in manifest["factors"].items()
+        if name != LOSS
     }
+    tensors[LOSS] = torch.tensor(read_loss(store, manifest), dtype=torch.float64, device=device)
     la.set_sums(CurvatureSums.from_tensors(spec, tensors, manifest["n_data"]))
     return la
 

@@ -89,6 +89,7 @@ class PlanFields(Strict):
     model: _Model
     spec: _Spec
     probe: Sha256 | None = None
+    part_entries: Positive | None = None
 
     @model_validator(mode="after")
     def _covers_the_data(self) -> PlanFields:
@@ -112,13 +113,14 @@ class PartialFields(Strict):
     n_data: Number
     prefix: str
     arrays: dict[str, Entry]
+    loss: Finite | None = None
     data_sha256: Sha256 | None = None
     environment: Environment | None = None
 
     @model_validator(mode="after")
     def _says_where_it_comes_from(self) -> PartialFields:
-        if self.format_version > 1 and None in (self.data_sha256, self.environment):
-            raise ValueError("it does not say what was read and where")
+        if self.format_version > 1 and None in (self.loss, self.data_sha256, self.environment):
+            raise ValueError("it does not say the loss, what was read, or where")
         return self
 
 
@@ -134,8 +136,43 @@ class VersionFields(Strict):
     plan: str
     version: Name
     n_data: Positive
+    loss: Finite | None = None
     factors: dict[str, _Place]
-    environment: Environment | None = None
+
+
+class _Owned(Strict):
+    """An object that carries its own key, so that none can take another's place."""
+
+    format_version: Positive
+    key: str
+
+
+class PartFields(_Owned):
+    """The manifest of one part's sum."""
+
+    plan: str
+    of: Sha256
+    prefix: str
+    arrays: Annotated[dict[Literal["sum"], Entry], Field(min_length=1)]
+    environment: Environment
+
+
+class WindowFields(Strict):
+    """`window.json`."""
+
+    format_version: Positive
+    plan: str
+    n_data: Positive
+    loss: Finite
+    parts: dict[Annotated[str, Field(pattern=r"^[0-9]{5,}$")], _Place]
+
+
+class LeaseFields(Strict):
+    """The sign of life of a job."""
+
+    format_version: Positive
+    node: str
+    hours: Annotated[Finite, Field(ge=0)]
 
 
 class CurrentFields(Strict):
@@ -144,13 +181,6 @@ class CurrentFields(Strict):
     format_version: Positive
     version: Name
     tuning: Annotated[str, Field(pattern=r"^tuning/[^/]+\.json$")] | None
-
-
-class _Owned(Strict):
-    """An object that carries its own key, so that none can take another's place."""
-
-    format_version: Positive
-    key: str
 
 
 class TuningFields(_Owned):

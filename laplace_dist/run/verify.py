@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import chain
 from typing import Any
 
 import numpy as np
-import torch
 
-from laplace.curvature.sums import sum_in_order
 from laplace_dist.errors import CheckpointError, SettingsError, StorageError
 from laplace_dist.plan.plan import Plan
-from laplace_dist.run import layout, lifecycle, orphans, partials, tunings, versions
+from laplace_dist.run import layout, leases, lifecycle, orphans, tunings, versions
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.pointer import read_current
 from laplace_dist.run.probe import open_probe
+from laplace_dist.run.verify_sums import SumsCheck, compare_data
 from laplace_dist.run.weights import check_weights
 from laplace_dist.storage.local import TEMP
 from laplace_dist.storage.store import Store
@@ -66,17 +63,22 @@ def verify(
     storage_options: Mapping[str, Any] | None = None,
     *,
     collect_orphans_older_than: float | None = None,
+    shallow: bool = False,
+    data: Any = None,
 ) -> Report:
     """Read and check a whole run: plan, weights, manifests, arrays, sums, posterior versions, tuning, evaluation.
 
     Every number is read and compared with its digests; where all partials are there, they are summed again and
-    compared with the posterior version bit for bit. Nothing is repaired.
+    compared with the window's sum, and that with the posterior version, bit for bit. Nothing is repaired.
 
     Args:
         url: Checkpoint directory or URL.
         storage_options: For the file system of the URL.
         collect_orphans_older_than: Delete attempts that no manifest names and that were last written more than so
-            many hours ago. Give more than any segment takes, since an attempt in progress is not named yet either.
+            many hours ago, and before every job began that is at work: what it will name is not named yet.
+        shallow: Check manifests, and that the arrays that they name are there, without reading them.
+        data: The training split, as a map-style data set: every committed segment's data are read again and compared with
+            the digest of what was read when it was computed.
 
     Raises:
         SettingsError: The URL cannot be read, holds no run, or holds one of a newer version.
@@ -87,19 +89,24 @@ def verify(
         raise SettingsError(f"--checkpoint: got {store.url!r}, where there is no run (no {layout.PLAN})")
     times = store.modified()  # before any manifest is read: what is committed after this is not taken for an orphan
     keys = [key for key in times if TEMP not in key]
-    check = _Check(store, Report(store.url, len(keys)))
+    check = _Check(store, Report(store.url, len(keys)), keys, shallow)
     plan = check.attempt(layout.PLAN, lambda: lifecycle.read_plan(store))
     if plan is not None:
         check.run(plan, keys)
+        if data is not None:
+            compare_data(check, plan, data)
     check.collect(times, collect_orphans_older_than)
     return check.report
+
+
+MARGIN = 0.1  # hours by which this machine's clock and the storage's may differ
 
 
 class _Check:
     """One verification: what is bad is written down and the rest is still checked."""
 
-    def __init__(self, store: Store, report: Report) -> None:
-        self.store, self.report = store, report
+    def __init__(self, store: Store, report: Report, keys: Collection[str], shallow: bool) -> None:
+        self.store, self.report, self.keys, self.shallow = store, report, set(keys), shallow
 
     def attempt(self, key: str, call: Callable[[], Any]) -> Any:
         """Return what a call returns, or None after noting that the object with this key is bad."""
@@ -129,34 +136,13 @@ class _Check:
         if plan.probe is not None:
             key = layout.probe_key(plan.probe)
             self.attempt(key, lambda: open_probe(store.read(key), plan.probe, key))
-        manifests = self.partials(plan, keys)
+        sums = SumsCheck(self, plan, keys)
+        sums.run()
         for key in keys:
-            if layout.MANIFEST.fullmatch(key) and not key.startswith("partials/") and key != layout.METRICS:
-                if key.startswith("posteriors/"):
-                    self.version(plan, key, manifests)
-                else:
-                    self.follow_on(key, keys)
-        self.pointers(keys, manifests, plan)
+            if key.startswith(("tuning/", "evaluation/")) and layout.MANIFEST.fullmatch(key) and key != layout.METRICS:
+                self.follow_on(key, keys)
+        self.pointers(keys, sums, plan)
         self.unmerged(keys)
-
-    def partials(self, plan: Plan, keys: list[str]) -> dict[str, dict[str, Any]]:
-        """Check every manifest of a segment; return those that are good by the segment's id."""
-        planned = {layout.partial_key(segment.id): segment for segment in plan.segments}
-        present = [key for key in keys if re.fullmatch(r"partials/[^/]+\.json", key)]
-        found = {}
-        for key in present:
-            if key not in planned:
-                self.report.problems.append((key, f"{key} is of no segment of this plan. Delete it."))
-        for key, content in self.store.read_many([key for key in present if key in planned]):
-            segment = planned[key]
-            manifest = self.attempt(key, lambda c=content, s=segment: partials.parse_manifest(c, plan, s))
-            if manifest is not None:
-                found[segment.id] = manifest
-                self.came_from(manifest)
-                self.groups(manifest["prefix"], manifest["arrays"])
-        self.report.segments, self.report.committed = len(planned), len(found)
-        self.sums = {name: self.sum_digest(plan, found, name) for name in (layout.LOSS, *plan.spec["factors"])}
-        return found
 
     def came_from(self, manifest: Mapping[str, Any]) -> None:
         """Count the environment that a committed object was made in, whichever node of its kind it was."""
@@ -164,53 +150,6 @@ class _Check:
         kind = ", ".join(f"{name} {value}" for name, value in sorted(made.items()) if name not in ("node", "precision"))
         flags = [f"{name}={value}" for name, value in sorted(made.get("precision", {}).items()) if value != ""]
         self.report.environments["; ".join([kind, *flags])] += 1
-
-    def sum_digest(self, plan: Plan, manifests: Mapping[str, Any], name: str) -> bytes | None:
-        """Read one factor of every partial; return the digest of their sum in plan order if all are there and good.
-
-        Memory is two copies of the factor, as in the reduction.
-        """
-        before = len(self.report.problems)
-
-        def good() -> Iterator[torch.Tensor]:
-            ordered = [manifests[segment.id] for segment in plan.segments if segment.id in manifests]
-            keys = [f"{manifest['prefix']}/{name}" for manifest in ordered]
-            places = [
-                self.attempt(k, lambda m=m: partials.place_of(m, name)) for k, m in zip(keys, ordered, strict=True)
-            ]
-            named = [(key, place) for key, place in zip(keys, places, strict=True) if place is not None]
-            reads = self.store.read_arrays(place for _, place in named)
-            for (key, _), read in zip(named, reads, strict=True):
-                value = self.attempt(key, read)
-                if value is not None:
-                    yield torch.from_numpy(value)
-
-        values = good()
-        first = next(values, None)
-        if first is None:
-            return None
-        total = sum_in_order(chain([first], values))
-        whole = len(self.report.problems) == before and len(manifests) == len(plan.segments)
-        return _digest(total.numpy()) if whole else None
-
-    def version(self, plan: Plan, key: str, manifests: Mapping[str, Any]) -> None:
-        """Check a posterior version: manifest, arrays, and its sums where they can be formed."""
-        version = key.removeprefix("posteriors/").removesuffix(".json")
-        manifest = self.attempt(key, lambda: versions.read_version(self.store, plan, version))
-        if manifest is None:
-            return
-        before = len(self.report.problems)
-        current = len(manifests) == len(plan.segments) and versions.version_name(plan, manifests.values()) == version
-        for name, place in manifest["factors"].items():
-            array = f"{place['prefix']}/{name}"
-            self.groups(place["prefix"], [name])
-            value = self.attempt(array, lambda n=name, p=place: self.store.read_array(p["prefix"], n, p["entry"]))
-            total = self.sums[name] if current else None
-            if value is not None and total is not None and _digest(value) != total:
-                text = f"{array} is not the sum of the committed partials. Delete {key} and run the fit job again."
-                self.report.problems.append((array, text))
-        if len(self.report.problems) == before:
-            self.report.versions.append(version)
 
     def follow_on(self, key: str, keys: Collection[str]) -> None:
         """Check a manifest of tuning or evaluation, the shards that it was made of, and the arrays that it names."""
@@ -226,17 +165,28 @@ class _Check:
                 self.report.problems.append((shard, f"{text} its job again."))
         if "arrays" not in manifest:
             return
-        prefix = manifest["prefix"]
-        self.groups(prefix, manifest["arrays"])
         for name, entry in manifest["arrays"].items():
-            self.attempt(f"{prefix}/{name}", lambda n=name, e=entry: self.store.read_array(prefix, n, e))
+            self.array(manifest["prefix"], name, entry)
+
+    def array(self, prefix: str, name: str, entry: Mapping[str, Any]) -> np.ndarray | None:
+        """Check an array that a manifest names and return it; a shallow verification only looks that it is there."""
+        self.groups(prefix, [name])
+        key = f"{prefix}/{name}"
+        if not self.shallow:
+            return self.attempt(key, lambda: self.store.read_array(prefix, name, entry))
+        there = f"{key}/zarr.json" in self.keys and (
+            0 in entry["shape"] or any(k in self.keys for k in _first_chunk(key))
+        )
+        if not there and not self.store.exists(f"{key}/zarr.json"):
+            self.report.problems.append((key, f"{key} is missing. {layout.remedy(key)}"))
+        return None
 
     def groups(self, prefix: str, names: Collection[str]) -> None:
         """Check the metadata of the Zarr groups that hold arrays; reading the arrays alone does not need it."""
-        for key in self.store.group_keys(prefix, names):
+        for key in () if self.shallow else self.store.group_keys(prefix, names):
             self.attempt(key, lambda k=key: self.store.check_group(k))
 
-    def pointers(self, keys: list[str], manifests: Mapping[str, Any], plan: Plan) -> None:
+    def pointers(self, keys: list[str], sums: SumsCheck, plan: Plan) -> None:
         """Check what says which version, tuning and metrics are in force."""
         problems = self.report.problems
         if self.report.versions or layout.CURRENT in keys:
@@ -257,10 +207,10 @@ class _Check:
                 for key in named
                 if key is not None and self.missing(key, keys)
             ]
-            if current is not None and len(manifests) == len(plan.segments):
-                wanted = versions.version_name(plan, manifests.values())
+            if current is not None and sums.window is not None:
+                wanted = versions.version_of(sums.window)
                 if wanted != current["version"]:
-                    text = f"it names version {current['version']}, but the committed partials make {wanted}"
+                    text = f"it names version {current['version']}, but the window's sum makes {wanted}"
                     problems.append((layout.CURRENT, f"{layout.CURRENT}: {text}. Run the fit job again."))
         elif self.store.exists(layout.CURRENT):
             pass  # a job that runs beside this has just written it
@@ -314,15 +264,17 @@ class _Check:
                 ("orphans", "nothing was collected: what looks like an orphan may belong to a manifest that is bad")
             )
             return
+        protected = leases.hours_at_work(self.store, times)
         for place, age in self.report.orphans.items():
-            if age >= older_than:
+            if age >= older_than and (protected is None or age > protected + MARGIN):
                 self.store.delete_tree(place)
                 self.report.collected.append(place)
 
 
-def _digest(value: np.ndarray) -> bytes:
-    """Return the sha256 of an array's bytes."""
-    return hashlib.sha256(np.ascontiguousarray(value)).digest()
+def _first_chunk(key: str) -> Iterator[str]:
+    """Yield what the first chunk of an array may be called, by its number of dimensions."""
+    yield f"{key}/c"
+    yield from ("/".join([f"{key}/c", *["0"] * n]) for n in range(1, 8))
 
 
 def _shards(key: str, manifest: Mapping[str, Any]) -> list[str]:

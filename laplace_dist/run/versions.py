@@ -4,65 +4,67 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from laplace_dist.errors import CheckpointError
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run.checkpoint import open_json
-from laplace_dist.run.layout import LOSS, partial_key, version_key
-from laplace_dist.run.partials import parse_manifest
+from laplace_dist.run.layout import LOSS, version_key
+from laplace_dist.run.partials import refuse_emptied
+from laplace_dist.run.vector import complete, overlaps, write
+from laplace_dist.run.windows import SUM
 from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
 
 
-def manifests(store: Store, plan: Plan) -> Iterator[dict[str, Any]]:
-    """Yield the manifest of every segment in plan order, one at a time, each checked against the plan.
-
-    Raises:
-        MissingObjectError: A segment is not committed.
-        CheckpointError: A manifest is truncated, altered or of another plan.
-    """
-    found = store.read_many([partial_key(segment.id) for segment in plan.segments])
-    for segment, (_, data) in zip(plan.segments, found, strict=True):
-        yield parse_manifest(data, plan, segment)
-
-
-def version_of(store: Store, plan: Plan) -> str:
-    """Return the posterior version that the committed partials make, a pure function of the plan and their bytes."""
-    return version_name(plan, manifests(store, plan))
-
-
-def version_name(plan: Plan, manifests: Iterable[Mapping[str, Any]]) -> str:
-    """Return the name of the posterior version that partials make.
+def version_of(window: Mapping[str, Any]) -> str:
+    """Return the name of the posterior version that a window's sum makes, a pure function of the plan and the bytes.
 
     Args:
-        plan: Plan of the run.
-        manifests: Of every segment, in plan order.
+        window: The manifest of the window's sum.
     """
-    digest = hashlib.sha256(plan.digest.encode())
-    for manifest in manifests:
-        arrays = {name: entry["sha256"] for name, entry in sorted(manifest["arrays"].items())}
-        digest.update(json.dumps([manifest["segment"], manifest["n_data"], arrays]).encode())
-    return digest.hexdigest()[:16]
+    parts = {name: place["entry"]["sha256"] for name, place in sorted(window["parts"].items())}
+    content = [window["plan"], window["n_data"], window["loss"], parts]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def commit_version(store: Store, plan: Plan, version: str, receipts: Iterable[Mapping[str, Any]]) -> None:
+def factors_of(store: Store, plan: Plan, window: Mapping[str, Any], names: Collection[str]) -> dict[str, np.ndarray]:
+    """Return some factors of a window's sum by name, float64, after verifying every byte that they are made of.
+
+    Raises:
+        CheckpointError: A part is missing, truncated or altered.
+    """
+    wanted = [place for place in plan.places if place.name in names]
+    found = {place.name: np.empty(place.shape) for place in wanted}
+    for part in plan.parts:
+        if next(overlaps(wanted, part.start, part.stop), None) is not None:
+            place = window["parts"][part.id]
+            write(wanted, found, part.start, store.read_array(place["prefix"], SUM, place["entry"]))
+    complete(wanted, found)
+    return found
+
+
+def commit_version(store: Store, plan: Plan, window: Mapping[str, Any], receipts: Iterable[Mapping[str, Any]]) -> None:
     """Create the manifest that makes the factors a posterior version, unless it exists.
 
     Args:
         store: The checkpoint.
         plan: Plan of the run.
-        version: Name of the posterior version.
-        receipts: What the tasks of `reduce_group` returned.
+        window: The manifest of the window's sum.
+        receipts: `prefix` and `entry` of every factor by name, in several mappings.
     """
     factors = {name: place for receipt in receipts for name, place in receipt.items()}
-    assert set(factors) == {LOSS, *plan.spec["factors"]}, "a posterior version needs every factor of the plan"
+    assert set(factors) == set(plan.spec["factors"]), "a posterior version needs every factor of the plan"
+    version = version_of(window)
     manifest = {
         "format_version": FORMAT_VERSION,
         "plan": plan.digest,
         "version": version,
         "n_data": plan.n_examples,
+        "loss": window["loss"],
         "factors": factors,
     }
     if not store.create(version_key(version), seal_json(manifest)):
@@ -81,11 +83,23 @@ def read_version(store: Store, plan: Plan, version: str) -> dict[str, Any]:
     key = version_key(version)
     manifest = open_json(store.read(key), key)
     shapes = {name: place["entry"]["shape"] for name, place in manifest["factors"].items()}
-    planned = {LOSS: [], **{name: list(factor["shape"]) for name, factor in plan.spec["factors"].items()}}
+    planned = {name: list(factor["shape"]) for name, factor in plan.spec["factors"].items()}
+    if manifest["format_version"] == 1:
+        planned[LOSS] = []
     found = manifest["plan"], manifest["version"], manifest["n_data"], shapes
     if found != (plan.digest, version, plan.n_examples, planned):
         raise CheckpointError(
             f"{key} does not belong to this run's plan. Delete it and run the same command again: it reduces the "
             "partials anew."
         )
+    arrays = {name: place["entry"] for name, place in manifest["factors"].items()}
+    refuse_emptied(arrays, manifest["format_version"], key, "Start again with --fresh.")
     return manifest
+
+
+def read_loss(store: Store, manifest: Mapping[str, Any]) -> float:
+    """Return the summed loss of a posterior version."""
+    if manifest["format_version"] > 1:
+        return manifest["loss"]
+    place = manifest["factors"][LOSS]
+    return float(store.read_array(place["prefix"], LOSS, place["entry"]))

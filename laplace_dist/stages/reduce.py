@@ -1,56 +1,59 @@
-"""Reduce: factors summed over the partials in plan order, for a posterior version."""
+"""Reduce: the partials summed part by part, then the factors of the posterior version taken from the sum."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
-
-from laplace.curvature.sums import sum_in_order
+from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import Plan
+from laplace_dist.run import partials, versions, windows
 from laplace_dist.run.attempts import new_attempt
-from laplace_dist.run.layout import LOSS
-from laplace_dist.run.partials import place_of
-from laplace_dist.run.versions import manifests
+from laplace_dist.run.provenance import environment
 from laplace_dist.stages.context import Context
+from laplace_dist.storage.store import Store
 
-GROUP_BYTES = 32 * 2**20
-
-
-def groups(spec: Mapping[str, Any]) -> list[list[str]]:
-    """Return the names of the factors, in lists that one task each sums.
-
-    A large factor is alone, so that a task's memory is two copies of it; small ones share a task, since each task
-    reads every manifest.
-
-    Args:
-        spec: The plan's specification of the sums.
-    """
-    size = torch.finfo(getattr(torch, spec["dtype"])).bits // 8
-    result, held = [[LOSS]], 0
-    for name, factor in spec["factors"].items():
-        bytes_ = prod(factor["shape"]) * size
-        if held + bytes_ > GROUP_BYTES:
-            result.append([])
-            held = 0
-        result[-1].append(name)
-        held += bytes_
-    return result
+GROUP_BYTES = 32 * 2**20  # of small factors that one task writes together
 
 
 @dataclass(frozen=True)
-class SumFactors:
-    """Sum some factors over the partials in plan order and write them for a posterior version.
+class SumPart:
+    """Add one part of every partial in plan order, in float64, and commit it under a manifest of its own.
 
-    The sum is in float64 and rounded once. Nothing refers to what was written before `versions.commit_version` does.
+    Attributes:
+        plan: Digest of the plan.
+        part: The part.
+        of: What it is the sum of: `windows.inputs_digest`.
+    """
+
+    plan: str
+    part: Part
+    of: str
+
+    @property
+    def what(self) -> str:
+        """The task in a person's words."""
+        return f"sum of part {self.part.id}"
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Do so."""
+        store, plan = context.store, context.plan
+        manifests = [_slim(manifest, self.part) for manifest in partials.manifests(store, plan)]
+        total = windows.sum_part(store, plan, manifests, self.part)
+        windows.commit_part(store, plan, self.part, total, self.of, environment(context.device))
+        return {}
+
+
+@dataclass(frozen=True)
+class WriteFactors:
+    """Take some factors from the window's sum and write them by name; `versions.commit_version` refers to them.
 
     Attributes:
         plan: Digest of the plan.
         version: Name of the posterior version.
-        names: Factors to sum.
+        names: Of the factors.
     """
 
     plan: str
@@ -60,23 +63,39 @@ class SumFactors:
     @property
     def what(self) -> str:
         """The task in a person's words."""
-        return f"sum of {self.names[0]}, …"
+        return f"factors {self.names[0]}, …"
 
     def run(self, context: Context) -> dict[str, Any]:
         """Do so; the receipt has `prefix` and `entry` of each array by name, under `factors`."""
         store, plan = context.store, context.plan
-        slim = [{**m, "arrays": {name: m["arrays"][name] for name in self.names}} for m in manifests(store, plan)]
-        found = {}
-        for name in self.names:
-            prefix = f"posteriors/{self.version}/{new_attempt()}"
-            reads = store.read_arrays(place_of(manifest, name) for manifest in slim)
-            total = sum_in_order(torch.from_numpy(read()) for read in reads)
-            symmetric = {name} if name != LOSS and plan.spec["factors"][name]["symmetric"] else set()
-            entry = store.write_arrays(prefix, {name: total.numpy()}, symmetric)[name]
-            found[name] = {"prefix": prefix, "entry": entry}
-        return {"factors": found}
+        arrays = versions.factors_of(store, plan, windows.read_window(store, plan), self.names)
+        symmetric = {name for name in self.names if plan.spec["factors"][name]["symmetric"]}
+        prefix = f"posteriors/{self.version}/{new_attempt()}"
+        entries = store.write_arrays(prefix, arrays, symmetric)
+        return {"factors": {name: {"prefix": prefix, "entry": entry} for name, entry in entries.items()}}
 
 
-def tasks(plan: Plan, version: str) -> list[SumFactors]:
-    """Return the tasks that sum every factor of the plan."""
-    return [SumFactors(plan.digest, version, tuple(names)) for names in groups(plan.spec)]
+def part_tasks(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any]]) -> list[SumPart]:
+    """Return a task for every part that has no sum of these partials."""
+    return [SumPart(plan.digest, part, of) for part, of in windows.missing_parts(store, plan, manifests)]
+
+
+def factor_tasks(plan: Plan, version: str) -> list[WriteFactors]:
+    """Return tasks that write every factor of the plan: a large one alone, small ones together."""
+    groups: list[list[str]] = []
+    held = GROUP_BYTES
+    for name, factor in plan.spec["factors"].items():
+        size = prod(factor["shape"]) * 8
+        if held + size > GROUP_BYTES:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return [WriteFactors(plan.digest, version, tuple(names)) for names in groups]
+
+
+def _slim(manifest: dict[str, Any], part: Part) -> dict[str, Any]:
+    """Return a manifest without the entries that a part does not need: there may be many."""
+    if manifest["format_version"] == 1:
+        return manifest
+    return {**manifest, "arrays": {part.id: manifest["arrays"][part.id]}}

@@ -37,7 +37,8 @@ class Arrays:
 
         Args:
             prefix: Key of the group, unique to this attempt.
-            arrays: Float32 or float64 arrays by name; `/` in a name makes nested groups.
+            arrays: Float32 or float64 arrays by name, or what looks like one and is computed as it is sliced; `/` in a name
+                makes nested groups.
             symmetric: Names of those, of shape `(..., d, d)`, to be symmetrised and stored as lower triangles.
 
         Returns:
@@ -115,7 +116,7 @@ class Arrays:
                 yield waiting.popleft()[0].result
 
     def _write_array(self, key: str, value: np.ndarray, packed: bool) -> dict[str, Any]:
-        value = np.asarray(value)
+        value = np.asarray(value) if isinstance(value, np.generic) else value
         if value.dtype not in (np.float32, np.float64):
             raise CheckpointError(f"{self._where(key)} has dtype {value.dtype}; factors are float32 or float64")
         memory, array = _new_array(

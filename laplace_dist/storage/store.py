@@ -166,6 +166,16 @@ class Store(Arrays):
                 "If-None-Match, such as S3."
             )
 
+    def now(self) -> datetime:
+        """Return the storage's own time, which the times of its objects are of, by writing a small object."""
+        probe = f"probe-{uuid.uuid4().hex}"
+        self.create(probe, b"")
+        info = self._info(probe)
+        self.delete_tree(probe)
+        if info is None:
+            raise self._missing(probe)
+        return _time(info)
+
     def entries(self) -> list[str]:
         """Return what lies directly under the URL: names of objects, and of folders with a slash behind."""
         with self._reporting(".", "list"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import math
+
 import numpy as np
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from laplace_dist.run import partials
 from laplace_dist.run import pointer
 from laplace_dist.run import layout
 from laplace_dist.run import versions
+from laplace_dist.run import windows
 from laplace_dist.stages import reduce
 from laplace_dist.run import layout
 from laplace_dist.run import lifecycle
@@ -119,11 +122,17 @@ def work(store: Checkpoint, plan: Plan, segment) -> partials.Receipt:
 
 def finish(store: Checkpoint, plan: Plan) -> str:
     """Reduce and promote as the driver does; returns the version."""
-    version = versions.version_of(store, plan)
+    context = SimpleNamespace(store=store, plan=plan, device="cpu")
+    window = windows.find_window(store, plan)
+    if window is None:
+        manifests = list(partials.manifests(store, plan))
+        for task in reduce.part_tasks(store, plan, manifests):
+            task.run(context)
+        window = windows.commit_window(store, plan, manifests)
+    version = versions.version_of(window)
     if not store.exists(layout.version_key(version)):
-        context = SimpleNamespace(store=store, plan=plan)
-        receipts = [task.run(context)["factors"] for task in reduce.tasks(plan, version)]
-        versions.commit_version(store, plan, version, receipts)
+        receipts = [task.run(context)["factors"] for task in reduce.factor_tasks(plan, version)]
+        versions.commit_version(store, plan, window, receipts)
     if not store.exists(layout.CURRENT) or pointer.read_current(store)["version"] != version:
         pointer.write_current(store, version, None)
     return version
@@ -144,14 +153,16 @@ def state(store: Checkpoint, plan: Plan) -> dict:
     assert lifecycle.read_plan(store) == plan
     found: dict = {}
     for id_, manifest in lifecycle.committed(store, plan).items():
-        found[id_] = {n: partials.read_factor(store, manifest, n).tobytes() for n in manifest["arrays"]}
+        found[id_] = {name: value.tobytes() for name, value in partials.read_factors(store, plan, manifest).items()}
     if store.exists(layout.WEIGHTS):
         found["weights"] = {"": store.read(layout.WEIGHTS)}
     if store.exists(layout.CURRENT):
         version = pointer.read_current(store)["version"]
-        factors = versions.read_version(store, plan, version)["factors"]
+        manifest = versions.read_version(store, plan, version)
+        factors = manifest["factors"]
         found["current"] = {
             "version": version.encode(),
+            "loss": repr(manifest["loss"]).encode(),
             **{n: store.read_array(p["prefix"], n, p["entry"]).tobytes() for n, p in factors.items()},
         }
     return found
@@ -160,11 +171,11 @@ def state(store: Checkpoint, plan: Plan) -> dict:
 def serial(plan: Plan) -> dict:
     """Return the state that a run without store, crash or parallel work ends in, but for the version's name."""
     parts = {segment.id: sums_of(segment) for segment in plan.segments}
-    found = {i: {n: t.numpy().tobytes() for n, t in sums.items()} for i, sums in parts.items()}
-    found["current"] = {}
-    for name in ("w/A", "b", "loss"):
+    found = {i: {n: sums[n].double().numpy().tobytes() for n in ("w/A", "b")} for i, sums in parts.items()}
+    found["current"] = {"loss": repr(math.fsum(float(sums["loss"]) for sums in parts.values())).encode()}
+    for name in ("w/A", "b"):
         total = np.zeros(parts["000000"][name].shape)
         for sums in parts.values():
             total = total + sums[name].numpy().astype(np.float64)
-        found["current"][name] = total.astype(parts["000000"][name].numpy().dtype).tobytes()
+        found["current"][name] = total.tobytes()
     return found

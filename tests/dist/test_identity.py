@@ -281,7 +281,7 @@ def test_a_file_system_that_overwrites_in_create_mode_is_refused_by_name(tmp_pat
 def test_everything_committed_says_where_it_was_made_and_verify_lists_it(tmp_path):
     dist_cases.run_inline(dist_cases.config(tmp_path, skip_tune=False, skip_evaluate=False))
     store = Checkpoint(str(tmp_path))
-    kinds = {"partials": 6, "tuning": 4, "evaluation": 4}
+    kinds = {"partials": 6, "parts": 1, "tuning": 4, "evaluation": 4}
     for folder, count in kinds.items():
         keys = [key for key in store.list(folder) if layout.MANIFEST.fullmatch(key) and key != layout.METRICS]
         assert len(keys) == count

@@ -129,7 +129,7 @@ def version(run, key):
 def partial(run, key):
     plan = the_plan(run)
     found = partials.read_manifest(run, plan, plan.segments[0])
-    return {name: partials.read_factor(run, found, name).tolist() for name in found["arrays"]}
+    return {name: value.tolist() for name, value in partials.read_factors(run, plan, found).items()}
 
 
 # What each reader makes of its object: a result that can be compared.

@@ -148,14 +148,17 @@ def test_a_lost_posterior_version_is_reduced_to_the_same_name_and_bytes(tmp_path
     assert hashes() == before
 
 
-def test_large_factors_get_a_task_of_their_own(monkeypatch, tmp_path):
-    whole = run(dist_cases.config(tmp_path / "one"))
+def test_the_sum_does_not_depend_on_where_it_is_cut(monkeypatch, tmp_path):
+    whole, _ = run(dist_cases.config(tmp_path / "one"))
+    one = load_posterior(str(tmp_path / "one"), dist_cases.convnet()).sums.to_tensors()
+    monkeypatch.setattr("laplace_dist.plan.plan.PART_ENTRIES", 5)
     monkeypatch.setattr(reduce, "GROUP_BYTES", 40)
-    plan = lifecycle.read_plan(Checkpoint(str(tmp_path / "one")))
-    names = [name for group in reduce.groups(plan.spec) for name in group]
-    assert names == ["loss", *plan.spec["factors"]]
-    assert len(reduce.groups(plan.spec)) > 3
-    assert run(dist_cases.config(tmp_path / "many")) == whole
+    run(dist_cases.config(tmp_path / "many", fresh=True))
+    many = load_posterior(str(tmp_path / "many"), dist_cases.convnet()).sums.to_tensors()
+    assert len(list((tmp_path / "many" / "parts").glob("*.json"))) > 10
+    assert all(torch.equal(many[name], one[name]) for name in one)
+    assert laplace_dist.verify(str(tmp_path / "many")).ok
+
 
 
 # ------------------------------------------------------------------ tuning and evaluation
@@ -260,7 +263,8 @@ def test_a_time_out_that_the_user_gives_holds_for_every_task(tmp_path, given, mo
     several = timeouts.FLOOR_SECONDS if given is None else given
     assert pool.seconds == {
         "MapSegment": several,
-        "SumFactors": math.inf if given is None else given,
+        "SumPart": given,
+        "WriteFactors": math.inf if given is None else given,
         "ScoreShard": several,
         "ChooseFromGrid": given,
         "EvaluateShard": several,

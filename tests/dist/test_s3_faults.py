@@ -19,7 +19,7 @@ from test_s3_runs import assert_no_secret, factor_digests
 import laplace_dist
 from laplace_dist.storage import retry
 from laplace_dist.job import fit
-from laplace_dist.errors import StorageError
+from laplace_dist.errors import RunFailed
 from laplace_dist.report.progress import Progress
 from laplace_dist.stages.map import MapSegment
 from laplace_dist.run.checkpoint import Checkpoint
@@ -133,7 +133,7 @@ def test_an_outage_longer_than_the_patience_names_the_object_and_the_same_comman
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "create", then_gone)
-        with pytest.raises(StorageError, match=r"run/partials/000001.json: could not write.*Run the same command") as e:
+        with pytest.raises(RunFailed, match=r"StorageError: .*run/partials/000001.* could not .*Run the same command") as e:
             recorded_run(config)
     assert_no_secret(server, {"message": str(e.value)})
     server.start()

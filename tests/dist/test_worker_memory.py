@@ -50,7 +50,7 @@ print((status("VmHWM") - before) / 1024)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
 def test_a_worker_holds_at_most_two_copies_of_the_sums(tmp_path, environment):
-    megabytes = 5120**2 * 4 / 2**20  # the one large factor, 100 MB
+    megabytes = 5120**2 * 8 / 2**20  # the one large factor in float64, 200 MB
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, "5120", str(tmp_path / "run")]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     assert megabytes < float(done.stdout.split()[-1]) < 2 * megabytes

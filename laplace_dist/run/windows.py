@@ -1,0 +1,167 @@
+"""The window's sum: its partials added up part by part, each part under a manifest of its own, then one for all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import fsum
+from typing import Any
+
+import numpy as np
+import torch
+
+from laplace.curvature.sums import sum_in_order
+from laplace_dist.errors import CheckpointError, MissingObjectError
+from laplace_dist.plan.parts import Part
+from laplace_dist.plan.plan import FORMAT_VERSION, Plan
+from laplace_dist.run import partials
+from laplace_dist.run.attempts import new_attempt
+from laplace_dist.run.checkpoint import open_json
+from laplace_dist.run.layout import WINDOW, part_key
+from laplace_dist.storage.sealed_json import seal_json
+from laplace_dist.storage.store import Store
+
+SUM = "sum"  # name of a part's array
+
+
+def inputs_digest(manifests: Iterable[Mapping[str, Any]], part: Part) -> str:
+    """Return what a part was summed from: the committed partials in plan order, by their bytes."""
+    digest = hashlib.sha256()
+    for manifest in manifests:
+        entry = partials.entries_of(manifest, part)
+        digest.update(json.dumps([manifest["segment"], entry]).encode())
+    return digest.hexdigest()
+
+
+def sum_part(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any]], part: Part) -> np.ndarray:
+    """Add one part of every partial in plan order, in float64.
+
+    Memory is two parts.
+
+    Raises:
+        CheckpointError: An array is missing, truncated or altered.
+    """
+    reads: Iterator[Callable[[], np.ndarray]] = partials.read_parts(store, plan, manifests, part)
+    return sum_in_order(torch.from_numpy(read()) for read in reads).numpy()
+
+
+def commit_part(
+    store: Store, plan: Plan, part: Part, total: np.ndarray, of: str, environment: Mapping[str, Any]
+) -> None:
+    """Commit the sum of one part, unless it is there.
+
+    Args:
+        store: The checkpoint.
+        plan: Plan of the run.
+        part: The part.
+        total: Its sum.
+        of: `inputs_digest(...)`.
+        environment: Where it was made.
+    """
+    key = part_key(part.id)
+    prefix = f"{key.removesuffix('.json')}/{new_attempt()}"
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "key": key,
+        "plan": plan.digest,
+        "of": of,
+        "prefix": prefix,
+        "arrays": store.write_arrays(prefix, {SUM: total}),
+        "environment": dict(environment),
+    }
+    if not store.create(key, seal_json(manifest)):
+        store.delete_tree(prefix)
+        read_part_manifest(store, plan, part, of)
+
+
+def read_part_manifest(store: Store, plan: Plan, part: Part, of: str | None = None) -> dict[str, Any]:
+    """Return the manifest of a part's sum.
+
+    Args:
+        store: The checkpoint.
+        plan: Plan of the run.
+        part: The part.
+        of: `inputs_digest(...)` of the partials that are there now, if that is to be compared.
+
+    Raises:
+        MissingObjectError: It is not committed.
+        CheckpointError: It is truncated, altered, of another plan, or the sum of other partials.
+    """
+    key = part_key(part.id)
+    manifest = open_json(store.read(key), key)
+    shape = manifest["arrays"][SUM]["shape"]
+    if manifest["plan"] != plan.digest or shape != [part.stop - part.start]:
+        raise CheckpointError(f"{key} does not belong to this run's plan. Delete it and run the same command again.")
+    if of not in (None, manifest["of"]):
+        raise CheckpointError(
+            f"{key} is the sum of other partials than those that are committed now. Delete it and run the same command "
+            "again: it sums that part anew."
+        )
+    return manifest
+
+
+def missing_parts(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any]]) -> list[tuple[Part, str]]:
+    """Return the parts that have no sum of these partials, each with `inputs_digest`; sums of others are deleted.
+
+    A segment whose partial was bad, was deleted and computed again may have other bytes on other hardware; a part that was
+    summed before that does not count.
+    """
+    there, missing = set(store.list("parts", recursive=False)), []
+    for part in plan.parts:
+        of = inputs_digest(manifests, part)
+        if part_key(part.id) in there:
+            if read_part_manifest(store, plan, part)["of"] == of:
+                continue
+            store.delete_tree(part_key(part.id))
+        missing.append((part, of))
+    return missing
+
+
+def commit_window(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Make the parts the window's sum, unless that is done, and return its manifest.
+
+    Raises:
+        CheckpointError: A part is not committed, bad, or the sum of other partials than these.
+    """
+    parts = {part.id: read_part_manifest(store, plan, part, inputs_digest(manifests, part)) for part in plan.parts}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "plan": plan.digest,
+        "n_data": sum(manifest["n_data"] for manifest in manifests),
+        "loss": total_loss(store, manifests),
+        "parts": {name: {"prefix": found["prefix"], "entry": found["arrays"][SUM]} for name, found in parts.items()},
+    }
+    store.create(WINDOW, seal_json(manifest))
+    return read_window(store, plan)
+
+
+def total_loss(store: Store, manifests: Iterable[Mapping[str, Any]]) -> float:
+    """Return the summed loss of partials, rounded once."""
+    return fsum(partials.loss_of(store, manifest) for manifest in manifests)
+
+
+def read_window(store: Store, plan: Plan) -> dict[str, Any]:
+    """Return the manifest of the window's sum.
+
+    Raises:
+        MissingObjectError: It is not committed.
+        CheckpointError: It is truncated, altered or of another plan.
+    """
+    manifest = open_json(store.read(WINDOW), WINDOW)
+    shapes = {name: place["entry"]["shape"] for name, place in manifest["parts"].items()}
+    planned = {part.id: [part.stop - part.start] for part in plan.parts}
+    if (manifest["plan"], manifest["n_data"], shapes) != (plan.digest, plan.n_examples, planned):
+        raise CheckpointError(
+            f"{WINDOW} does not belong to this run's plan. Delete it and run the same command again: it puts the parts "
+            "together anew."
+        )
+    return manifest
+
+
+def find_window(store: Store, plan: Plan) -> dict[str, Any] | None:
+    """Return the manifest of the window's sum, or None where the reduction is not done."""
+    try:
+        return read_window(store, plan)
+    except MissingObjectError:
+        return None
