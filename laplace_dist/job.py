@@ -12,6 +12,7 @@ from typing import Any
 from laplace_dist.config import compatibility
 from laplace_dist.config.settings import Config
 from laplace_dist.data import sources
+from laplace_dist.data.collate import Collate
 from laplace_dist.errors import ExampleError, MissingObjectError, SettingsError
 from laplace_dist.execution.inline import Inline
 from laplace_dist.execution.loop import run_tasks
@@ -25,7 +26,7 @@ from laplace_dist.report.progress import Progress
 from laplace_dist.run import evaluations, layout, lifecycle, pointer, tunings, versions, weights
 from laplace_dist.run.checkpoint import open_json, open_store
 from laplace_dist.run.weights import dump_weights, weights_digest
-from laplace_dist.stages import evaluate, map, reduce, tune
+from laplace_dist.stages import evaluate, first_batch, map, reduce, tune
 from laplace_dist.stages.context import initialized, plain
 from laplace_dist.storage.store import Store
 
@@ -160,10 +161,11 @@ class Job:
         config = self.config
         compatibility.check_predictive(config)
         train = sources.load_split(config, "train")
-        sources.check_splits(config)
+        others = sources.check_splits(config)
         model = weights.load_model(config)
+        first_batch.check(config, model, {"train": train, **others})
         try:
-            la = initialized(config.model_dump(), model, train)
+            la = initialized(config.model_dump(), model, train, Collate.of(config))
         except (ValueError, ImportError, ExampleError) as error:
             raise error if isinstance(error, SettingsError) else SettingsError(str(error)) from error
         found = _fingerprint(train)

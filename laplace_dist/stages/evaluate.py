@@ -32,7 +32,7 @@ def settings(config: Config, tuning: str | None, data: Mapping[str, Any]) -> dic
         data: Fingerprints of the splits by name.
     """
     names = ("link_approx", "pred_type", "batch_size", "seed")
-    return {**{name: getattr(config, name) for name in names}, "tuning": tuning, "data": dict(data)}
+    return {**{name: getattr(config, name) for name in names}, "tuning": tuning, "data": dict(data), **config.batching}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,12 @@ def settings(config: Config, validation: Mapping[str, Any] | None) -> dict[str, 
     if config.tuning == "marglik":
         return {"method": "marglik", "structure": config.prior_structure, "steps": STEPS, "rate": RATE}
     names = ("grid_size", "link_approx", "pred_type", "batch_size", "seed")
-    return {"method": "gridsearch", **{name: getattr(config, name) for name in names}, "data": validation}
+    return {
+        "method": "gridsearch",
+        **{name: getattr(config, name) for name in names},
+        "data": validation,
+        **config.batching,
+    }
 
 
 @dataclass(frozen=True)
