@@ -132,6 +132,7 @@ def initialized(settings: Mapping[str, Any], model: nn.Module, dataset: Any, col
     """
     la = posterior.new_laplace(settings, model)
     x, _ = loader.read_batch(dataset, 0, 1, collate)
+    x = x + x if isinstance(x, list | tuple) else x  # of strings: the core library doubles only what it can stack
     la.initialize(to_device(x, next(model.parameters()).device))
     return la
 

@@ -55,7 +55,7 @@ def check(config: Config, model: nn.Module, splits: Mapping[str, Any]) -> None:
                 _check_targets(config.likelihood, f, y)
         except (ExampleError, SettingsError) as error:
             where = "" if name == "train" else f" (split {name!r})"
-            raise SettingsError(f"{error}{where}") from error
+            raise SettingsError(f"{error}{where}") from (error.__cause__ or error)
 
 
 # ------------------------------------------------------------------ one example
