@@ -117,18 +117,22 @@ class ReadAhead:
         threads: int = 1,
         pin: bool = False,
     ) -> None:
+        self._loader: DataLoader | None = None
         self.workers, self._turn = workers, 0
         self._length = len(dataset)
-        self._ranges = _Ranges(batch_size, max(1, getattr(dataset, "rows_per_read", 1)))
+        rows = getattr(dataset, "rows_per_read", 1) if workers else 1
+        self._ranges = _Ranges(batch_size, rows)
         self._units = _Units(dataset, collate)
         self._options: dict[str, Any] = {"pin_memory": pin, "num_workers": workers}
         if workers:
             self._options |= {
                 "multiprocessing_context": "forkserver",
                 "persistent_workers": True,
+                "prefetch_factor": 1
+                if rows > batch_size
+                else 2,  # units per process, each of several batches or of one
                 "worker_init_fn": partial(_prepare, threads, torch.get_default_dtype()),
             }
-        self._loader: DataLoader | None = None
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, Any, Tensor]]:
         """Yield the batches of a contiguous range of examples, in order; only one range is read at a time.
@@ -144,17 +148,25 @@ class ReadAhead:
         self._turn += 1
         turn, at = self._turn, start
         units = self._begin(start, stop)
-        while (unit := self._next(units, at, stop)) is not None:
-            for item in unit:
+        while at < stop:
+            for item in self._next(units, at, stop):
                 if isinstance(item, _Failure):
                     raise item.error()
-                assert turn == self._turn, "another range was begun before this one was finished"
                 yield item
-            at = item[0] + self._ranges.batch_size
+                assert turn == self._turn, "another range was begun before this one was finished"
+                at += self._ranges.batch_size
 
     def close(self) -> None:
-        """End the processes."""
-        self._loader = None
+        """End the processes.
+
+        Left to the garbage collection, which may take the queues first, each is waited for until it looks around: 5 s.
+        """
+        loader, self._loader = self._loader, None
+        if loader is not None and loader._iterator is not None:
+            loader._iterator._shutdown_workers()
+
+    def __del__(self) -> None:
+        self.close()
 
     def _begin(self, start: int, stop: int) -> Iterator[Any]:
         self._ranges.start, self._ranges.stop = start, stop
@@ -177,12 +189,12 @@ class ReadAhead:
 
     def _next(self, units: Iterator[Any], at: int, stop: int) -> Any:
         try:
-            return next(units, None)
-        except RuntimeError as error:
+            return next(units)
+        except (RuntimeError, OSError, EOFError) as error:
             self.close()
-            if "DataLoader worker" not in str(error):
+            if not self.workers:
                 raise
-            reason = str(error).strip().splitlines()[0]
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['its connection ended'])[0]}"
             raise ExampleError(
                 f"--loader-workers: a process that read ahead died while examples from {at} were being read ({reason}). "
                 "If memory or /dev/shm is short, which batches pass through, give fewer of them; 0 reads in the worker itself.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,7 +44,7 @@ def weights_options(config: Config) -> Mapping[str, Any]:
     """
     under = f"{config.checkpoint.rstrip('/')}/"
     place = config.weights or ""
-    own = place.startswith(under) and ".." not in place
+    own = place.startswith(under) and re.fullmatch(r"(?!.*\.\.)[\w./-]+", place.removeprefix(under))
     return config.weights_storage_options or (config.storage_options if own else {})
 
 

@@ -106,11 +106,16 @@ class Context:
         for offset, x, y in self._reader(split).batches(start, stop):
             yield offset, to_device(x, self.device), to_device(y, self.device)
 
+    def close(self) -> None:
+        """End the processes that read ahead."""
+        if self._reading is not None:
+            self._reading[1].close()
+            self._reading = None
+
     def _reader(self, split: str) -> ReadAhead:
         """Return what reads a split; of several splits only the last one's processes are kept."""
         if self._reading is None or self._reading[0] != split:
-            if self._reading is not None:
-                self._reading[1].close()
+            self.close()
             config = self.config
             reader = ReadAhead(
                 self.split(split),

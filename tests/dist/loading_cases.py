@@ -42,6 +42,10 @@ class Traced(Dataset):
         time.sleep(60)
 
 
+def split(split: str) -> Traced:
+    return Traced()
+
+
 class Odd(Exception):
     """An error that cannot be built from its text, nor sent to another process."""
 

@@ -19,11 +19,13 @@ from loading_cases import State, Traced, Unsendable, reads
 from torch.utils.data import TensorDataset
 
 from laplace_dist.data.collate import Collate
+from laplace_dist.data.device import to_device
 from laplace_dist.data.loader import batches
 from laplace_dist.data.read_ahead import ReadAhead, _Ranges
 from laplace_dist.data.zarr_split import ZarrSplit
 from laplace_dist.errors import ExampleError, SettingsError
 from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.stages.context import Context
 
 
 def children() -> list[psutil.Process]:
@@ -37,6 +39,25 @@ def wait_until(condition, seconds=20.0):
     while not condition():
         assert time.monotonic() < end, "it did not come about"
         time.sleep(0.05)
+
+
+def test_a_gpu_gets_its_batches_from_pinned_memory_without_waiting(tmp_path, monkeypatch):
+    asked, x = [], torch.zeros(1)
+    contexts = {device: Context(dist_cases.config(tmp_path), device) for device in ("cuda", "cpu")}
+    for device, context in contexts.items():
+        assert context._reader("train")._options["pin_memory"] == (device == "cuda")
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **options: asked.append((str(device), options)) or self)
+    for context in contexts.values():
+        to_device({"x": [x]}, context.device)
+    assert asked == [(device, {"non_blocking": True}) for device in ("cuda", "cpu")]
+
+
+def test_only_the_processes_of_the_split_in_use_are_kept(tmp_path):
+    before = {p.pid for p in children()}
+    context = Context(dist_cases.config(tmp_path, loader_workers=1, data="loading_cases:split"))
+    for name in ("val", "test", "val"):
+        assert len(list(context.batches(name, 0, 8))) == 2
+        wait_until(lambda: len({p.pid for p in children()} - before) == 1)
 
 
 @pytest.fixture

@@ -106,6 +106,8 @@ UNDER = [
     ("s3://bucket/run", "s3://other/run/weights.safetensors", None),
     ("s3://bucket/run", "gs://bucket/run/weights.safetensors", None),
     ("s3://bucket/run", "s3://bucket/run/../secret/w", None),
+    ("s3://bucket/run", "s3://bucket/run/%2e%2e/secret/w", None),
+    ("s3://bucket/run", "s3://bucket/run/w::http://other/w", None),
     ("/run", "s3://bucket/run/w", None),
 ]
 
