@@ -1,36 +1,22 @@
-"""Reading ahead with `torch.utils.data.DataLoader`: one range of examples after the other, by processes that stay.
-
-The processes come from a `forkserver`. A worker of Ray has threads of Ray, of fsspec's event loop and of torch when it begins
-to read, perhaps also a CUDA context; a plain fork copies their locks in whatever state they are in, and file systems such as
-s3fs refuse to work in a forked process. A fork server is started afresh, has no such threads, and imports torch for all.
-"""
+"""Reading ahead with `torch.utils.data.DataLoader`: one range of examples after the other, by processes that stay."""
 
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
-import pickle
-import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from laplace_dist.data.collate import Collate
 from laplace_dist.data.loader import DEFAULT, read_batch
+from laplace_dist.data.processes import METHOD, check_batch, prepare, starting
 from laplace_dist.errors import ExampleError, SettingsError
 
-_CANNOT_SEND = (pickle.PicklingError, AttributeError, TypeError, NotImplementedError)
-_PRELOAD = ["torch", __name__]  # imported once, by the fork server; neither starts a thread
 Unit = tuple[tuple[int, int], ...]  # ranges of batches that one process reads, one after the other
 
 
@@ -87,7 +73,8 @@ class _Units(Dataset):
         try:
             for start, stop in unit:
                 x, y = read_batch(self.dataset, start, stop, self.collate)
-                found.append((start, _sendable(x, start, stop), y))
+                check_batch(x, start, stop)
+                found.append((start, x, y))
         except (ExampleError, SettingsError) as error:
             cause = None if get_worker_info() else error.__cause__
             examples = tuple(getattr(error, "examples", ()))
@@ -126,12 +113,12 @@ class ReadAhead:
         self._options: dict[str, Any] = {"pin_memory": pin, "num_workers": workers}
         if workers:
             self._options |= {
-                "multiprocessing_context": "forkserver",
+                "multiprocessing_context": METHOD,
                 "persistent_workers": True,
                 "prefetch_factor": 1
                 if rows > batch_size
                 else 2,  # units per process, each of several batches or of one
-                "worker_init_fn": partial(_prepare, threads, torch.get_default_dtype()),
+                "worker_init_fn": partial(prepare, threads, torch.get_default_dtype()),
             }
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, Any, Tensor]]:
@@ -182,9 +169,7 @@ class ReadAhead:
             )
         if not self.workers or self._loader._iterator is not None:
             return iter(self._loader)
-        alone = check_sendable(self._units)
-        multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
-        with _main_left_alone() if alone else _nothing():
+        with starting(self._units):
             return iter(self._loader)
 
     def _next(self, units: Iterator[Any], at: int, stop: int) -> Any:
@@ -202,93 +187,5 @@ class ReadAhead:
             ) from error
 
 
-def check_sendable(dataset: Any) -> bool:
-    """Refuse a data set that cannot be sent to another process, without copying its arrays.
-
-    Returns:
-        Whether nothing in it is defined in the main module, which a process then need not run again.
-
-    Raises:
-        SettingsError: It holds something that cannot be pickled.
-    """
-    probe = _Probe()
-    try:
-        probe.dump(dataset)
-    except _CANNOT_SEND as error:
-        raise SettingsError(
-            f"--loader-workers: the data set cannot be sent to the processes that read ahead ({type(error).__name__}: "
-            f"{error}). Define its functions and classes at the top of a module and open files on first use, or give "
-            "--loader-workers 0."
-        ) from error
-    return not probe.needs_main
-
-
-class _Probe(ForkingPickler):
-    """Pickles to nowhere, and passes arrays over."""
-
-    def __init__(self) -> None:
-        super().__init__(_Nowhere())
-        self.needs_main = False
-
-    def persistent_id(self, value: Any) -> int | None:
-        """Say what is passed over, and notice what the main module has defined."""
-        self.needs_main = self.needs_main or getattr(value, "__module__", None) == "__main__"
-        return 0 if isinstance(value, Tensor | np.ndarray) else None
-
-
-class _Nowhere:
-    def write(self, content: Any) -> int:
-        return len(content)
-
-
-@contextmanager
-def _main_left_alone() -> Iterator[None]:
-    """Keep new processes from running this process's main module: a script without a guard would start again."""
-    main = sys.modules["__main__"]
-    spec, path = main.__spec__, main.__dict__.pop("__file__", None)
-    main.__spec__ = None
-    try:
-        yield
-    finally:
-        main.__spec__ = spec
-        if path is not None:
-            main.__file__ = path
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def _prepare(threads: int, dtype: torch.dtype, number: int) -> None:
-    """Have a new process compute as the one that it reads for, and end with it."""
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(dtype)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Wait until the process that this one reads for is gone, and go.
-
-    torch's own watch looks at the parent, which is the fork server; and that one lives as long as any of its children.
-    """
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
 def _as_it_is(item: Any) -> Any:
     return item
-
-
-def _sendable(x: Any, start: int, stop: int) -> Any:
-    """Return inputs that can be sent from a process; what cannot would be lost without a word, and waited for without end."""
-    if get_worker_info() is None:
-        return x
-    try:
-        _Probe().dump(x)
-    except _CANNOT_SEND as error:
-        raise SettingsError(
-            f"--loader-workers: the batch of examples {start} to {stop - 1} cannot be sent from the process that read it "
-            f"({type(error).__name__}: {error}). Make it tensors with --collate, or give --loader-workers 0."
-        ) from error
-    return x

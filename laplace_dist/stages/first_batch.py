@@ -23,7 +23,7 @@ from laplace_dist.data.collate import Collate
 from laplace_dist.data.device import to_device
 from laplace_dist.data.loader import read_batch, read_example
 from laplace_dist.data.nested import flat, is_flat
-from laplace_dist.data.read_ahead import check_sendable
+from laplace_dist.data.processes import check_sendable
 from laplace_dist.errors import ExampleError, SettingsError, listed
 
 FEW = 2

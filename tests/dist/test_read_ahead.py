@@ -21,6 +21,7 @@ from torch.utils.data import TensorDataset
 from laplace_dist.data.collate import Collate
 from laplace_dist.data.device import to_device
 from laplace_dist.data.loader import batches
+from laplace_dist.data.processes import check_sendable
 from laplace_dist.data.read_ahead import ReadAhead, _Ranges
 from laplace_dist.data.zarr_split import ZarrSplit
 from laplace_dist.errors import ExampleError, SettingsError
@@ -158,6 +159,13 @@ def test_a_data_set_that_cannot_be_sent_is_refused(reader):
     for dataset in (Unsendable(), [lambda: 1]):
         with pytest.raises(SettingsError, match="--loader-workers: the data set cannot be sent .*--loader-workers 0"):
             list(reader(dataset).batches(0, 1))
+
+
+def test_what_the_main_module_defines_is_noticed(monkeypatch):
+    """Such a data set needs the main module in the processes; others must not run it."""
+    kind = type("OfMain", (), {"__module__": "__main__"})
+    monkeypatch.setattr(sys.modules["__main__"], "OfMain", kind, raising=False)
+    assert check_sendable([kind()]) and not check_sendable(Traced()) and not check_sendable(tensors())
 
 
 def test_the_processes_compute_as_this_one_does_and_its_draws_are_left_alone(reader):
