@@ -14,6 +14,7 @@ from torch import nn
 from laplace_dist.config import compatibility
 from laplace_dist.config.settings import Config
 from laplace_dist.data import loader, sources
+from laplace_dist.data.collate import Collate
 from laplace_dist.errors import ExampleError, MissingObjectError, SettingsError
 from laplace_dist.execution.inline import Inline
 from laplace_dist.execution.loop import run_tasks
@@ -29,7 +30,7 @@ from laplace_dist.run.checkpoint import open_json, open_store
 from laplace_dist.run.leases import Lease
 from laplace_dist.run.probe import make_probe
 from laplace_dist.run.weights import dump_weights, weights_digest
-from laplace_dist.stages import evaluate, map, reduce, tune
+from laplace_dist.stages import evaluate, first_batch, map, reduce, tune
 from laplace_dist.stages.context import initialized, plain
 from laplace_dist.storage.store import Store
 
@@ -177,10 +178,11 @@ class Job:
         compatibility.check_predictive(config)
         lifecycle.check_place(self.store)
         train = sources.load_split(config, "train")
-        sources.check_splits(config)
+        others = sources.check_splits(config)
         model = weights.load_model(config)
+        first_batch.check(config, model, {"train": train, **others})
         try:
-            la = initialized(config.model_dump(), model, train)
+            la = initialized(config.model_dump(), model, train, Collate.of(config))
         except (ValueError, ImportError, ExampleError) as error:
             raise error if isinstance(error, SettingsError) else SettingsError(str(error)) from error
         found = _fingerprint(train, "train")
@@ -209,7 +211,7 @@ class Job:
 
     def _probe(self, model: nn.Module, train: Any) -> bytes | None:
         try:
-            return make_probe(model, lambda n: next(loader.batches(train, 0, n, n))[1], len(train))
+            return make_probe(model, lambda n: loader.read_batch(train, 0, n, Collate.of(self.config))[0], len(train))
         except TypeError as error:
             self.say(
                 f"the inputs hold {error}, which cannot be stored with the run: whether --model's code is still the same "

@@ -41,3 +41,21 @@ def check_predictive(config: Config) -> None:
         raise SettingsError(
             f"--prior-structure: got {config.prior_structure!r} with --tune-method gridsearch; expected scalar"
         )
+
+
+def check_storage_options(config: Config) -> None:
+    """Refuse options that no URL would be opened with; their values are never repeated.
+
+    Raises:
+        SettingsError: Naming the flag.
+    """
+    for name, place in (("data", config.data), ("weights", config.weights)):
+        if getattr(config, f"{name}_storage_options") and not is_url(place):
+            raise SettingsError(
+                f"--{name}-storage-options: given, but --{name} is {place!r}, which is no URL; leave them out, or give a URL"
+            )
+
+
+def is_url(place: str | None) -> bool:
+    """Say whether a place is reached over a file system of fsspec's that may want options."""
+    return place is not None and "://" in place and not place.startswith("file:")

@@ -43,8 +43,23 @@ class Config(BaseModel):
     ood: list[str] = Field([], description="names of out-of-distribution splits for the evaluation")
     checkpoint: Annotated[str, Field(min_length=1)] = Field(description="directory or fsspec URL of the run")
     storage_options: dict[str, Any] = Field(
-        {}, repr=False, exclude=True, description="endpoint and the like for the URLs, as JSON or YAML; never stored"
+        {},
+        repr=False,
+        exclude=True,
+        description="of --checkpoint alone: endpoint and the like, as JSON or YAML; never stored",
     )
+    data_storage_options: dict[str, Any] = Field(
+        {}, repr=False, exclude=True, description="the same for --data, where it is a URL"
+    )
+    weights_storage_options: dict[str, Any] = Field(
+        {}, repr=False, exclude=True, description="the same for --weights, where it is a URL"
+    )
+    collate: str | None = Field(None, description="import path module:callable, as DataLoader's collate_fn")
+    loader_workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="processes that read ahead for one worker; 0 reads in the worker itself"
+    )
+    dict_key_x: Annotated[str, Field(min_length=1)] = Field("input_ids", description="inputs of a dict-like batch")
+    dict_key_y: Annotated[str, Field(min_length=1)] = Field("labels", description="targets of a dict-like batch")
     likelihood: Literal["classification", "regression"] = Field("classification", description="of the model")
     subset_of_weights: Literal["all", "last_layer"] = Field("all", description="the weights to be uncertain about")
     hessian_structure: Literal["kron", "diag", "full"] = Field("kron", description="structure of the curvature")
@@ -94,7 +109,7 @@ class Config(BaseModel):
     @classmethod
     def _no_credentials(cls, value: str | None) -> str | None:
         if value is not None and _CREDENTIALS.search(value):
-            raise ValueError("credentials in a URL would be stored; give them as --storage-options")
+            raise ValueError("credentials in a URL would be stored; give them as storage options")
         return value
 
     @field_validator("model_args", "data_args")
@@ -132,6 +147,17 @@ class Config(BaseModel):
         scalar = self.likelihood == "classification" and self.prior_structure == "scalar"
         return "gridsearch" if scalar else "marglik"
 
+    @property
+    def batching(self) -> dict[str, Any]:
+        """What was chosen of how examples become batches, by field name.
+
+        Defaults are left out, so that a run from before these settings existed has the digest of one that leaves them alone.
+        """
+        names = ("collate", "dict_key_x", "dict_key_y")
+        return {
+            name: value for name in names if (value := getattr(self, name)) != type(self).model_fields[name].default
+        }
+
     def bits(self, *, device_type: str = "cpu") -> dict[str, Any]:
         """Return the settings that change the bits of the result; two runs that agree on them may share partials.
 
@@ -141,7 +167,7 @@ class Config(BaseModel):
         names = ("likelihood", "subset_of_weights", "hessian_structure", "backend", "estimator")
         sizes = ("batch_size", "segment_size", "seed")
         chosen = {name: getattr(self, name) for name in names + sizes}
-        return {**chosen, **self.machine(device_type)}
+        return {**chosen, **self.batching, **self.machine(device_type)}
 
     def machine(self, device_type: str) -> dict[str, Any]:
         """Return what changes bits of how a worker computes, for `bits` and the keys of follow-on results."""
@@ -176,7 +202,7 @@ def problems_of(error: ValidationError, values: Mapping[str, Any]) -> list[tuple
 
 def _refusal(name: str, value: Any, item: Mapping[str, Any]) -> str:
     """Return the value and what is accepted instead, for one value that was refused."""
-    secret = name == "storage_options" or (isinstance(value, str) and _CREDENTIALS.search(value))
+    secret = name.endswith("storage_options") or (isinstance(value, str) and _CREDENTIALS.search(value))
     got = f"a {type(value).__name__}" if secret else repr(value)
     choices = choices_of(name)
     if name == "hessian_structure" and value in _NOT_SUMS:

@@ -2,82 +2,62 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import fsspec
-import numpy as np
-import torch
-import zarr
-from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from laplace_dist.config.compatibility import ood
+from laplace_dist.config.compatibility import is_url, ood
 from laplace_dist.config.settings import Config
 from laplace_dist.data.import_path import IMPORT_PATH, call
+from laplace_dist.data.zarr_split import ZarrSplit
 from laplace_dist.errors import SettingsError, listed
 
 
-def read_file(url: str, storage_options: Mapping[str, Any], field: str) -> bytes:
+def read_file(url: str, storage_options: Mapping[str, Any], field: str, hint: str = "") -> bytes:
     """Return the bytes of the file at a path or URL.
 
     Args:
         url: Path or URL.
         storage_options: For a URL; never shown.
         field: Name of the setting, for messages.
+        hint: A sentence for the message.
 
     Raises:
         SettingsError: It cannot be read.
     """
-    options = storage_options if "://" in url else {}
+    options = storage_options if is_url(url) else {}
     try:
         with fsspec.open(url, "rb", **options) as file:
             return file.read()
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # every file system has errors of its own
         reason = type(error).__name__ if options else f"{type(error).__name__}: {error}"
-        raise SettingsError(f"{field}: cannot read {url!r} ({reason})") from None
+        raise SettingsError(f"{field}: cannot read {url!r} ({reason}). {hint}".rstrip()) from None
 
 
-class ZarrSplit:
-    """One split of a Zarr group as a map-style data set: arrays `x` and `y`, read as they are asked for.
+def weights_options(config: Config) -> Mapping[str, Any]:
+    """Return the options that `--weights` is opened with: the checkpoint's own only for what lies under it.
+
+    The settings that a run keeps name its own copy of the weights, which is under the checkpoint.
+    """
+    under = f"{config.checkpoint.rstrip('/')}/"
+    place = config.weights or ""
+    own = place.startswith(under) and re.fullmatch(r"(?!.*\.\.)[\w./-]+", place.removeprefix(under))
+    return config.weights_storage_options or (config.storage_options if own else {})
+
+
+def hint(config: Config, name: str) -> str:
+    """Return what to say where `--data` or `--weights` cannot be opened: whose options `--storage-options` are.
 
     Args:
-        url: Path or URL of the group that holds the splits.
-        split: Name of the subgroup.
-        storage_options: For the URL; never shown.
+        config: The settings.
+        name: `data` or `weights`.
     """
-
-    def __init__(self, url: str, split: str, storage_options: Mapping[str, Any] | None = None) -> None:
-        self._arguments = url, split, dict(storage_options or {})
-        options = self._arguments[2] if "://" in url and not url.startswith("file:") else None
-        try:
-            group = zarr.open_group(url, mode="r", storage_options=options or None)
-        except (OSError, ValueError, ImportError, TypeError) as error:
-            raise SettingsError(
-                f"--data: got {url!r}; expected an import path of the form module:callable, or the path or URL of a "
-                f"Zarr group ({type(error).__name__} when it was opened)"
-            ) from None
-        if split not in group:
-            raise SettingsError(f"--data: {url!r} has no split {split!r}; it has {listed(sorted(group.keys()))}")
-        arrays = [group.get(f"{split}/{name}") for name in "xy"]
-        if not all(isinstance(array, zarr.Array) and array.ndim for array in arrays):
-            raise SettingsError(f"--data: split {split!r} of {url!r} needs the arrays 'x' and 'y'")
-        self.x, self.y = arrays
-        if self.x.shape[0] != self.y.shape[0]:
-            counts = f"{self.x.shape[0]} x but {self.y.shape[0]} y"
-            raise SettingsError(f"--data: split {split!r} of {url!r} has {counts}")
-
-    def __len__(self) -> int:
-        return self.x.shape[0]
-
-    def __getitem__(self, index: int | slice) -> tuple[Tensor, Tensor]:
-        if not isinstance(index, slice) and not 0 <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
-        x, y = (torch.from_numpy(np.array(array[index])) for array in (self.x, self.y))
-        return x, y if y.is_floating_point() else y.long()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ZarrSplit, self._arguments
+    if not config.storage_options or getattr(config, f"{name}_storage_options") or not is_url(getattr(config, name)):
+        return ""
+    return f"--storage-options go to --checkpoint alone: give --{name}-storage-options for this URL."
 
 
 def load_split(config: Config, split: str) -> Any:
@@ -95,7 +75,7 @@ def load_split(config: Config, split: str) -> Any:
     elif config.data_args:
         raise SettingsError(f"--data-args: {listed(list(config.data_args))} given, but {config.data!r} is no callable")
     else:
-        dataset = ZarrSplit(config.data, split, config.storage_options)
+        dataset = ZarrSplit(config.data, split, config.data_storage_options, hint(config, "data"))
     sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     if isinstance(dataset, IterableDataset | Mapping | str) or not sized:
         raise SettingsError(
@@ -107,16 +87,17 @@ def load_split(config: Config, split: str) -> Any:
     return dataset
 
 
-def check_splits(config: Config) -> None:
-    """Refuse data that lacks a split which tuning or evaluation will ask for.
+def check_splits(config: Config) -> dict[str, Any]:
+    """Return the splits which tuning and evaluation will ask for, and refuse data that lacks one.
 
     Raises:
         SettingsError: Naming the split.
     """
     tuning = ["val"] if not config.skip_tune and config.tuning == "gridsearch" else []
+    found = {}
     for name in tuning + ([] if config.skip_evaluate else ["test", *ood(config)]):
         try:
-            load_split(config, name)
+            found[name] = load_split(config, name)
         except (ValueError, KeyError) as error:
             if isinstance(error, SettingsError):
                 raise
@@ -125,3 +106,4 @@ def check_splits(config: Config) -> None:
                 f"--data: {config.data!r} gives no split {name!r} ({type(error).__name__}: {error}); provide it, or "
                 f"use {remedy}"
             ) from error
+    return found

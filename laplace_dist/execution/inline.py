@@ -90,6 +90,7 @@ class InlinePool:
 
     def close(self) -> None:
         """Let go of the model and the data."""
+        self._context.close()
         self._context = Context(self._config, self._context.device.type)
 
     def _outcome(self, task: Task) -> Event:

@@ -11,6 +11,7 @@ from torch import nn
 from laplace import Laplace
 from laplace.curvature import backend_class
 from laplace.curvature.sums import CurvatureSums, SumsSpec
+from laplace_dist.data.calling import adapted
 from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run.checkpoint import Checkpoint
@@ -36,7 +37,8 @@ def load_posterior(
 
     Args:
         url: Checkpoint directory or URL.
-        model: The network with the weights that the run was fitted at; its device is kept.
+        model: The network with the weights that the run was fitted at; its device is kept. It is called as the run's workers
+            called it, see `laplace_dist.data.calling`, and left as it was.
         storage_options: For the file system of the URL.
         version: Posterior version; the current one if not given.
         tuned: Take over the tuned prior precision, if there is one for the current version.
@@ -61,6 +63,7 @@ def load_posterior(
             f"model: its weights are not those of the run at {store.url!r}. Give load_weights=True, with "
             f"the model that {plan.model['path']} builds with the arguments {plan.model['args']}."
         )
+    model = adapted(model, plan.settings.get("dict_key_y", "labels"))
     check_model(store, plan, model, "the given model")
     current = read_current(store)
     name = version or current["version"]

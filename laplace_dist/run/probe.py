@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from laplace.curvature.capture import eval_mode
+from laplace_dist.data.device import to_device
+from laplace_dist.data.nested import flat, is_flat, nested
 from laplace_dist.errors import CheckpointError, SettingsError
 
 EXAMPLES = 4
@@ -44,7 +46,7 @@ def make_probe(model: nn.Module, batch: Callable[[int], Any], length: int) -> by
     x = batch(1)
     one = sum(tensor.nbytes for tensor in _flatten(x)[0].values())
     x = batch(max(1, min(EXAMPLES, length, LARGEST // max(one, 1))))
-    tensors, form = _flatten(x)
+    tensors, form = _flatten(nested(x) if is_flat(x) else x)
     outputs = _run(model, x)
     if not torch.equal(outputs, _run(model, x)):
         raise SettingsError(
@@ -76,7 +78,7 @@ def check_probe(content: bytes, digest: str, model: nn.Module, label: str, who: 
     """
     inputs, wanted = open_probe(content, digest, label)
     try:
-        found = _run(model, _moved(inputs, next(model.parameters()).device))
+        found = _run(model, to_device(inputs, next(model.parameters()).device))
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise SettingsError(_refusal(who, f"it fails on the run's inputs ({type(error).__name__}: {error})")) from error
     if found.shape != wanted.shape:
@@ -121,7 +123,7 @@ def open_probe(content: bytes, digest: str, label: str) -> tuple[Any, Tensor]:
         tensors = safetensors.torch.load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         form = json.loads(header["__metadata__"]["form"])
-        return _rebuilt(form, tensors), tensors["outputs"]
+        return flat(_rebuilt(form, tensors)), tensors["outputs"]
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(bad) from error
 
@@ -156,11 +158,3 @@ def _rebuilt(form: Any, tensors: Mapping[str, Tensor]) -> Any:
         items = [_rebuilt(item, tensors) for item in value]
         return items if kind == "list" else tuple(items)
     return value
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _moved(item, device) for key, item in value.items()}
-    return type(value)(_moved(item, device) for item in value) if isinstance(value, list | tuple) else value

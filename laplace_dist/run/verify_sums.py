@@ -12,6 +12,7 @@ import torch
 
 from laplace.curvature.sums import sum_in_order
 from laplace_dist.data import loader
+from laplace_dist.data.collate import Collate
 from laplace_dist.errors import ExampleError
 from laplace_dist.plan.digests import feed
 from laplace_dist.plan.parts import Part
@@ -185,6 +186,8 @@ def compare_data(check: Any, plan: Plan, data: Any) -> None:
         plan: Of the run.
         data: The training split.
     """
+    names = {"path": "collate", "key_x": "dict_key_x", "key_y": "dict_key_y"}
+    collate = Collate(**{field: plan.settings[name] for field, name in names.items() if name in plan.settings})
     for segment in plan.segments:
         key = layout.partial_key(segment.id)
         if key not in check.keys:
@@ -194,7 +197,7 @@ def compare_data(check: Any, plan: Plan, data: Any) -> None:
             continue
         digest = hashlib.sha256()
         try:
-            for _, x, y in loader.batches(data, segment.start, segment.stop, plan.settings["batch_size"]):
+            for _, x, y in loader.batches(data, segment.start, segment.stop, plan.settings["batch_size"], collate):
                 feed(digest, (x, y))
         except ExampleError as error:
             check.report.problems.append((key, f"segment {segment}: {error}"))

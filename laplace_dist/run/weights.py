@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from laplace_dist.config.settings import Config
+from laplace_dist.data.calling import adapted
 from laplace_dist.data.import_path import call
-from laplace_dist.data.sources import read_file
+from laplace_dist.data.sources import hint, read_file, weights_options
 from laplace_dist.errors import CheckpointError, SettingsError, listed
 from laplace_dist.plan.digests import feed
 from laplace_dist.plan.plan import Plan
@@ -127,9 +128,9 @@ def load_model(config: Config) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise SettingsError(f"--model: {config.model!r} returned a {type(model).__name__}; expected a torch.nn.Module")
     if config.weights is not None:
-        content = read_file(config.weights, config.storage_options, "--weights")
+        content = read_file(config.weights, weights_options(config), "--weights", hint(config, "weights"))
         load_weights(model, content, f"--weights {config.weights}")
-    return model.eval()
+    return adapted(model.eval(), config.dict_key_y)
 
 
 def load_run_weights(store: Store, plan: Plan, model: nn.Module) -> None:

@@ -8,10 +8,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from laplace_dist.config.settings import Config
 from laplace_dist.data import loader, sources
+from laplace_dist.data.collate import Collate
+from laplace_dist.data.device import to_device
+from laplace_dist.data.read_ahead import ReadAhead
 from laplace_dist.errors import SettingsError
 from laplace_dist.plan.digests import feed
 from laplace_dist.plan.identity import check_data
@@ -36,6 +39,7 @@ class Context:
         self.device = torch.device(device)
         self._splits: dict[str, Any] = {}
         self._posterior: tuple[Any, Any] | None = None
+        self._reading: tuple[str, ReadAhead] | None = None
 
     def carry_out(self, task: Any) -> Mapping[str, Any]:
         """Carry out a task of the run that lies at the checkpoint, and return its receipt.
@@ -82,7 +86,7 @@ class Context:
         Raises:
             SettingsError: Its sums are not those of the plan.
         """
-        la = initialized(self.plan.settings, self.model, self.split("train", self.plan.data))
+        la = initialized(self.plan.settings, self.model, self.split("train", self.plan.data), Collate.of(self.config))
         if plain(la.sums_spec()) != self.plan.spec:
             raise SettingsError(
                 "this worker finds other factors in the model than the driver did: the same versions of laplace_dist, "
@@ -126,29 +130,43 @@ class Context:
             stop: One past the last example.
             digest: A hash of `hashlib` that is to see the very bytes that are handed out.
         """
-        for offset, x, y in loader.batches(self.split(split, data), start, stop, self.config.batch_size):
+        for offset, x, y in self._reader(split, data).batches(start, stop):
             if digest is not None:
                 feed(digest, (x, y))
             yield offset, to_device(x, self.device), to_device(y, self.device)
 
+    def close(self) -> None:
+        """End the processes that read ahead."""
+        if self._reading is not None:
+            self._reading[1].close()
+            self._reading = None
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Move a tensor, or every tensor in a mapping, to a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if hasattr(value, "items"):
-        return type(value)({key: to_device(item, device) for key, item in value.items()})
-    return value
+    def _reader(self, split: str, data: Mapping[str, Any]) -> ReadAhead:
+        """Return what reads a split; of several splits only the last one's processes are kept."""
+        if self._reading is None or self._reading[0] != split:
+            self.close()
+            config = self.config
+            reader = ReadAhead(
+                self.split(split, data),
+                config.batch_size,
+                Collate.of(config),
+                workers=config.loader_workers,
+                threads=config.threads_per_worker,
+                pin=self.device.type == "cuda",
+            )
+            self._reading = split, reader
+        return self._reading[1]
 
 
-def initialized(settings: Mapping[str, Any], model: nn.Module, dataset: Any) -> Any:
+def initialized(settings: Mapping[str, Any], model: nn.Module, dataset: Any, collate: Collate = loader.DEFAULT) -> Any:
     """Build the Laplace object and let it look at one example, which tells it the outputs and the last layer.
 
     Raises:
         ValueError: The core library does not have this combination of settings, or cannot use the model.
     """
     la = posterior.new_laplace(settings, model)
-    _, x, _ = next(loader.batches(dataset, 0, 1, 1))
+    x, _ = loader.read_batch(dataset, 0, 1, collate)
+    x = x + x if isinstance(x, list | tuple) else x  # of strings: the core library doubles only what it can stack
     la.initialize(to_device(x, next(model.parameters()).device))
     return la
 

@@ -35,7 +35,7 @@ def settings(config: Config, tuning: str | None, data: Mapping[str, Any], device
     """
     names = ("link_approx", "pred_type", "batch_size", "seed")
     chosen = {name: getattr(config, name) for name in names}
-    return {**chosen, **config.machine(device_type), "tuning": tuning, "data": dict(data)}
+    return {**chosen, **config.batching, **config.machine(device_type), "tuning": tuning, "data": dict(data)}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def settings(config: Config, validation: Mapping[str, Any] | None, device_type: 
         return {"method": "marglik", "structure": config.prior_structure, "steps": STEPS, "rate": RATE, **machine}
     names = ("grid_size", "link_approx", "pred_type", "batch_size", "seed")
     chosen = {name: getattr(config, name) for name in names}
-    return {"method": "gridsearch", **chosen, **machine, "data": validation}
+    return {"method": "gridsearch", **chosen, **config.batching, **machine, "data": validation}
 
 
 @dataclass(frozen=True)

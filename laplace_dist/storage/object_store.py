@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from laplace_dist.config.secrets import scrub
 from laplace_dist.errors import SettingsError
 from laplace_dist.storage.retry import FAILURES, Patient, lost_upload, no_bucket, patiently, refuses
 
@@ -69,30 +69,6 @@ def create(fs: Patient, path: str, data: bytes) -> bool:
             raise failure from failure.__cause__  # which says whether to try again
 
     return patiently(attempt, f"creating {path}", fs.scrub)
-
-
-def scrub(text: str, options: Mapping[str, Any]) -> str:
-    """Remove the values of storage options from a message."""
-    for value in _leaves(options):
-        text = text.replace(value, "***")
-    return text
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """Yield every string of four or more characters in nested options, the longest first."""
-    if isinstance(value, Mapping):
-        found = [leaf for item in value.values() for leaf in _leaves(item)]
-    elif isinstance(value, list | tuple):
-        found = [leaf for item in value for leaf in _leaves(item)]
-    else:
-        found = [part for part in _parts(value) if len(part) >= 4] if isinstance(value, str) else []
-    yield from sorted(found, key=len, reverse=True)
-
-
-def _parts(value: str) -> list[str]:
-    """Return a string, and of a URL also the user's name and password in it."""
-    inside = re.match(r"[^/]*://([^/@]*)@", value)
-    return [value, *(inside[1].split(":", 1) if inside else [])]
 
 
 def _check_creates(fs: Any, url: str) -> None:

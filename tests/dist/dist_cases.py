@@ -212,3 +212,10 @@ def run_inline(chosen: Config) -> tuple:
         version = job.reduce()
         tuning = None if chosen.skip_tune else job.tune(version)
         return version, None if chosen.skip_evaluate else job.evaluate(version, tuning)
+
+
+def load_sums(folder) -> dict[str, torch.Tensor]:
+    """Return the raw sums of the posterior of `convnet` in a folder, by factor."""
+    from laplace_dist import load_posterior
+
+    return load_posterior(str(folder), convnet()).sums.to_tensors()

@@ -43,6 +43,11 @@ REFUSED = [
     (["--num-workers", "-1"], ["--num-workers", "-1", "at least 1"]),
     (["--gpus-per-worker", "inf"], ["--gpus-per-worker", "inf", "finite"]),
     (["--segment-timeout", "nan"], ["--segment-timeout", "nan"]),
+    (["--loader-workers", "-1"], ["--loader-workers", "-1", "at least 0"]),
+    (["--loader-workers", "some"], ["--loader-workers", "'some'", "whole number"]),
+    (["--dict-key-x", ""], ["--dict-key-x", "''", "at least 1"]),
+    (["--dict-key-y", ""], ["--dict-key-y", "''", "at least 1"]),
+    (["--data-storage-options", "x"], ["--data-storage-options", "mapping", "JSON or YAML"]),
     (["--likelihood", "poisson"], ["--likelihood", "'poisson'", "classification, regression"]),
     (["--hessian-structure", "krn"], ["--hessian-structure", "'krn'", "kron, diag, full", "Did you mean kron"]),
     (["--backend", "asdll"], ["--backend", "'asdll'", "native, curvlinops"]),
@@ -106,18 +111,23 @@ def test_settings_cannot_be_changed():
         load().seed = 3
 
 
-def test_storage_options_work_but_never_show():
-    config = load("--storage-options", f'{{"key": "me", "secret": "{SECRET}", "client_kwargs": {{"x": "{SECRET}"}}}}')
-    assert config.storage_options["secret"] == SECRET
+OPTIONS = ["--storage-options", "--data-storage-options", "--weights-storage-options"]
+
+
+@pytest.mark.parametrize("flag", OPTIONS)
+def test_storage_options_work_but_never_show(flag):
+    name = flag[2:].replace("-", "_")
+    config = load(flag, f'{{"key": "me", "secret": "{SECRET}", "client_kwargs": {{"x": "{SECRET}"}}}}')
+    assert getattr(config, name)["secret"] == SECRET
     shown = [repr(config), str(config), config.to_yaml(), str(config.bits()), str(config.model_dump())]
     assert not any(SECRET in text for text in shown)
-    assert pickle.loads(pickle.dumps(config)).storage_options["secret"] == SECRET
+    assert getattr(pickle.loads(pickle.dumps(config)), name)["secret"] == SECRET
 
 
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--storage-options", SECRET],
+        *([flag, SECRET] for flag in OPTIONS),
         ["--storage-options", f"{{secret: {SECRET}"],
         ["--storage-options", f"[{SECRET}]"],
         ["--storage-options", "{a: b}", SECRET],
@@ -128,7 +138,7 @@ def test_storage_options_work_but_never_show():
 )
 def test_errors_do_not_repeat_secrets(tmp_path, argv):
     path = tmp_path / "run.yaml"
-    path.write_text(f"storage-options: {SECRET}\n")
+    path.write_text(f"storage-options: {SECRET}\ndata-storage-options: [{SECRET}]\nweights-storage-options: {SECRET}\n")
     with pytest.raises(SettingsError) as caught:
         load(*[str(path) if arg == "FILE" else arg for arg in argv])
     assert SECRET not in str(caught.value)
@@ -149,11 +159,13 @@ def test_the_snapshot_can_be_loaded_again_and_deletes_nothing(tmp_path):
 CHANGES_BITS = [
     ("batch_size", 8), ("segment_size", 8), ("cpus_per_worker", 2), ("backend", "curvlinops"), ("estimator", "mc"),
     ("likelihood", "regression"), ("hessian_structure", "diag"), ("subset_of_weights", "last_layer"), ("seed", 1),
+    ("collate", "m:f"), ("dict_key_x", "pixel_values"), ("dict_key_y", "target"),
 ]  # fmt: skip
 KEEPS_BITS = [
     ("num_workers", 3), ("gpus_per_worker", 1.0), ("ray_address", "local"), ("segment_timeout", 5.0), ("fresh", True),
     ("skip_tune", True), ("skip_evaluate", True), ("storage_options", {"key": "x"}), ("checkpoint", "elsewhere"),
     ("tune_method", "gridsearch"), ("prior_structure", "diag"), ("grid_size", 5), ("ood", ["far"]),
+    ("loader_workers", 3), ("data_storage_options", {"key": "x"}), ("weights_storage_options", {"key": "x"}),
 ]  # fmt: skip
 
 
@@ -164,6 +176,10 @@ def test_exactly_the_settings_that_change_bits_are_among_the_bits():
     for name, value in KEEPS_BITS:
         assert Config(**{**DEFAULTS, name: value}).bits() == base.bits(), name
     assert base.bits(device_type="cuda") != base.bits()
+
+
+def test_a_run_of_before_these_settings_has_the_digest_of_their_defaults():
+    assert not {"collate", "dict_key_x", "dict_key_y", "loader_workers"} & Config(**DEFAULTS).bits().keys()
 
 
 def test_help_lists_every_field(capsys):

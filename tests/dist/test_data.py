@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from laplace_dist.config.settings import Config
-from laplace_dist.data.sources import ZarrSplit
+from laplace_dist.data.zarr_split import ZarrSplit
 from laplace_dist.data.loader import batches
 from laplace_dist.plan.identity import fingerprint
 from laplace_dist.data.import_path import load_callable
@@ -274,18 +274,52 @@ def test_bad_zarr(zarr_url, split, words):
         load_split(config(data=zarr_url), split)
 
 
-def test_zarr_data_are_read_batch_by_batch(zarr_url, monkeypatch):
-    dataset = ZarrSplit(zarr_url, "train")
-    sizes, get = [], zarr.Array.__getitem__
+@pytest.fixture
+def chunks_read(monkeypatch):
+    """Note the rows that are asked of each array, by its name."""
+    found, get = {"x": [], "y": []}, zarr.Array.__getitem__
 
     def traced(array, index):
-        value = get(array, index)
-        sizes.append(len(value))
-        return value
+        found[array.path.rpartition("/")[2]].append((index.start, index.stop))
+        return get(array, index)
 
     monkeypatch.setattr(zarr.Array, "__getitem__", traced)
-    list(batches(dataset, 0, 10, 4))
-    assert sizes == [4, 4, 4, 4, 2, 2]
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 5, 8, 10, 64])
+@pytest.mark.parametrize("start", [0, 2, 5])
+def test_each_chunk_is_decoded_once_whatever_the_batches(zarr_url, chunks_read, start, batch_size):
+    """`x` has chunks of 4 rows, `y` one chunk: batches used to decode a chunk as often as they touched it."""
+    got = list(batches(ZarrSplit(zarr_url, "train"), start, 10, batch_size))
+    assert torch.cat([x for _, x, _ in got]).tolist() == np.arange(start * 3, 30).reshape(-1, 3).tolist()
+    assert torch.cat([y for _, _, y in got]).tolist() == list(range(start, 10))
+    for rows, step in ((chunks_read["x"], 4), (chunks_read["y"], 10)):
+        chunks = [chunk for first, last in rows for chunk in range(first // step, -(-last // step))]
+        assert chunks == sorted(set(chunks)), "in order, and none twice"
+        assert all(first % step == 0 and (last % step == 0 or last == 10) for first, last in rows)
+
+
+def test_examples_and_batches_of_zarr_data_do_not_share_memory(zarr_url):
+    """What a model does to its inputs in place must not reach the chunk that is kept."""
+    dataset = ZarrSplit(zarr_url, "train")
+    for start, stop in ((0, 1), (1, 3), (0, 4), (3, 6), (4, 8)):
+        expected = torch.arange(start * 3.0, stop * 3).reshape(-1, 3)
+        for _ in range(2):
+            x, _ = dataset[start:stop]
+            assert torch.equal(x, expected)
+            x.zero_()
+    dataset[7][0].zero_()
+    assert dataset[7][0].tolist() == [21, 22, 23]
+
+
+def test_zarr_data_of_the_other_byte_order_are_read(tmp_path):
+    group = zarr.create_group(tmp_path / "data")
+    values = np.arange(6.0).reshape(3, 2)
+    group.create_array("train/x", data=values.astype(">f4"))
+    group.create_array("train/y", data=np.arange(3).astype(">i2"))
+    ((_, x, y),) = batches(ZarrSplit(str(tmp_path / "data"), "train"), 0, 3, 4)
+    assert (x.tolist(), x.dtype, y.tolist(), y.dtype) == (values.tolist(), torch.float32, [0, 1, 2], torch.int64)
 
 
 # ------------------------------------------------------------------ batches
@@ -355,9 +389,10 @@ def test_mappings_pass_through_whole():
 @pytest.mark.parametrize(
     ("items", "words"),
     [
-        ([{"ids": 1}], "a mapping of ids; expected a pair"),
-        ([(1, 2, 3)], "expected a pair"),
-        ([1.0], "a Tensor; expected"),
+        ([{"ids": 1}], "--dict-key-y: a batch is a mapping of ids, without 'labels'.*examples that are pairs"),
+        ([(1,)], "a list of 1; expected a pair"),
+        ([1.0], "a Tensor; expected a pair"),
+        (["text"], "a list of 1; expected a pair"),
     ],
 )
 def test_examples_that_are_no_pairs_are_refused(items, words):
@@ -400,7 +435,7 @@ def test_a_range_that_cannot_be_sliced_is_named(tmp_path):
 
 def test_examples_of_different_shapes_are_named():
     items = [*pairs(3), (torch.ones(5), 3)]
-    with pytest.raises(ExampleError, match="examples 2 to 3 cannot be stacked"):
+    with pytest.raises(ExampleError, match=r"examples 2 and 3 cannot be stacked .* x is of shape \(2,\) in the one and of shape \(5,\)"):
         list(batches(Items(items), 0, 4, 2))
 
 

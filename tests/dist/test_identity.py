@@ -14,6 +14,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 import laplace_dist
 from laplace_dist import load_posterior
+from laplace_dist.data.calling import adapted
+from laplace_dist.data.nested import parts
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
 from laplace_dist.job import evaluate_posterior, tune_posterior
 from laplace_dist.plan.identity import SAMPLE, check_data, fingerprint
@@ -190,7 +192,7 @@ def test_a_model_that_is_random_in_eval_mode_is_refused_before_anything_is_writt
 NESTED = [
     lambda n: torch.arange(3.0 * n).reshape(n, 3),
     lambda n: {"a": torch.arange(3.0 * n).reshape(n, 3), "names": ["x", None, True, 1.5]},
-    lambda n: (torch.arange(3 * n).reshape(n, 3), [torch.ones(n, 3, dtype=torch.float64)]),
+    lambda n: parts([torch.arange(3 * n).reshape(n, 3), {"b": [torch.ones(n, 3, dtype=torch.float64)]}]),
 ]
 
 
@@ -199,14 +201,14 @@ class Takes(nn.Module):
         super().__init__()
         self.layer = nn.Linear(3, 2)
 
-    def forward(self, x):
+    def forward(self, x, more=None):
         x = x["a"] if isinstance(x, dict) else x
-        return self.layer((x[0] + x[1][0]).float() if isinstance(x, tuple) else x)
+        return self.layer(x if more is None else (x + more["b"][0]).float())
 
 
 @pytest.mark.parametrize("batch", NESTED)
 def test_a_probe_keeps_nested_inputs_and_knows_its_model(batch):
-    model = Takes()
+    model = adapted(Takes())
     content = make_probe(model, batch, 4)
     check_probe(content, probe_digest(content), model, "probe", "it")
     with torch.no_grad():

@@ -1,0 +1,115 @@
+"""How a batch of inputs reaches a model: as one argument, as its keyword arguments, or as several arguments in order.
+
+The core library calls `model(x)` with one batch and takes the tensor that it answers. Hugging Face's models want keyword
+arguments and answer with a `ModelOutput`; networks with two inputs want two arguments. `adapted` makes the one of the other,
+for driver, workers and whoever loads a posterior alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_dist.data.nested import is_flat, nested
+from laplace_dist.errors import SettingsError, listed
+
+_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
+
+
+class _Spread:
+    """The hook that turns one batch into what `forward` takes.
+
+    Args:
+        key_y: Key of the targets in dict-like batches.
+    """
+
+    def __init__(self, key_y: str) -> None:
+        self.key_y = key_y
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if len(args) != 1 or kwargs or not isinstance(args[0], Mapping):
+            return None
+        return arguments(module.forward, args[0], self.key_y)
+
+
+def adapted(model: nn.Module, key_y: str = "labels") -> nn.Module:
+    """Return a model that takes one batch of inputs and answers with one tensor, as the core library has it.
+
+    It is another object around the given one's own parameters, buffers and submodules, under the same names; the given one is
+    left as it was.
+
+    Args:
+        model: The network; one that is adapted already is returned itself.
+        key_y: Key of the targets in dict-like batches, which are not handed to a `forward` that can do without.
+    """
+    if isinstance(model, torch.jit.ScriptModule) or any(
+        isinstance(h, _Spread) for h in model._forward_pre_hooks.values()
+    ):
+        return model
+    twin = copy.copy(model)
+    for name in _HOOKS:
+        twin.__dict__[name] = copy.copy(model.__dict__[name])
+    twin.register_forward_pre_hook(_Spread(key_y), with_kwargs=True)
+    twin.register_forward_hook(_logits)
+    return twin
+
+
+def _logits(module: nn.Module, args: tuple, output: Any) -> Tensor | None:
+    """The hook that takes the logits out of a `ModelOutput`, or of a mapping."""
+    if isinstance(output, Tensor):
+        return None
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) else None
+
+
+def arguments(forward: Callable, x: Mapping, key_y: str) -> tuple[tuple, dict[str, Any]]:
+    """Return the arguments by which a model's `forward` is called with a dict-like batch.
+
+    A mapping goes as keyword arguments where `forward` takes all of its keys, with or without the targets', else as one
+    argument. What was a list of several inputs goes as so many arguments where `forward` takes that many, else as one list.
+
+    Raises:
+        SettingsError: `forward` takes some of the keys by name, but not all: neither way could be meant.
+    """
+    signature = inspect.signature(forward)
+    whole = nested(x) if is_flat(x) else x
+    if isinstance(whole, list):
+        return (tuple(whole) if _takes(signature, whole, {}) else (whole,)), {}
+    named = {key: value for key, value in whole.items() if key != key_y}
+    for keywords in (named, dict(whole)):
+        if keywords and all(isinstance(key, str) for key in keywords) and _takes(signature, (), keywords):
+            return (), keywords
+    known = [key for key in named if key in signature.parameters]
+    if known:
+        raise SettingsError(_mismatch(signature, known, list(map(str, named))))
+    return (whole,), {}
+
+
+def _takes(signature: inspect.Signature, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _mismatch(signature: inspect.Signature, known: list[str], keys: list[str]) -> str:
+    extra = [key for key in keys if key not in known]
+    needed = [
+        name
+        for name, parameter in signature.parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and name not in keys
+    ]
+    said = f"; it does not take {listed(extra)}" if extra else ""
+    said += f"; it needs {listed(needed)} too" if needed else ""
+    return (
+        f"--model: its forward takes {listed(known)} of the batch by name{said}. Leave out of the examples what it does not "
+        "take, in the data set or with --collate, and give what it needs; or let forward take one mapping."
+    )

@@ -1,0 +1,111 @@
+"""A split of a Zarr group as a map-style data set that decodes each chunk once, however small the batches are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+
+from laplace_dist.config.compatibility import is_url
+from laplace_dist.config.secrets import scrub
+from laplace_dist.errors import SettingsError, listed
+
+
+class _Rows:
+    """Rows of one array, read in whole chunks; the chunk in which the last reading ended is kept.
+
+    Args:
+        array: Of one dimension or more.
+    """
+
+    def __init__(self, array: zarr.Array) -> None:
+        self.array, self.step = array, array.chunks[0]
+        self._first, self._kept = 0, np.empty((0, *array.shape[1:]), array.dtype)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Return a contiguous range of rows as an array of its own."""
+        start, stop = rows.start, rows.stop
+        known = self._kept[max(start - self._first, 0) : max(stop - self._first, 0)] if start >= self._first else None
+        if known is None or not len(known):
+            return self._read(start, stop).copy()
+        if len(known) == stop - start:
+            return known.copy()
+        return np.concatenate([known, self._read(start + len(known), stop)])
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """Read the chunks of these rows, keep the last one, and return the rows."""
+        first = start - start % self.step
+        content = np.asarray(self.array[first : min(-(-stop // self.step) * self.step, self.array.shape[0])])
+        last = (stop - 1) // self.step * self.step
+        self._first, self._kept = last, content if last == first else content[last - first :].copy()
+        return content[start - first : stop - first]
+
+
+class ZarrSplit:
+    """One split of a Zarr group as a map-style data set: arrays `x` and `y`, read as they are asked for.
+
+    Args:
+        url: Path or URL of the group that holds the splits.
+        split: Name of the subgroup.
+        storage_options: For the URL; never shown.
+        hint: A sentence about the options that were given elsewhere, for the message if the group cannot be opened.
+
+    Attributes:
+        rows_per_read: Examples that are read at once: those of a chunk of `x`.
+    """
+
+    def __init__(self, url: str, split: str, storage_options: Mapping[str, Any] | None = None, hint: str = "") -> None:
+        self._arguments = url, split, dict(storage_options or {}), hint
+        options = self._arguments[2] if is_url(url) else None
+        try:
+            group = zarr.open_group(url, mode="r", storage_options=options or None)
+        except Exception as error:  # every file system has errors of its own
+            raise SettingsError(
+                f"--data: got {url!r}; expected an import path of the form module:callable, or the path or URL of a "
+                f"Zarr group ({type(error).__name__} when it was opened). {hint}".rstrip()
+            ) from None
+        if split not in group:
+            raise SettingsError(f"--data: {url!r} has no split {split!r}; it has {listed(sorted(group.keys()))}")
+        arrays = [group.get(f"{split}/{name}") for name in "xy"]
+        if not all(isinstance(array, zarr.Array) and array.ndim for array in arrays):
+            raise SettingsError(f"--data: split {split!r} of {url!r} needs the arrays 'x' and 'y'")
+        self._x, self._y = (_Rows(array) for array in arrays)
+        lengths = [array.shape[0] for array in arrays]
+        if lengths[0] != lengths[1]:
+            raise SettingsError(f"--data: split {split!r} of {url!r} has {lengths[0]} x but {lengths[1]} y")
+        self._length, self.rows_per_read = lengths[0], self._x.step
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int | slice) -> tuple[Tensor, Tensor]:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            assert step == 1 and start < stop, f"{index}: a range of examples, in order"
+            x, y = self._read(start, stop)
+        elif 0 <= index < len(self):
+            x, y = (rows[0] for rows in self._read(index, index + 1))
+        else:
+            raise IndexError(f"example {index} of {len(self)}")
+        return x, y if y.is_floating_point() else y.long()
+
+    def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        options = self._arguments[2]
+        try:
+            return _tensor(self._x[start:stop]), _tensor(self._y[start:stop])
+        except Exception as error:
+            if not options:
+                raise
+            raise OSError(scrub(f"{type(error).__name__}: {error}", options)) from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ZarrSplit, self._arguments
+
+
+def _tensor(rows: np.ndarray) -> Tensor:
+    """Return rows as a tensor, in this machine's byte order."""
+    return torch.from_numpy(rows if rows.dtype.isnative else rows.astype(rows.dtype.newbyteorder("=")))
