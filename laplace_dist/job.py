@@ -284,7 +284,7 @@ class Job:
             chain([first], tasks),
             on_done,
             limit=Limit(given if alike or given is not None else float("inf")),
-            tick=lambda: progress.tick(self._pool.busy),
+            tick=progress.tick,
             say=lambda text: self.say(f"{progress.stage}: {text}"),
         )
         return kept
