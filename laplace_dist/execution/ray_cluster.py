@@ -20,7 +20,7 @@ from laplace_dist.config.settings import Config
 from laplace_dist.errors import Interrupted, SettingsError
 from laplace_dist.execution import signals
 from laplace_dist.execution.pool import Pool
-from laplace_dist.execution.private_cluster import PrivateCluster
+from laplace_dist.execution.private_cluster import LOOPBACK, PrivateCluster
 from laplace_dist.execution.scaling import Placement, autoscaler_limit, nodes_of
 
 OBJECT_STORE_BYTES = 128 * 2**20  # receipts only: no factor ever enters Ray's object store
@@ -119,19 +119,18 @@ def _reread_authentication() -> None:
 def _on_loopback() -> Iterator[None]:
     """Have whatever Ray starts meanwhile listen on loopback alone; on Linux it would listen on every interface.
 
-    This is Ray's switch for systems on which a cluster has one machine. Ray reads it at import and its processes when
-    they start, so both are told; afterwards this process may join a cluster of several machines again.
+    Ray reads its switch for this at import and its processes when they start, so both are told; afterwards this process may
+    join a cluster of several machines again.
     """
     from ray._private import ray_constants
 
-    name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-    before, constant = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    before, constant = os.environ.get(LOOPBACK), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[LOOPBACK], ray_constants.ENABLE_RAY_CLUSTER = "0", False
     try:
         yield
     finally:
-        os.environ.pop(name)
-        os.environ.update({} if before is None else {name: before})
+        os.environ.pop(LOOPBACK)
+        os.environ.update({} if before is None else {LOOPBACK: before})
         ray_constants.ENABLE_RAY_CLUSTER = constant
 
 
@@ -191,16 +190,15 @@ class Cluster:
     def _join(self, stack: ExitStack) -> None:
         address, why = find_address(self.config.ray_address)
         stack.enter_context(_authentication(local=address is None))
-        import ray
-
         if address is None:
             self.say(f"Ray: starting a private cluster on this machine ({why})")
-            stack.enter_context(_on_loopback())
-            started = PrivateCluster(self._resources_here(), self.say)
-            stack.callback(started.close)
-            address, self._private = started.address, True
+            started = stack.enter_context(PrivateCluster(self._resources_here(), self.say))
+            stack.enter_context(_on_loopback())  # imports Ray meanwhile
+            address, self._private = started.address(), True
         else:
             self.say(f"Ray: the cluster at {address} ({why})")
+        import ray
+
         refusal = _answers(address)
         try:
             if refusal is None:

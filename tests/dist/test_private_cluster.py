@@ -26,7 +26,9 @@ def test_a_start_that_hangs_is_given_up_with_a_line_before_and_nothing_left(monk
     monkeypatch.setattr(private_cluster, "START_SECONDS", 0.4)
     said, begun = [], time.monotonic()
     with pytest.raises(RunFailed, match="did not start within 0.4 s, and was ended.*--ray-address inline"):
-        PrivateCluster({}, said.append, [sys.executable, "-c", "import time; time.sleep(600)"])
+        started = PrivateCluster({}, said.append, [sys.executable, "-c", "import time; time.sleep(600)"])
+        with started:
+            started.address()
     assert time.monotonic() - begun < 10
     assert said == ["Ray: still starting after 0.2 s; this is given up after 0.4 s"]
     assert mine() == []
@@ -35,7 +37,8 @@ def test_a_start_that_hangs_is_given_up_with_a_line_before_and_nothing_left(monk
 def test_a_start_that_fails_says_what_the_process_wrote(mine):
     with pytest.raises(RunFailed, match=r"did not start \(status 3\); it wrote: …no space left on this device"):
         command = "import sys; print('no space left\\n on this device', file=sys.stderr); sys.exit(3)"
-        PrivateCluster({}, lambda text: None, [sys.executable, "-c", command])
+        with PrivateCluster({}, lambda text: None, [sys.executable, "-c", command]) as started:
+            started.address()
     assert mine() == []
 
 
@@ -43,7 +46,8 @@ def test_a_start_that_is_interrupted_leaves_nothing(mine):
     with signals.heeded():
         threading.Timer(0.3, os.kill, [os.getpid(), 15]).start()
         with pytest.raises(Interrupted):
-            PrivateCluster({}, lambda text: None, [sys.executable, "-c", "import time; time.sleep(600)"])
+            with PrivateCluster({}, lambda text: None, [sys.executable, "-c", "import sys; sys.stdin.read()"]) as started:
+                started.address()
     assert mine() == []
 
 
