@@ -277,7 +277,8 @@ class Soak:
 
     def deaths(self) -> int:
         """Return how many deaths the driver has noticed."""
-        return self.log.read_text().count("process or node died")
+        text = self.log.read_text()
+        return text.count("process died, and its node lives on") + text.count("its node was lost")
 
     def notice(self, kind: str, before: int, begun: float) -> None:
         """Wait until the driver has noticed a death; not when the driver or the storage keep it from doing so."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from laplace_dist.config.command_line import load_config
 from laplace_dist.config.settings import Config
-from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError
+from laplace_dist.errors import CheckpointError, Interrupted, MissingObjectError, RunFailed, SettingsError
+from laplace_dist.execution import signals
 from laplace_dist.job import Result, evaluate_posterior, fit, tune_posterior
 from laplace_dist.report.metrics import show_result
 from laplace_dist.run import layout, lifecycle
@@ -28,20 +30,17 @@ def main(job: str, argv: Sequence[str] | None = None, **defaults: Any) -> int:
         **defaults: The job's own settings, by field name.
 
     Returns:
-        The exit status: 0 done; 2 the settings or the state refuse; 1 the run failed.
+        The exit status: 0 done; 2 the settings or the state refuse; 1 the run failed; 130 and 143 interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def carry_out() -> int:
         config = _settings(job, argv, defaults)
         result = JOBS[job](config)
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (RunFailed, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    show_result(result, _loading(config, result))
-    return 0
+        show_result(result, _loading(config, result))
+        return 0
+
+    return _status(carry_out, "Everything committed so far is kept: run the same command again to go on.")
 
 
 def verify_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
@@ -52,7 +51,8 @@ def verify_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
         **defaults: The job's own settings, by field name.
 
     Returns:
-        The exit status: 0 everything is whole; 1 something is bad; 2 the settings or the state refuse.
+        The exit status: 0 everything is whole; 1 something is bad; 2 the settings or the state refuse; 130 and 143
+        interrupted.
     """
     parser = argparse.ArgumentParser(description="Check every object of a run.", allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="the settings of the run's jobs; flags win")
@@ -65,22 +65,40 @@ def verify_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(given).items()}
     hours = flags.pop("--collect-orphans-older-than")
     typed = [f"{flag}={value}" for flag, value in flags.items() if value is not None]
-    try:
+
+    def check() -> int:
         config = load_config([*typed, *rest], defaults={"model": "-", "data": "-", **defaults})
         if hours is not None and not 0 <= hours < float("inf"):
             raise SettingsError(f"--collect-orphans-older-than: got {hours}; expected hours, at least 0")
         report = verify(config.checkpoint, config.storage_options, collect_orphans_older_than=hours)
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print("\n".join(_lines(report)))
-    return 0 if report.ok else 1
+        print("\n".join(_lines(report)))
+        return 0 if report.ok else 1
+
+    return _status(check, "Nothing was changed, but for orphans that were collected.")
 
 
 # ------------------------------------------------------------------ helpers of the jobs above
+
+
+def _status(carry_out: Callable[[], int], interrupted: str) -> int:
+    """Do what a job does, and return its exit status; errors and interruptions are lines on stderr.
+
+    Args:
+        carry_out: The job.
+        interrupted: What a person is told of the state after an interruption.
+    """
+    try:
+        with signals.heeded():
+            return carry_out()
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RunFailed, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as error:
+        print(f"interrupted by {signal.Signals(error.number).name}. {interrupted}", file=sys.stderr)
+        return signals.status(error.number)
 
 
 def _settings(job: str, argv: Sequence[str], defaults: Mapping[str, Any]) -> Config:

@@ -34,6 +34,18 @@ class RunFailed(RuntimeError):
     """The run cannot go on: no space left, a budget is exhausted, or a segment fails every time (exit status 1)."""
 
 
+class Interrupted(BaseException):
+    """The process was asked to end, by SIGINT or SIGTERM (exit status 130 or 143); no error, and not to be handled as one.
+
+    Attributes:
+        number: Of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 class ExampleError(RuntimeError):
     """The data set raised an error while one example was read.
 

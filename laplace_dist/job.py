@@ -343,7 +343,7 @@ class Job:
             chain([first], tasks),
             on_done,
             limit=Limit(given if alike or given is not None else float("inf")),
-            tick=lambda: (progress.tick(self._pool.busy), self._lease.show()),
+            tick=lambda busy, what: (progress.tick(busy, what), self._lease.show()),
             say=lambda text: self.say(f"{progress.stage}: {text}"),
         )
         return kept

@@ -14,8 +14,9 @@ import torch
 
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError
-from laplace_dist.execution.failures import lasts, why_it_failed
+from laplace_dist.execution.failures import event_of
 from laplace_dist.execution.kernels import deterministic_kernels, precision
+from laplace_dist.execution.raised import Raised, outcome_of
 from laplace_dist.execution.tasks import Event, Task
 from laplace_dist.execution.timeouts import Limit
 from laplace_dist.stages.context import Context
@@ -94,11 +95,9 @@ class InlinePool:
         self._context = Context(self._config, self._context.device.type)
 
     def _outcome(self, task: Task) -> Event:
-        try:
-            with _computing_as_a_worker(self._config, self._context.device):
-                return Event(task, receipt=self._context.carry_out(task))
-        except Exception as error:  # whatever a task raises is sorted in one place, as it is for a worker of Ray's
-            return Event(task, refusal=error) if lasts(error) else Event(task, failure=why_it_failed(error))
+        with _computing_as_a_worker(self._config, self._context.device):
+            outcome = outcome_of(lambda: self._context.carry_out(task))
+        return event_of(task, outcome) if isinstance(outcome, Raised) else Event(task, receipt=outcome)
 
 
 @contextmanager

@@ -1,16 +1,18 @@
-"""The loop: submit, wait, requeue, until every task is done or a budget is spent."""
+"""The loop: submit, wait, requeue, until every task is done, a budget is spent, or somebody asks to stop."""
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
+from laplace_dist.execution import signals
 from laplace_dist.execution.failures import Budget
 from laplace_dist.execution.tasks import Event, Task, Workers
-from laplace_dist.execution.timeouts import Limit
+from laplace_dist.execution.timeouts import GRACE_SECONDS, Limit
 
 TICK_SECONDS = 1.0
 
@@ -21,53 +23,69 @@ def run_tasks(
     on_done: Callable[[Task, Any], None],
     *,
     limit: Limit | None = None,
-    tick: Callable[[], None] = lambda: None,
+    tick: Callable[[int, str], None] = lambda busy, oldest: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Carry out every task at least once.
 
     Tasks are drawn as workers become free, so that a generator of them is never held in memory; a failed one goes to
-    the back of what has been drawn. A worker with which anything went wrong is not used again.
+    the back of what has been drawn. A worker with which anything went wrong is not used again. After SIGINT or SIGTERM no
+    task is submitted, and those in flight have some time to finish.
 
     Args:
         pool: The workers.
         tasks: The tasks, possibly generated while they are drawn.
         on_done: Called with each finished task and its receipt, in the order in which they finish.
         limit: How long one task may take; none if not given.
-        tick: Called about once a second.
+        tick: Called about once a second with the number of tasks in flight and the oldest of them in words.
         say: Called with a line for people about each failure.
 
     Raises:
         SettingsError, CheckpointError, RunFailed: As a task raised them, or a budget of failures is spent.
+        Interrupted: A signal came.
     """
     limit = limit or Limit(float("inf"))
-    drawn, tasks = deque(), iter(tasks)
-    budget = Budget(without_progress=max(10, 3 * pool.size))
-    while True:
-        drawn.extend(islice(tasks, max(0, pool.size - len(drawn))))
-        if not drawn and not pool.busy:
-            return budget.check()
-        pool.top_up(pool.busy + len(drawn))
-        while pool.idle and drawn:
-            pool.submit(drawn.popleft())
-        for event in pool.wait(TICK_SECONDS, limit):
-            if event.refusal is not None:
-                raise _refused(event.task, event.refusal)
-            if event.failure is not None:
-                again = budget.failure(event.task, event.failure)
-                drawn.extend([event.task] if again and event.task is not None else [])
-                say(_news(event, again))
-            else:
-                budget.success(event.task)
-                limit.finished(event.seconds)
+    drawn, tasks, flight = deque(), iter(tasks), {}
+    budget, most = Budget(), 0
+    with signals.deferred() as seen:
+        while not seen.number:
+            drawn.extend(islice(tasks, max(0, max(1, pool.size) - len(drawn))))
+            if not drawn and not pool.busy:
+                budget.check()
+                return
+            pool.top_up(pool.busy + len(drawn))
+            while pool.idle and drawn:
+                task = drawn.popleft()
+                flight[task.what] = task
+                pool.submit(task)
+            most = max(most, pool.busy)
+            for event in pool.wait(TICK_SECONDS, limit):
+                if event.refusal is not None:
+                    raise _refused(event.task, event.refusal)
+                flight.pop(event.task.what, None)
+                if event.failure is not None:
+                    again = budget.failure(event, most)
+                    drawn.extend([event.task] if again else [])
+                    say(_news(event, again))
+                else:
+                    budget.success(event)
+                    limit.finished(event.seconds)
+                    on_done(event.task, event.receipt)
+            tick(pool.busy, next(iter(flight), ""))
+        _let_finish(pool, limit, on_done)
+
+
+def _let_finish(pool: Workers, limit: Limit, on_done: Callable[[Task, Any], None]) -> None:
+    """Wait for the tasks in flight, for so long as an interrupted job may take."""
+    end = time.monotonic() + GRACE_SECONDS
+    while pool.busy and (left := end - time.monotonic()) > 0:
+        for event in pool.wait(min(left, TICK_SECONDS), limit):
+            if event.receipt is not None:
                 on_done(event.task, event.receipt)
-        tick()
 
 
 def _news(event: Event, again: bool) -> str:
     """Return a failure as a line for people."""
-    if event.task is None:
-        return f"a worker could not start, and another one is tried: {event.failure}"
     then = "it is done again" if again else "it is set aside, and the others go on"
     return f"{event.task.what}: {event.failure}; {then}"
 

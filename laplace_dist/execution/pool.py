@@ -5,36 +5,24 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from laplace_dist.config.settings import Config
-from laplace_dist.execution.failures import LESS_MEMORY, lasts, why_it_failed
+from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
+from laplace_dist.execution.failures import REMEDY, STARTS_PER_NODE, Verdict, event_of, verdict, why_it_failed
+from laplace_dist.execution.flights import Flight, Hired
+from laplace_dist.execution.liveness import SECOND_LOOK, Deaths, why_it_died
+from laplace_dist.execution.raised import Raised
+from laplace_dist.execution.scaling import Placement
+from laplace_dist.execution.starts import RESTS, Starts
 from laplace_dist.execution.tasks import Event, Task
 from laplace_dist.execution.timeouts import Limit
 from laplace_dist.execution.worker import Worker
 
-RESTS = 0.5, 16.0  # seconds before another worker is started after one could not be: at first, and at most
-
-
-def why_it_died(error: Exception) -> str:
-    """Return what Ray says of a dead worker as a phrase."""
-    from ray.exceptions import OutOfMemoryError
-
-    if getattr(error, "actor_init_failed", False):
-        return f"a worker could not be set up: {str(error).strip().splitlines()[-1]}"
-    if isinstance(error, OutOfMemoryError) or "running low on memory" in str(error):
-        return f"Ray ended the worker because its node ran low on memory. {LESS_MEMORY}"
-    return (
-        "the worker's process or node died (killed, or a crash in native code; if it was killed for its memory, lower "
-        "--num-workers or --batch-size)"
-    )
-
-
-def _import_path() -> list[str]:
-    """Return the entries of `sys.path` that belong to the user rather than to this Python installation."""
-    prefixes = (sys.prefix, sys.base_prefix)
-    own = [os.path.abspath(entry or os.curdir) for entry in sys.path]
-    return [entry for entry in own if not entry.startswith(prefixes) and os.path.isdir(entry)]
+HINT_SECONDS = 30.0  # between two lines that say what is waited for
+FIRST_HINT_SECONDS = 15.0  # before the first one: workers come to life within ten
 
 
 class Pool:
@@ -42,36 +30,37 @@ class Pool:
 
     Args:
         config: The job's settings, handed to every worker.
-        size: Number of workers.
-        cpus: CPUs that each one reserves.
-        gpus: GPUs that each one reserves.
+        placement: Says on which node the next worker is started.
         say: Where lines for people go.
+        answers: Says whether something listens at `host:port`, as a node does that lives; for tests.
     """
 
-    def __init__(self, config: Config, size: int, cpus: float, gpus: float, say: Any = print) -> None:
+    def __init__(
+        self,
+        config: Config,
+        placement: Placement,
+        say: Callable[[str], None] = print,
+        answers: Callable[[str], bool] | None = None,
+    ) -> None:
         import ray
 
-        self.size, self.need, self._say = size, {"CPU": cpus, "GPU": gpus}, say
-        self._ray = ray
-        self._actor = ray.remote(Worker).options(
-            num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, max_concurrency=1
-        )
-        self._arguments = (config, _import_path(), os.getcwd(), gpus > 0)
-        self._idle: list[Any] = []
-        self._flight: dict[Any, tuple[Any, Task | None, float]] = {}
-        self._rest, self._start_at = RESTS[0], 0.0
-        self._hint_at = time.monotonic() + 30
+        self._ray, self._placement, self._say = ray, placement, say
+        need = placement.need
+        self._class = ray.remote(Worker)
+        self._options = {"num_cpus": need["CPU"], "num_gpus": need["GPU"], "max_restarts": 0, "max_task_retries": 0}
+        self._arguments = (config, _import_path(), os.getcwd(), need["GPU"] > 0)
+        self._idle: list[Hired] = []
+        self._flight: dict[Any, Flight] = {}
+        self._deaths = Deaths(placement, *([answers] if answers else []))
+        self._starts = Starts()
+        self._failed_on: dict[str, set[str]] = {}
+        self._hint_at = time.monotonic() + FIRST_HINT_SECONDS
+        placement.refresh(time.monotonic())
 
-    def top_up(self, wanted: int) -> None:
-        """Start workers until there are `wanted`, at most the pool's size; they come to life in the background.
-
-        None is started for a while after one could not be: nodes that are gone take time to be noticed.
-        """
-        if time.monotonic() < self._start_at:
-            return
-        while len(self._idle) + len(self._flight) < min(wanted, self.size):
-            actor = self._actor.remote(*self._arguments)
-            self._flight[actor.start.remote()] = (actor, None, time.monotonic())
+    @property
+    def size(self) -> int:
+        """Number of workers that there would be with enough to do; it follows the cluster."""
+        return self._placement.size
 
     @property
     def idle(self) -> int:
@@ -80,69 +69,169 @@ class Pool:
 
     @property
     def busy(self) -> int:
-        """Number of workers with a task in flight."""
-        return sum(task is not None for _, task, _ in self._flight.values())
+        """Number of tasks in flight, with those whose worker died and of which it is not yet known why."""
+        return sum(flight.task is not None for flight in [*self._flight.values(), *self._deaths.flights])
+
+    def top_up(self, wanted: int) -> None:
+        """Start workers until there are `wanted`, at most the pool's size; they come to life in the background.
+
+        None is started on a node for a while after one could not be there: nodes that are gone take time to be noticed.
+        """
+        now = time.monotonic()
+        starting = Counter(flight.hired.node for flight in self._flight.values() if flight.task is None)
+        taken = Counter(hired.node for hired in self._hired())
+        in_doubt = {flight.hired.node for flight in self._deaths.flights}
+        missing = min(wanted, self.size) - taken.total()
+        for node in self._placement.places(
+            missing, starting, taken, lambda node: node not in in_doubt and self._starts.may_start(node, now)
+        ):
+            self._start(node, now)
 
     def submit(self, task: Task) -> None:
-        """Give a task to an idle worker."""
-        actor = self._idle.pop()
-        self._flight[actor.run.remote(task)] = (actor, task, time.monotonic())
+        """Give a task to an idle worker; where it has failed before, to one on another node if there is one."""
+        failed = self._failed_on.get(task.what, ())
+        at = next((i for i in reversed(range(len(self._idle))) if self._idle[i].node not in failed), -1)
+        hired = self._idle.pop(at)
+        self._flight[hired.actor.run.remote(task)] = Flight(hired, task, time.monotonic())
 
     def wait(self, seconds: float, limit: Limit) -> list[Event]:
-        """Return what happened: tasks that finished, failed, took too long, workers that could not start."""
+        """Return what happened: tasks that finished, failed, took too long; or that no worker can be started."""
+        events = [self._settle(ref) for ref in self._ready(seconds)]
+        now = time.monotonic()
+        events += self._overdue(now, limit)
+        self._placement.refresh(now)
+        events += [self._died(flight, error, lost) for flight, error, lost in self._deaths.judged(now)]
+        self._idle = [hired for hired in self._idle if hired.node in self._placement.nodes]
+        self._hint(now)
+        return [event for event in events if event is not None]
+
+    def close(self) -> None:
+        """End every worker."""
+        for hired in self._hired():
+            self._end(hired)
+        self._idle, self._flight = [], {}
+
+    # -------------------------------------------------------------- starting
+
+    def _hired(self) -> list[Hired]:
+        return [*self._idle, *(flight.hired for flight in self._flight.values())]
+
+    def _end(self, hired: Hired) -> None:
+        self._ray.kill(hired.actor, no_restart=True)
+        self._placement.look_again()
+
+    def _start(self, node: str, now: float) -> None:
+        there = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
+        actor = self._class.options(scheduling_strategy=there, **self._options).remote(*self._arguments)
+        self._flight[actor.start.remote()] = Flight(Hired(actor, node), None, now)
+
+    def _not_started(self, flight: Flight, why: str, final: Exception | None = None) -> Event | None:
+        """Record a start that failed on a node that lives; returns the end of the run if most nodes are like that."""
+        node = flight.hired.node
+        known = node in self._starts.left_out
+        out = self._starts.failed(node, why, begun=flight.begun, now=time.monotonic(), final=final is not None)
+        if not out:
+            self._say(f"a worker could not start on {self._name(node)}, and another one is tried: {why}")
+            return None
+        if known:
+            return None
+        if self._starts.spent(self._placement.usable):
+            return Event(None, refusal=self._no_starts(final, why))
+        times = "" if final is not None else f" {STARTS_PER_NODE} times in a row"
+        self._say(f"{self._name(node)} is left out, since workers do not start there ({why.rstrip('.')}){times}")
+        return None
+
+    def _no_starts(self, final: Exception | None, why: str) -> Exception:
+        if isinstance(final, (SettingsError, CheckpointError, RunFailed)):
+            return final
+        out, of = len(self._starts.left_out), len(self._placement.usable)
+        where = "the only node" if of == 1 else f"{out} of {of} nodes"
+        return RunFailed(f"starting a worker fails on {where}, the last time because {why.rstrip('.')}. {REMEDY}")
+
+    def _name(self, node: str) -> str:
+        found = self._placement.nodes.get(node)
+        return f"node {node[:8]} ({found.address.rpartition(':')[0]})" if found else f"node {node[:8]}"
+
+    # -------------------------------------------------------------- what becomes of a call
+
+    def _ready(self, seconds: float) -> list[Any]:
+        """Wait for a call to return, at most for so long, and return all that have."""
+        if self._deaths.flights:
+            seconds = min(seconds, SECOND_LOOK / 4)
         if not self._flight:
             time.sleep(min(seconds, RESTS[0]))
             return []
         self._ray.wait(list(self._flight), num_returns=1, timeout=seconds)
         # All that have finished by now: if this process was suspended, they are not late.
-        ready, _ = self._ray.wait(list(self._flight), num_returns=len(self._flight), timeout=0)
-        events = [self._settle(ref) for ref in ready]
-        now = time.monotonic()
-        for ref, (actor, task, begun) in list(self._flight.items()):
-            if task is not None and limit.seconds is not None and now - begun > limit.seconds:
-                del self._flight[ref]
-                self._ray.kill(actor, no_restart=True)
-                events.append(Event(task, failure=f"its worker seems to hang: it took longer than {limit}"))
-        self._hint(now)
-        return [event for event in events if event is not None]
+        return self._ray.wait(list(self._flight), num_returns=len(self._flight), timeout=0)[0]
 
     def _settle(self, ref: Any) -> Event | None:
-        actor, task, begun = self._flight.pop(ref)
+        flight = self._flight.pop(ref)
         errors = self._ray.exceptions
         try:
-            receipt = self._ray.get(ref)
-        except errors.RayTaskError as error:
-            self._ray.kill(actor, no_restart=True)
-            cause = error.cause if isinstance(error.cause, Exception) else error
-            if lasts(cause):
-                return Event(task, refusal=cause)
-            return self._lost(task, why_it_failed(cause))
+            outcome = self._ray.get(ref)
+        except errors.RayTaskError as error:  # raised by Ray around the worker's code: its arguments could not be read
+            outcome = Raised.of(error.cause if isinstance(error.cause, Exception) else error)
         except errors.RayError as error:
-            self._ray.kill(actor, no_restart=True)
-            return self._lost(task, why_it_died(error))
-        self._idle.append(actor)
-        self._rest = self._rest if task is not None else RESTS[0]
-        return Event(task, receipt=receipt, seconds=time.monotonic() - begun) if task is not None else None
+            self._end(flight.hired)
+            self._deaths.record(flight, error, time.monotonic())
+            return None
+        if isinstance(outcome, Raised):
+            self._end(flight.hired)
+            return self._raised(flight, outcome)
+        self._idle.append(flight.hired)
+        if flight.task is None:
+            self._starts.succeeded(flight.hired.node)
+            return None
+        self._failed_on.pop(flight.task.what, None)
+        return Event(flight.task, receipt=outcome, seconds=time.monotonic() - flight.begun)
 
-    def _lost(self, task: Task | None, why: str) -> Event:
-        if task is None:
-            self._start_at = time.monotonic() + self._rest
-            self._rest = min(2 * self._rest, RESTS[1])
-        return Event(task, failure=why)
+    def _raised(self, flight: Flight, raised: Raised) -> Event | None:
+        if flight.task is not None:
+            return event_of(flight.task, raised, self._failed(flight))
+        final = raised.rebuilt() if verdict(raised) is Verdict.FINAL else None
+        return self._not_started(flight, why_it_failed(raised), final)
+
+    def _died(self, flight: Flight, error: Exception, lost: bool) -> Event | None:
+        why = why_it_died(error, lost)
+        if flight.task is not None:
+            return Event(flight.task, failure=why, lost=lost, node="" if lost else self._failed(flight))
+        return None if lost else self._not_started(flight, why)
+
+    def _overdue(self, now: float, limit: Limit) -> list[Event]:
+        late = [
+            (ref, flight)
+            for ref, flight in self._flight.items()
+            if flight.task is not None and limit.seconds is not None and now - flight.begun > limit.seconds
+        ]
+        events = []
+        for ref, flight in late:
+            del self._flight[ref]
+            self._end(flight.hired)
+            why = f"its worker seems to hang: it took longer than {limit}"
+            events.append(Event(flight.task, failure=why, node=self._failed(flight)))
+        return events
+
+    def _failed(self, flight: Flight) -> str:
+        """Remember where a task has failed; returns the node, or nothing where there is no other."""
+        node = flight.hired.node
+        self._failed_on.setdefault(flight.task.what, set()).add(node)
+        return node if len(self._placement.usable) > 1 else ""
+
+    # -------------------------------------------------------------- what people are told
 
     def _hint(self, now: float) -> None:
-        """Say from time to time that workers wait for resources, since Ray itself says nothing here."""
-        starting = sum(task is None for _, task, _ in self._flight.values())
-        if starting and not self._idle and not self.busy and now > self._hint_at:
-            self._hint_at = now + 30
-            free = self._ray.available_resources()
-            self._say(
-                f"waiting for {starting} worker(s) of {self.need['CPU']:g} CPU and {self.need['GPU']:g} GPU; free now: "
-                f"{free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU"
-            )
+        """Say from time to time that workers wait for room, since Ray itself says nothing here."""
+        if self._idle or self.busy:
+            self._hint_at = now + HINT_SECONDS
+        elif now > self._hint_at:
+            self._hint_at = now + HINT_SECONDS
+            under_way = f"{len(self._flight)} worker(s) to start" if self._flight else "room for a worker"
+            self._say(f"waiting for {under_way}: {self._placement.describe()}")
 
-    def close(self) -> None:
-        """End every worker."""
-        for actor in [*self._idle, *(actor for actor, _, _ in self._flight.values())]:
-            self._ray.kill(actor, no_restart=True)
-        self._idle, self._flight = [], {}
+
+def _import_path() -> list[str]:
+    """Return the entries of `sys.path` that belong to the user rather than to this Python installation."""
+    prefixes = (sys.prefix, sys.base_prefix)
+    own = [os.path.abspath(entry or os.curdir) for entry in sys.path]
+    return [entry for entry in own if not entry.startswith(prefixes) and os.path.isdir(entry)]

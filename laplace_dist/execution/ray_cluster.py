@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +17,11 @@ from typing import Any
 import torch
 
 from laplace_dist.config.settings import Config
-from laplace_dist.errors import SettingsError
+from laplace_dist.errors import Interrupted, SettingsError
+from laplace_dist.execution import signals
 from laplace_dist.execution.pool import Pool
+from laplace_dist.execution.private_cluster import LOOPBACK, PrivateCluster
+from laplace_dist.execution.scaling import Placement, autoscaler_limit, nodes_of
 
 OBJECT_STORE_BYTES = 128 * 2**20  # receipts only: no factor ever enters Ray's object store
 _process_token: str | None = None  # Ray reads the token once per process, so it cannot change within one
@@ -114,19 +119,18 @@ def _reread_authentication() -> None:
 def _on_loopback() -> Iterator[None]:
     """Have whatever Ray starts meanwhile listen on loopback alone; on Linux it would listen on every interface.
 
-    This is Ray's switch for systems on which a cluster has one machine. Ray reads it at import and its processes when
-    they start, so both are told; afterwards this process may join a cluster of several machines again.
+    Ray reads its switch for this at import and its processes when they start, so both are told; afterwards this process may
+    join a cluster of several machines again.
     """
     from ray._private import ray_constants
 
-    name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-    before, constant = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    before, constant = os.environ.get(LOOPBACK), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[LOOPBACK], ray_constants.ENABLE_RAY_CLUSTER = "0", False
     try:
         yield
     finally:
-        os.environ.pop(name)
-        os.environ.update({} if before is None else {name: before})
+        os.environ.pop(LOOPBACK)
+        os.environ.update({} if before is None else {LOOPBACK: before})
         ray_constants.ENABLE_RAY_CLUSTER = constant
 
 
@@ -150,6 +154,7 @@ class Cluster:
     config: Config
     say: Any = print
     _stack: ExitStack | None = field(default=None, repr=False)
+    _private: bool = field(default=False, repr=False)
 
     def device_type(self) -> str:
         """Return `cuda` or `cpu`, the type of device that the workers will use."""
@@ -185,29 +190,33 @@ class Cluster:
     def _join(self, stack: ExitStack) -> None:
         address, why = find_address(self.config.ray_address)
         stack.enter_context(_authentication(local=address is None))
-        import ray
-
-        common = {"logging_level": "error", "log_to_driver": True, "namespace": f"laplace-{secrets.token_hex(4)}"}
         if address is None:
             self.say(f"Ray: starting a private cluster on this machine ({why})")
-            asked = (self.config.num_workers or 0) * self.config.cpus_per_worker
-            cores = max(os.cpu_count() or 1, asked)
-            stack.enter_context(_on_loopback())
-            ray.init("local", num_cpus=cores, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
+            started = stack.enter_context(PrivateCluster(self._resources_here(), self.say))
+            stack.enter_context(_on_loopback())  # imports Ray meanwhile
+            address, self._private = started.address(), True
         else:
             self.say(f"Ray: the cluster at {address} ({why})")
-            refusal = _answers(address)
-            try:
-                if refusal is None:
-                    ray.init(address, **common)
-            except (ConnectionError, ray.exceptions.RayError, ValueError, RuntimeError) as error:  # other versions, too
-                refusal = str(error)
-            if refusal is not None:
-                raise SettingsError(
-                    f"--ray-address: cannot connect to {address!r} ({why}): {refusal}. Give host:port of a running "
-                    "cluster, or 'local' for a private one; if the cluster asks for a token, set RAY_AUTH_MODE=token."
-                )
+        import ray
+
+        refusal = _answers(address)
+        try:
+            if refusal is None:
+                _join(ray, address)
+        except (ConnectionError, ray.exceptions.RayError, ValueError, RuntimeError) as error:  # other versions, too
+            refusal = str(error)
+        if refusal is not None:
+            raise SettingsError(
+                f"--ray-address: cannot connect to {address!r} ({why}): {refusal}. Give host:port of a running "
+                "cluster, or 'local' for a private one; if the cluster asks for a token, set RAY_AUTH_MODE=token."
+            )
         stack.callback(ray.shutdown)
+
+    def _resources_here(self) -> dict[str, Any]:
+        """Return the arguments of `ray.init` for a private cluster."""
+        asked = (self.config.num_workers or 0) * self.config.cpus_per_worker
+        cores = max(os.cpu_count() or 1, asked)
+        return {"num_cpus": cores, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
 
     def close(self) -> None:
         """Leave the cluster; a private one stops with it."""
@@ -224,20 +233,59 @@ class Cluster:
     def pool(self, device: str) -> Pool:
         """Return the workers, as many as the settings say or the cluster holds; none is started yet.
 
+        Where the cluster has none of what a worker needs, such as a head without CPUs, the workers wait for nodes to join.
+
         Args:
             device: `cpu` or `cuda`: where they compute.
 
         Raises:
-            SettingsError: One worker is larger than everything the cluster has.
+            SettingsError: One worker is larger than any node, and no node is to be expected.
         """
         config, have = self.config, self.resources()
         gpus = 0.0 if device == "cpu" else config.gpus_per_worker or 1.0
+        import ray
+
         need = {"CPU": float(config.cpus_per_worker), "GPU": float(gpus)}
-        fits = min(int(have.get(name, 0) // amount) for name, amount in need.items() if amount > 0)
-        if fits < 1 and config.num_workers is None:
+        limit = None if self._private else autoscaler_limit(ray, need)
+        expected = not self._private and (config.num_workers is not None or limit is not None)
+        placement = Placement(
+            lambda: nodes_of(ray), need, config.num_workers, limit, self._demand(need) if expected else lambda _: None
+        )
+        placement.refresh(time.monotonic())
+        lacking = [name for name, amount in need.items() if amount > 0 and have.get(name, 0) == 0]
+        if placement.fits < 1 and not expected and (self._private or not lacking):
             raise SettingsError(
-                f"cpus_per_worker={config.cpus_per_worker}, gpus_per_worker={gpus:g}: no worker fits into the cluster, "
-                f"which has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs in all. Ask for less, or set "
-                "num_workers to wait for nodes that are still to join."
+                f"cpus_per_worker={config.cpus_per_worker}, gpus_per_worker={gpus:g}: no worker fits on any node of the "
+                f"cluster, which has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs in all. Ask for less, or "
+                "set num_workers to wait for nodes that are still to join."
             )
-        return Pool(config, config.num_workers or fits, need["CPU"], need["GPU"], self.say)
+        if placement.fits < 1:
+            self.say(f"Ray: waiting for nodes to join ({placement.describe()})")
+        return Pool(config, placement, self.say)
+
+    def _demand(self, need: dict[str, float]) -> Callable[[int], None]:
+        """Return what tells an autoscaler, if there is one, how many workers there is to be room for."""
+        from ray.autoscaler.sdk import request_resources
+
+        bundle = {name: amount for name, amount in need.items() if amount > 0}
+
+        def ask(workers: int) -> None:
+            self._stack.callback(request_resources, bundles=[])  # the request would outlive this job
+            request_resources(bundles=[bundle] * workers)
+
+        return ask
+
+
+def _join(ray: Any, address: str) -> None:
+    """Connect to a cluster; the handlers of signals stay as they are, but for the moment that it takes.
+
+    Raises:
+        Interrupted: SIGTERM came in this moment, in which Ray's own handler exits.
+    """
+    namespace = f"laplace-{secrets.token_hex(4)}"
+    try:
+        with signals.kept():
+            ray.init(address, logging_level="error", log_to_driver=True, namespace=namespace)
+    except SystemExit as error:
+        ray.shutdown()
+        raise Interrupted(signal.SIGTERM) from error

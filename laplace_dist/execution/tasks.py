@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from laplace_dist.execution.raised import Raised
 from laplace_dist.execution.timeouts import Limit
 
 
@@ -30,13 +31,17 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Event:
-    """What became of a task, or of a worker's start where `task` is None: one of receipt, failure, refusal is set.
+    """What became of a task: one of receipt, failure, refusal is set.
 
     Attributes:
+        task: The task; None for a refusal that concerns all of them, such as that no worker can start.
         receipt: What the task returned.
         failure: Why it should be tried again, elsewhere.
         refusal: An error that would come again wherever it ran.
         seconds: How long the task took.
+        lost: The failure is the loss of the node, which says nothing of the task; False if the node lives on.
+        raised: What the task raised, where the failure is that.
+        node: Where it failed; empty where there is no other node on which it could be tried.
     """
 
     task: Task | None
@@ -44,10 +49,19 @@ class Event:
     failure: str | None = None
     refusal: Exception | None = None
     seconds: float = 0.0
+    lost: bool = False
+    raised: Raised | None = None
+    node: str = ""
 
 
 class Workers(Protocol):
-    """What the loop needs of a pool of workers."""
+    """What the loop needs of a pool of workers.
+
+    Attributes:
+        size: How many workers there would be with enough to do; it may change at any time.
+        idle: How many wait for a task.
+        busy: How many tasks are in flight.
+    """
 
     size: int
     idle: int

@@ -1,12 +1,25 @@
-"""How long a task may take before its worker counts as hung: what the user says, or a multiple of what others took."""
+"""How long anything may take: a task before its worker counts as hung, a cluster to start, the end of an interrupted job."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-ENOUGH = 3  # finished tasks from which a limit is drawn
-TIMES = 10  # how often the time of the slowest of them
-FLOOR_SECONDS = 300.0  # and never less, so that no healthy task is given up
+# Finished tasks from which a limit is drawn: one may have been short by chance, and waiting for more leaves a hang unnoticed.
+ENOUGH = 3
+# How often the time of the slowest of them. Tasks of a stage are of one size, so what differs is the node and its load; a
+# limit that is too low does the work of a slow node again and again, one that is too high costs a worker for that long.
+TIMES = 10
+# And never less: a store that is out for two minutes (`storage.retry`) and a first batch that compiles kernels are no hang.
+FLOOR_SECONDS = 300.0
+
+# A private cluster starts in 3 to 10 s, on a busy machine in up to a minute. What takes longer has been seen to take for ever.
+START_SECONDS = 90.0
+
+# Tasks in flight when a signal comes: Kubernetes and most spot machines leave 30 s between the notice and the end, in
+# which the workers and the cluster have to be ended too.
+GRACE_SECONDS = 15.0
+# From the signal until the process leaves, whatever hangs then.
+LEAVE_SECONDS = 25.0
 
 
 def measured_limit(finished: int, slowest: float) -> float | None:

@@ -13,6 +13,7 @@ import torch
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError
 from laplace_dist.execution.kernels import use_deterministic_kernels, use_precision
+from laplace_dist.execution.raised import Raised, outcome_of
 from laplace_dist.execution.tasks import Task
 from laplace_dist.stages.context import Context
 
@@ -33,8 +34,15 @@ class Worker:
         if os.path.isdir(directory):
             os.chdir(directory)
 
-    def start(self) -> int:
-        """Fix what the bits depend on, and the allocator's habits; returns the process id."""
+    def start(self) -> Mapping[str, Any] | Raised:
+        """Fix what the bits depend on, and the allocator's habits; returns nothing, or what that raised."""
+        return outcome_of(self._start)
+
+    def run(self, task: Task) -> Mapping[str, Any] | Raised:
+        """Carry out a task and return its receipt, or what it raised."""
+        return outcome_of(lambda: self._context.carry_out(task))
+
+    def _start(self) -> Mapping[str, Any]:
         _share_one_heap()
         torch.set_num_threads(self._config.cpus_per_worker)
         if self._gpu and not torch.cuda.is_available():
@@ -46,11 +54,7 @@ class Worker:
         use_precision(self._config.precision)
         if self._gpu:
             use_deterministic_kernels()
-        return os.getpid()
-
-    def run(self, task: Task) -> Mapping[str, Any]:
-        """Carry out a task and return its receipt."""
-        return self._context.carry_out(task)
+        return {}
 
 
 def _share_one_heap() -> None:

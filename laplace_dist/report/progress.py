@@ -46,19 +46,21 @@ class Progress:
             self._shown = now
             self._print(self.line(now - self._begun))
 
-    def tick(self, busy: int) -> None:
+    def tick(self, busy: int, oldest: str = "") -> None:
         """Leave out of the rate the time in which the first workers come to life, and say when nothing finishes.
 
         Args:
             busy: Number of workers with a task.
+            oldest: The task that has been at work for longest, in words.
         """
         now = time.monotonic()
         if not busy and self.count == self._first:
             self._begun = self._shown = self._moved = now
         elif now - self._moved >= self._quiet:
             self._quiet *= 2
+            task = f", the first of them on {oldest}" if busy > 1 and oldest else f" on {oldest}" if oldest else ""
             self._print(
-                f"{self.count}/{self.total} {self.unit}, none finished for {clock(now - self._moved)}, {busy} at work"
+                f"{self.count}/{self.total} {self.unit}, none finished for {clock(now - self._moved)}, {busy} at work{task}"
             )
 
     def line(self, seconds: float) -> str:

@@ -11,8 +11,12 @@ from typing import Any
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-PATIENCE = 120.0  # seconds for which a storage that does not answer, or answers with a failure, is tried again
-SLOWEST = 5.0  # seconds between two tries, at most
+# Seconds for which a storage that does not answer, or answers with a failure, is tried again: a server that restarts or fails
+# over, and a client that is throttled, are back within a minute or so. What takes longer needs a person, who should hear of it.
+PATIENCE = 120.0
+# Seconds between two tries, at most: what is lost after the storage is back. A hundred workers that wait ask it some tens of
+# times a second then, which brings down no server that is coming back.
+SLOWEST = 5.0
 
 FAILURES: tuple[type[Exception], ...] = (OSError, asyncio.TimeoutError)
 _NO_CREDENTIALS: tuple[type[Exception], ...] = ()

@@ -7,6 +7,7 @@ import socket
 
 import dist_cases
 import pytest
+import ray  # here, since it reads the environment when it is imported, which a fixture takes away
 
 from laplace_dist.execution import ray_cluster
 from laplace_dist.execution.ray_cluster import Cluster
@@ -97,7 +98,6 @@ def test_a_mode_that_the_user_has_chosen_is_left_alone(clean, monkeypatch, mode)
 @pytest.mark.parametrize("error", [RuntimeError("Version mismatch: Ray 1.0"), ConnectionError("refused")])
 def test_a_cluster_that_cannot_be_joined_is_refused_as_a_setting(clean, monkeypatch, listening, error):
     """Ray raises a RuntimeError where the cluster has other versions of Ray or Python."""
-    import ray
 
     def refuse(*_, **__):
         raise error

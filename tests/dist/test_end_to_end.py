@@ -16,6 +16,7 @@ import pytest
 
 from laplace_dist import fit, status
 from laplace_dist.errors import RunFailed, SettingsError
+from laplace_dist.execution.ray_cluster import Cluster
 from laplace_dist.run.partials import read_manifest
 from laplace_dist.run.versions import read_version
 from laplace_dist.run.lifecycle import read_plan
@@ -156,7 +157,7 @@ def test_a_segment_that_kills_every_worker_is_named(cluster, tmp_path):
     chosen = dist_cases.config(
         tmp_path / "run", num_workers=2, data="dist_cases:Deadly", data_args={"folder": str(folder), "trap": 12}
     )
-    with pytest.raises(RunFailed, match=r"segment 000001 \(examples 8 to 15\) failed 3 times.*process or node died"):
+    with pytest.raises(RunFailed, match=r"segment 000001 \(examples 8 to 15\) failed 3 times.*process died"):
         fit(chosen)
     assert sum(12 in examples for examples in examples_read(folder).values()) == 3
     assert sorted(attempts(tmp_path / "run")) == [name for name in SEGMENTS if name != "000001"], "the others are done"
@@ -189,6 +190,23 @@ def test_a_segment_that_takes_too_long_is_redone_by_another_worker(cluster, undi
 def test_a_worker_that_no_node_can_hold_is_refused(cluster, tmp_path):
     with pytest.raises(SettingsError, match=r"cpus_per_worker=99.*has 4 CPUs and 0 GPUs"):
         fit(dist_cases.config(tmp_path, cpus_per_worker=99))
+
+
+def test_a_worker_that_a_node_may_hold_which_is_still_to_join_is_waited_for(cluster, tmp_path):
+    """On a cluster of four CPUs and no GPU, which nodes may join."""
+    for waits in ({"cpus_per_worker": 99, "num_workers": 3}, {"gpus_per_worker": 1.0}):
+        said = []
+        with Cluster(dist_cases.config(tmp_path, **waits), say=said.append) as joined:
+            assert joined.pool().size == waits.get("num_workers", 1)
+        assert said[-1].startswith("Ray: waiting for nodes to join (a worker needs")
+
+
+def test_a_private_cluster_gets_no_nodes_so_nothing_is_waited_for(tmp_path, cluster):
+    joined = Cluster(dist_cases.config(tmp_path, gpus_per_worker=1.0, num_workers=2), say=lambda text: None)
+    joined.connect()
+    joined._private = True
+    with pytest.raises(SettingsError, match="no worker fits on any node of the cluster, which has 4 CPUs and 0 GPUs"):
+        joined.pool()
 
 
 # ------------------------------------------------------------------ jobs as a person starts them

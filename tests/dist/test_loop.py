@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter, deque
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 
-from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
+from laplace_dist.errors import CheckpointError, ExampleError, MissingObjectError, RunFailed, SettingsError, StorageError
 from laplace_dist.execution.timeouts import ENOUGH
 from laplace_dist.execution.timeouts import FLOOR_SECONDS
 from laplace_dist.execution.timeouts import TIMES
 from laplace_dist.execution.timeouts import Limit
 from laplace_dist.execution.timeouts import measured_limit
 from laplace_dist.execution.failures import SET_ASIDE
-from laplace_dist.execution.failures import START_FAILURES
+from laplace_dist.execution.failures import event_of
+from laplace_dist.execution.raised import Raised
 from laplace_dist.execution.tasks import Event
 from laplace_dist.execution.loop import run_tasks
+from laplace_dist.testing.simulated_pool import SimulatedPool
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Named:
 
 
 class Script:
-    """A pool that answers each attempt with what `answer(task, attempt)` returns: None, a failure, or an error."""
+    """A pool that answers each attempt with what `answer(task, attempt)` returns: None, a failure, an error, or an event."""
 
     def __init__(self, answer=lambda task, attempt: None, size=2):
         self.size, self.answer = size, answer
@@ -54,6 +58,8 @@ class Script:
             self.idle += 1
             return [Event(task, receipt={"of": task.what})]
         self.alive -= 1
+        if isinstance(answer, Event):
+            return [answer]
         return [Event(task, failure=answer) if isinstance(answer, str) else Event(task, refusal=answer)]
 
 
@@ -174,26 +180,198 @@ def test_an_error_of_the_core_library_gets_the_name_of_the_task():
         run(pool, tasks(1))
 
 
-def test_workers_that_cannot_start_stop_the_run():
+def test_what_concerns_all_tasks_stops_the_run_as_it_is():
     class Broken(Script):
-        def top_up(self, wanted):
-            self.started += 1
-
         def wait(self, seconds, limit):
-            return [Event(None, failure="ImportError: no such module")]
+            return [Event(None, refusal=RunFailed("no worker starts"))]
 
-    with pytest.raises(RunFailed, match="starting a worker failed 8 times.*no such module"):
+    with pytest.raises(RunFailed, match="^no worker starts$"):
         run(Broken(), tasks(2))
 
 
-def test_starts_that_fail_now_and_then_do_not_stop_a_run():
-    """On machines that come and go, over a long run."""
+def test_a_pool_that_has_no_room_yet_is_waited_for():
+    class Empty(Script):
+        rounds = 0
 
-    class Flapping(Script):
         def wait(self, seconds, limit):
-            return [*super().wait(seconds, limit), *[Event(None, failure="its node died")] * (START_FAILURES - 1)]
+            if not self.flight:
+                self.rounds, self.size = self.rounds + 1, 1
+                return []
+            return super().wait(seconds, limit)
 
-    assert len(run(Flapping(size=4), tasks(40))) == 40
+    pool = Empty(size=0)
+    assert len(run(pool, tasks(3))) == 3
+    assert pool.rounds == 1
+
+
+def test_the_tick_says_how_many_are_at_work_and_on_what():
+    seen = []
+    run(Script(size=1), tasks(2), tick=lambda busy, oldest: seen.append((busy, oldest)))
+    assert seen == [(0, ""), (0, "")]
+    seen.clear()
+    run(Script(size=2), tasks(2), tick=lambda busy, oldest: seen.append((busy, oldest)))
+    assert seen[0] == (1, "task 0"), "the one that finished was task 1"
+
+
+# ------------------------------------------------------------------ machines that are preempted
+
+
+@pytest.mark.parametrize("p", [0.02, 0.1, 0.3])
+def test_preempted_attempts_cost_the_time_that_was_lost_and_no_more(p):
+    """100 workers, 4,096 segments, 20 seeds: all finish, in at most 1.1 times the ideal time."""
+    for seed in range(20):
+        pool, done = SimulatedPool(100, p, seed), []
+        run_tasks(pool, tasks(4096), lambda task, receipt: done.append(task.what))
+        assert len(done) == len(set(done)) == 4096
+        assert pool.now <= 1.1 * pool.ideal
+        assert pool.attempts.total() > 4096 * (1 + p / 2), "so many were preempted"
+
+
+def test_a_poisoned_segment_is_set_aside_after_three_failures_on_living_nodes():
+    """Beside preemptions, which are not counted against it."""
+    pool, done = SimulatedPool(10, 0.3, seed=1, poisoned=["task 7", "task 300"]), []
+    with pytest.raises(RunFailed, match="task 7 failed 3 times.*\ntask 300 failed 3 times"):
+        run_tasks(pool, tasks(400), lambda task, receipt: done.append(task.what))
+    assert len(done) == 398
+    assert pool.attempts["task 7"] == pool.attempts["task 300"] == 3
+
+
+def test_losses_are_endless_only_while_something_finishes():
+    pool = SimulatedPool(5, preempted=1.0)
+    with pytest.raises(RunFailed, match="100 nodes were lost with nothing finished in between.*--segment-size"):
+        run_tasks(pool, tasks(50), lambda task, receipt: None)
+
+
+def test_losses_before_the_failures_of_a_task_are_not_counted_with_them():
+    def answer(task, attempt):
+        lost = task.what == "task 1" and attempt <= 20
+        return Event(task, failure="its node was lost", lost=True) if lost else "bad" if task.what == "task 1" else None
+
+    pool = Script(answer)
+    with pytest.raises(RunFailed, match="task 1 failed 3 times, the last time because bad"):
+        run(pool, tasks(40))
+    assert pool.attempts["task 1"] == 23
+
+
+# ------------------------------------------------------------------ errors that would come again
+
+
+def raising(error, bad=("task 1",), nodes=("",)):
+    """Return an answer: these tasks raise, on one node after the other."""
+
+    def answer(task, attempt):
+        return event_of(task, Raised.of(error), nodes[(attempt - 1) % len(nodes)]) if task.what in bad else None
+
+    return answer
+
+
+SHAPES = RuntimeError("mat1 and mat2 shapes cannot be multiplied (8x27 and 28x3)")
+
+
+def test_an_error_that_two_tasks_share_stops_a_run_in_which_nothing_has_finished():
+    pool = Script(raising(SHAPES, [f"task {i}" for i in range(50)]), size=4)
+    with pytest.raises(RunFailed, match=r"task \d: RuntimeError: mat1.*; \w+.* failed in the same way.*no use") as caught:
+        run(pool, tasks(50))
+    assert pool.attempts.total() == 2
+    assert str(caught.value).count("\n") == 0
+
+
+def test_a_task_that_is_alone_is_tried_twice():
+    pool = Script(raising(SHAPES, ["task 0"]))
+    with pytest.raises(RunFailed, match="task 0: RuntimeError: mat1.*it failed in the same way before"):
+        run(pool, tasks(1))
+    assert pool.attempts.total() == 2
+
+
+def test_an_error_of_one_task_among_good_ones_sets_it_aside():
+    pool = Script(raising(SHAPES, ["task 20"]))
+    with pytest.raises(RunFailed, match="task 20 failed 3 times, the last time because RuntimeError: mat1"):
+        run(pool, tasks(40))
+    assert pool.attempts["task 20"] == 3 and pool.attempts.total() == 42
+
+
+@pytest.mark.parametrize("error", [TypeError("forward() takes 2"), ImportError("no module x"), AssertionError()])
+def test_an_error_of_the_code_stops_the_run_when_another_node_says_so_too(error):
+    pool = Script(raising(error, ["task 5"], nodes=["a", "b"]))
+    with pytest.raises(RunFailed, match=f"task 5: {type(error).__name__}.*in the same way on another node"):
+        run(pool, tasks(40))
+    assert pool.attempts["task 5"] == 2
+
+
+def test_an_error_of_the_code_on_one_node_alone_may_be_that_nodes():
+    pool = Script(lambda task, attempt: raising(ImportError("no x"), ["task 5"], ["a"])(task, 1) if attempt < 3 else None)
+    assert len(run(pool, tasks(40))) == 40
+
+
+@pytest.mark.parametrize("error", [torch.linalg.LinAlgError("eigh: did not converge"), NotImplementedError("no such op")])
+def test_an_error_of_the_numbers_stops_the_run_at_once(error):
+    pool = Script(raising(error))
+    with pytest.raises(RunFailed, match=f"^task 1: {type(error).__name__.lstrip('_')}: {error}"):
+        run(pool, tasks(40))
+    assert pool.attempts["task 1"] == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("no route to host"),
+        MemoryError(),
+        RuntimeError("CUDA out of memory"),
+        RuntimeError("CUDA error: uncorrectable ECC error"),
+        StorageError("a/b: no answer"),
+        ExampleError("--data: example 3 cannot be read (OSError: gone)", [3]),
+    ],
+)
+def test_an_error_that_may_pass_is_tried_again(error):
+    def answer(task, attempt):
+        return raising(error, ["task 0", "task 1", "task 2"])(task, attempt) if attempt < 3 else None
+
+    assert len(run(Script(answer, size=3), tasks(3))) == 3
+
+
+def test_what_cannot_be_read_for_its_content_belongs_to_its_examples():
+    error = ExampleError("--data: example 12 cannot be read (KeyError: 'label')", [12])
+    error.__cause__ = KeyError("label")
+    pool = Script(raising(error))
+    with pytest.raises(RunFailed, match="task 1 failed 3 times"):
+        run(pool, tasks(40))
+    pool = Script(raising(error, [f"task {i}" for i in range(40)]))
+    with pytest.raises(RunFailed, match="failed in the same way, and nothing has finished"):
+        run(pool, tasks(40))
+    assert pool.attempts.total() <= 3
+
+
+# ------------------------------------------------------------------ errors as plain data
+
+
+class Unpicklable(Exception):
+    """As those whose constructor takes more than its message."""
+
+    def __init__(self, code, message):
+        super().__init__(message)
+        self.code, self.examples = code, [3, 4]
+
+
+def test_an_error_is_carried_as_plain_data():
+    try:
+        raise Unpicklable(7, "it hurts") from KeyError("x")
+    except Unpicklable as error:
+        raised = pickle.loads(pickle.dumps(Raised.of(error)))
+    assert str(raised) == "Unpicklable: it hurts" and raised.examples == (3, 4)
+    assert raised.is_a("builtins.Exception") and "builtins.KeyError" in raised.causes
+    assert raised.trace[-1].startswith("test_loop.py:")
+    assert raised.located() == f"Unpicklable: it hurts ({raised.trace[-1]}), examples 3, 4"
+
+
+@pytest.mark.parametrize("kind", [SettingsError, CheckpointError, MissingObjectError, StorageError, RunFailed])
+def test_an_error_of_this_project_is_rebuilt_by_name(kind):
+    again = Raised.of(kind("why")).rebuilt()
+    assert type(again) is kind and str(again) == "why"
+
+
+def test_other_errors_are_rebuilt_with_their_type_in_the_text():
+    assert repr(Raised.of(ValueError("why")).rebuilt()) == "ValueError('why')"
+    assert repr(Raised.of(ZeroDivisionError("why")).rebuilt()) == "RuntimeError('ZeroDivisionError: why')"
 
 
 # ------------------------------------------------------------------ the time-out of a task

@@ -1,42 +1,69 @@
-"""The actors' pool with a Ray that does as it is told."""
+"""The actors' pool with a Ray that does as it is told: who is started where, and what becomes of it."""
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from types import SimpleNamespace
 
 import dist_cases
 import pytest
 
-from laplace_dist.execution import pool
-from laplace_dist.execution.timeouts import Limit
-from laplace_dist.execution.pool import RESTS
+from laplace_dist.errors import RunFailed, SettingsError
+from laplace_dist.execution import liveness, pool
+from laplace_dist.execution.failures import STARTS_PER_NODE
+from laplace_dist.execution.liveness import SECOND_LOOK
 from laplace_dist.execution.pool import Pool
+from laplace_dist.execution.raised import Raised
+from laplace_dist.execution.scaling import LOOK_SECONDS, Placement, nodes_of
+from laplace_dist.execution.starts import RESTS
+from laplace_dist.execution.timeouts import Limit
 
 
 class Died(Exception):
     pass
 
 
-class Raised(Exception):
-    pass
+class Preempted(Died):
+    preempted = True
 
 
 class FakeRay:
-    """Results by reference: a value, or an exception to raise; what has none is not ready."""
+    """Results by reference: a value, or an exception to raise; what has none is not ready.
 
-    exceptions = SimpleNamespace(RayTaskError=Raised, RayError=Died)
+    Attributes:
+        cpus: CPUs of each node that is listed as alive.
+        used: Of these, the ones that somebody else has.
+        silent: Nodes that are listed as alive and do not answer.
+    """
 
-    def __init__(self):
-        self.results, self.killed, self.actors = {}, [], 0
+    exceptions = SimpleNamespace(RayTaskError=type("Task", (Exception,), {}), RayError=Died)
+    util = SimpleNamespace(scheduling_strategies=SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: node))
+
+    def __init__(self, **cpus):
+        self.cpus, self.used, self.silent = cpus, Counter(), set()
+        self.results, self.killed, self.where, self.now = {}, [], [], 1000.0
+        self._private = SimpleNamespace(state=self)
+        self.hired = Counter()
 
     def remote(self, _):
-        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._actor))
+        return SimpleNamespace(
+            options=lambda scheduling_strategy, **_: SimpleNamespace(remote=lambda *_: self._actor(scheduling_strategy))
+        )
 
-    def _actor(self, *_):
-        self.actors += 1
-        name = f"actor {self.actors}"
+    def _actor(self, node):
+        self.where.append(node)
+        self.hired[node] += 1
+        name = f"actor {len(self.where)}"
         call = lambda what: SimpleNamespace(remote=lambda *_: f"{name} {what}")  # noqa: E731
-        return SimpleNamespace(name=name, start=call("start"), run=call("run"))
+        return SimpleNamespace(name=name, node=node, start=call("start"), run=call("run"))
+
+    def nodes(self):
+        listed = [{"NodeID": node, "Alive": True, "Resources": {"CPU": float(n)}} for node, n in self.cpus.items()]
+        return [{**node, "NodeManagerAddress": node["NodeID"], "NodeManagerPort": 1} for node in listed]
+
+    def available_resources_per_node(self):
+        return {node: {"CPU": float(n - self.used[node] - self.hired[node])} for node, n in self.cpus.items()}
 
     def wait(self, refs, num_returns, timeout):
         ready = [ref for ref in refs if ref in self.results][:num_returns]
@@ -49,72 +76,297 @@ class FakeRay:
 
     def kill(self, actor, no_restart):
         self.killed.append(actor.name)
+        self.hired[actor.node] -= 1
+
+    @property
+    def actors(self):
+        return len(self.where)
+
+    def all_start(self):
+        """Have every worker come to life."""
+        self.results |= {f"actor {i + 1} start": {} for i in range(self.actors) if f"actor {i + 1} start" not in self.results}
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Return a pool of two, its Ray, and the time in a list of one."""
-    ray, now = FakeRay(), [1000.0]
-    monkeypatch.setattr(pool, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: None))
-    monkeypatch.setattr(pool, "why_it_died", str)
-    monkeypatch.setitem(__import__("sys").modules, "ray", ray)
-    return Pool(dist_cases.config("/nowhere"), 2, 1, 0, say=lambda text: None), ray, now
+    """Return what makes a pool over some nodes, its Ray, and the lines that it says."""
+
+    def make(wanted=None, limit=None, **cpus):
+        ray, said = FakeRay(**cpus), []
+        clock = SimpleNamespace(monotonic=lambda: ray.now, sleep=lambda s: None)
+        monkeypatch.setattr(pool, "time", clock)
+        monkeypatch.setattr(pool, "why_it_died", lambda error, lost: "lost" if lost else str(error))
+        monkeypatch.setitem(__import__("sys").modules, "ray", ray)
+        ray.demanded = []
+        placement = Placement(lambda: nodes_of(ray), {"CPU": 1.0, "GPU": 0.0}, wanted, limit, ray.demanded.append)
+        answers = lambda address: address.partition(":")[0] not in ray.silent  # noqa: E731
+        return Pool(dist_cases.config("/nowhere"), placement, said.append, answers), ray, said
+
+    return make
 
 
-def started(fake):
-    workers, ray, _ = fake
-    workers.top_up(2)
-    ray.results |= {"actor 1 start": 1, "actor 2 start": 2}
-    assert workers.wait(1, Limit()) == [] and workers.idle == 2
-    return workers
+def task(what):
+    return SimpleNamespace(what=what)
+
+
+def started(workers, ray, wanted):
+    workers.top_up(wanted)
+    ray.all_start()
+    assert workers.wait(1, Limit()) == [] and workers.idle == wanted
+
+
+def later(ray, seconds, workers, limit=None):
+    """Let time pass, and return what happens."""
+    ray.now += seconds
+    return workers.wait(1, limit or Limit())
+
+
+# ------------------------------------------------------------------ tasks
 
 
 def test_what_took_too_long_fails_and_its_worker_is_ended(fake):
-    workers, ray, now = started(fake), fake[1], fake[2]
+    workers, ray, _ = fake(only=2)
+    started(workers, ray, 2)
     for name in "ab":
-        workers.submit(SimpleNamespace(what=name))
-    now[0] += 9
+        workers.submit(task(name))
     ray.results["actor 1 run"] = {}
-    [event] = workers.wait(1, Limit(10.0))
+    [event] = later(ray, 9, workers, Limit(10.0))
     assert (event.task.what, event.receipt, event.seconds) == ("b", {}, 9.0)
-    now[0] += 2
-    [event] = workers.wait(1, Limit(10.0))
-    assert (event.task.what, ray.killed) == ("a", ["actor 2"])
+    [event] = later(ray, 2, workers, Limit(10.0))
+    assert (event.task.what, ray.killed, event.lost) == ("a", ["actor 2"], False)
     assert "it took longer than 10 s, as --segment-timeout says" in event.failure
 
 
 def test_what_has_finished_is_not_late_however_long_this_process_was_suspended(fake):
-    workers, ray, now = started(fake), fake[1], fake[2]
+    workers, ray, _ = fake(only=2)
+    started(workers, ray, 2)
     for name in "ab":
-        workers.submit(SimpleNamespace(what=name))
-    now[0] += 1e6
+        workers.submit(task(name))
     ray.results |= {"actor 1 run": {}, "actor 2 run": {}}
-    assert [event.failure for event in workers.wait(1, Limit(10.0))] == [None, None]
+    assert [event.failure for event in later(ray, 1e6, workers, Limit(10.0))] == [None, None]
     assert ray.killed == []
 
 
-def test_after_a_start_that_failed_the_next_ones_wait_longer_and_longer(fake):
-    workers, ray, now = fake
+def test_what_a_task_raises_is_sorted_and_its_worker_is_not_used_again(fake):
+    workers, ray, _ = fake(a=1, b=1)
+    started(workers, ray, 2)
+    for name in "xy":
+        workers.submit(task(name))
+    ray.results |= {"actor 1 run": Raised.of(SettingsError("--x: no")), "actor 2 run": Raised.of(OSError("gone"))}
+    first, second = workers.wait(1, Limit())
+    assert repr(first.failure or first.refusal) in ("SettingsError('--x: no')", "'OSError: gone'")
+    assert {repr(event.refusal) for event in (first, second)} == {"SettingsError('--x: no')", "None"}
+    assert {event.node for event in (first, second)} == {"a", "b"}
+    assert sorted(ray.killed) == ["actor 1", "actor 2"] and workers.idle == 0
+
+
+def test_a_task_that_failed_goes_to_another_node_where_there_is_one(fake):
+    workers, ray, _ = fake(a=1, b=1)
+    started(workers, ray, 2)
+    workers.submit(task("x"))
+    [node] = [ray.where[int(ref.split()[1]) - 1] for ref in workers._flight]
+    ray.results[next(iter(workers._flight))] = Raised.of(OSError("gone"))
+    [event] = workers.wait(1, Limit())
+    assert event.node == node
+    later(ray, LOOK_SECONDS, workers)
+    workers.top_up(2)
+    ray.all_start()
+    later(ray, 1, workers)
+    assert workers.idle == 2 and workers._idle[-1].node == node, "the last one to start would be the next to be used"
+    workers.submit(event.task)
+    assert [flight.hired.node for flight in workers._flight.values()] == [{"a": "b", "b": "a"}[node]]
+
+
+# ------------------------------------------------------------------ deaths
+
+
+def death(fake, error, **cpus):
+    """Have the worker of one task die; returns the pool and its Ray."""
+    workers, ray, _ = fake(**cpus)
+    started(workers, ray, 1)
+    workers.submit(task("x"))
+    ray.results["actor 1 run"] = error
+    return workers, ray
+
+
+def test_a_death_on_a_node_that_lives_on_is_the_tasks_after_a_second_look(fake):
+    workers, ray = death(fake, Died("killed"), a=1)
+    assert workers.wait(1, Limit()) == [] and workers.busy == 1, "it is not known yet, and the task is not forgotten"
+    [event] = later(ray, SECOND_LOOK, workers)
+    assert (event.failure, event.lost, event.node, workers.busy) == ("killed", False, "", 0)
+
+
+@pytest.mark.parametrize("how", ["the list says so", "it does not answer", "Ray's own word", "a moment later"])
+def test_a_death_with_its_node_is_told_apart(fake, how):
+    workers, ray = death(fake, Preempted("killed") if how == "Ray's own word" else Died("killed"), a=1, b=1)
+    [node] = ray.where
+    if how == "a moment later":
+        assert workers.wait(1, Limit()) == []
+    if how in ("the list says so", "a moment later"):
+        del ray.cpus[node]
+    elif how == "it does not answer":
+        ray.silent.add(node)
+    [event] = later(ray, 0.5, workers)
+    assert (event.failure, event.lost) == ("lost", True)
+
+
+def test_the_place_of_a_worker_that_died_is_filled_while_its_death_is_looked_into(fake):
+    workers, ray = death(fake, Died("killed"), a=1, b=1)
+    assert workers.wait(1, Limit()) == []
+    workers.top_up(1)
+    assert len(set(ray.where)) == 2, "on the other node, since this one may be going away"
+
+
+def test_a_node_that_answers_is_told_from_one_that_does_not():
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        assert liveness.node_answers(address)
+    assert not liveness.node_answers(address)
+
+
+# ------------------------------------------------------------------ starts
+
+
+def test_after_a_start_that_failed_the_next_ones_wait_longer_and_longer_until_the_node_is_left_out(fake):
+    workers, ray, said = fake(a=1)
     rests = []
     workers.top_up(1)
-    for _ in range(8):
-        number = ray.actors
-        ray.results[f"actor {number} start"] = Died("its node is gone")
-        [event] = workers.wait(1, Limit())
-        assert (event.task, event.failure) == (None, "its node is gone")
-        begun = now[0]
+    for i in range(STARTS_PER_NODE):
+        ray.results[f"actor {ray.actors} start"] = Raised.of(ImportError("no module x"))
+        events = workers.wait(1, Limit())
+        if i == STARTS_PER_NODE - 1:
+            break
+        assert events == []
+        begun, number = ray.now, ray.actors
         while ray.actors == number:
-            assert workers.wait(1, Limit()) == []
-            now[0] += 0.25
+            assert later(ray, 0.25, workers) == []
             workers.top_up(1)
-        rests.append(now[0] - begun)
-    assert rests == [RESTS[0] * 2**i for i in range(6)] + [RESTS[1]] * 2
+        rests.append(ray.now - begun)
+    assert rests == [RESTS[0], 2 * RESTS[0], 4 * RESTS[0]]
+    [event] = events
+    assert isinstance(event.refusal, RunFailed) and event.task is None
+    assert str(event.refusal).startswith("starting a worker fails on the only node, the last time because ImportError")
+    assert len(said) == STARTS_PER_NODE - 1 and all("could not start on node a (a)" in line for line in said)
 
 
-def test_a_task_that_failed_does_not_hold_up_the_next_worker(fake):
-    workers, ray, _ = started(fake), fake[1], fake[2]
-    workers.submit(SimpleNamespace(what="a"))
-    ray.results["actor 2 run"] = Died("gone")
-    assert [event.failure for event in workers.wait(1, Limit())] == ["gone"]
-    workers.top_up(2)
-    assert ray.actors == 3
+def test_starts_that_fail_together_count_once(fake):
+    workers, ray, _ = fake(a=8)
+    workers.top_up(8)
+    ray.results |= {f"actor {i + 1} start": Raised.of(OSError("no memory")) for i in range(8)}
+    assert workers.wait(1, Limit()) == []
+    later(ray, 3, workers)
+    workers.top_up(1)
+    ray.all_start()
+    assert later(ray, 1, workers) == [] and workers.idle == 1
+
+
+def test_one_node_on_which_no_worker_starts_is_left_out_and_the_run_goes_on(fake):
+    workers, ray, said = fake(bad=1, good=1, better=1)
+    for _ in range(40):
+        workers.top_up(3)
+        for i, node in enumerate(ray.where):
+            outcome = Raised.of(ImportError("libcudnn")) if node == "bad" else {}
+            ray.results.setdefault(f"actor {i + 1} start", outcome)
+        assert later(ray, 1, workers) == []
+    assert Counter(ray.where) == {"bad": STARTS_PER_NODE, "good": 1, "better": 1}
+    assert workers.idle == 2
+    [line] = [line for line in said if "left out" in line]
+    assert line.startswith("node bad (bad) is left out, since workers do not start there (ImportError: libcudnn")
+
+
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_what_the_settings_refuse_on_most_nodes_is_refused(fake, nodes):
+    workers, ray, _ = fake(**{f"n{i}": 1 for i in range(nodes)})
+    events = []
+    for _ in range(5):
+        workers.top_up(nodes)
+        ray.results |= {f"actor {i + 1} start": Raised.of(SettingsError("no GPU")) for i in range(ray.actors)}
+        events += later(ray, 1, workers)
+    assert repr(events[0].refusal) == "SettingsError('no GPU')"
+    assert ray.actors == nodes, "it would be the same at the next start"
+
+
+def test_starts_that_are_lost_with_their_nodes_do_not_count(fake):
+    workers, ray, said = fake(n0=1)
+    for i in range(20):
+        workers.top_up(1)
+        ray.results[f"actor {i + 1} start"] = Died("its node died")
+        ray.cpus = {f"n{i + 1}": 1}
+        assert later(ray, LOOK_SECONDS, workers) == []
+    assert ray.actors == 20 and not any("could not start" in line for line in said)
+
+
+# ------------------------------------------------------------------ the cluster changes
+
+
+def test_the_pool_follows_the_cluster(fake):
+    """Started on eight CPUs, joined by 92 nodes of one: it uses them within 30 s."""
+    workers, ray, _ = fake(head=8)
+    started(workers, ray, 8)
+    assert workers.size == 8
+    ray.cpus |= {f"n{i}": 1 for i in range(92)}
+    begun = ray.now
+    while workers.idle < 100:
+        later(ray, 1, workers)
+        workers.top_up(1000)
+        ray.all_start()
+        assert ray.now - begun <= 30
+    assert workers.size == 100 and ray.actors == 100
+
+
+def test_nodes_that_leave_shrink_the_pool_and_their_idle_workers_are_not_used(fake):
+    workers, ray, _ = fake(a=1, b=1, c=1)
+    started(workers, ray, 3)
+    del ray.cpus["a"], ray.cpus["b"]
+    assert later(ray, LOOK_SECONDS, workers) == []
+    assert workers.size == 1 and [hired.node for hired in workers._idle] == ["c"]
+
+
+def test_without_room_it_waits_and_says_so(fake):
+    workers, ray, said = fake(head=0)
+    workers.top_up(5)
+    for _ in range(20):
+        assert later(ray, 1, workers) == []
+    assert ray.actors == 0 and workers.size == 1
+    assert said == [
+        "waiting for room for a worker: a worker needs 1 CPU and 0 GPU on one node; the cluster has 1 node(s), room for "
+        "0 worker(s) in all, and 0 CPU and 0 GPU free now"
+    ]
+    ray.cpus["a"] = 4
+    later(ray, LOOK_SECONDS, workers)
+    workers.top_up(5)
+    assert ray.where == ["a"] * 4
+
+
+def test_what_others_have_taken_is_left_to_them(fake):
+    workers, ray, _ = fake(a=4, b=4)
+    ray.used["a"] = 3
+    later(ray, LOOK_SECONDS, workers)
+    workers.top_up(8)
+    assert Counter(ray.where) == {"a": 1, "b": 4}
+
+
+def test_an_autoscaler_is_told_how_many_workers_are_wanted(fake):
+    workers, ray, _ = fake(limit=50, a=2)
+    assert workers.size == 50
+    workers.top_up(50)
+    workers.top_up(50)
+    assert ray.actors == 2 and ray.demanded == [50]
+    workers, ray, _ = fake(wanted=7, a=2)
+    workers.top_up(5)
+    workers.top_up(9)
+    assert workers.size == 7 and ray.actors == 2 and ray.demanded == [5, 7]
+
+
+def test_what_fits_is_counted_per_node():
+    nodes = [
+        {"NodeID": name, "Alive": True, "Resources": has, "NodeManagerAddress": "", "NodeManagerPort": 0}
+        for name, has in {"a": {"CPU": 3, "GPU": 1}, "b": {"CPU": 3}, "c": {"CPU": 1, "GPU": 4}}.items()
+    ]
+    ray = SimpleNamespace(nodes=lambda: nodes, _private=SimpleNamespace(state=FakeRay()))
+    for need, fits in [({"CPU": 2.0, "GPU": 0.0}, 2), ({"CPU": 1.0, "GPU": 0.5}, 3), ({"CPU": 4.0, "GPU": 0.0}, 0)]:
+        placement = Placement(lambda: nodes_of(ray), need)
+        placement.refresh(time.monotonic())
+        assert placement.fits == fits, need

@@ -19,8 +19,9 @@ from laplace_dist.job import Job
 from laplace_dist.errors import RunFailed
 from laplace_dist.plan.segments import default_segment_size
 from laplace_dist.plan.segments import plan_segments
-from laplace_dist.execution.pool import why_it_died
-from laplace_dist.execution.pool import why_it_failed
+from laplace_dist.execution.failures import why_it_failed
+from laplace_dist.execution.liveness import why_it_died
+from laplace_dist.execution.raised import Raised
 from laplace_dist.run.checkpoint import Checkpoint
 
 FULL = {"skip_tune": False, "skip_evaluate": False, "ood": ["other"], "grid_size": 5}
@@ -79,7 +80,7 @@ def test_a_worker_killed_at_each_stage_of_a_segment_changes_no_byte(cluster, und
     assert manifests["partials/000004.json"].decode() == notes["000004"]["data"], "the dead worker's commit stands"
     assert fault_cases.orphans(store) == {"partials/000002", "partials/000003"}, "the second attempt of 4 was deleted"
     said = capsys.readouterr().out
-    assert said.count("process or node died") == 4 and said.count("it is done again") == 4
+    assert said.count("process died, and its node lives on") == 4 and said.count("it is done again") == 4
 
     laplace_dist.verify(store.url, store._options, collect_orphans_older_than=0)
     assert fault_cases.orphans(store) == set()
@@ -241,15 +242,17 @@ def test_a_worker_that_ray_ends_for_its_memory_is_replaced_and_says_what_to_lowe
     "error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to"), OSError("std::bad_alloc")]
 )
 def test_errors_that_mean_too_little_memory_are_told_from_others(error):
-    assert "--batch-size" in why_it_failed(error)
-    assert why_it_failed(RuntimeError("the shapes differ")) == "RuntimeError: the shapes differ"
+    assert "--batch-size" in why_it_failed(Raised.of(error))
+    assert why_it_failed(Raised.of(RuntimeError("the shapes differ"))) == "RuntimeError: the shapes differ"
 
 
 def test_what_ray_says_of_a_dead_worker_is_told_with_what_to_do(cluster):
     from ray import exceptions
 
     assert "--num-workers" in why_it_died(exceptions.OutOfMemoryError("Task was killed due to the node running low"))
-    assert "process or node died" in why_it_died(exceptions.ActorDiedError())
+    assert "process died, and its node lives on" in why_it_died(exceptions.ActorDiedError())
+    assert why_it_died(exceptions.ActorDiedError(), lost=True) == "its node was lost"
+    assert why_it_died(exceptions.RayActorError(preempted=True), lost=True) == "its node was preempted"
 
 
 # ------------------------------------------------------------------ bad data
@@ -328,3 +331,16 @@ def test_nothing_but_the_age_of_orphans_is_told_by_the_clock_on_the_wall():
             if imported or re.fullmatch(r"time\.(time|time_ns|localtime|gmtime)|.*datetime\.(now|utcnow|today)", name):
                 found.add(path.name)
     assert found == {"orphans.py"}
+
+
+# ------------------------------------------------------------------ errors that come again
+
+
+def test_an_error_that_does_not_unpickle_is_said_as_it_is_and_not_tried_ten_times(cluster, folder, tmp_path):
+    """In no process but its own; the driver has no such class at hand either."""
+    settings = {"model": "raising_cases:model", "model_args": {"folder": str(folder)}}
+    why = r"segment \d{6} \(examples [^)]*\): StubbornError: a batch of \d does not please this model \(raising_cases.py:\d+"
+    with pytest.raises(RunFailed, match=f"{why} in forward.*failed in the same way.*trying again is no use") as caught:
+        fit(dist_cases.config(tmp_path / "run", num_workers=2, **settings))
+    assert "\n" not in str(caught.value) and "memory" not in str(caught.value)
+    assert 2 <= len(list(folder.glob("raised-*"))) <= 3

@@ -42,7 +42,7 @@ def test_it_says_when_nothing_finishes_ever_more_seldom(clock):
     assert QUIET_SECONDS == 60.0
     for _ in range(60 * 8):
         clock[0] += 1
-        line.tick(busy=2)
+        line.tick(busy=2, oldest="")
     assert out.getvalue().splitlines() == [
         "map: 0/3 segments, none finished for 00:01:00, 2 at work",
         "map: 0/3 segments, none finished for 00:02:00, 2 at work",
@@ -53,3 +53,14 @@ def test_it_says_when_nothing_finishes_ever_more_seldom(clock):
     clock[0] += 59
     line.tick(busy=2)
     assert len(out.getvalue().splitlines()) == 5, "one line for the segment, and then the patience is new"
+
+
+@pytest.mark.parametrize(
+    ("busy", "said"), [(1, "1 at work on the evidence"), (3, "3 at work, the first of them on the evidence")]
+)
+def test_the_line_about_what_takes_long_says_what_it_is(clock, busy, said):
+    out = io.StringIO()
+    line = Progress("tune", "results", 1, out=out)
+    clock[0] += 61
+    line.tick(busy, "the evidence")
+    assert out.getvalue() == f"tune: 0/1 results, none finished for 00:01:01, {said}\n"

@@ -1,0 +1,102 @@
+"""Whether a worker died alone or with its node, which decides whether its task is to blame.
+
+Ray's own words for a lost node come late or not at all: while a node goes away its workers may be gone first, and a call
+that breaks off is reported as `ActorUnavailableError` while the head still lists the node as alive. So a node is asked
+itself, and once more a moment later, before a task is blamed.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from laplace_dist.execution.failures import LESS_MEMORY
+from laplace_dist.execution.flights import Flight
+from laplace_dist.execution.scaling import Placement
+
+# Seconds until a node is asked again whose worker died. A machine that is being shut down ends its processes within about a
+# second, in any order; and the next worker takes longer to start than this.
+SECOND_LOOK = 2.0
+ANSWER_SECONDS = 2.0  # for which a node is waited for when it is asked; one that is there answers in milliseconds
+
+
+def node_answers(address: str) -> bool:
+    """Say whether something listens at a node's `host:port`."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+def why_it_died(error: Exception, lost: bool = False) -> str:
+    """Return what Ray says of a dead worker as a phrase."""
+    from ray.exceptions import OutOfMemoryError
+
+    if getattr(error, "preempted", False):
+        return "its node was preempted"
+    if lost:
+        return "its node was lost"
+    if getattr(error, "actor_init_failed", False):
+        return f"a worker could not be set up: {str(error).strip().splitlines()[-1]}"
+    if isinstance(error, OutOfMemoryError) or "running low on memory" in str(error):
+        return f"Ray ended the worker because its node ran low on memory. {LESS_MEMORY}"
+    return (
+        "the worker's process died, and its node lives on (killed, or a crash in native code; if it was killed for its "
+        "memory, lower --num-workers or --batch-size)"
+    )
+
+
+@dataclass
+class _Death:
+    flight: Flight
+    error: Exception
+    ask_again: float
+
+
+class Deaths:
+    """Workers that died, until it is known whether their node did.
+
+    Args:
+        placement: Knows the nodes that the cluster lists as alive.
+        answers: Says whether something listens at `host:port`.
+    """
+
+    def __init__(self, placement: Placement, answers: Callable[[str], bool] = node_answers) -> None:
+        self._placement, self._answers = placement, answers
+        self._open: list[_Death] = []
+
+    @property
+    def flights(self) -> list[Flight]:
+        """What the workers were doing whose deaths are not judged yet."""
+        return [death.flight for death in self._open]
+
+    def record(self, flight: Flight, error: Exception, now: float) -> None:
+        """Take note of a death."""
+        self._open.append(_Death(flight, error, now + SECOND_LOOK))
+
+    def judged(self, now: float) -> Iterator[tuple[Flight, Exception, bool]]:
+        """Yield the deaths that are clear by now, each with whether the node was lost."""
+        if not self._open:
+            return
+        self._placement.look_again()
+        self._placement.refresh(now)
+        lives: dict[str, bool] = {}
+        for death in list(self._open):
+            node = death.flight.hired.node
+            if node not in lives:
+                lives[node] = not _preempted(death.error) and self._lives(node)
+            if not lives[node] or now >= death.ask_again:
+                self._open.remove(death)
+                yield death.flight, death.error, not lives[node]
+
+    def _lives(self, node: str) -> bool:
+        found = self._placement.nodes.get(node)
+        return found is not None and self._answers(found.address)
+
+
+def _preempted(error: Any) -> bool:
+    return bool(getattr(error, "preempted", False))

@@ -1,0 +1,147 @@
+"""Where workers go: what fits on each node, which nodes are there now, and how many workers there are to be.
+
+The cluster may change at any time: nodes that join are used, nodes that leave are not waited for, and where there is none
+yet, the run waits for one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Seconds between two looks at the list of nodes: it costs the head a few milliseconds, and a node needs minutes to join.
+LOOK_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the cluster that lives.
+
+    Attributes:
+        id: Ray's.
+        address: `host:port` at which it can be asked whether it lives.
+        total: Its resources by Ray's names.
+        free: Those that nobody has reserved, as of some moments ago.
+    """
+
+    id: str
+    address: str
+    total: Mapping[str, float]
+    free: Mapping[str, float]
+
+
+def nodes_of(ray: Any) -> list[Node]:
+    """Return the living nodes of the cluster that this process has joined."""
+    free = ray._private.state.available_resources_per_node()
+    return [
+        Node(
+            node["NodeID"],
+            f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}",
+            node["Resources"],
+            free.get(node["NodeID"], {}),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def autoscaler_limit(ray: Any, need: Mapping[str, float]) -> int | None:
+    """Return how many workers an autoscaler would make room for at most; None if there is none, or it does not say."""
+    most = ray._private.state.state.get_max_resources_from_cluster_config()
+    return None if most is None else max(how_many(most, need), 0) or None
+
+
+def how_many(have: Mapping[str, float], need: Mapping[str, float]) -> int:
+    """Return how many workers fit into some resources."""
+    return min(int((have.get(name, 0.0) + 1e-9) // amount) for name, amount in need.items() if amount > 0)
+
+
+class Placement:
+    """Decides on which nodes workers are started.
+
+    Args:
+        look: Returns the nodes that live.
+        need: What one worker reserves, by Ray's names.
+        wanted: How many workers there are to be, if the user says; as many as fit if not.
+        limit: How many an autoscaler would make room for.
+        demand: Called with the number of workers that there is not yet room for all of, where an autoscaler may help.
+    """
+
+    def __init__(
+        self,
+        look: Callable[[], list[Node]],
+        need: Mapping[str, float],
+        wanted: int | None = None,
+        limit: int | None = None,
+        demand: Callable[[int], None] = lambda workers: None,
+    ) -> None:
+        self.need, self._look, self._wanted, self._limit, self._demand = need, look, wanted, limit, demand
+        self._asked, self._looked = 0, float("-inf")
+        self.nodes: dict[str, Node] = {}
+
+    def refresh(self, now: float) -> None:
+        """Look which nodes there are, if the last look is some time ago."""
+        if now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            self.nodes = {node.id: node for node in self._look()}
+
+    def look_again(self) -> None:
+        """Have the next refresh look in any case, since something has changed."""
+        self._looked = float("-inf")
+
+    @property
+    def usable(self) -> list[str]:
+        """The nodes on which at least one worker fits."""
+        return [node.id for node in self.nodes.values() if how_many(node.total, self.need) > 0]
+
+    @property
+    def fits(self) -> int:
+        """How many workers fit on the nodes that there are, each of them on one node."""
+        return sum(max(0, how_many(node.total, self.need)) for node in self.nodes.values())
+
+    @property
+    def size(self) -> int:
+        """How many workers there would be with enough to do; at least one, since nodes may join."""
+        return max(1, self._wanted or max(self.fits, self._limit or 0))
+
+    def places(
+        self, count: int, starting: Counter[str], taken: Counter[str], allowed: Callable[[str], bool]
+    ) -> list[str]:
+        """Return the nodes for so many more workers, the emptiest first; fewer where there is no more room now.
+
+        Args:
+            count: Of workers to be started.
+            starting: Workers under way by node, whose resources may still look free.
+            taken: Workers by node, with those under way.
+            allowed: Says whether a worker may be started on a node.
+        """
+        if count > 0 and sum(taken.values()) + count > max(self.fits, self._asked):
+            self._asked = sum(taken.values()) + count
+            self._demand(self._asked)
+        room = Counter(
+            {
+                node.id: min(
+                    how_many(node.total, self.need) - taken[node.id], how_many(node.free, self.need) - starting[node.id]
+                )
+                for node in self.nodes.values()
+                if allowed(node.id)
+            }
+        )
+        chosen = []
+        while len(chosen) < count and room and (best := room.most_common(1)[0])[1] > 0:
+            chosen.append(best[0])
+            room[best[0]] -= 1
+        return chosen
+
+    def describe(self) -> str:
+        """Return what there is, in words, for somebody who waits."""
+        free = Counter()
+        for node in self.nodes.values():
+            free.update({name: node.free.get(name, 0.0) for name in ("CPU", "GPU")})
+        return (
+            f"a worker needs {self.need['CPU']:g} CPU and {self.need['GPU']:g} GPU on one node; the cluster has "
+            f"{len(self.nodes)} node(s), room for {self.fits} worker(s) in all, and {free['CPU']:g} CPU and "
+            f"{free['GPU']:g} GPU free now"
+        )
