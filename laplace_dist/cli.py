@@ -10,6 +10,7 @@ from typing import Any
 
 from laplace_dist.config.command_line import load_config
 from laplace_dist.config.settings import Config
+from laplace_dist.data.sources import load_split
 from laplace_dist.errors import CheckpointError, Interrupted, MissingObjectError, RunFailed, SettingsError
 from laplace_dist.execution import signals
 from laplace_dist.job import Result, evaluate_posterior, fit, tune_posterior
@@ -61,16 +62,26 @@ def verify_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
     parser.add_argument(
         "--collect-orphans-older-than", type=float, metavar="HOURS", help="delete attempts that no manifest names"
     )
+    parser.add_argument("--shallow", action="store_true", help="check that arrays are there, without reading them")
+    parser.add_argument(
+        "--data", action="store_true", help="read the run's training data again and compare them with what was read"
+    )
     given, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(given).items()}
-    hours = flags.pop("--collect-orphans-older-than")
+    hours, shallow, data = (flags.pop(f"--{name}") for name in ("collect-orphans-older-than", "shallow", "data"))
     typed = [f"{flag}={value}" for flag, value in flags.items() if value is not None]
 
     def check() -> int:
         config = load_config([*typed, *rest], defaults={"model": "-", "data": "-", **defaults})
         if hours is not None and not 0 <= hours < float("inf"):
             raise SettingsError(f"--collect-orphans-older-than: got {hours}; expected hours, at least 0")
-        report = verify(config.checkpoint, config.storage_options, collect_orphans_older_than=hours)
+        report = verify(
+            config.checkpoint,
+            config.storage_options,
+            collect_orphans_older_than=hours,
+            shallow=shallow,
+            data=_training_data(config) if data else None,
+        )
         print("\n".join(_lines(report)))
         return 0 if report.ok else 1
 
@@ -99,6 +110,12 @@ def _status(carry_out: Callable[[], int], interrupted: str) -> int:
     except Interrupted as error:
         print(f"interrupted by {signal.Signals(error.number).name}. {interrupted}", file=sys.stderr)
         return signals.status(error.number)
+
+
+def _training_data(config: Config) -> Any:
+    """Return the training split of the run at a checkpoint, as the run's own settings name it."""
+    given = {"storage_options": config.storage_options, "data_storage_options": config.data_storage_options}
+    return load_split(Config(**{**_settings_of_run(config), **given}), "train")
 
 
 def _settings(job: str, argv: Sequence[str], defaults: Mapping[str, Any]) -> Config:

@@ -174,10 +174,8 @@ class _Check:
         key = f"{prefix}/{name}"
         if not self.shallow:
             return self.attempt(key, lambda: self.store.read_array(prefix, name, entry))
-        there = f"{key}/zarr.json" in self.keys and (
-            0 in entry["shape"] or any(k in self.keys for k in _first_chunk(key))
-        )
-        if not there and not self.store.exists(f"{key}/zarr.json"):
+        wanted = [[f"{key}/zarr.json"], [] if 0 in entry["shape"] else list(_first_chunk(key))]
+        if any(names and not any(not self.missing(name, self.keys) for name in names) for names in wanted):
             self.report.problems.append((key, f"{key} is missing. {layout.remedy(key)}"))
         return None
 

@@ -251,3 +251,41 @@ def test_the_job_prints_what_is_bad_object_by_object(run, environment):
     assert len(bad) == 1 and str(chunk.relative_to(run)) in bad[0] and "recomputes that segment" in bad[0]
     assert sum(line.startswith("deleted ") for line in lines) == 5
     assert "1 problem(s)" in lines[-1]
+
+
+# ------------------------------------------------------------------ less than all, and more
+
+
+def test_a_shallow_verification_reads_no_array_and_still_misses_nothing_that_is_gone(run, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "read_array", None)  # calling it would be an error
+        assert laplace_dist.verify(str(run), shallow=True).ok
+    assert verify_main([f"--checkpoint={run}", "--shallow"]) == 0
+    for folder in ("partials", "parts", "posteriors", "tuning", "evaluation"):
+        for place in [path for path in (run / folder).rglob("c") if path.is_dir()][:2]:
+            name = str(place.relative_to(run).parent)
+            kept = place.rename(run.parent / "kept")
+            assert name in dict(laplace_dist.verify(str(run), shallow=True).problems), name
+            kept.rename(place)
+    assert laplace_dist.verify(str(run), shallow=True).ok
+    (run / "partials" / "000001.json").write_bytes(b"{")
+    assert verify_main([f"--checkpoint={run}", "--shallow"]) == 1
+    assert "partials/000001.json" in capsys.readouterr().out
+
+
+def test_data_that_are_not_those_of_a_segment_are_found_segment_by_segment(run, monkeypatch, capsys):
+    assert verify_main([f"--checkpoint={run}", "--data"]) == 0
+    tensors = dist_cases.tensors
+
+    def changed(split, dtype="float32"):
+        x, y = tensors(split, dtype)
+        x[30] += 1e-3
+        return x, y
+
+    monkeypatch.setattr(dist_cases, "tensors", changed)
+    assert laplace_dist.verify(str(run)).ok, "whose data are not looked at"
+    report = laplace_dist.verify(str(run), data=dist_cases.blobs("train"))
+    assert [key for key, _ in report.problems] == ["partials/000001.json"]
+    assert "computed from other data than the training split gives now" in report.problems[0][1]
+    assert verify_main([f"--checkpoint={run}", "--data"]) == 1
+    assert "segment 000001 (examples 24 to 43)" in capsys.readouterr().out
