@@ -177,8 +177,7 @@ def _lines(report: Report) -> Iterator[str]:
     for place, age in report.orphans.items():
         done = "deleted" if place in report.collected else "orphan "
         yield f"{done} {place}: no manifest names it; last written {age:.1f} hours ago"
-    if len(report.environments) > 1:
-        yield from (f"made    {count} of them with {kind}" for kind, count in report.environments.most_common())
+    yield from (f"made    {count} results with {kind}" for kind, count in report.environments.most_common())
     state = "every one of them is whole" if report.ok else f"{len(report.problems)} problem(s)"
     yield (
         f"{report.url}: {report.objects} objects, {state}; {report.committed} of {report.segments} segments committed, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -201,7 +202,9 @@ def clear(store: Store, say: Callable[[str], None] = lambda text: None) -> None:
     keys = store.list()
     mine = [key for key in keys if owned(key)]
     kept = [key for key in keys if not owned(key)]
-    say(f"--fresh: deleting the run at {store.url}: {len(mine)} objects" + (f"; kept: {listed(kept)}" if kept else ""))
+    counts = Counter(key.partition("/")[0] + ("/" if "/" in key else "") for key in mine)
+    what = ", ".join(f"{name} ({count})" if name.endswith("/") else name for name, count in sorted(counts.items()))
+    say(f"--fresh: deleting the run at {store.url}: {what}" + (f"; kept: {listed(kept)}" if kept else ""))
     for stage in CLEARED:
         manifests = [key for key in mine if key.startswith(stage) and key.endswith(".json")]
         for key in manifests:

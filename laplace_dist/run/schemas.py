@@ -137,6 +137,7 @@ class VersionFields(Strict):
     version: Name
     n_data: Positive
     loss: Finite | None = None
+    environment: Environment | None = None
     factors: dict[str, _Place]
 
 
@@ -164,6 +165,7 @@ class WindowFields(Strict):
     plan: str
     n_data: Positive
     loss: Finite
+    environment: Environment
     parts: dict[Annotated[str, Field(pattern=r"^[0-9]{5,}$")], _Place]
 
 

@@ -14,6 +14,7 @@ from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.layout import LOSS, version_key
 from laplace_dist.run.partials import refuse_emptied
+from laplace_dist.run.provenance import environment
 from laplace_dist.run.vector import complete, overlaps, write
 from laplace_dist.run.windows import SUM
 from laplace_dist.storage.sealed_json import seal_json
@@ -65,6 +66,7 @@ def commit_version(store: Store, plan: Plan, window: Mapping[str, Any], receipts
         "version": version,
         "n_data": plan.n_examples,
         "loss": window["loss"],
+        "environment": environment("cpu"),
         "factors": factors,
     }
     if not store.create(version_key(version), seal_json(manifest)):

@@ -19,6 +19,7 @@ from laplace_dist.run import partials
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.layout import WINDOW, part_key
+from laplace_dist.run.provenance import environment
 from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
 
@@ -46,9 +47,7 @@ def sum_part(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any]], p
     return sum_in_order(torch.from_numpy(read()) for read in reads).numpy()
 
 
-def commit_part(
-    store: Store, plan: Plan, part: Part, total: np.ndarray, of: str, environment: Mapping[str, Any]
-) -> None:
+def commit_part(store: Store, plan: Plan, part: Part, total: np.ndarray, of: str, made: Mapping[str, Any]) -> None:
     """Commit the sum of one part, unless it is there.
 
     Args:
@@ -57,7 +56,7 @@ def commit_part(
         part: The part.
         total: Its sum.
         of: `inputs_digest(...)`.
-        environment: Where it was made.
+        made: Where it was made.
     """
     key = part_key(part.id)
     prefix = f"{key.removesuffix('.json')}/{new_attempt()}"
@@ -68,7 +67,7 @@ def commit_part(
         "of": of,
         "prefix": prefix,
         "arrays": store.write_arrays(prefix, {SUM: total}),
-        "environment": dict(environment),
+        "environment": dict(made),
     }
     if not store.create(key, seal_json(manifest)):
         store.delete_tree(prefix)
@@ -130,6 +129,7 @@ def commit_window(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any
         "plan": plan.digest,
         "n_data": sum(manifest["n_data"] for manifest in manifests),
         "loss": total_loss(store, manifests),
+        "environment": environment("cpu"),
         "parts": {name: {"prefix": found["prefix"], "entry": found["arrays"][SUM]} for name, found in parts.items()},
     }
     store.create(WINDOW, seal_json(manifest))
