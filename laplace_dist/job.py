@@ -15,7 +15,7 @@ from laplace_dist.config import compatibility
 from laplace_dist.config.settings import Config
 from laplace_dist.data import loader, sources
 from laplace_dist.data.collate import Collate
-from laplace_dist.errors import ExampleError, MissingObjectError, SettingsError
+from laplace_dist.errors import ExampleError, MissingObjectError, SettingsError, StorageError
 from laplace_dist.execution.inline import Inline
 from laplace_dist.execution.loop import run_tasks
 from laplace_dist.execution.ray_cluster import Cluster
@@ -142,9 +142,15 @@ class Job:
         try:
             if self._pool is not None:
                 self._pool.close()
-            self._lease.end()
+            self._end_lease()
         finally:
             self.opened.close()
+
+    def _end_lease(self) -> None:
+        try:
+            self._lease.end()
+        except StorageError as error:  # which is no reason to lose the job's own error, or its success
+            self.say(f"the sign that this job is at work stays behind, and counts for another hour ({error})")
 
     def current_version(self) -> str:
         """Return the posterior version that a follow-on job works on.

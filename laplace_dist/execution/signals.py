@@ -63,6 +63,7 @@ def heeded() -> Iterator[None]:
     finally:
         if _seen._watch is not None:
             _seen._watch.cancel()
+        _seen = Seen()  # what was heeded here is not another job's, which this process may begin later
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 

@@ -22,12 +22,12 @@ import pytest
 import zarr
 import zarr.storage
 
+from laplace_dist.config.secrets import leaves
 from laplace_dist.errors import CheckpointError, MissingObjectError
 from laplace_dist.plan.plan import Plan, build_plan
 from laplace_dist.run.layout import partial_key
 from laplace_dist.run.partials import commit_partial, read_factors, read_manifest
 from laplace_dist.run.provenance import environment
-from laplace_dist.storage import object_store
 from laplace_dist.storage.store import Store
 
 ARRAYS = {
@@ -187,7 +187,7 @@ class StoreConformance:
 
     def test_no_message_shows_a_storage_option(self, store: Store) -> None:
         """Neither the store's own text nor the whole traceback of an error."""
-        secrets = list(object_store._leaves(store._options))
+        secrets = list(leaves(store._options))
         texts = [repr(store), str(store), store.url]
         for call in (store.read, store.size, lambda key: store.read_array("p", key, {})):
             try:

@@ -197,7 +197,7 @@ def test_a_worker_that_a_node_may_hold_which_is_still_to_join_is_waited_for(clus
     for waits in ({"cpus_per_worker": 99, "num_workers": 3}, {"gpus_per_worker": 1.0}):
         said = []
         with Cluster(dist_cases.config(tmp_path, **waits), say=said.append) as joined:
-            assert joined.pool().size == waits.get("num_workers", 1)
+            assert joined.pool("cuda" if joined.config.gpus_per_worker else "cpu").size == waits.get("num_workers", 1)
         assert said[-1].startswith("Ray: waiting for nodes to join (a worker needs")
 
 
@@ -206,7 +206,7 @@ def test_a_private_cluster_gets_no_nodes_so_nothing_is_waited_for(tmp_path, clus
     joined.connect()
     joined._private = True
     with pytest.raises(SettingsError, match="no worker fits on any node of the cluster, which has 4 CPUs and 0 GPUs"):
-        joined.pool()
+        joined.pool("cuda" if joined.config.gpus_per_worker else "cpu")
 
 
 # ------------------------------------------------------------------ jobs as a person starts them

@@ -178,3 +178,12 @@ def test_a_driver_that_is_killed_leaves_no_process(tmp_path, environment):
     job.process.communicate()
     assert len(job.started) > 3
     job.gone()
+
+
+def test_an_interrupted_job_leaves_no_trace_in_a_process_that_begins_another(tmp_path):
+    """As a notebook does."""
+    with pytest.raises(Interrupted), signals.heeded():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)  # which the signal ends
+    version, _ = dist_cases.run_inline(dist_cases.config(tmp_path))
+    assert version
