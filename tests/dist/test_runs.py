@@ -74,7 +74,8 @@ def test_the_posterior_equals_a_fit_in_one_process(tmp_path, structure, subset, 
     tensors = alone.sums.to_tensors()
     assert set(ours.sums.to_tensors()) == set(tensors)
     for name, value in ours.sums.to_tensors().items():
-        assert distance(value, tensors[name]) <= TOLERANCE[dtype], name
+        # The same batches, added in float64; what is stored is symmetrised, and a Gram matrix is symmetric to rounding.
+        assert distance(value, tensors[name]) <= (1e-12 if dtype == "float64" else 1e-7), name
     x, _ = dist_cases.tensors("test", dtype)
     assert distance(ours(x), alone(x)) <= TOLERANCE[dtype]
     js, f = alone.backend.jacobians(x)
