@@ -9,17 +9,17 @@ from typing import Any
 
 def scrub(text: str, options: Mapping[str, Any]) -> str:
     """Remove the values of storage options from a message."""
-    for value in _leaves(options):
+    for value in leaves(options):
         text = text.replace(value, "***")
     return text
 
 
-def _leaves(value: Any) -> Iterator[str]:
+def leaves(value: Any) -> Iterator[str]:
     """Yield every string of four or more characters in nested options, the longest first."""
     if isinstance(value, Mapping):
-        found = [leaf for item in value.values() for leaf in _leaves(item)]
+        found = [leaf for item in value.values() for leaf in leaves(item)]
     elif isinstance(value, list | tuple):
-        found = [leaf for item in value for leaf in _leaves(item)]
+        found = [leaf for item in value for leaf in leaves(item)]
     else:
         found = [part for part in _parts(value) if len(part) >= 4] if isinstance(value, str) else []
     yield from sorted(found, key=len, reverse=True)
