@@ -44,11 +44,13 @@ def _named(store: Store, before: Collection[str]) -> tuple[set[str], bool]:
 
     Args:
         store: The checkpoint.
-        before: Keys that were listed before: a manifest among them counts too, if it is still there.
+        before: Keys that were listed before: a manifest among them counts too, if it is still there, and so does one that
+            would name an attempt among them. A listing that leaves out a manifest makes no orphan of what it names.
     """
     named: set[str] = set()
     now = set(store.list())
-    listed = now | {key for key in before if key not in now and MANIFEST.fullmatch(key) and store.exists(key)}
+    unlisted = {key for key in {*before, *_namers(before)} - now if MANIFEST.fullmatch(key) and store.exists(key)}
+    listed = now | unlisted
     keys = sorted(key for key in listed if MANIFEST.fullmatch(key) and key != layout.METRICS)
     for key, content in store.read_many(keys):
         try:
@@ -58,3 +60,9 @@ def _named(store: Store, before: Collection[str]) -> tuple[set[str], bool]:
         places = [manifest, *manifest.get("factors", {}).values(), *manifest.get("parts", {}).values()]
         named |= {place["prefix"] for place in places if "prefix" in place}
     return named, True
+
+
+def _namers(keys: Collection[str]) -> set[str]:
+    """Return the keys of the manifests that would name the attempts among some keys, by where these lie."""
+    attempts = {match[1] for key in keys if (match := ATTEMPT.fullmatch(key))}
+    return {layout.WINDOW, *(f"{attempt.rpartition('/')[0]}.json" for attempt in attempts)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -10,6 +11,12 @@ from contextlib import contextmanager, suppress
 
 TEMP = ".tmp-"
 _THREADS = 8
+# What `link` answers where there are no hard links, as on FAT and some FUSE file systems; the file is this process's own.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+class NoHardLinks(OSError):
+    """The file system has no hard links, so it cannot create a file whole and only if there is none."""
 
 
 def _fsync(path: str) -> None:
@@ -51,12 +58,21 @@ def _temp_file(path: str, data: bytes) -> Iterator[str]:
 
 
 def link_new(path: str, data: bytes) -> bool:
-    """Create `path` with these bytes all at once, unless it exists; True if this call created it."""
+    """Create `path` with these bytes all at once, unless it exists; True if this call created it.
+
+    Raises:
+        NoHardLinks: The file system has none.
+        OSError: It cannot be written.
+    """
     with _temp_file(path, data) as temp:
         try:
             os.link(temp, path)
         except FileExistsError:
             return os.path.samefile(temp, path)  # a network file system may repeat a link that had succeeded
+        except OSError as error:
+            if error.errno in _NO_LINKS:
+                raise NoHardLinks(error.errno, error.strerror, path) from error
+            raise
     return True
 
 

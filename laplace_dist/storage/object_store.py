@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from laplace_dist.config.secrets import scrub
@@ -18,6 +20,8 @@ __all__ = ["FAILURES", "create", "no_bucket", "open_url", "refuses", "scrub"]
 # Of one request: three quick tries by botocore. What outlasts them is tried again by `patience`, with longer waits.
 # Ten connections, botocore's default, would make 10,000 manifests wait for each other.
 _S3_CLIENT = {"retries": {"mode": "standard", "total_max_attempts": 3}, "max_pool_connections": 32}
+
+_READ_ONLY = {"http", "https"}  # whose class has a `mode` of writing and heeds it not
 
 
 def open_url(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
@@ -42,7 +46,7 @@ def open_url(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         raise SettingsError(f"--checkpoint {url!r}: cannot be opened ({reason})") from None
     _check_creates(fs, url)
     if isinstance(fs, LocalFileSystem):
-        return fs, root.rstrip("/")
+        return fs, os.path.realpath(root)  # a//b, ./a and a/../b as the operating system takes them
     if hasattr(fs, "retries"):
         fs.retries = 1  # s3fs would multiply botocore's tries with its own
     return Patient(fs, lambda text: scrub(text, options)), root.rstrip("/")
@@ -72,12 +76,16 @@ def create(fs: Patient, path: str, data: bytes) -> bool:
 
 
 def _check_creates(fs: Any, url: str) -> None:
-    """Refuse a file system that cannot create an object without overwriting one."""
+    """Refuse a file system that cannot create an object without overwriting one, before anything is asked of it."""
     if isinstance(fs, LocalFileSystem):
         return
     kind = type(fs)
+    if not _READ_ONLY.isdisjoint([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
+        raise SettingsError(
+            f"--checkpoint {url!r}: a web server cannot be written to. Use a local directory, or an object store such as s3://"
+        )
     method = kind._pipe_file if fs.async_impl else kind.pipe_file
-    inherited = method is getattr(fsspec.AbstractFileSystem, "pipe_file", None)
+    inherited = method in (fsspec.AbstractFileSystem.pipe_file, AsyncFileSystem._pipe_file)
     if inherited or "mode" not in inspect.signature(method).parameters:
         raise SettingsError(
             f"--checkpoint {url!r}: {kind.__name__} has no create-only write, so two workers could overwrite each "

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
@@ -35,6 +38,9 @@ try:  # the remote file systems' own failures, where they are installed
     _PASSING += (HttpError, ResponseParserError)
 except ImportError:
     pass
+
+_PATTERN = re.compile(r"[*?\[]")  # what fsspec's bulk operations expand instead of taking it as it is
+_AT_ONCE = 16  # single deletions
 
 _log = logging.getLogger(__name__)
 _told = float("-inf")  # when a warning was last logged
@@ -143,13 +149,16 @@ class Patient:
         """Return an object's bytes."""
         return self._try(lambda: self.fs.cat_file(path), f"reading {path}")
 
-    def cat(self, paths: list[str], on_error: str = "return") -> dict[str, Any]:
-        """Return the bytes of objects, or the exception, by path; only those that failed are asked for again."""
+    def cat(self, paths: list[str]) -> dict[str, Any]:
+        """Return the bytes of objects, or the exception, by path; only those that failed are asked for again.
+
+        By `cat_ranges`, whole: fsspec's own `cat` takes paths with `*?[` for patterns.
+        """
         found: dict[str, Any] = {}
 
         def missing() -> None:
             left = [path for path in paths if path not in found or _failed(found[path])]
-            found.update(self.fs.cat(left, on_error=on_error))
+            found.update(zip(left, self.fs.cat_ranges(left, None, None, on_error="return"), strict=True))
             for path in left:
                 if _failed(found[path]):
                     raise found[path]
@@ -177,16 +186,38 @@ class Patient:
         """Return what lies directly in a path."""
         return self._try(lambda: self.fs.ls(path, **options), f"listing {path}")
 
-    def rm(self, path: str, recursive: bool) -> None:
-        """Delete what is under a path and look that it is gone, since deleting many at once reports no failures."""
+    def rm(self, path: str) -> None:
+        """Delete the object with a path and what is under it.
+
+        Looks that all is gone, since deleting many at once reports no failures, and since an object that has the name of
+        a folder is found only when the folder is empty.
+        """
 
         def gone() -> None:
-            self.fs.rm(path, recursive=recursive)
-            left = [info for info in self.fs.find(path, detail=True).values() if info["type"] == "file"]
-            if left:
+            for _ in range(2):
+                if found := self._objects(path):
+                    self._rm_all(found)
+            if left := self._objects(path):
                 raise OSError(errno.EBUSY, f"{len(left)} objects are still there after they were deleted")
 
         self._try(gone, f"deleting {path}")
+
+    def _objects(self, path: str) -> list[str]:
+        """Return the object with a path, or else those under it; without the folders that some stores list as well."""
+        return [name for name, info in self.fs.find(path, detail=True).items() if info["type"] == "file"]
+
+    def _rm_all(self, paths: list[str]) -> None:
+        """Delete objects, many with one request but for those whose paths fsspec would take for patterns."""
+        odd = [path for path in paths if _PATTERN.search(path)]
+        if plain := [path for path in paths if not _PATTERN.search(path)]:
+            with suppress(FileNotFoundError):  # another process was faster; whether anything is left is looked at
+                self.fs.rm(plain)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(self._rm_one, odd))
+
+    def _rm_one(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            self.fs.rm_file(path)
 
 
 def _failed(value: Any) -> bool:

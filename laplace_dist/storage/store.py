@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError, StorageError
 from laplace_dist.storage import local, object_store, retry
 from laplace_dist.storage.arrays import Arrays
-from laplace_dist.storage.keys import check_key
+from laplace_dist.storage.keys import check_key, check_url
 
 _RERUN = "Run the same command again: it continues from what is committed."
 
@@ -31,13 +30,11 @@ class Store(Arrays):
         storage_options: Passed to the file system: endpoint, key, secret. Never shown.
 
     Raises:
-        SettingsError: The URL holds credentials.
+        SettingsError: The URL holds credentials, or names no one place.
     """
 
     def __init__(self, url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
-        self.url = os.fspath(url)
-        if re.search(r"://[^/@]*@", self.url):
-            raise SettingsError("--checkpoint: credentials in a URL would be shown and stored; give storage options")
+        self.url = check_url(os.fspath(url))
         self._options = dict(storage_options or {})
         self._opened: tuple[Any, str] | None = None
 
@@ -69,7 +66,7 @@ class Store(Arrays):
             if self.is_local or len(group) == 1:
                 yield from ((key, self.read(key)) for key in group)
                 continue
-            found = self._fs.cat([self._path(key) for key in group], on_error="return")
+            found = self._fs.cat([self._path(key) for key in group])
             for key in group:
                 with self._reporting(key, "read"):
                     if isinstance(value := found[self._path(key)], Exception):
@@ -141,12 +138,12 @@ class Store(Arrays):
     def delete_tree(self, prefix: str) -> None:
         """Delete the object with this key and every object under it; nothing happens where there is none."""
         path = self._path(prefix)
-        assert not re.search(r"[*?\[]", prefix), f"{prefix!r}: fsspec would delete everything that matches this pattern"
         with self._reporting(prefix, "delete"):
-            try:
-                self._fs.rm(path, recursive=True)
-            except FileNotFoundError:
+            if not self.is_local:
+                self._fs.rm(path)
                 return
+            with suppress(FileNotFoundError):
+                self._fs.rm(path, recursive=True)
 
     def check_writable(self) -> None:
         """Create a small object twice and delete it, so that a bad location is refused before any work is done.
@@ -260,6 +257,11 @@ class Store(Arrays):
     def _explain(self, error: Exception, key: str, verb: str) -> Exception:
         reason = self._scrub(f"{type(error).__name__}: {error}")
         number = getattr(error, "errno", None)
+        if isinstance(error, local.NoHardLinks):
+            return SettingsError(
+                f"--checkpoint {self.url!r}: the file system there has no hard links, which commits need: use another "
+                f"directory or an object store ({reason})"
+            )
         if verb == "write":
             if number in (errno.ENOSPC, errno.EDQUOT):
                 return RunFailed(

@@ -158,6 +158,43 @@ class StoreConformance:
         assert other.list() == ["pp/2", "top"]
         assert other.create("p/1.json", b"again")
 
+    def test_keys_are_exact_and_never_patterns(self, store: Store) -> None:
+        """What a shell would expand is an object like any other, and its neighbours, which would match, stay."""
+        odd = ["q/[ab]/x*", "q/a?", "q/run[1]", "q/x*"]
+        near = ["q/a", "q/aa", "q/ab", "q/run1", "q/xy"]
+        for key in (*odd, *near):
+            assert store.create(key, key.encode())
+            assert not store.create(key, b"again")
+        assert store.list() == sorted([*odd, *near]) == list(store.modified())
+        assert dict(store.read_many(odd)) == {key: key.encode() for key in odd}
+        assert [store.size(key) for key in odd] == [len(key) for key in odd]
+        assert (store.list("q/[ab]"), store.list("q/[a*")) == (["q/[ab]/x*"], [])
+        with pytest.raises(MissingObjectError, match=r"q/\[1\] is missing"):
+            list(store.read_many(["q/[1]", "q/a"]))
+        store.delete_tree("q/*")
+        store.delete_tree("q/[ab]/x?")
+        assert store.list() == sorted([*odd, *near])
+        for key in ("q/[ab]", "q/a?", "q/run[1]", "q/x*"):
+            store.delete_tree(key)
+        assert store.list() == near
+        store.delete_tree("q")
+        assert store.list() == []
+
+    def test_a_url_is_exact_and_never_a_pattern(self, store: Store) -> None:
+        """A run in `run[1]` is neither found in `run1` nor deleted with it."""
+        odd, near = (type(store)(f"{store.url}/run{end}", store._options) for end in ("[1]*?", "1ab"))
+        for one in (odd, near):
+            one.check_writable()
+            assert one.list() == one.entries() == []
+            entries = one.write_arrays("p/0", {"x": np.arange(3.0)})
+            one.create("p/1.json", one.url.encode())
+            assert one.entries() == ["p/"]
+            assert one.read_array("p/0", "x", entries["x"]).tolist() == [0, 1, 2]
+            assert dict(one.read_many(["p/1.json", "p/0/zarr.json"]))["p/1.json"] == one.url.encode()
+        odd.delete_tree("p")
+        assert odd.list() == []
+        assert near.list("p") == ["p/0/x/c/0", "p/0/x/zarr.json", "p/0/zarr.json", "p/1.json"]
+
     def test_empty_objects_are_objects(self, store: Store) -> None:
         """Zero bytes are neither missing nor overwritten."""
         assert store.create("empty", b"")

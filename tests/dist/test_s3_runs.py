@@ -93,6 +93,22 @@ def test_a_run_on_s3_is_the_run_on_a_directory(s3, local, caplog, capsys):
     assert_no_secret(s3, {"config": repr(config) + str(config) + config.to_yaml(), "job": repr(job)})
 
 
+def test_a_run_in_a_place_that_looks_like_a_pattern_is_the_run_on_a_directory(s3, local):
+    """It is read back, resumed, verified and loaded; the run beside it, which the pattern would match, stays."""
+    url = s3.url()
+    near, odd = Checkpoint(f"{url}1", s3.options), f"{url}[1]"
+    near.create("plan.json", b"not a plan")
+    config = dist_cases.config(odd, storage_options=s3.options)
+    for _ in range(2):
+        dist_cases.run_inline(config)
+        assert factor_digests(Checkpoint(odd, s3.options)) == local
+    assert laplace_dist.status(odd, s3.options)["complete"]
+    assert laplace_dist.verify(odd, s3.options).ok
+    assert load_posterior(odd, dist_cases.convnet(), storage_options=s3.options).n_data > 0
+    dist_cases.run_inline(dist_cases.config(odd, storage_options=s3.options, seed=1, fresh=True))
+    assert near.list() == ["plan.json"]
+
+
 def test_orphans_on_s3_are_found_and_collected(s3):
     url = s3.url()
     dist_cases.run_inline(dist_cases.config(url, storage_options=s3.options, segment_size=44))

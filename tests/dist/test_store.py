@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import tenacity
 import zarr
+import dist_cases
+import laplace_dist
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -278,6 +281,65 @@ def test_a_file_system_without_create_only_writes_is_refused(tmp_path):
         Checkpoint(f"zip://run::{tmp_path}/x.zip").check_writable()
 
 
+@pytest.mark.parametrize("protocol", ["http", "https"])
+def test_a_web_server_is_refused_by_name_and_not_asked(protocol, monkeypatch):
+    """Before a request is sent, and before model or data are loaded."""
+    monkeypatch.setattr("laplace_dist.data.sources.load_split", None)
+    url = f"{protocol}://127.0.0.1:9/run"
+    for call in (Checkpoint(url).check_writable, lambda: dist_cases.run_inline(dist_cases.config(url))):
+        with pytest.raises(SettingsError, match=f"--checkpoint '{url}': a web server cannot be written to.*s3://"):
+            call()
+
+
+def test_a_remote_file_system_that_only_reads_is_refused():
+    with pytest.raises(SettingsError, match=r"--checkpoint 'reference://x': .*has no create-only write"):
+        object_store._check_creates(ReadsOnly(), "reference://x")
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP])
+def test_a_file_system_without_hard_links_is_said_to_be_that(local, monkeypatch, number):
+    """FAT answers EPERM, which elsewhere means that one may not write."""
+
+    def link(source, target):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(SettingsError, match=r"has no hard links, which commits need: use another directory or an object") as caught:
+        local.check_writable()
+    assert local.url in str(caught.value) and "cannot write" not in str(caught.value)
+    assert os.listdir(local.url) == []
+
+
+AMBIGUOUS = ["s3://bucket/a//b", "s3://bucket//a", "s3://bucket/./a", "s3://bucket/a/..", "memory://a/../b", "s3://", "s3:///a"]
+
+
+@pytest.mark.parametrize("url", [*AMBIGUOUS, "s3://bucket/run?versionId=3"])
+def test_a_url_that_names_no_one_place_is_refused(url):
+    calls = (Checkpoint, laplace_dist.verify, laplace_dist.status, lambda u: dist_cases.run_inline(dist_cases.config(u)))
+    for call in calls:
+        with pytest.raises(SettingsError, match="expected parts joined by single slashes") as caught:
+            call(url)
+        assert repr(url) in str(caught.value)
+
+
+def test_slashes_at_the_end_of_a_url_change_nothing():
+    url = f"memory://{uuid.uuid4().hex}/run"
+    Checkpoint(f"{url}//").create("k", b"v")
+    assert Checkpoint(url).read("k") == b"v"
+
+
+@pytest.mark.parametrize("spelling", ["{}//run", "{}/./run/.", "{}/run/../run", "{}/link/../run", "file://{}//run", "/{}/run"])
+def test_a_local_path_means_what_the_operating_system_takes_it_for(tmp_path, spelling):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "deep")
+    store = Checkpoint(spelling.format(tmp_path))
+    store.create("a/k", b"v")
+    where = tmp_path / "elsewhere" if "link" in spelling else tmp_path
+    assert (where / "run" / "a" / "k").read_bytes() == b"v"
+    assert store.list() == store.list("a", recursive=False) == list(store.modified()) == ["a/k"]
+    assert store.entries() == ["a/"]
+
+
 def test_an_unknown_protocol_is_refused():
     with pytest.raises(SettingsError, match=r"--checkpoint 'nosuch://x/y': cannot be opened"):
         Checkpoint("nosuch://x/y").check_writable()
@@ -304,6 +366,12 @@ def test_names_that_zarr_cannot_hold_are_refused(local, names):
 
 
 # ------------------------------------------------------------------ object stores
+
+
+class ReadsOnly(AsyncFileSystem):
+    """Inherits the asynchronous write that only raises."""
+
+    protocol, cachable = "readsonly", False
 
 
 class Scripted(MemoryFileSystem):
