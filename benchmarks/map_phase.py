@@ -76,7 +76,7 @@ def map_phase(n: int, workers: int) -> float:
         )
         with Job(config, say=lambda text: None) as job:
             job.open()
-            job.opened.connect()
+            job.session.executor.connect()
             start = time.perf_counter()
             job.map()
             return time.perf_counter() - start

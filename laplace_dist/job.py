@@ -1,4 +1,4 @@
-"""A job from settings to result: plan, then map, reduce, tune and evaluate, each through the one loop of `loop.py`."""
+"""A job from settings to result: the order of the stages, open, map, reduce, tune and evaluate, and nothing else."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -15,26 +14,20 @@ from laplace_dist.config import compatibility
 from laplace_dist.config.settings import Config
 from laplace_dist.data import loader, sources
 from laplace_dist.data.collate import Collate
-from laplace_dist.errors import ExampleError, MissingObjectError, SettingsError, StorageError
-from laplace_dist.execution.inline import Inline
-from laplace_dist.execution.loop import run_tasks
-from laplace_dist.execution.ray_cluster import Cluster
-from laplace_dist.execution.tasks import Executor, Task, Workers
-from laplace_dist.execution.timeouts import Limit
+from laplace_dist.errors import ExampleError, MissingObjectError, SettingsError
+from laplace_dist.execution.session import ExecutorType, Session
+from laplace_dist.execution.tasks import Task
 from laplace_dist.plan import identity
 from laplace_dist.plan.plan import Plan, build_plan
 from laplace_dist.plan.segments import plan_shards
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import evaluations, layout, lifecycle, partials, pointer, tunings, versions, weights, windows
 from laplace_dist.run.checkpoint import open_json, open_store
-from laplace_dist.run.leases import Lease
 from laplace_dist.run.probe import make_probe
 from laplace_dist.run.weights import dump_weights, weights_digest
 from laplace_dist.stages import evaluate, first_batch, map, reduce, tune
 from laplace_dist.stages.context import initialized, plain
 from laplace_dist.storage.store import Store
-
-ExecutorType = Callable[[Config, Callable[[str], None]], Executor]
 
 
 @dataclass(frozen=True)
@@ -111,15 +104,12 @@ class Job:
     given: Config
     executor: ExecutorType | None = None
     say: Callable[[str], None] = lambda text: print(text, flush=True)
-    _pool: Workers | None = field(default=None, init=False)
     _continued: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.config = _absolute(self.given)
         self.store: Store = open_store(self.config)
-        self._lease = Lease(self.store)
-        inline = self.config.ray_address == "inline"
-        self.opened: Executor = (self.executor or (Inline if inline else Cluster))(self.config, self.say)
+        self.session = Session(self.config, self.store, self.executor, lambda text: self.say(text))
 
     @cached_property
     def device_type(self) -> str:
@@ -128,7 +118,7 @@ class Job:
             return self.config.device
         if self.store.exists(layout.PLAN) and not self.config.fresh:
             return self.plan.settings["device_type"]
-        return self.opened.device_type()
+        return self.session.executor.device_type()
 
     @cached_property
     def plan(self) -> Plan:
@@ -139,18 +129,7 @@ class Job:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            if self._pool is not None:
-                self._pool.close()
-            self._end_lease()
-        finally:
-            self.opened.close()
-
-    def _end_lease(self) -> None:
-        try:
-            self._lease.end()
-        except StorageError as error:  # which is no reason to lose the job's own error, or its success
-            self.say(f"the sign that this job is at work stays behind, and counts for another hour ({error})")
+        self.session.close()
 
     def current_version(self) -> str:
         """Return the posterior version that a follow-on job works on.
@@ -318,41 +297,9 @@ class Job:
         self.store.replace(layout.METRICS, evaluations.metrics_json(version, tuning, metrics))
         return metrics
 
-    def _run(self, tasks: Iterable[Task], progress: Progress, *, keep: bool = False, alike: bool = True) -> list[Any]:
-        """Carry out the tasks of a stage.
-
-        Args:
-            tasks: Of the stage.
-            progress: Of the stage.
-            keep: Return the receipts.
-            alike: The tasks are of about one size, so that the time of those that finish says when one hangs; where they
-                are not, only a limit that the user gave holds.
-        """
-        kept: list[Any] = []
-        tasks = iter(tasks)
-        first = next(tasks, None)
-        if first is None:
-            return kept
-        if self._pool is None:
-            self._pool = self.opened.pool(self.device_type)
-        given = self.config.segment_timeout
-
-        self._lease.show()
-
-        def on_done(_: Task, receipt: Mapping[str, Any]) -> None:
-            progress.done(receipt.get("examples", 0))
-            if keep:
-                kept.append(receipt)
-
-        run_tasks(
-            self._pool,
-            chain([first], tasks),
-            on_done,
-            limit=Limit(given if alike or given is not None else float("inf")),
-            tick=lambda busy, what: (progress.tick(busy, what), self._lease.show()),
-            say=lambda text: self.say(f"{progress.stage}: {text}"),
-        )
-        return kept
+    def _run(self, tasks: Iterable[Task], progress: Progress, **how: bool) -> list[Mapping[str, Any]]:
+        """Carry out the tasks of a stage; see `Session.run`."""
+        return self.session.run(tasks, self.device_type, progress, **how)
 
 
 def _fingerprint(dataset: Any, split: str) -> dict[str, Any]:

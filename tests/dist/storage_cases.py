@@ -45,7 +45,7 @@ class Recording(InlinePool):
 def recorded_run(config) -> tuple[str, Recording]:
     """Carry out the stages of a run in this process; returns the version and the pool that did the work."""
     with dist_cases.inline_job(config) as job:
-        job._pool = pool = Recording(job.config)
+        job.session.pool = pool = Recording(job.config)
         job.open()
         job.map()
         version = job.reduce()

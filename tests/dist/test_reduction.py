@@ -79,7 +79,7 @@ def test_a_kill_after_any_part_redoes_the_parts_after_it_alone(tmp_path, monkeyp
             store.delete_tree(name)
         config = dist_cases.config(url)
         with dist_cases.inline_job(config) as job:
-            job._pool = pool = Recording(job.config)
+            job.session.pool = pool = Recording(job.config)
             job.open()
             job.map()
             job.reduce()

@@ -256,7 +256,7 @@ def test_a_time_out_that_the_user_gives_holds_for_every_task(tmp_path, given, mo
     monkeypatch.setattr(timeouts, "ENOUGH", 2)
     config = dist_cases.config(tmp_path, skip_tune=False, skip_evaluate=False, segment_timeout=given)
     with dist_cases.inline_job(config) as job:
-        job._pool = pool = Limits(job.config)
+        job.session.pool = pool = Limits(job.config)
         job.open()
         job.map()
         version = job.reduce()
@@ -370,8 +370,8 @@ def test_the_cluster_is_left_even_if_the_workers_cannot_be_ended(tmp_path):
         raise ConnectionError("the cluster is gone")
 
     job, left = dist_cases.inline_job(dist_cases.config(tmp_path)), []
-    job._pool, job.opened = SimpleNamespace(close=fail), SimpleNamespace(close=None)
-    job.opened.close = lambda: left.append(True)
+    job.session.pool = SimpleNamespace(close=fail)
+    job.session.executor = SimpleNamespace(close=lambda: left.append(True))
     with pytest.raises(ConnectionError, match="the cluster is gone"), job:
         pass
     assert left == [True]

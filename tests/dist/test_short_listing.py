@@ -45,7 +45,7 @@ def test_what_a_listing_leaves_out_is_done_again_and_loses_to_what_is_there(whol
         Checkpoint(str(url)).delete_tree(name)
     with monkeypatch.context() as patch, dist_cases.inline_job(dist_cases.config(url)) as job:
         leave_out(patch, lambda key: key in ("partials/000001.json", "partials/000004.json", "parts/00000.json"))
-        job._pool = pool = Recording(job.config)
+        job.session.pool = pool = Recording(job.config)
         job.open()
         job.map()
         job.reduce()

@@ -1,0 +1,106 @@
+"""What a job's stages share while they carry out tasks: one executor, one pool of workers, one sign of life."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any, Protocol
+
+from laplace_dist.config.settings import Config
+from laplace_dist.errors import StorageError
+from laplace_dist.execution.inline import Inline
+from laplace_dist.execution.loop import run_tasks
+from laplace_dist.execution.ray_cluster import Cluster
+from laplace_dist.execution.tasks import Executor, Task, Workers
+from laplace_dist.execution.timeouts import Limit
+from laplace_dist.run.leases import Lease
+from laplace_dist.storage.store import Store
+
+ExecutorType = Callable[[Config, Callable[[str], None]], Executor]
+
+
+class Shown(Protocol):
+    """What tells people how a stage goes; see `report.progress.Progress`."""
+
+    stage: str
+
+    def done(self, examples: int) -> None:
+        """Count one task."""
+
+    def tick(self, busy: int, oldest: str) -> None:
+        """Hear about once a second how many tasks are in flight, and the oldest of them in words."""
+
+
+class Session:
+    """Carries out tasks; Ray is joined, and workers are started, with the first one.
+
+    Args:
+        config: The job's settings.
+        store: The checkpoint.
+        executor: Where the tasks are carried out, such as `Inline`; what `--ray-address` says if not given.
+        say: Where lines for people go.
+    """
+
+    def __init__(self, config: Config, store: Store, executor: ExecutorType | None, say: Callable[[str], None]) -> None:
+        inline = config.ray_address == "inline"
+        self.executor: Executor = (executor or (Inline if inline else Cluster))(config, say)
+        self.pool: Workers | None = None
+        self._config, self._say = config, say
+        self._lease = Lease(store)
+
+    def run(
+        self, tasks: Iterable[Task], device: str, progress: Shown, *, keep: bool = False, alike: bool = True
+    ) -> list[Mapping[str, Any]]:
+        """Carry out the tasks of a stage.
+
+        Args:
+            tasks: Of the stage.
+            device: Where the workers compute: `cpu` or `cuda`.
+            progress: Of the stage.
+            keep: Return the receipts.
+            alike: The tasks are of about one size, so that the time of those that finish says when one hangs; where they
+                are not, only a limit that the user gave holds.
+        """
+        kept: list[Mapping[str, Any]] = []
+        tasks = iter(tasks)
+        first = next(tasks, None)
+        if first is None:
+            return kept
+        self.pool = self.pool or self.executor.pool(device)
+        self._lease.show()
+
+        def on_done(_: Task, receipt: Mapping[str, Any]) -> None:
+            progress.done(receipt.get("examples", 0))
+            if keep:
+                kept.append(receipt)
+
+        def tick(busy: int, oldest: str) -> None:
+            progress.tick(busy, oldest)
+            self._lease.show()
+
+        given = self._config.segment_timeout
+        limit = Limit(given if alike or given is not None else float("inf"))
+        run_tasks(
+            self.pool,
+            chain([first], tasks),
+            on_done,
+            limit=limit,
+            tick=tick,
+            say=lambda text: self._say(f"{progress.stage}: {text}"),
+        )
+        return kept
+
+    def close(self) -> None:
+        """End the workers and leave the cluster."""
+        try:
+            if self.pool is not None:
+                self.pool.close()
+            self._end_lease()
+        finally:
+            self.executor.close()
+
+    def _end_lease(self) -> None:
+        try:
+            self._lease.end()
+        except StorageError as error:  # which is no reason to lose the job's own error, or its success
+            self._say(f"the sign that this job is at work stays behind, and counts for another hour ({error})")
