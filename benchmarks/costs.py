@@ -1,6 +1,6 @@
 """What checkpointing costs: commits beside the map phase, the start of a resume, reading 10,000 manifests.
 
-    python benchmarks/costs.py [commit] [resume] [manifests] [ahead]
+    python benchmarks/costs.py [commit] [resume] [manifests] [ahead] [reduction]
 
 One process, one thread. `resume` needs no Ray: it measures what the driver does before it submits the first task of the
 reduction. The S3 server is that of the tests (SeaweedFS), on loopback, so that its two processes share the cores.
@@ -22,6 +22,7 @@ from torch.utils.data import TensorDataset
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests" / "dist"), str(HERE)]
 
+import reduction  # noqa: E402
 from map_phase import BATCH  # noqa: E402
 from s3server import S3Server  # noqa: E402
 
@@ -29,7 +30,7 @@ from laplace_dist.config.settings import Config  # noqa: E402
 from laplace_dist.job import Job  # noqa: E402
 from laplace_dist.plan.plan import Plan, build_plan  # noqa: E402
 from laplace_dist.plan.segments import Segment  # noqa: E402
-from laplace_dist.run import attempts, layout, lifecycle, partials, versions  # noqa: E402
+from laplace_dist.run import attempts, layout, lifecycle, partials  # noqa: E402
 from laplace_dist.run.checkpoint import Checkpoint  # noqa: E402
 from laplace_dist.run.provenance import environment  # noqa: E402
 from laplace_dist.stages import reduce  # noqa: E402
@@ -118,21 +119,18 @@ def resuming(places: dict[str, tuple[str, dict]]) -> None:
                     environment=environment("cpu"),
                 )
 
-        def until_the_first_task() -> str:
+        def until_the_first_task() -> list[reduce.SumPart]:
             with Job(config, say=lambda text: None) as job:  # noqa: B023
                 job.open()
                 assert not lifecycle.remaining(job.plan, lifecycle.committed(job.store, job.plan, arrays=False))
-                version = versions.version_of(job.store, job.plan)
-                assert not job.store.exists(layout.version_key(version))
-                return version
+                return reduce.part_tasks(job.store, job.plan, list(partials.manifests(job.store, job.plan)))
 
-        seconds, version = timed(until_the_first_task)
-        context = Context(config)
-        task = reduce.tasks(context.plan, version)[0]
+        seconds, tasks = timed(until_the_first_task)
+        context, task = Context(config), tasks[0]
         first, _ = timed(lambda: task.run(context))  # noqa: B023
         print(
             f"resume, {where}: {seconds:.2f} s until the reduction of {SEGMENTS} segments is submitted; the task that sums "
-            f"all {len(task.names)} factors of {SEGMENTS} partials takes {first:.1f} s",
+            f"one of {len(tasks)} parts of {SEGMENTS} partials takes {first:.1f} s",
             flush=True,
         )
 
@@ -208,6 +206,7 @@ def main() -> None:
     """Print the figures that were asked for, or all of them."""
     torch.set_num_threads(1)
     measures = {"commit": commit, "resume": resuming, "manifests": ten_thousand, "ahead": reading_ahead}
+    measures["reduction"] = reduction.measure
     with tempfile.TemporaryDirectory() as folder:
         server = S3Server(Path(folder)).start()
         try:

@@ -242,6 +242,7 @@ def sum_in_order(tensors: Iterable[Tensor]) -> Tensor:
         else:
             total += tensor
             dtype = torch.promote_types(dtype, tensor.dtype)
+        del tensor  # before the next one is made: it may be large
     if total is None:
         raise ValueError("There is nothing to add: the sequence of tensors is empty.")
     return total.to(dtype)

@@ -44,7 +44,7 @@ def sum_part(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any]], p
         CheckpointError: An array is missing, truncated or altered.
     """
     reads: Iterator[Callable[[], np.ndarray]] = partials.read_parts(store, plan, manifests, part)
-    return sum_in_order(torch.from_numpy(read()) for read in reads).numpy()
+    return sum_in_order(map(lambda read: torch.from_numpy(read()), reads)).numpy()  # a loop would hold on to one more
 
 
 def commit_part(store: Store, plan: Plan, part: Part, total: np.ndarray, of: str, made: Mapping[str, Any]) -> None:

@@ -17,13 +17,14 @@ from storage_cases import Recording
 
 import laplace_dist
 from laplace_dist.errors import CheckpointError
-from laplace_dist.plan.parts import Place, places, plan_parts
+from laplace_dist.plan.parts import PART_ENTRIES, Place, places, plan_parts
 from laplace_dist.run import layout, partials, windows
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.leases import Lease
 from laplace_dist.run.vector import Vector, complete, write
 from laplace_dist.stages import reduce
 from laplace_dist.stages.reduce import SumPart
+from laplace_dist.storage import arrays
 
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 9)).map(lambda s: ((s[0], s[0]), True)),
@@ -158,6 +159,21 @@ def test_a_job_shows_that_it_is_at_work_and_takes_the_sign_away(tmp_path, monkey
     dist_cases.run_inline(dist_cases.config(tmp_path, skip_tune=False, skip_evaluate=False))
     assert len(seen) > 10 and all(count == 1 for _, count in seen)
     assert Checkpoint(str(tmp_path)).list("jobs") == []
+
+
+def test_the_segment_of_a_large_network_costs_at_most_half_of_the_requests_that_it_did():
+    """A ViT-B, 150 factors and 2 GiB of sums: 826 where each factor was an array of its own."""
+    names = [("patch", 768, 768), ("head", 768, 1000)]
+    for block in range(12):
+        sizes = {"qkv": (768, 2304), "proj": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}
+        names += [(f"{block}.{name}", *size) for name, size in sizes.items()]
+    sides = {f"{name}/{i}": side for name, a, b in names for i, side in enumerate((a, b, b))}
+    spec = {"factors": {name: {"shape": [side, side], "symmetric": True} for name, side in sides.items()}}
+    assert len(spec["factors"]) == 150
+    parts = plan_parts(spec, PART_ENTRIES)
+    chunks = sum(-(-(part.stop - part.start) * 8 // arrays.CHUNK_BYTES) for part in parts)
+    requests = 2 * (chunks + len(parts)) + 2  # chunks and metadata, written and read back; the group's, and the manifest
+    assert requests <= 826 // 2
 
 
 def test_small_factors_share_their_requests(tmp_path):

@@ -1,0 +1,202 @@
+"""The reduction of a ViT-B: bytes per second against the disk's, where the time goes, and requests per segment.
+
+    python benchmarks/costs.py reduction
+
+The plan is that of the whole network with 64 segments. A part costs the same whatever the number of parts, so only some of them
+are written to disk, 2 GiB each. Before each figure the files are dropped from the page cache (`POSIX_FADV_DONTNEED`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs.blosc import Blosc
+
+from laplace_dist.plan.parts import Part
+from laplace_dist.plan.plan import Plan, build_plan
+from laplace_dist.run import attempts, partials
+from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.run.layout import partial_key
+from laplace_dist.run.provenance import environment
+from laplace_dist.run.windows import inputs_digest
+from laplace_dist.stages.reduce import SumPart
+from laplace_dist.storage.sealed_json import seal_json
+
+SEGMENTS, WRITTEN = 64, 4
+ENVIRONMENT = environment("cpu")
+
+
+def vit_b(segments: int = SEGMENTS) -> Plan:
+    """Return the plan of a ViT-B/16: per layer A and B of its weight and B of its bias, 150 symmetric factors."""
+    layers = {"patch": (768, 768), "head": (768, 1000)}
+    for block in range(12):
+        sizes = {"qkv": (768, 2304), "proj": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}
+        layers |= {f"blocks.{block}.{name}": size for name, size in sizes.items()}
+    factors = {}
+    for name, (inputs, outputs) in layers.items():
+        for factor, size in ((f"{name}.weight/A", inputs), (f"{name}.weight/B", outputs), (f"{name}.bias/B", outputs)):
+            factors[factor] = {"shape": [size, size], "symmetric": True}
+    data, settings = {"length": segments, "sha256": "0" * 64}, {"batch_size": 1, "segment_size": 1}
+    model = {"path": "m:f", "args": {}}
+    return build_plan(settings, data=data, weights="0" * 64, model=model, spec={"factors": factors, "dtype": "float32"})
+
+
+def numbers(part: Part) -> np.ndarray:
+    """Return numbers that compress as sums do: hardly."""
+    return np.random.default_rng(part.start).standard_normal(part.stop - part.start)
+
+
+def write(store: Checkpoint, plan: Plan, parts: list[Part]) -> None:
+    """Write these parts of every partial, with manifests whose other entries name nothing that is there."""
+    values = {part.id: numbers(part) for part in parts}
+    for segment in plan.segments:
+        attempt = attempts.new_attempt()
+        prefix = f"partials/{segment.id}/{attempt}"
+        entries = store.write_arrays(prefix, values)
+        absent = next(iter(entries.values()))
+        named = {part.id: {**absent, "shape": [part.stop - part.start]} for part in plan.parts} | entries
+        manifest = {
+            "format_version": plan.format_version,
+            "plan": plan.digest,
+            "segment": segment.id,
+            "start": segment.start,
+            "stop": segment.stop,
+            "attempt": attempt,
+            "n_data": 1,
+            "prefix": prefix,
+            "arrays": named,
+            "loss": 1.0,
+            "data_sha256": "0" * 64,
+            "environment": ENVIRONMENT,
+        }
+        store.create(partial_key(segment.id), seal_json(manifest))
+
+
+def files_of(store: Checkpoint, part: Part) -> list[Path]:
+    """Return the chunks of one part of all partials."""
+    return sorted(Path(store.url).glob(f"partials/*/*/{part.id}/c/*"))
+
+
+def drop(paths: list[Path]) -> None:
+    """Drop files from the page cache."""
+    for path in paths:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def read_all(paths: list[Path]) -> None:
+    """Read files one after the other into one buffer."""
+    buffer = bytearray(max(path.stat().st_size for path in paths))
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            file.readinto(buffer)
+
+
+def rates(store: Checkpoint, plan: Plan, parts: list[Part]) -> None:
+    """Print, for each part, the disk's rate and the rate of the task that sums it, cold; and once warm."""
+    context = SimpleNamespace(store=store, plan=plan, device="cpu")
+    manifests = list(partials.manifests(store, plan))
+    for part in parts:
+        paths = files_of(store, part)
+        size = sum(path.stat().st_size for path in paths)
+        task = SumPart(plan.digest, part, inputs_digest(manifests, part))
+        drop(paths)
+        disk = size / seconds_of(lambda: read_all(paths))  # noqa: B023
+        drop(paths)
+        cpu = time.process_time()
+        cold = seconds_of(lambda: task.run(context))  # noqa: B023
+        cpu = time.process_time() - cpu
+        print(
+            f"reduction, part {part.id}: {size / 2**20:.0f} MiB stored in {len(paths)} chunks; disk {disk / 1e6:.0f} MB/s, the "
+            f"task {size / cold / 1e6:.0f} MB/s ({100 * size / cold / disk:.0f} %), {cold:.1f} s with {cpu:.1f} s of CPU",
+            flush=True,
+        )
+    warm = seconds_of(lambda: task.run(context))
+    print(f"reduction, in the page cache: the task {size / warm / 1e6:.0f} MB/s", flush=True)
+
+
+def shares(store: Checkpoint, part: Part) -> None:
+    """Print the time of each step alone, per part of one partial, in the page cache."""
+    paths = files_of(store, part)[: len(files_of(store, part)) // SEGMENTS]
+    stored = [path.read_bytes() for path in paths]
+    codec = Blosc()
+    decoded = [np.frombuffer(codec.decode(data[:-4])) for data in stored]
+    total = np.zeros(max(len(values) for values in decoded))
+    steps: dict[str, Callable[[Any, Any], object]] = {
+        "read": lambda data, values: [path.read_bytes() for path in paths[:1]],
+        "crc32c": lambda data, values: google_crc32c.value(data),
+        "decode": lambda data, values: codec.decode(data[:-4]),
+        "sha256": lambda data, values: hashlib.sha256(values).digest(),
+        "copy": lambda data, values: values.copy(),
+        "add": lambda data, values: np.add(total[: len(values)], values, out=total[: len(values)]),
+    }
+    found = {}
+    for name, step in steps.items():
+        pairs = [partial(step, *one) for one in zip(stored, decoded, strict=True)]
+        found[name] = min(seconds_of(lambda: [call() for call in pairs]) for _ in range(5))  # noqa: B023
+    print(
+        "reduction, ms per part and partial: " + ", ".join(f"{n} {1000 * s:.0f}" for n, s in found.items()), flush=True
+    )
+
+
+class Counting(Checkpoint):
+    """Counts the requests that a commit makes, and sends none."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.count, self.held = 0, {}
+
+    def read(self, key: str) -> bytes:  # noqa: D102
+        self.count += 1
+        return self.held[key]
+
+    def create(self, key: str, data: bytes) -> bool:  # noqa: D102
+        self.count += 1
+        return True
+
+    def _put(self, key: str, data: bytes) -> None:
+        self.count += 1
+        self.held[key] = data
+
+
+def requests(plan: Plan) -> None:
+    """Print how many requests the commit of one segment makes: one for each object that is written or read back."""
+    import torch
+
+    store = Counting("memory://counted/run")
+    sums = {name: torch.zeros(factor["shape"]) for name, factor in plan.spec["factors"].items()}
+    sums["loss"] = torch.tensor(1.0)
+    partials.commit_partial(store, plan, plan.segments[0], sums, 1, "a", data_sha256="0" * 64, environment=ENVIRONMENT)
+    entries = plan.places[-1].stop
+    print(
+        f"reduction, requests: {store.count} per segment on an object store, {len(plan.spec['factors'])} factors, {entries:,} "
+        f"entries ({entries * 4 / 2**30:.2f} GiB as float32, {entries * 8 / 2**30:.2f} GiB stored) in {len(plan.parts)} parts",
+        flush=True,
+    )
+
+
+def measure(places: dict[str, tuple[str, dict]]) -> None:
+    """Print all of it, on the directory."""
+    plan = vit_b()
+    requests(plan)
+    store = Checkpoint(f"{places['directory'][0]}/reduction")
+    parts = plan.parts[:WRITTEN]
+    write(store, plan, parts)
+    rates(store, plan, parts)
+    shares(store, parts[0])
