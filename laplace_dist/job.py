@@ -23,6 +23,7 @@ from laplace_dist.plan.segments import plan_shards
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import evaluations, layout, lifecycle, partials, pointer, tunings, versions, weights, windows
 from laplace_dist.run.checkpoint import open_json, open_store
+from laplace_dist.run.ownership import confirm
 from laplace_dist.run.probe import make_probe
 from laplace_dist.run.weights import dump_weights, weights_digest
 from laplace_dist.stages import evaluate, first_batch, map, reduce, tune
@@ -225,11 +226,16 @@ class Job:
         try:
             current = pointer.read_current(self.store)
         except MissingObjectError:
-            pointer.write_current(self.store, version, None, first=True)
+            self._point_at(version, None, first=True)
             return version
         if current["version"] != version:
-            pointer.write_current(self.store, version, None)
+            self._point_at(version, None)
         return version
+
+    def _point_at(self, version: str, tuning: str | None, *, first: bool = False) -> None:
+        """Make a posterior version current, if the run is still this job's."""
+        confirm(self.store, self.plan.digest)
+        pointer.write_current(self.store, version, tuning, first=first)
 
     def _sum_window(self) -> dict[str, Any]:
         """Sum the parts that are not summed yet and commit the window's sum; returns its manifest."""
@@ -267,7 +273,7 @@ class Job:
             (receipt,) = self._run([choice], Progress("tune", "results", 1), keep=True)
             for warning in receipt.get("warnings", []):
                 self.say(f"tune: warning: {warning}")
-        pointer.write_current(self.store, version, key)
+        self._point_at(version, key)
         manifest, value = tunings.read_tuning(self.store, key)
         shown = (
             f"{value.item():.4g}"
@@ -294,6 +300,7 @@ class Job:
             summary = evaluate.Summarize(self.plan.digest, key, chosen, ids)
             self._run([summary], Progress("evaluate", "results", 1))
         metrics = open_json(self.store.read(key), key)["metrics"]
+        confirm(self.store, self.plan.digest)
         self.store.replace(layout.METRICS, evaluations.metrics_json(version, tuning, metrics))
         return metrics
 

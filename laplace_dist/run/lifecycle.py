@@ -15,24 +15,14 @@ from laplace_dist.config.settings import Config
 from laplace_dist.errors import CheckpointError, SettingsError, listed
 from laplace_dist.plan.plan import Plan, differences
 from laplace_dist.plan.segments import Segment
-from laplace_dist.run.checkpoint import Checkpoint, open_json
+from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.layout import CLEARED, CONFIG, CURRENT, PLAN, PROBE, WEIGHTS, owned, partial_key, probe_key
+from laplace_dist.run.ownership import confirm, is_foreign, read_plan
 from laplace_dist.run.partials import parse_manifest
 from laplace_dist.run.probe import check_probe, probe_digest
 from laplace_dist.storage.local import TEMP
 from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
-
-
-def read_plan(store: Store) -> Plan:
-    """Return the plan of an existing run.
-
-    Raises:
-        MissingObjectError: There is no run.
-        SettingsError: It was written by a newer version.
-        CheckpointError: It was truncated or altered.
-    """
-    return Plan.from_values(open_json(store.read(PLAN), PLAN))
 
 
 def check_model(store: Store, plan: Plan, model: nn.Module, who: str) -> None:
@@ -94,6 +84,7 @@ def open_run(
         stored = read_plan(store)
         _refuse_another_plan(store, stored, plan)
         check_model(store, stored, model, "what --model builds here")
+    confirm(store, (created or stored).digest)
     if not store.exists(WEIGHTS):
         store.create(WEIGHTS, weights())
     store.replace(CONFIG, _seal_yaml(config_yaml))
@@ -153,13 +144,15 @@ def read_config(store: Store) -> dict[str, Any]:
 def committed(store: Store, plan: Plan, *, arrays: bool = True) -> dict[str, dict[str, Any]]:
     """Return the manifests of the committed segments by id, in plan order, each checked against the plan.
 
+    One that a worker of a deleted run has left (see `ownership`) does not count; the commit of its segment takes its place.
+
     Args:
         store: The checkpoint.
         plan: Plan of the run.
-        arrays: Keep the entries of the arrays, which `read_factor` needs; without them the result is small.
+        arrays: Keep the entries of the arrays, which `read_factors` needs; without them the result is small.
 
     Raises:
-        CheckpointError: A manifest is truncated, altered, of another plan, or of a segment that the plan has not.
+        CheckpointError: A manifest is truncated, altered, or of a segment that the plan has not.
     """
     keys = {partial_key(segment.id): segment for segment in plan.segments}
     present = [key for key in store.list("partials", recursive=False) if key.endswith(".json")]
@@ -171,6 +164,8 @@ def committed(store: Store, plan: Plan, *, arrays: bool = True) -> dict[str, dic
             )
     found = {}
     for key, data in store.read_many(present):
+        if is_foreign(data, key, plan):
+            continue
         manifest = parse_manifest(data, plan, keys[key])
         if not arrays:
             del manifest["arrays"]

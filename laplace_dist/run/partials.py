@@ -19,9 +19,9 @@ from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.layout import LOSS, partial_key
+from laplace_dist.run.ownership import commit
 from laplace_dist.run.vector import Vector, complete, overlaps, write
 from laplace_dist.storage.keys import check_key
-from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
 
 
@@ -74,6 +74,7 @@ def commit_partial(
     Raises:
         RunFailed: A sum is not finite, no space is left, or another attempt at the segment has read other data.
         CheckpointError: What was read back differs, or the existing manifest is bad.
+        SettingsError: The run was deleted meanwhile, or is another one.
     """
     begun = time.perf_counter()
     assert re.fullmatch(r"[\w-]+", attempt), f"attempt id {attempt!r} must be one part of a key"
@@ -100,7 +101,7 @@ def commit_partial(
         "environment": dict(environment),
     }
     winner = attempt
-    if not store.create(partial_key(segment.id), seal_json(manifest)):
+    if not commit(store, plan, partial_key(segment.id), manifest):
         first = read_manifest(store, plan, segment)
         winner = first["attempt"]
         if winner != attempt:

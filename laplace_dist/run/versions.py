@@ -13,11 +13,11 @@ from laplace_dist.errors import CheckpointError
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.layout import LOSS, version_key
+from laplace_dist.run.ownership import commit
 from laplace_dist.run.partials import refuse_emptied
 from laplace_dist.run.provenance import environment
 from laplace_dist.run.vector import complete, overlaps, write
 from laplace_dist.run.windows import SUM
-from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
 
 
@@ -69,7 +69,7 @@ def commit_version(store: Store, plan: Plan, window: Mapping[str, Any], receipts
         "environment": environment("cpu"),
         "factors": factors,
     }
-    if not store.create(version_key(version), seal_json(manifest)):
+    if not commit(store, plan, version_key(version), manifest):
         for place in factors.values():  # another driver was first, with the same numbers
             store.delete_tree(place["prefix"])
     read_version(store, plan, version)

@@ -19,8 +19,8 @@ from laplace_dist.run import partials
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.layout import WINDOW, part_key
+from laplace_dist.run.ownership import commit, is_foreign
 from laplace_dist.run.provenance import environment
-from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
 
 SUM = "sum"  # name of a part's array
@@ -69,7 +69,7 @@ def commit_part(store: Store, plan: Plan, part: Part, total: np.ndarray, of: str
         "arrays": store.write_arrays(prefix, {SUM: total}),
         "environment": dict(made),
     }
-    if not store.create(key, seal_json(manifest)):
+    if not commit(store, plan, key, manifest):
         store.delete_tree(prefix)
         read_part_manifest(store, plan, part, of)
 
@@ -109,10 +109,10 @@ def missing_parts(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any
     there, missing = set(store.list("parts", recursive=False)), []
     for part in plan.parts:
         of = inputs_digest(manifests, part)
-        if part_key(part.id) in there:
+        if (key := part_key(part.id)) in there and not is_foreign(store.read(key), key, plan):
             if read_part_manifest(store, plan, part)["of"] == of:
                 continue
-            store.delete_tree(part_key(part.id))
+            store.delete_tree(key)
         missing.append((part, of))
     return missing
 
@@ -132,7 +132,7 @@ def commit_window(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any
         "environment": environment("cpu"),
         "parts": {name: {"prefix": found["prefix"], "entry": found["arrays"][SUM]} for name, found in parts.items()},
     }
-    store.create(WINDOW, seal_json(manifest))
+    commit(store, plan, WINDOW, manifest)
     return read_window(store, plan)
 
 
@@ -162,6 +162,7 @@ def read_window(store: Store, plan: Plan) -> dict[str, Any]:
 def find_window(store: Store, plan: Plan) -> dict[str, Any] | None:
     """Return the manifest of the window's sum, or None where the reduction is not done."""
     try:
-        return read_window(store, plan)
+        foreign = is_foreign(store.read(WINDOW), WINDOW, plan)
     except MissingObjectError:
         return None
+    return None if foreign else read_window(store, plan)

@@ -25,9 +25,10 @@ import zarr.storage
 from laplace_dist.config.secrets import leaves
 from laplace_dist.errors import CheckpointError, MissingObjectError
 from laplace_dist.plan.plan import Plan, build_plan
-from laplace_dist.run.layout import partial_key
+from laplace_dist.run.layout import PLAN, partial_key
 from laplace_dist.run.partials import commit_partial, read_factors, read_manifest
 from laplace_dist.run.provenance import environment
+from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
 
 ARRAYS = {
@@ -73,6 +74,7 @@ def _commit(store: Store, plan: Plan, number: int, attempt: str, scale: float = 
 
     sums = {name: scale * (number + 1) * torch.eye(2) for name in plan.spec["factors"]}
     sums["loss"] = torch.tensor(1.0, dtype=torch.float64)
+    store.create(PLAN, seal_json(plan.to_values()))
     origin = {"data_sha256": "0" * 64, "environment": environment("cpu")}
     return commit_partial(store, plan, plan.segments[number], sums, 4, attempt, **origin)
 

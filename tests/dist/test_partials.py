@@ -21,6 +21,7 @@ from laplace_dist.plan.plan import FORMAT_VERSION
 from laplace_dist.plan.plan import build_plan
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.storage.sealed_json import seal_json
+from laplace_dist.run import layout, lifecycle
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.provenance import environment
 
@@ -61,6 +62,7 @@ def store(tmp_path):
 
 
 def commit(store, sums=None, attempt="a0", plan=PLAN, segment=SEGMENT):
+    store.create(layout.PLAN, seal_json(plan.to_values()))
     return commit_partial(store, plan, segment, sums or make_sums(), segment.stop - segment.start, attempt, **ORIGIN)
 
 
@@ -119,6 +121,7 @@ def test_a_retry_that_meets_its_own_manifest_has_won(store, monkeypatch):
         create(self, key, data)
         return False
 
+    create(store, layout.PLAN, seal_json(PLAN.to_values()))
     monkeypatch.setattr(Checkpoint, "create", answer_lost)
     receipt = commit(store)
     assert receipt.won
@@ -135,7 +138,7 @@ def test_sums_that_are_not_finite_are_not_committed(store, bad):
     sums["conv.bias"][1] = bad
     with pytest.raises(RunFailed, match=r"segment 000001 \(examples 8 to 15\): the sum 'conv.bias' is not finite"):
         commit(store, sums)
-    assert store.list() == []
+    assert store.list() == ["plan.json"]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +160,9 @@ def test_a_disk_that_fills_up_leaves_no_readable_half_state(store, monkeypatch, 
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(handle)
 
-    store.check_writable()
+    store.create(layout.PLAN, seal_json(PLAN.to_values()))
+    create = Checkpoint.create
+    monkeypatch.setattr(Checkpoint, "create", lambda self, key, data: key != layout.PLAN and create(self, key, data))
     monkeypatch.setattr(os, "fsync", full)
     try:
         commit(store)
@@ -178,11 +183,12 @@ def test_space_is_given_back_by_a_commit_that_fails(store, monkeypatch):
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    store.check_writable()
+    store.create(layout.PLAN, seal_json(PLAN.to_values()))
+    monkeypatch.setattr(Checkpoint, "create", lambda self, key, data: False)  # of the plan, which is there
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunFailed, match="partials/000001/a0: no space left"):
         commit(store)
-    assert store.list() == []
+    assert store.list() == ["plan.json"]
 
 
 def test_a_segment_that_is_not_committed_is_missing(store):
@@ -248,3 +254,44 @@ def test_a_manifest_of_a_newer_version_is_refused(store):
     rewrite(store, format_version=FORMAT_VERSION + 1)
     with pytest.raises(SettingsError, match=f"partials/000001.json has format_version {FORMAT_VERSION + 1}"):
         read_manifest(store, PLAN, SEGMENT)
+
+
+# ------------------------------------------------------------------ whose run it is
+
+
+def other_run(store, plan):
+    """Another job deletes the run and begins its own."""
+    store.delete_tree(layout.PLAN)
+    store.create(layout.PLAN, seal_json(plan.to_values()))
+
+
+def test_a_late_worker_of_a_run_that_was_deleted_stops_itself_before_it_commits(store, monkeypatch):
+    """Though it has the old plan, and begun its segment long before."""
+    write_arrays = Checkpoint.write_arrays
+
+    def then_deleted(self, *arguments):
+        entries = write_arrays(self, *arguments)
+        other_run(store, make_plan(weights="other"))
+        return entries
+
+    monkeypatch.setattr(Checkpoint, "write_arrays", then_deleted)
+    with pytest.raises(SettingsError, match="another job has begun a run there meanwhile"):
+        commit(store)
+    assert not store.exists(partial_key(SEGMENT.id))
+    store.delete_tree(layout.PLAN)
+    monkeypatch.setattr(Checkpoint, "write_arrays", lambda *a: store.delete_tree(layout.PLAN) or write_arrays(*a))
+    with pytest.raises(SettingsError, match="holds no run any more: another job has deleted it meanwhile"):
+        commit(store, attempt="a1")
+
+
+def test_what_slips_into_another_run_does_not_count_and_makes_way(store):
+    """The moment between looking and creating cannot be closed on an object store; the manifest says whose it is."""
+    commit(store, make_sums(1), attempt="late")
+    ours = make_plan(weights="other")
+    other_run(store, ours)
+    assert lifecycle.committed(store, ours) == {}
+    assert commit(store, attempt="a0", plan=ours).won
+    manifest = read_manifest(store, ours, SEGMENT)
+    assert manifest["attempt"] == "a0"
+    assert np.array_equal(read_factors(store, ours, manifest)["conv.bias"], make_sums()["conv.bias"].numpy())
+    assert not commit(store, make_sums(2), attempt="a1", plan=ours).won

@@ -23,6 +23,7 @@ from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.leases import Lease
 from laplace_dist.run.vector import Vector, complete, write
 from laplace_dist.stages import reduce
+from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.stages.reduce import SumPart
 from laplace_dist.storage import arrays
 
@@ -184,6 +185,7 @@ def test_small_factors_share_their_requests(tmp_path):
         model={"path": "m:f", "args": {}}, spec=spec,
     )  # fmt: skip
     store = CrashingStore(str(tmp_path / "run"))
+    Checkpoint(store.url).create(layout.PLAN, seal_json(plan.to_values()))
     sums = {name: torch.eye(8) for name in spec["factors"]} | {"loss": torch.tensor(1.0)}
     partials.commit_partial(store, plan, plan.segments[0], sums, 4, "a", **crash_store.ORIGIN)
     assert len(store.operations) < 10
