@@ -35,6 +35,8 @@ PER_WORKER, AT_LEAST = 3, 10
 LOST_PER_WORKER = 10
 # Starts in a row that fail on one node, over at least 3.5 s of growing rests: more than chance, and still quick.
 STARTS_PER_NODE = 4
+# Where Ray ended the worker because its node ran low on memory, which other programs may give back: over two minutes of rests.
+STARTS_WITHOUT_MEMORY = 12
 
 LESS_MEMORY = (
     "Run fewer workers at once (--num-workers) or on larger nodes; a smaller --batch-size, --subset-of-weights last_layer "

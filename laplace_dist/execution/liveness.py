@@ -32,17 +32,22 @@ def node_answers(address: str) -> bool:
         return False
 
 
-def why_it_died(error: Exception, lost: bool = False) -> str:
-    """Return what Ray says of a dead worker as a phrase."""
+def short_of_memory(error: Exception) -> bool:
+    """Say whether Ray ended a worker because its node ran low on memory."""
     from ray.exceptions import OutOfMemoryError
 
+    return isinstance(error, OutOfMemoryError) or "running low on memory" in str(error)
+
+
+def why_it_died(error: Exception, lost: bool = False) -> str:
+    """Return what Ray says of a dead worker as a phrase."""
     if getattr(error, "preempted", False):
         return "its node was preempted"
     if lost:
         return "its node was lost"
     if getattr(error, "actor_init_failed", False):
         return f"a worker could not be set up: {str(error).strip().splitlines()[-1]}"
-    if isinstance(error, OutOfMemoryError) or "running low on memory" in str(error):
+    if short_of_memory(error):
         return f"Ray ended the worker because its node ran low on memory. {LESS_MEMORY}"
     return (
         "the worker's process died, and its node lives on (killed, or a crash in native code; if it was killed for its "

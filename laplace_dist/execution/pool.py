@@ -11,9 +11,17 @@ from typing import Any
 
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
-from laplace_dist.execution.failures import REMEDY, STARTS_PER_NODE, Verdict, event_of, verdict, why_it_failed
+from laplace_dist.execution.failures import (
+    REMEDY,
+    STARTS_PER_NODE,
+    STARTS_WITHOUT_MEMORY,
+    Verdict,
+    event_of,
+    verdict,
+    why_it_failed,
+)
 from laplace_dist.execution.flights import Flight, Hired
-from laplace_dist.execution.liveness import SECOND_LOOK, Deaths, why_it_died
+from laplace_dist.execution.liveness import SECOND_LOOK, Deaths, short_of_memory, why_it_died
 from laplace_dist.execution.raised import Raised
 from laplace_dist.execution.scaling import Placement
 from laplace_dist.execution.starts import RESTS, Starts
@@ -125,11 +133,14 @@ class Pool:
         actor = self._class.options(scheduling_strategy=there, **self._options).remote(*self._arguments)
         self._flight[actor.start.remote()] = Flight(Hired(actor, node), None, now)
 
-    def _not_started(self, flight: Flight, why: str, final: Exception | None = None) -> Event | None:
+    def _not_started(
+        self, flight: Flight, why: str, final: Exception | None = None, memory: bool = False
+    ) -> Event | None:
         """Record a start that failed on a node that lives; returns the end of the run if most nodes are like that."""
         node = flight.hired.node
         known = node in self._starts.left_out
-        out = self._starts.failed(node, why, begun=flight.begun, now=time.monotonic(), final=final is not None)
+        now = time.monotonic()
+        out = self._starts.failed(node, why, begun=flight.begun, now=now, final=final is not None, memory=memory)
         if not out:
             self._say(f"a worker could not start on {self._name(node)}, and another one is tried: {why}")
             return None
@@ -137,7 +148,7 @@ class Pool:
             return None
         if self._starts.spent(self._placement.usable):
             return Event(None, refusal=self._no_starts(final, why))
-        times = "" if final is not None else f" {STARTS_PER_NODE} times in a row"
+        times = "" if final is not None else f" {STARTS_WITHOUT_MEMORY if memory else STARTS_PER_NODE} times in a row"
         self._say(f"{self._name(node)} is left out, since workers do not start there ({why.rstrip('.')}){times}")
         return None
 
@@ -196,7 +207,7 @@ class Pool:
         why = why_it_died(error, lost)
         if flight.task is not None:
             return Event(flight.task, failure=why, lost=lost, node="" if lost else self._failed(flight))
-        return None if lost else self._not_started(flight, why)
+        return None if lost else self._not_started(flight, why, memory=short_of_memory(error))
 
     def _overdue(self, now: float, limit: Limit) -> list[Event]:
         late = [

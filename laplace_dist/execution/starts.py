@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from laplace_dist.execution.failures import STARTS_PER_NODE
+from laplace_dist.execution.failures import STARTS_PER_NODE, STARTS_WITHOUT_MEMORY
 
 # Seconds before another worker is started on a node after one could not be: at first, and at most. Short enough to go
 # unnoticed once, long enough that a node which is going away is known to be gone before it is tried for the last time.
@@ -19,6 +19,7 @@ RESTS = 0.5, 16.0
 @dataclass
 class _Node:
     failed: int = 0
+    without_memory: int = 0
     rest: float = RESTS[0]
     noticed: float = float("-inf")
     until: float = float("-inf")
@@ -39,7 +40,9 @@ class Starts:
         """Record a worker that came to life."""
         self._nodes.pop(node, None)
 
-    def failed(self, node: str, why: str, *, begun: float, now: float, final: bool = False) -> bool:
+    def failed(
+        self, node: str, why: str, *, begun: float, now: float, final: bool = False, memory: bool = False
+    ) -> bool:
         """Record a worker that did not; returns whether the node is left out from now on.
 
         Args:
@@ -48,14 +51,16 @@ class Starts:
             begun: When it was started. Those that were under way when another one failed count as the same failure.
             now: The time.
             final: The error would be the same at the next start.
+            memory: The node ran low on memory, which passes more often than other causes.
         """
         record = self._nodes.setdefault(node, _Node())
         if begun <= record.noticed:
             return node in self.left_out
-        record.failed += 1
+        record.failed += not memory
+        record.without_memory += memory
         record.noticed, record.until = now, now + record.rest
         record.rest = min(2 * record.rest, RESTS[1])
-        if final or record.failed >= STARTS_PER_NODE:
+        if final or record.failed >= STARTS_PER_NODE or record.without_memory >= STARTS_WITHOUT_MEMORY:
             self.left_out[node] = why
         return node in self.left_out
 

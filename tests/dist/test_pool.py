@@ -16,7 +16,8 @@ from laplace_dist.execution.liveness import SECOND_LOOK
 from laplace_dist.execution.pool import Pool
 from laplace_dist.execution.raised import Raised
 from laplace_dist.execution.scaling import LOOK_SECONDS, Placement, nodes_of
-from laplace_dist.execution.starts import RESTS
+from laplace_dist.execution.failures import STARTS_PER_NODE, STARTS_WITHOUT_MEMORY
+from laplace_dist.execution.starts import RESTS, Starts
 from laplace_dist.execution.timeouts import Limit
 
 
@@ -370,3 +371,13 @@ def test_what_fits_is_counted_per_node():
         placement = Placement(lambda: nodes_of(ray), need)
         placement.refresh(time.monotonic())
         assert placement.fits == fits, need
+
+
+def test_a_node_without_memory_is_given_longer_than_one_on_which_starts_fail():
+    """Other programs may give it back; at 12 starts, over two minutes, it is left out all the same."""
+    starts, now = Starts(), 0.0
+    for count in range(1, STARTS_WITHOUT_MEMORY + 1):
+        out = starts.failed("n", "low on memory", begun=now, now=now + 0.1, memory=True)
+        assert out == (count == STARTS_WITHOUT_MEMORY)
+        now += 20
+    assert not Starts().failed("n", "x", begun=0, now=1) and STARTS_WITHOUT_MEMORY > 2 * STARTS_PER_NODE
