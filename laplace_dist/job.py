@@ -25,7 +25,19 @@ from laplace_dist.plan import identity
 from laplace_dist.plan.plan import Plan, build_plan
 from laplace_dist.plan.segments import plan_shards
 from laplace_dist.report.progress import Progress
-from laplace_dist.run import evaluations, layout, lifecycle, partials, pointer, tunings, versions, weights, windows
+from laplace_dist.run import (
+    evaluations,
+    layout,
+    lifecycle,
+    ownership,
+    partials,
+    pointer,
+    tunings,
+    versions,
+    weights,
+    windows,
+)
+from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import open_json, open_store
 from laplace_dist.run.leases import Lease
 from laplace_dist.run.probe import make_probe
@@ -133,7 +145,7 @@ class Job:
     @cached_property
     def plan(self) -> Plan:
         """The plan of the run at the checkpoint."""
-        return lifecycle.read_plan(self.store)
+        return ownership.read_plan(self.store)
 
     def __enter__(self) -> Job:
         return self
@@ -193,6 +205,7 @@ class Job:
             weights=weights_digest(model),
             model={"path": config.model, "args": config.model_args},
             spec=plain(la.sums_spec()),
+            run=new_attempt(),
         )
         snapshot = config.model_copy(update={"weights": f"{self.store.url}/{layout.WEIGHTS}"}).to_yaml()
         self.plan, self._continued = lifecycle.open_run(
@@ -221,7 +234,7 @@ class Job:
 
     def map(self) -> None:
         """Accumulate the segments that have no committed partial."""
-        done = lifecycle.committed(self.store, self.plan, arrays=False)
+        done = lifecycle.committed(self.store, self.plan, arrays=False, say=lambda text: self.say(f"map: {text}"))
         if self._continued and len(done) < len(self.plan.segments):
             comparisons = map.comparisons(self.plan, done)
             self._run(comparisons, Progress("map", "segments compared with the data", len(comparisons)))
@@ -237,13 +250,9 @@ class Job:
             tasks = reduce.factor_tasks(self.plan, version)
             receipts = self._run(tasks, Progress("reduce", "groups of factors", len(tasks)), keep=True, alike=False)
             versions.commit_version(self.store, self.plan, window, [receipt["factors"] for receipt in receipts])
-        try:
-            current = pointer.read_current(self.store)
-        except MissingObjectError:
-            pointer.write_current(self.store, version, None, first=True)
-            return version
-        if current["version"] != version:
-            pointer.write_current(self.store, version, None)
+        pointer.write_current(self.store, self.plan, version, None, first=True)
+        if pointer.read_current(self.store)["version"] != version:
+            pointer.write_current(self.store, self.plan, version, None)
         return version
 
     def _sum_window(self) -> dict[str, Any]:
@@ -282,7 +291,7 @@ class Job:
             (receipt,) = self._run([choice], Progress("tune", "results", 1), keep=True)
             for warning in receipt.get("warnings", []):
                 self.say(f"tune: warning: {warning}")
-        pointer.write_current(self.store, version, key)
+        pointer.write_current(self.store, self.plan, version, key)
         manifest, value = tunings.read_tuning(self.store, key)
         shown = (
             f"{value.item():.4g}"
@@ -309,6 +318,7 @@ class Job:
             summary = evaluate.Summarize(self.plan.digest, key, chosen, ids)
             self._run([summary], Progress("evaluate", "results", 1))
         metrics = open_json(self.store.read(key), key)["metrics"]
+        ownership.confirm(self.store, self.plan)
         self.store.replace(layout.METRICS, evaluations.metrics_json(version, tuning, metrics))
         return metrics
 

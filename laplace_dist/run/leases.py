@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 
 from laplace_dist.errors import MissingObjectError
@@ -28,16 +28,18 @@ class Lease:
 
     Args:
         store: The checkpoint.
+        clock: Returns seconds.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._store, self._key = store, lease_key(uuid.uuid4().hex)
         self._begun: float | None = None
         self._shown = 0.0
 
     def show(self) -> None:
         """Say that the job is at work, if that was not said for a while."""
-        now = time.monotonic()
+        now = self._clock()
         if self._begun is None:
             self._begun = now
         elif now - self._shown < EVERY:

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 
 from laplace.curvature.sums import is_finite
-from laplace_dist.errors import CheckpointError, RunFailed, listed
+from laplace_dist.errors import CheckpointError, ForeignError, RunFailed, listed
 from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.layout import LOSS, partial_key
+from laplace_dist.run.ownership import commit
 from laplace_dist.run.vector import Vector, complete, overlaps, write
 from laplace_dist.storage.keys import check_key
-from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
 
 
@@ -58,7 +58,7 @@ def commit_partial(
     """Make the sums of one segment part of the run, once, whoever else tries.
 
     The parts of the sums are written, flushed, read back and verified under `partials/<segment>/<attempt>/`; the manifest that
-    names them is created only if there is none. If there is one, the attempt id in it says who won, and the loser's
+    names them is created only if there is none of this run. If there is one, the attempt id in it says who won, and the loser's
     arrays are deleted. A failure before that leaves nothing that a reader sees.
 
     Args:
@@ -74,6 +74,7 @@ def commit_partial(
     Raises:
         RunFailed: A sum is not finite, no space is left, or another attempt at the segment has read other data.
         CheckpointError: What was read back differs, or the existing manifest is bad.
+        SettingsError: The run was deleted meanwhile, or is another one.
     """
     begun = time.perf_counter()
     assert re.fullmatch(r"[\w-]+", attempt), f"attempt id {attempt!r} must be one part of a key"
@@ -100,7 +101,7 @@ def commit_partial(
         "environment": dict(environment),
     }
     winner = attempt
-    if not store.create(partial_key(segment.id), seal_json(manifest)):
+    if not commit(store, plan, partial_key(segment.id), manifest):
         first = read_manifest(store, plan, segment)
         winner = first["attempt"]
         if winner != attempt:
@@ -157,7 +158,7 @@ def parse_manifest(data: bytes, plan: Plan, segment: Segment) -> dict[str, Any]:
     }
     for field, value in wanted.items():
         if manifest.get(field) != value:
-            raise CheckpointError(
+            raise (ForeignError if field == "plan" else CheckpointError)(
                 f"{key} does not belong to this run: its {field} is {manifest.get(field)!r}, expected {value!r}. "
                 "Delete it to have the segment recomputed, or start again with --fresh."
             )

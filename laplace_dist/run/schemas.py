@@ -90,6 +90,7 @@ class PlanFields(Strict):
     spec: _Spec
     probe: Sha256 | None = None
     part_entries: Positive | None = None
+    run: Name | None = None
 
     @model_validator(mode="after")
     def _covers_the_data(self) -> PlanFields:

@@ -7,14 +7,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
-from laplace_dist.errors import CheckpointError, SettingsError, StorageError
+from laplace_dist.errors import CheckpointError, ForeignError, SettingsError, StorageError
 from laplace_dist.plan.plan import Plan
-from laplace_dist.run import layout, leases, lifecycle, orphans, tunings, versions
+from laplace_dist.run import layout, leases, lifecycle, orphans, ownership, tunings, versions
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.pointer import read_current
 from laplace_dist.run.probe import open_probe
@@ -85,17 +85,29 @@ def verify(
         StorageError: The storage does not answer.
     """
     store = Checkpoint(url, storage_options)
+    return check_run(store, collect_orphans_older_than, shallow=shallow, data=data)
+
+
+def check_run(
+    store: Checkpoint,
+    collect_orphans_older_than: float | None = None,
+    *,
+    shallow: bool = False,
+    data: Any = None,
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+) -> Report:
+    """Do what `verify` does with an open checkpoint; `now` is the clock that ages are counted from."""
     if not store.exists(layout.PLAN):
         raise SettingsError(f"--checkpoint: got {store.url!r}, where there is no run (no {layout.PLAN})")
     times = store.modified()  # before any manifest is read: what is committed after this is not taken for an orphan
     keys = [key for key in times if TEMP not in key]
     check = _Check(store, Report(store.url, len(keys)), keys, shallow)
-    plan = check.attempt(layout.PLAN, lambda: lifecycle.read_plan(store))
+    plan = check.attempt(layout.PLAN, lambda: ownership.read_plan(store))
     if plan is not None:
         check.run(plan, keys)
         if data is not None:
             compare_data(check, plan, data)
-    check.collect(times, collect_orphans_older_than)
+    check.collect(times, collect_orphans_older_than, plan, now())
     return check.report
 
 
@@ -114,6 +126,10 @@ class _Check:
             return call()
         except StorageError:
             raise
+        except ForeignError as error:
+            self.report.notes.append(
+                (key, f"{error} A job that is deleted while it is at work (--fresh) may leave that.")
+            )
         except CheckpointError as error:
             self.report.problems.append((key, str(error)))
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -254,9 +270,11 @@ class _Check:
 
     # -------------------------------------------------------------- orphans
 
-    def collect(self, times: Mapping[str, datetime], older_than: float | None) -> None:
+    def collect(
+        self, times: Mapping[str, datetime], older_than: float | None, plan: Plan | None, now: datetime
+    ) -> None:
         """Find what no manifest names, and delete what is old enough unless a manifest cannot be read."""
-        self.report.orphans, readable = orphans.find(self.store, times)
+        self.report.orphans, readable = orphans.find(self.store, times, plan, now)
         if older_than is None:
             return
         if not readable or any(layout.MANIFEST.fullmatch(key) for key, _ in self.report.problems):

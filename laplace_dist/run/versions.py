@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from laplace_dist.errors import CheckpointError
+from laplace_dist.errors import CheckpointError, ForeignError
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.layout import LOSS, version_key
+from laplace_dist.run.ownership import commit
 from laplace_dist.run.partials import refuse_emptied
 from laplace_dist.run.vector import complete, overlaps, write
 from laplace_dist.run.windows import SUM
-from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
 
 
@@ -67,7 +67,7 @@ def commit_version(store: Store, plan: Plan, window: Mapping[str, Any], receipts
         "loss": window["loss"],
         "factors": factors,
     }
-    if not store.create(version_key(version), seal_json(manifest)):
+    if not commit(store, plan, version_key(version), manifest):
         for place in factors.values():  # another driver was first, with the same numbers
             store.delete_tree(place["prefix"])
     read_version(store, plan, version)
@@ -88,7 +88,7 @@ def read_version(store: Store, plan: Plan, version: str) -> dict[str, Any]:
         planned[LOSS] = []
     found = manifest["plan"], manifest["version"], manifest["n_data"], shapes
     if found != (plan.digest, version, plan.n_examples, planned):
-        raise CheckpointError(
+        raise (CheckpointError if manifest["plan"] == plan.digest else ForeignError)(
             f"{key} does not belong to this run's plan. Delete it and run the same command again: it reduces the "
             "partials anew."
         )

@@ -21,7 +21,8 @@ from laplace_dist.plan.identity import check_data
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run import posterior, provenance, tunings, weights
 from laplace_dist.run.checkpoint import open_store
-from laplace_dist.run.lifecycle import check_model, read_plan
+from laplace_dist.run.lifecycle import check_model
+from laplace_dist.run.ownership import read_plan, same
 from laplace_dist.run.weights import load_run_weights
 from laplace_dist.storage.store import Store
 
@@ -47,12 +48,7 @@ class Context:
         Raises:
             SettingsError: The task is of another run, which was there before.
         """
-        if task.plan != self.plan.digest:
-            raise SettingsError(
-                f"--checkpoint {self.store.url!r} holds the run of plan {self.plan.digest[:12]}, and this job's is "
-                f"{task.plan[:12]}: another job has begun a run there meanwhile (--fresh). This job stops; give it another "
-                "--checkpoint."
-            )
+        same(self.store, self.plan.digest, task.plan)
         return task.run(self)
 
     @cached_property

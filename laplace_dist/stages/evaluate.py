@@ -74,7 +74,7 @@ class EvaluateShard:
                 found.setdefault(name, []).append(scores.cpu())
         arrays = {name: torch.cat(parts).numpy() for name, parts in found.items()}
         key = evaluation_shard_key(self.key, self.split, shard.id)
-        commit_shard(context.store, key, arrays, environment(context.device))
+        commit_shard(context.store, context.plan, key, arrays, environment(context.device))
         return {"examples": shard.stop - shard.start}
 
 
@@ -98,7 +98,8 @@ class Summarize:
     def run(self, context: Context) -> dict[str, Any]:
         """Do so."""
         metrics = {method: self._metrics(context, method) for method in ("map", "laplace")}
-        commit_evaluation(context.store, self.key, self.chosen, self.shards, metrics, environment(context.device))
+        made = environment(context.device)
+        commit_evaluation(context.store, context.plan, self.key, self.chosen, self.shards, metrics, made)
         return {}
 
     def _metrics(self, context: Context, method: str) -> dict[str, float]:

@@ -69,7 +69,9 @@ class MaximizeEvidence(_Tuning):
         la.prior_precision = prior_precision
         if noise is not None:
             la.sigma_noise = noise
-        return commit_tuning(context.store, self.key, self.chosen, la, environment=environment(context.device))
+        return commit_tuning(
+            context.store, context.plan, self.key, self.chosen, la, environment=environment(context.device)
+        )
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ class ScoreShard(_Tuning):
             pred_type=config.pred_type,
             seed=config.seed + shard.start,
         )
-        commit_shard(context.store, tuning_shard_key(self.key, shard.id), totals, n, environment(context.device))
+        key = tuning_shard_key(self.key, shard.id)
+        commit_shard(context.store, context.plan, key, totals, n, environment(context.device))
         return {"examples": shard.stop - shard.start}
 
 
@@ -126,7 +129,7 @@ class ChooseFromGrid(_Tuning):
             warnings.simplefilter("always", UserWarning)
             la.prior_precision = select_prior_precision(grid, total / count)
         found = commit_tuning(
-            context.store, self.key, self.chosen, la, self.shards, environment=environment(context.device)
+            context.store, context.plan, self.key, self.chosen, la, self.shards, environment=environment(context.device)
         )
         return {**found, "warnings": [str(warning.message) for warning in caught]}
 

@@ -57,7 +57,10 @@ SEGMENT = PLAN.segments[1]
 
 @pytest.fixture
 def store(tmp_path):
-    return Checkpoint(str(tmp_path / "run"))
+    """Return the checkpoint of a run with `PLAN`: whoever commits looks that it is still its own."""
+    store = Checkpoint(str(tmp_path / "run"))
+    store.create("plan.json", seal_json(PLAN.to_values()))
+    return store
 
 
 def commit(store, sums=None, attempt="a0", plan=PLAN, segment=SEGMENT):
@@ -135,7 +138,7 @@ def test_sums_that_are_not_finite_are_not_committed(store, bad):
     sums["conv.bias"][1] = bad
     with pytest.raises(RunFailed, match=r"segment 000001 \(examples 8 to 15\): the sum 'conv.bias' is not finite"):
         commit(store, sums)
-    assert store.list() == []
+    assert store.list() == ["plan.json"]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +185,7 @@ def test_space_is_given_back_by_a_commit_that_fails(store, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunFailed, match="partials/000001/a0: no space left"):
         commit(store)
-    assert store.list() == []
+    assert store.list() == ["plan.json"]
 
 
 def test_a_segment_that_is_not_committed_is_missing(store):
