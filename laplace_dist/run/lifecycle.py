@@ -17,7 +17,6 @@ from laplace_dist.plan.segments import Segment
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.layout import (
-    ATTEMPT,
     CLEARED,
     CONFIG,
     CURRENT,
@@ -272,10 +271,10 @@ def _delete_folder(store: Store, folder: str, mine: Collection[str], kept: Colle
 _FOLDERS = ("partials/", "parts/", "posteriors/", "tuning/", "evaluation/")
 
 
-def _only_attempts(store: Store, folder: str) -> bool:
-    """Say whether a folder holds arrays that no manifest names, and nothing else: a worker has outlived its run's deletion."""
+def _left_over(store: Store, folder: str) -> bool:
+    """Say whether a folder holds what workers write and nothing else: without a plan, one has outlived its run's deletion."""
     keys = store.list(folder.rstrip("/"))
-    return bool(keys) and all(owned(key) and ATTEMPT.fullmatch(key) for key in keys)
+    return bool(keys) and all(map(owned, keys))
 
 
 def check_place(store: Store) -> None:
@@ -285,9 +284,7 @@ def check_place(store: Store) -> None:
         SettingsError: Naming what was found.
     """
     found = [name for name in store.entries() if not owned(name) or name in (CONFIG, WEIGHTS)]
-    found = [
-        name for name in found if not name.startswith(TEMP) and not (name in _FOLDERS and _only_attempts(store, name))
-    ]
+    found = [name for name in found if not name.startswith(TEMP) and not (name in _FOLDERS and _left_over(store, name))]
     found = [name for name in found if name != "lost+found/"]  # of a file system's own root
     if found and not store.exists(PLAN):
         raise SettingsError(

@@ -8,6 +8,7 @@ plan, so whoever finds it there knows that it does not count, and a worker of th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from laplace_dist.errors import MissingObjectError, SettingsError, StorageError
@@ -28,7 +29,12 @@ def read_plan(store: Store) -> Plan:
         SettingsError: It was written by a newer version.
         CheckpointError: It was truncated or altered.
     """
-    return Plan.from_values(open_json(store.read(PLAN), PLAN))
+    return _parsed(store.read(PLAN))
+
+
+@lru_cache(maxsize=4)  # a worker reads the same plan again before each of its commits
+def _parsed(data: bytes) -> Plan:
+    return Plan.from_values(open_json(data, PLAN))
 
 
 def confirm(store: Store, plan: Plan) -> None:

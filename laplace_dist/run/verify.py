@@ -119,6 +119,7 @@ class _Check:
 
     def __init__(self, store: Store, report: Report, keys: Collection[str], shallow: bool) -> None:
         self.store, self.report, self.keys, self.shallow = store, report, set(keys), shallow
+        self.foreign: set[str] = set()  # manifests of other runs
 
     def attempt(self, key: str, call: Callable[[], Any]) -> Any:
         """Return what a call returns, or None after noting that the object with this key is bad."""
@@ -127,6 +128,7 @@ class _Check:
         except StorageError:
             raise
         except ForeignError as error:
+            self.foreign.add(key)
             self.report.notes.append(
                 (key, f"{error} A job that is deleted while it is at work (--fresh) may leave that.")
             )
@@ -155,7 +157,10 @@ class _Check:
         sums = SumsCheck(self, plan, keys)
         sums.run()
         for key in keys:
-            if key.startswith(("tuning/", "evaluation/")) and layout.MANIFEST.fullmatch(key) and key != layout.METRICS:
+            follows = (
+                key.startswith(("tuning/", "evaluation/")) and layout.MANIFEST.fullmatch(key) and key != layout.METRICS
+            )
+            if follows and self.of_this_run(key, keys):
                 self.follow_on(key, keys)
         self.pointers(keys, sums, plan)
         self.unmerged(keys)
@@ -166,6 +171,15 @@ class _Check:
         kind = ", ".join(f"{name} {value}" for name, value in sorted(made.items()) if name not in ("node", "precision"))
         flags = [f"{name}={value}" for name, value in sorted(made.get("precision", {}).items()) if value != ""]
         self.report.environments["; ".join([kind, *flags])] += 1
+
+    def of_this_run(self, key: str, keys: Collection[str]) -> bool:
+        """Say whether the version is there that an object of tuning or evaluation is about, and note it if not."""
+        version = layout.version_key(key.split("/")[1][:16])
+        if version not in self.foreign and not self.missing(version, keys):
+            return True
+        text = f"{key} is about {version}, which this run does not have. A job that is deleted while it is at work (--fresh)"
+        self.report.notes.append((key, f"{text} may leave that; delete it."))
+        return False
 
     def follow_on(self, key: str, keys: Collection[str]) -> None:
         """Check a manifest of tuning or evaluation, the shards that it was made of, and the arrays that it names."""
@@ -230,7 +244,7 @@ class _Check:
                     problems.append((layout.CURRENT, f"{layout.CURRENT}: {text}. Run the fit job again."))
         elif self.store.exists(layout.CURRENT):
             pass  # a job that runs beside this has just written it
-        elif any(key.startswith(("tuning/", "evaluation/")) for key in keys):
+        elif self.report.versions and any(key.startswith(("tuning/", "evaluation/")) for key in keys):
             text = (
                 f"{layout.CURRENT} is missing, though its posterior was used. Run the fit job again: it writes it anew."
             )

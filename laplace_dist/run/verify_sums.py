@@ -120,8 +120,11 @@ class SumsCheck:
             current = self.window is not None and versions.version_of(self.window) == version
             old = manifest["format_version"] == 1
             truth = total if old else summed if current else None
-            if truth is not None and not self._equals(manifest, part, truth):
-                where = layout.version_key(version)
+            where = layout.version_key(version)
+            if (
+                truth is not None
+                and self.check.attempt(where, lambda m=manifest, t=truth: self._equals(m, part, t)) is False
+            ):
                 self._problem(where, f"{where}: its factors are not the sum of the committed partials. Delete it and run the "
                               "fit job again.")  # fmt: skip
 

@@ -1,9 +1,9 @@
-"""Whole runs in miniature: the real job and stages over a model of one layer, scores that are made up, and a simulated store."""
+"""Whole runs in miniature: the real job and stages over a model of one layer, and scores that are made up."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ from laplace_dist.run import evaluations, layout, lifecycle, ownership, pointer,
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.leases import Lease
 from laplace_dist.run.probe import make_probe
+from laplace_dist.run.provenance import environment
 from laplace_dist.run.weights import dump_weights, weights_digest
 from laplace_dist.stages.context import Context
 
@@ -50,7 +51,7 @@ def _plan(kind: int) -> Plan:
 def batch(kind: int, start: int) -> dict[str, torch.Tensor]:
     """Return what four examples add to the sums: rounded differently in another order of adding."""
     generator = torch.Generator().manual_seed(100 * kind + start)
-    x = torch.randn(5, 3, generator=generator) * 10 ** (start / 4)
+    x = torch.randn(5, 3, generator=generator) * 10.0**start
     loss = torch.tensor([0.1, 0.2, 0.3][start // 4] + kind, dtype=torch.float64)
     return {"w/A": x.T @ x, "b": torch.randn(2, generator=generator), "loss": loss}
 
@@ -150,7 +151,7 @@ class Follow:
         return f"{self.stage} {self.shard or 'result'}"
 
     def run(self, context: Worker) -> dict[str, Any]:
-        common, made = (context.store, context.plan), lifecycle_environment()
+        common, made = (context.store, context.plan), made_here()
         la = context.posterior(self.version)
         if self.stage == "tune" and self.shard:
             key = layout.tuning_shard_key(self.key, self.shard)
@@ -171,9 +172,7 @@ class Follow:
 
 
 @cache
-def lifecycle_environment() -> dict[str, Any]:
-    from laplace_dist.run.provenance import environment
-
+def made_here() -> dict[str, Any]:
     return environment("cpu")
 
 
@@ -198,8 +197,6 @@ class MiniatureJob(Job):
 
     def open(self) -> None:
         lifecycle.check_place(self.store)
-        from dataclasses import replace
-
         self.plan, self._continued = lifecycle.open_run(
             self.store,
             replace(_plan(self.kind), run=self.run_id),

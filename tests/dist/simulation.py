@@ -7,16 +7,22 @@ import io
 import uuid
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import timedelta
 from unittest import mock
 
 from simulated_runs import MiniatureJob, SerialPool, Worker, kind_of, load, serial
 
-from laplace_dist.errors import CheckpointError, ForeignError, MissingObjectError, RunFailed, SettingsError, StorageError
+from laplace_dist.errors import (
+    CheckpointError,
+    ForeignError,
+    MissingObjectError,
+    RunFailed,
+    SettingsError,
+    StorageError,
+)
 from laplace_dist.run import layout, ownership
-from laplace_dist.run.verify import check_run
+from laplace_dist.run.verify import Report, check_run
 from laplace_dist.testing.schedule import Actor, Crash, Schedule
-from laplace_dist.testing.simulated_store import BEGIN, FAULTS, Objects, SimulatedStore
+from laplace_dist.testing.simulated_store import FAULTS, Objects, SimulatedStore
 from laplace_dist.testing.simulated_workers import ActorPool
 
 RATES = (0.0, 0.0005, 0.002, 0.006)  # of each fault, at each operation
@@ -149,7 +155,9 @@ class Simulation:
             try:
                 plan, found = load(store)
             except (MissingObjectError, ForeignError) as error:
-                begins = isinstance(error, MissingObjectError) and any(k in str(error) for k in (layout.PLAN, layout.CURRENT))
+                begins = isinstance(error, MissingObjectError) and any(
+                    k in str(error) for k in (layout.PLAN, layout.CURRENT)
+                )
                 if not begins and not self.deleting:
                     self.schedule.fail(f"a reader met {error!r}")
                 self.note("reader: nothing yet" if begins else f"reader: {type(error).__name__}")
@@ -184,27 +192,27 @@ class Simulation:
         said: list[str] = []
         MiniatureJob(*arguments, say=said.append).whole()
         self.schedule.fired["end: lines about partials of a deleted run"] += len(said)
-        self.check(kind)
-        later = BEGIN + timedelta(seconds=self.schedule.now) + timedelta(days=2)
-        report = check_run(store, 1.0, now=lambda: later)
         self.schedule.now += 2 * 86400
-        self.check(kind)
-        left = check_run(store, now=lambda: later).orphans
+        collected = self.check(kind, 1.0).collected
+        left = self.check(kind).orphans
         if left:
-            self.schedule.failures.append(f"left after collecting {report.collected}: {left}")
+            self.schedule.failures.append(f"left after collecting {collected}: {left}")
         before = dict(self.objects.data)
         MiniatureJob(*arguments).whole()
-        changed = {key for key in before.keys() | self.objects.data.keys() if before.get(key) != self.objects.data.get(key)}
+        changed = {
+            key for key in before.keys() | self.objects.data.keys() if before.get(key) != self.objects.data.get(key)
+        }
         if changed:
             self.schedule.failures.append(f"running a finished job again changed {sorted(changed)}")
 
-    def check(self, kind: int) -> None:
+    def check(self, kind: int, collect: float | None = None) -> Report:
+        """Look at the numbers and at every object."""
         store = self.client()
         if load(store)[1] != serial(kind):
             self.schedule.failures.append("the sum is not the serial one")
-        later = BEGIN + timedelta(seconds=self.schedule.now)
-        for key, text in check_run(store, now=lambda: later).problems:
-            self.schedule.failures.append(f"verify: {key}: {text}")
+        report = check_run(store, collect, now=store.now)
+        self.schedule.failures += [f"verify: {key}: {text}" for key, text in report.problems]
+        return report
 
 
 def simulate(seed: int) -> Outcome:

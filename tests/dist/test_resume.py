@@ -175,6 +175,27 @@ def test_a_run_that_is_being_deleted_is_nobodys_any_more(store, monkeypatch):
     assert len(refused) > 1
 
 
+def test_what_a_worker_of_a_deleted_run_leaves_is_no_reason_to_refuse_a_start(store, monkeypatch):
+    """The driver of --fresh has died between the deletion and its own plan, and a worker has committed meanwhile."""
+    late(store, monkeypatch, 1)
+    assert store.list("partials")
+    assert start(store) == (PLAN, False)
+    assert committed(store, PLAN) == {}
+
+
+def test_tuning_and_evaluation_of_a_deleted_run_are_noted_not_refused(store):
+    start(store)
+    for key, fields in ((f"{TUNING}.json", TUNED), (f"{EVALUATION}.json", EVALUATED)):
+        store.create(key, seal_json({"format_version": 2, "key": key, **fields}))
+    report = verify(store.url)
+    assert [key for key, _ in report.problems] == ["weights.safetensors"], "which are a stand-in"
+    assert {f"{TUNING}.json", f"{EVALUATION}.json"} == {key for key, text in report.notes if "does not have" in text}
+
+
+TUNED = {"settings": {}, "shards": ["000000"], "prefix": "tuning/x", "arrays": {}, "sigma_noise": None, "log_marginal_likelihood": 0.0}
+EVALUATED = {"settings": {}, "shards": {"test": ["000000"]}, "metrics": {}}
+
+
 def test_weights_of_a_run_that_was_deleted_make_way(store):
     late = []
 
