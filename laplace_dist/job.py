@@ -245,13 +245,15 @@ class Job:
         if (done := self._version_of_0_1()) is not None:
             return done
         window = windows.find_window(self.store, self.plan) or self._sum_window()
-        version = versions.version_of(window)
-        if not self.store.exists(layout.version_key(version)):
+        version = versions.version_of(self.plan, window)
+        if not ownership.has(self.store, self.plan, layout.version_key(version)):
             tasks = reduce.factor_tasks(self.plan, version)
             receipts = self._run(tasks, Progress("reduce", "groups of factors", len(tasks)), keep=True, alike=False)
             versions.commit_version(self.store, self.plan, window, [receipt["factors"] for receipt in receipts])
         pointer.write_current(self.store, self.plan, version, None, first=True)
-        if pointer.read_current(self.store)["version"] != version:
+        current = pointer.read_current(self.store)
+        tuned = current["tuning"] is None or ownership.has(self.store, self.plan, current["tuning"])
+        if current["version"] != version or not tuned:
             pointer.write_current(self.store, self.plan, version, None)
         return version
 
@@ -279,11 +281,11 @@ class Job:
         validation = sources.load_split(config, "val") if grid else None
         chosen = tune.settings(config, _fingerprint(validation, "val") if grid else None, self.device_type)
         key = layout.tuning_key(version, chosen)
-        if not self.store.exists(key):
+        if not ownership.has(self.store, self.plan, key):
             common = self.plan.digest, version, key, chosen
             if grid:
                 shards = plan_shards(len(validation), config.batch_size)
-                tasks, done = tune.shard_tasks(self.store, *common, shards)
+                tasks, done = tune.shard_tasks(self.store, self.plan, *common[1:], shards)
                 self._run(tasks, Progress("tune", "shards", len(shards), done))
                 choice = tune.ChooseFromGrid(*common, tuple(shard.id for shard in shards))
             else:
@@ -310,9 +312,9 @@ class Job:
         found = {name: _fingerprint(split, name) for name, split in splits.items()}
         chosen = evaluate.settings(config, tuning, found, self.device_type)
         key = layout.evaluation_key(version, chosen)
-        if not self.store.exists(key):
+        if not ownership.has(self.store, self.plan, key):
             shards = [(name, s) for name, split in splits.items() for s in plan_shards(len(split), config.batch_size)]
-            tasks, done = evaluate.shard_tasks(self.store, self.plan.digest, version, tuning, key, found, shards)
+            tasks, done = evaluate.shard_tasks(self.store, self.plan, version, tuning, key, found, shards)
             self._run(tasks, Progress("evaluate", "shards", len(shards), done))
             ids = {name: [s.id for other, s in shards if other == name] for name in splits}
             summary = evaluate.Summarize(self.plan.digest, key, chosen, ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -50,6 +50,11 @@ class Plan:
     def digest(self) -> str:
         """Return the sha256 of everything in the plan."""
         return hashlib.sha256(canonical(self.to_values())).hexdigest()
+
+    @cached_property
+    def content(self) -> str:
+        """Return the sha256 of all that decides the result, which two runs may have in common."""
+        return replace(self, run=None).digest
 
     @cached_property
     def places(self) -> list[Place]:

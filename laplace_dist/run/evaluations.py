@@ -32,7 +32,7 @@ def commit_shard(
     """
     prefix = f"{key.removesuffix('.json')}/{new_attempt()}"
     entries = store.write_arrays(prefix, arrays)
-    manifest = {"format_version": FORMAT_VERSION, "key": key, "prefix": prefix, "arrays": entries}
+    manifest = {"format_version": FORMAT_VERSION, "key": key, "plan": plan.digest, "prefix": prefix, "arrays": entries}
     manifest["environment"] = dict(environment)
     if not commit(store, plan, key, manifest):
         store.delete_tree(prefix)
@@ -48,8 +48,13 @@ def commit_evaluation(
     environment: Mapping[str, Any],
 ) -> None:
     """Commit the metrics of an evaluation, unless they are there."""
-    manifest = {"format_version": FORMAT_VERSION, "key": key, "settings": dict(chosen), "shards": dict(shards)}
-    commit(store, plan, key, {**manifest, "metrics": dict(metrics), "environment": dict(environment)})
+    manifest = {"format_version": FORMAT_VERSION, "key": key, "plan": plan.digest, "settings": dict(chosen)}
+    commit(
+        store,
+        plan,
+        key,
+        {**manifest, "shards": dict(shards), "metrics": dict(metrics), "environment": dict(environment)},
+    )
 
 
 def joined_scores(store: Any, key: str, split: str, ids: list[str], method: str) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan
@@ -15,6 +15,11 @@ from laplace_dist.storage.local import TEMP
 from laplace_dist.storage.store import Store
 
 RELISTS = 5  # while a job deletes the run beside this
+
+
+def wall_clock() -> datetime:
+    """Return the time that ages are counted from."""
+    return datetime.now(UTC)
 
 
 def find(

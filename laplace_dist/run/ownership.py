@@ -66,13 +66,26 @@ def same(store: Store, stored: str, own: str) -> None:
 
 
 def is_foreign(data: bytes, key: str, plan: Plan) -> bool:
-    """Say whether a manifest is whole and of another plan; those that name no plan lie under keys of their run's own.
+    """Say whether a manifest is whole and of another plan; those of 0.1 that name no plan are the run's.
 
     Raises:
         SettingsError: A newer version wrote it.
         CheckpointError: It was truncated or altered.
     """
     return open_json(data, key).get("plan", plan.digest) != plan.digest
+
+
+def has(store: Store, plan: Plan, key: str) -> bool:
+    """Say whether a manifest is there and of this run.
+
+    Raises:
+        SettingsError: A newer version wrote it.
+        CheckpointError: It was truncated or altered.
+    """
+    try:
+        return not is_foreign(store.read(key), key, plan)
+    except MissingObjectError:
+        return False
 
 
 def commit(store: Store, plan: Plan, key: str, values: Mapping[str, Any]) -> bool:

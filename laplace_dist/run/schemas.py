@@ -187,6 +187,7 @@ class CurrentFields(Strict):
 class TuningFields(_Owned):
     """The manifest of a tuning."""
 
+    plan: str | None = None
     settings: dict[str, Any]
     shards: list[Name]
     prefix: str
@@ -205,6 +206,7 @@ class TuningFields(_Owned):
 class TuningShardFields(_Owned):
     """One validation shard's scores."""
 
+    plan: str | None = None
     environment: Environment | None = None
     scores: str
 
@@ -212,6 +214,7 @@ class TuningShardFields(_Owned):
 class EvaluationFields(_Owned):
     """The metrics of an evaluation."""
 
+    plan: str | None = None
     environment: Environment | None = None
     settings: dict[str, Any]
     shards: dict[str, list[Name]]
@@ -221,6 +224,7 @@ class EvaluationFields(_Owned):
 class EvaluationShardFields(_Owned):
     """The manifest of one shard's scores."""
 
+    plan: str | None = None
     environment: Environment | None = None
     prefix: str
     arrays: dict[str, Entry]

@@ -55,7 +55,13 @@ def commit_shard(store: Store, plan: Plan, key: str, totals: Tensor, n: int, env
     """
     # Scores may be infinite, where the sealed JSON of manifests allows numbers only.
     text = json.dumps({"totals": totals.tolist(), "n": n})
-    manifest = {"format_version": FORMAT_VERSION, "key": key, "scores": text, "environment": dict(environment)}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "key": key,
+        "plan": plan.digest,
+        "scores": text,
+        "environment": dict(environment),
+    }
     commit(store, plan, key, manifest)
 
 
@@ -78,6 +84,7 @@ def commit_tuning(
     manifest = {
         "format_version": FORMAT_VERSION,
         "key": key,
+        "plan": plan.digest,
         "settings": dict(chosen),
         "shards": list(shards),
         "prefix": prefix,

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -94,7 +94,7 @@ def check_run(
     *,
     shallow: bool = False,
     data: Any = None,
-    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    now: Callable[[], datetime] = orphans.wall_clock,
 ) -> Report:
     """Do what `verify` does with an open checkpoint; `now` is the clock that ages are counted from."""
     if not store.exists(layout.PLAN):
@@ -119,6 +119,7 @@ class _Check:
 
     def __init__(self, store: Store, report: Report, keys: Collection[str], shallow: bool) -> None:
         self.store, self.report, self.keys, self.shallow = store, report, set(keys), shallow
+        self.plan = ""  # its digest
         self.foreign: set[str] = set()  # manifests of other runs
 
     def attempt(self, key: str, call: Callable[[], Any]) -> Any:
@@ -145,7 +146,7 @@ class _Check:
         return key not in keys and not self.store.exists(key)
 
     def run(self, plan: Plan, keys: list[str]) -> None:
-        store = self.store
+        store, self.plan = self.store, plan.digest
         weights = layout.WEIGHTS
         if weights in keys or any(key.startswith("partials/") for key in keys):
             self.attempt(weights, lambda: check_weights(store.read(weights), plan.weights, weights))
@@ -185,6 +186,10 @@ class _Check:
         """Check a manifest of tuning or evaluation, the shards that it was made of, and the arrays that it names."""
         manifest = self.attempt(key, lambda: open_json(self.store.read(key), key))
         if manifest is None:
+            return
+        if manifest.get("plan", self.plan) != self.plan:
+            text = f"{key} is of another run. A job that is deleted while it is at work (--fresh) may leave that."
+            self.report.notes.append((key, text))
             return
         self.came_from(manifest)
         if "scores" in manifest:
@@ -238,7 +243,7 @@ class _Check:
                 if key is not None and self.missing(key, keys)
             ]
             if current is not None and sums.window is not None:
-                wanted = versions.version_of(sums.window)
+                wanted = versions.version_of(plan, sums.window)
                 if wanted != current["version"]:
                     text = f"it names version {current['version']}, but the window's sum makes {wanted}"
                     problems.append((layout.CURRENT, f"{layout.CURRENT}: {text}. Run the fit job again."))

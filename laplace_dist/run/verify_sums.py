@@ -117,7 +117,7 @@ class SumsCheck:
         total, key = self._sum(part), layout.part_key(part.id)
         summed = self._part_sum(part, key, total) if key in self.keys else None
         for version, manifest in loaded.items():
-            current = self.window is not None and versions.version_of(self.window) == version
+            current = self.window is not None and versions.version_of(self.plan, self.window) == version
             old = manifest["format_version"] == 1
             truth = total if old else summed if current else None
             where = layout.version_key(version)

@@ -20,14 +20,15 @@ from laplace_dist.run.windows import SUM
 from laplace_dist.storage.store import Store
 
 
-def version_of(window: Mapping[str, Any]) -> str:
+def version_of(plan: Plan, window: Mapping[str, Any]) -> str:
     """Return the name of the posterior version that a window's sum makes, a pure function of the plan and the bytes.
 
     Args:
+        plan: Plan of the run; which run it is does not matter.
         window: The manifest of the window's sum.
     """
     parts = {name: place["entry"]["sha256"] for name, place in sorted(window["parts"].items())}
-    content = [window["plan"], window["n_data"], window["loss"], parts]
+    content = [plan.content, window["n_data"], window["loss"], parts]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -58,7 +59,7 @@ def commit_version(store: Store, plan: Plan, window: Mapping[str, Any], receipts
     """
     factors = {name: place for receipt in receipts for name, place in receipt.items()}
     assert set(factors) == set(plan.spec["factors"]), "a posterior version needs every factor of the plan"
-    version = version_of(window)
+    version = version_of(plan, window)
     manifest = {
         "format_version": FORMAT_VERSION,
         "plan": plan.digest,

@@ -11,8 +11,10 @@ import torch
 
 from laplace.tuning import maximize_evidence, prior_precision_grid, score_grid, select_prior_precision
 from laplace_dist.config.settings import Config
+from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.layout import tuning_shard_key
+from laplace_dist.run.ownership import has
 from laplace_dist.run.provenance import environment
 from laplace_dist.run.tunings import commit_shard, commit_tuning, read_shard
 from laplace_dist.stages.context import Context
@@ -135,8 +137,8 @@ class ChooseFromGrid(_Tuning):
 
 
 def shard_tasks(
-    store: Store, plan: str, version: str, key: str, chosen: dict[str, Any], shards: Sequence[Segment]
+    store: Store, plan: Plan, version: str, key: str, chosen: dict[str, Any], shards: Sequence[Segment]
 ) -> tuple[list[ScoreShard], int]:
     """Return a task for every validation shard that has no committed scores, and how many shards have some."""
-    left = [shard for shard in shards if not store.exists(tuning_shard_key(key, shard.id))]
-    return [ScoreShard(plan, version, key, chosen, shard) for shard in left], len(shards) - len(left)
+    left = [shard for shard in shards if not has(store, plan, tuning_shard_key(key, shard.id))]
+    return [ScoreShard(plan.digest, version, key, chosen, shard) for shard in left], len(shards) - len(left)

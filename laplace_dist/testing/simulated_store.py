@@ -33,11 +33,13 @@ class Objects:
         data: Bytes by key.
         times: Seconds at which each was last written, by key.
         now: Returns the time in seconds.
+        writers: Which job wrote an array, by key.
     """
 
     now: Callable[[], float]
     data: dict[str, bytes] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
+    writers: dict[str, str] = field(default_factory=dict)
 
     def put(self, key: str, data: bytes) -> None:
         """Write an object."""
@@ -60,13 +62,17 @@ class SimulatedStore(Checkpoint):
         objects: The bucket.
         actor: Who it is; None for one that nothing happens to and that takes no time.
         faults: Probability of each of `FAULTS` at an operation.
+        job: For which it works.
     """
 
     is_local = True  # no read-ahead in threads, whose order nobody could draw
 
-    def __init__(self, objects: Objects, actor: Actor | None = None, faults: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self, objects: Objects, actor: Actor | None = None, faults: Mapping[str, float] | None = None, job: str = ""
+    ) -> None:
         super().__init__("simulated://run")
         self.objects, self.actor, self.faults = objects, actor, dict(faults or {})
+        self.job = job
         self._given: dict[str, bytes] = {}
 
     # -------------------------------------------------------------- what the store is made of
@@ -144,6 +150,7 @@ class SimulatedStore(Checkpoint):
 
     def _put(self, key: str, data: bytes) -> None:
         half = data[: len(data) // 2]
+        self.objects.writers[key] = self.job
         self._do("put", key, lambda: self.objects.put(key, data), lambda: self.objects.put(key, half))
 
     def _flush(self, prefix: str) -> None:

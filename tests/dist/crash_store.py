@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from laplace_dist.run import attempts
+from laplace_dist.run import ownership
 from laplace_dist.run import partials
 from laplace_dist.run import pointer
 from laplace_dist.run import layout
@@ -129,8 +130,8 @@ def finish(store: Checkpoint, plan: Plan) -> str:
         for task in reduce.part_tasks(store, plan, manifests):
             task.run(context)
         window = windows.commit_window(store, plan, manifests)
-    version = versions.version_of(window)
-    if not store.exists(layout.version_key(version)):
+    version = versions.version_of(plan, window)
+    if not ownership.has(store, plan, layout.version_key(version)):
         receipts = [task.run(context)["factors"] for task in reduce.factor_tasks(plan, version)]
         versions.commit_version(store, plan, window, receipts)
     if not store.exists(layout.CURRENT) or pointer.read_current(store)["version"] != version:

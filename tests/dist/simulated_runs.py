@@ -208,10 +208,15 @@ class MiniatureJob(Job):
             say=self.say,
         )
 
+    @property
+    def at_work_on(self) -> str | None:
+        """Digest of the plan that it works on, once it says that it is at work."""
+        return self.plan.digest if self._lease._begun is not None else None
+
     def _stage(self, name: str, version: str, key: str, shard_key: Any) -> None:
-        if self.store.exists(key):
+        if ownership.has(self.store, self.plan, key):
             return
-        left = [shard for shard in SHARDS if not self.store.exists(shard_key(shard))]
+        left = [shard for shard in SHARDS if not ownership.has(self.store, self.plan, shard_key(shard))]
         common = self.plan.digest, version, key, name
         self._run([Follow(*common, shard) for shard in left], Progress(name, "shards", len(SHARDS)))
         self._run([Follow(*common)], Progress(name, "results", 1))

@@ -20,6 +20,7 @@ from laplace_dist.errors import (
     StorageError,
 )
 from laplace_dist.run import layout, ownership
+from laplace_dist.run.leases import GONE
 from laplace_dist.run.verify import Report, check_run
 from laplace_dist.testing.schedule import Actor, Crash, Schedule
 from laplace_dist.testing.simulated_store import FAULTS, Objects, SimulatedStore
@@ -62,10 +63,11 @@ class Simulation:
         self.faults = {fault: self.random.choice(RATES) for fault in FAULTS}
         self.hung = self.random.choice([0.0, 0.0, 0.02])
         self.deleting = False  # whether any driver says --fresh
-        self.at_work: dict[str, tuple[MiniatureJob, Actor]] = {}
+        self.at_work: dict[str, MiniatureJob] = {}
 
-    def client(self, actor: Actor | None = None, faults: bool = True) -> SimulatedStore:
-        return SimulatedStore(self.objects, actor, self.faults if faults else None)
+    def client(self, actor: Actor | None = None, job: str = "") -> SimulatedStore:
+        """Return a client; only those of jobs meet faults."""
+        return SimulatedStore(self.objects, actor, self.faults if job else None, job)
 
     def run(self) -> None:
         """Let everybody go, then bring the run that is left to its end and look at it."""
@@ -116,19 +118,20 @@ class Simulation:
     def command(self, actor: Actor, kind: int, fresh: bool) -> None:
         random = self.random
         size = random.choice([1, 2, 3])
+        name = f"{random.getrandbits(128):032x}"
         job = MiniatureJob(
-            self.client(actor),
-            lambda: ActorPool(actor, size, lambda worker: Worker(self.client(worker)), self.hung),
+            self.client(actor, name),
+            lambda: ActorPool(actor, size, lambda worker: Worker(self.client(worker, name)), self.hung),
             lambda: self.schedule.now,
             kind,
-            f"{random.getrandbits(128):032x}",
+            name,
             fresh,
         )
-        self.at_work[job.run_id] = job, actor
+        self.at_work[name] = job
         try:
             version = job.whole()
         finally:
-            del self.at_work[job.run_id]
+            del self.at_work[name]
         self.note("driver: finished")
         self.finished(actor, job, version)
 
@@ -149,7 +152,7 @@ class Simulation:
 
     def reader(self, actor: Actor) -> None:
         """Load the posterior again and again: nothing, or exactly the sum of the plan."""
-        store = self.client(actor, faults=False)
+        store = self.client(actor)
         for _ in range(self.random.randrange(5, 40)):
             actor.step("looks", yields=True)
             try:
@@ -168,7 +171,8 @@ class Simulation:
 
     def collector(self, actor: Actor) -> None:
         """Collect whatever looks like an orphan, however young."""
-        store = self.client(actor, faults=False)
+        store = self.client(actor)
+        store.delete_tree = lambda prefix: self.collect(store, prefix)
         for _ in range(self.random.randrange(2, 8)):
             for _ in range(self.random.randrange(5, 60)):
                 actor.step("rests", yields=True)
@@ -177,6 +181,15 @@ class Simulation:
             except SettingsError:  # no run yet
                 continue
             self.schedule.fired["collector: collected"] += len(collected)
+
+    def collect(self, store: SimulatedStore, prefix: str) -> None:
+        """Delete an orphan; what a job has written that is at work, on the run that is there, is none."""
+        plan = ownership.read_plan(self.client()).digest if self.client().exists(layout.PLAN) else None
+        for key in self.objects.under(prefix):
+            job = self.at_work.get(self.objects.writers.get(key, ""))
+            if job and job.at_work_on == plan and self.schedule.now - job._lease._shown < 3600 * GONE:
+                self.schedule.fail(f"{prefix} is collected, and the job that wrote it is at work")
+        SimulatedStore.delete_tree(store, prefix)
 
     def note(self, what: str) -> None:
         self.schedule.fired[what] += 1

@@ -6,9 +6,10 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from test_partials import PLAN, commit, make_plan, make_sums
+from test_partials import ORIGIN, PLAN, commit, make_plan, make_sums
 from torch import nn
 
 from laplace_dist import status, verify
@@ -16,6 +17,8 @@ from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsErr
 from laplace_dist.plan.plan import FORMAT_VERSION
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.storage.sealed_json import seal_json
+from laplace_dist.run import evaluations
+from laplace_dist.run.ownership import has
 from laplace_dist.run.lifecycle import clear
 from laplace_dist.run.lifecycle import committed
 from laplace_dist.run.weights import load_run_weights
@@ -194,6 +197,20 @@ def test_tuning_and_evaluation_of_a_deleted_run_are_noted_not_refused(store):
 
 TUNED = {"settings": {}, "shards": ["000000"], "prefix": "tuning/x", "arrays": {}, "sigma_noise": None, "log_marginal_likelihood": 0.0}
 EVALUATED = {"settings": {}, "shards": {"test": ["000000"]}, "metrics": {}}
+
+
+def test_scores_of_a_deleted_run_with_the_same_settings_are_computed_again(store, monkeypatch):
+    """Their keys are the same, since the version is, and the arrays of some have been deleted."""
+    first, second = (replace(PLAN, run=digit * 32) for digit in "ab")
+    assert first.digest != second.digest and first.content == second.content == PLAN.digest
+    start(store, second)
+    key, arrays = f"{EVALUATION}/test-000000.json", {"map/nll": np.ones(4)}
+    with monkeypatch.context() as patched:
+        patched.setattr("laplace_dist.run.ownership.confirm", lambda *_: None)
+        evaluations.commit_shard(store, first, key, arrays, ORIGIN["environment"])
+    assert not has(store, second, key)
+    evaluations.commit_shard(store, second, key, arrays, ORIGIN["environment"])
+    assert has(store, second, key) and not has(store, first, key)
 
 
 def test_weights_of_a_run_that_was_deleted_make_way(store):
