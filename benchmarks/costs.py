@@ -181,8 +181,7 @@ def ten_thousand(places: dict[str, tuple[str, dict]]) -> None:
 
 def manifest(plan: Plan, segment: Segment) -> bytes:
     """Return a manifest as a commit writes it."""
-    entry = {"sha256": "0" * 64, "shape": [64, 64], "dtype": "float32", "packed": True, "metadata_sha256": "0" * 64}
-    loss = {**entry, "shape": [], "dtype": "float64", "packed": False}
+    entry = {"sha256": "0" * 64, "dtype": "float64", "packed": False, "metadata_sha256": "0" * 64, "stored_bytes": 9000}
     attempt = attempts.new_attempt()
     return seal_json(
         {
@@ -194,10 +193,10 @@ def manifest(plan: Plan, segment: Segment) -> bytes:
             "attempt": attempt,
             "n_data": segment.stop - segment.start,
             "prefix": f"partials/{segment.id}/{attempt}",
-            "arrays": {
-                **{name: {**entry, "stored_bytes": 9000} for name in plan.spec["factors"]},
-                layout.LOSS: {**loss, "stored_bytes": 600},
-            },
+            "arrays": {part.id: {**entry, "shape": [part.stop - part.start]} for part in plan.parts},
+            "loss": 1.0,
+            "data_sha256": "0" * 64,
+            "environment": environment("cpu"),
         }
     )
 

@@ -23,7 +23,7 @@ from numcodecs.blosc import Blosc
 
 from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import Plan, build_plan
-from laplace_dist.run import attempts, partials
+from laplace_dist.run import attempts, layout, partials
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.layout import partial_key
 from laplace_dist.run.provenance import environment
@@ -180,6 +180,7 @@ def requests(plan: Plan) -> None:
     import torch
 
     store = Counting("memory://counted/run")
+    store.held[layout.PLAN] = seal_json(plan.to_values())  # which a commit looks at
     sums = {name: torch.zeros(factor["shape"]) for name, factor in plan.spec["factors"].items()}
     sums["loss"] = torch.tensor(1.0)
     partials.commit_partial(store, plan, plan.segments[0], sums, 1, "a", data_sha256="0" * 64, environment=ENVIRONMENT)
@@ -196,6 +197,7 @@ def measure(places: dict[str, tuple[str, dict]]) -> None:
     plan = vit_b()
     requests(plan)
     store = Checkpoint(f"{places['directory'][0]}/reduction")
+    store.create(layout.PLAN, seal_json(plan.to_values()))
     parts = plan.parts[:WRITTEN]
     write(store, plan, parts)
     rates(store, plan, parts)

@@ -15,10 +15,10 @@ from laplace_dist.config.settings import Config
 from laplace_dist.errors import CheckpointError, SettingsError, listed
 from laplace_dist.plan.plan import Plan, differences
 from laplace_dist.plan.segments import Segment
-from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.layout import CLEARED, CONFIG, CURRENT, PLAN, PROBE, WEIGHTS, owned, partial_key, probe_key
-from laplace_dist.run.ownership import confirm, is_foreign, read_plan
-from laplace_dist.run.partials import parse_manifest
+from laplace_dist.run.ownership import confirm, read_plan
+from laplace_dist.run.partials import check_manifest
 from laplace_dist.run.probe import check_probe, probe_digest
 from laplace_dist.storage.local import TEMP
 from laplace_dist.storage.sealed_json import seal_json
@@ -164,9 +164,10 @@ def committed(store: Store, plan: Plan, *, arrays: bool = True) -> dict[str, dic
             )
     found = {}
     for key, data in store.read_many(present):
-        if is_foreign(data, key, plan):
+        manifest = open_json(data, key)
+        if manifest["plan"] != plan.digest:
             continue
-        manifest = parse_manifest(data, plan, keys[key])
+        check_manifest(manifest, plan, keys[key])
         if not arrays:
             del manifest["arrays"]
         found[keys[key].id] = manifest

@@ -146,8 +146,12 @@ def read_manifest(store: Store, plan: Plan, segment: Segment) -> dict[str, Any]:
 
 def parse_manifest(data: bytes, plan: Plan, segment: Segment) -> dict[str, Any]:
     """Check a manifest's bytes against the plan, as `read_manifest` does, and return it."""
+    return check_manifest(open_json(data, partial_key(segment.id)), plan, segment)
+
+
+def check_manifest(manifest: dict[str, Any], plan: Plan, segment: Segment) -> dict[str, Any]:
+    """Check an opened manifest against the plan, as `read_manifest` does, and return it."""
     key = partial_key(segment.id)
-    manifest = open_json(data, key)
     wanted = {
         "plan": plan.digest,
         "segment": segment.id,
