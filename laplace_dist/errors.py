@@ -26,6 +26,10 @@ class MissingObjectError(CheckpointError):
     """An object that should be in the checkpoint is not there."""
 
 
+class ForeignError(CheckpointError):
+    """A whole object of another run: one that lay there before, deleted while a worker of it was still at work."""
+
+
 class StorageError(CheckpointError):
     """The storage did not answer, or answered with a failure, often enough: another attempt may succeed."""
 

@@ -21,9 +21,20 @@ from laplace_dist.plan import identity
 from laplace_dist.plan.plan import Plan, build_plan
 from laplace_dist.plan.segments import plan_shards
 from laplace_dist.report.progress import Progress
-from laplace_dist.run import evaluations, layout, lifecycle, partials, pointer, tunings, versions, weights, windows
+from laplace_dist.run import (
+    evaluations,
+    layout,
+    lifecycle,
+    ownership,
+    partials,
+    pointer,
+    tunings,
+    versions,
+    weights,
+    windows,
+)
+from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import open_json, open_store
-from laplace_dist.run.ownership import confirm
 from laplace_dist.run.probe import make_probe
 from laplace_dist.run.weights import dump_weights, weights_digest
 from laplace_dist.stages import evaluate, first_batch, map, reduce, tune
@@ -124,7 +135,7 @@ class Job:
     @cached_property
     def plan(self) -> Plan:
         """The plan of the run at the checkpoint."""
-        return lifecycle.read_plan(self.store)
+        return ownership.read_plan(self.store)
 
     def __enter__(self) -> Job:
         return self
@@ -179,6 +190,7 @@ class Job:
             weights=weights_digest(model),
             model={"path": config.model, "args": config.model_args},
             spec=plain(la.sums_spec()),
+            run=new_attempt(),
         )
         snapshot = config.model_copy(update={"weights": f"{self.store.url}/{layout.WEIGHTS}"}).to_yaml()
         self.plan, self._continued = lifecycle.open_run(
@@ -207,7 +219,7 @@ class Job:
 
     def map(self) -> None:
         """Accumulate the segments that have no committed partial."""
-        done = lifecycle.committed(self.store, self.plan, arrays=False)
+        done = lifecycle.committed(self.store, self.plan, arrays=False, say=lambda text: self.say(f"map: {text}"))
         if self._continued and len(done) < len(self.plan.segments):
             comparisons = map.comparisons(self.plan, done)
             self._run(comparisons, Progress("map", "segments compared with the data", len(comparisons)))
@@ -218,24 +230,17 @@ class Job:
         if (done := self._version_of_0_1()) is not None:
             return done
         window = windows.find_window(self.store, self.plan) or self._sum_window()
-        version = versions.version_of(window)
-        if not self.store.exists(layout.version_key(version)):
+        version = versions.version_of(self.plan, window)
+        if not ownership.has(self.store, self.plan, layout.version_key(version)):
             tasks = reduce.factor_tasks(self.plan, version)
             receipts = self._run(tasks, Progress("reduce", "groups of factors", len(tasks)), keep=True, alike=False)
             versions.commit_version(self.store, self.plan, window, [receipt["factors"] for receipt in receipts])
-        try:
-            current = pointer.read_current(self.store)
-        except MissingObjectError:
-            self._point_at(version, None, first=True)
-            return version
-        if current["version"] != version:
-            self._point_at(version, None)
+        pointer.write_current(self.store, self.plan, version, None, first=True)
+        current = pointer.read_current(self.store)
+        tuned = current["tuning"] is None or ownership.has(self.store, self.plan, current["tuning"])
+        if current["version"] != version or not tuned:
+            pointer.write_current(self.store, self.plan, version, None)
         return version
-
-    def _point_at(self, version: str, tuning: str | None, *, first: bool = False) -> None:
-        """Make a posterior version current, if the run is still this job's."""
-        confirm(self.store, self.plan.digest)
-        pointer.write_current(self.store, version, tuning, first=first)
 
     def _sum_window(self) -> dict[str, Any]:
         """Sum the parts that are not summed yet and commit the window's sum; returns its manifest."""
@@ -261,11 +266,11 @@ class Job:
         validation = sources.load_split(config, "val") if grid else None
         chosen = tune.settings(config, _fingerprint(validation, "val") if grid else None, self.device_type)
         key = layout.tuning_key(version, chosen)
-        if not self.store.exists(key):
+        if not ownership.has(self.store, self.plan, key):
             common = self.plan.digest, version, key, chosen
             if grid:
                 shards = plan_shards(len(validation), config.batch_size)
-                tasks, done = tune.shard_tasks(self.store, *common, shards)
+                tasks, done = tune.shard_tasks(self.store, self.plan, *common[1:], shards)
                 self._run(tasks, Progress("tune", "shards", len(shards), done))
                 choice = tune.ChooseFromGrid(*common, tuple(shard.id for shard in shards))
             else:
@@ -273,7 +278,7 @@ class Job:
             (receipt,) = self._run([choice], Progress("tune", "results", 1), keep=True)
             for warning in receipt.get("warnings", []):
                 self.say(f"tune: warning: {warning}")
-        self._point_at(version, key)
+        pointer.write_current(self.store, self.plan, version, key)
         manifest, value = tunings.read_tuning(self.store, key)
         shown = (
             f"{value.item():.4g}"
@@ -292,15 +297,15 @@ class Job:
         found = {name: _fingerprint(split, name) for name, split in splits.items()}
         chosen = evaluate.settings(config, tuning, found, self.device_type)
         key = layout.evaluation_key(version, chosen)
-        if not self.store.exists(key):
+        if not ownership.has(self.store, self.plan, key):
             shards = [(name, s) for name, split in splits.items() for s in plan_shards(len(split), config.batch_size)]
-            tasks, done = evaluate.shard_tasks(self.store, self.plan.digest, version, tuning, key, found, shards)
+            tasks, done = evaluate.shard_tasks(self.store, self.plan, version, tuning, key, found, shards)
             self._run(tasks, Progress("evaluate", "shards", len(shards), done))
             ids = {name: [s.id for other, s in shards if other == name] for name in splits}
             summary = evaluate.Summarize(self.plan.digest, key, chosen, ids)
             self._run([summary], Progress("evaluate", "results", 1))
         metrics = open_json(self.store.read(key), key)["metrics"]
-        confirm(self.store, self.plan.digest)
+        ownership.confirm(self.store, self.plan)
         self.store.replace(layout.METRICS, evaluations.metrics_json(version, tuning, metrics))
         return metrics
 

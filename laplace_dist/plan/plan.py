@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,8 @@ class Plan:
             library's specification says of itself.
         probe: Sha256 of the model's inputs and outputs in `probe-….safetensors`; None where the inputs cannot be stored.
         part_entries: Size of a part, the unit of reduction.
+        run: Id of the run, drawn when a job begins one: a run that was deleted and begun again with the same settings is
+            another one, so that what workers of the first still write is not taken for the second one's. May be None.
     """
 
     segments: tuple[Segment, ...]
@@ -42,11 +44,17 @@ class Plan:
     format_version: int = FORMAT_VERSION
     probe: str | None = None
     part_entries: int = PART_ENTRIES
+    run: str | None = None
 
     @cached_property
     def digest(self) -> str:
         """Return the sha256 of everything in the plan."""
         return hashlib.sha256(canonical(self.to_values())).hexdigest()
+
+    @cached_property
+    def content(self) -> str:
+        """Return the sha256 of all that decides the result, which two runs may have in common."""
+        return replace(self, run=None).digest
 
     @cached_property
     def places(self) -> list[Place]:
@@ -65,12 +73,10 @@ class Plan:
 
     def to_values(self) -> dict[str, Any]:
         """Return the plan as plain values, those that its format has."""
-        values = asdict(self)
-        return (
-            values
-            if self.format_version > 1
-            else {k: v for k, v in values.items() if k not in ("probe", "part_entries")}
-        )
+        absent = {"run"} if self.run is None else set()
+        if self.format_version == 1:
+            absent |= {"probe", "part_entries", "run"}
+        return {name: value for name, value in asdict(self).items() if name not in absent}
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Plan:
@@ -86,6 +92,7 @@ def build_plan(
     model: Mapping[str, Any],
     spec: Mapping,
     probe: str | None = None,
+    run: str | None = None,
 ) -> Plan:
     """Return the plan for these settings and digests; a segment size that is not given gets its default.
 
@@ -96,6 +103,7 @@ def build_plan(
         model: `{"path": config.model, "args": config.model_args}`.
         spec: Plain dictionary of the core library's specification of the sums.
         probe: Sha256 of `probe.safetensors`.
+        run: Id of the run that it begins.
 
     Raises:
         SettingsError: The data set is empty or a size is below 1.
@@ -105,9 +113,8 @@ def build_plan(
     segments = plan_segments(length, default_segment_size(length, batch_size) if size is None else size, batch_size)
     settings["segment_size"] = min(whole_batches(size, batch_size), length) if size else segments[0].stop
     plain = json.loads(canonical({"data": data, "model": model, "spec": spec}))
-    return Plan(
-        segments=tuple(segments), settings=settings, weights=weights, probe=probe, part_entries=PART_ENTRIES, **plain
-    )
+    own = {"weights": weights, "probe": probe, "part_entries": PART_ENTRIES, "run": run}
+    return Plan(segments=tuple(segments), settings=settings, **own, **plain)
 
 
 def differences(stored: Plan, wanted: Plan) -> list[str]:

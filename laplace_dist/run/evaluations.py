@@ -10,33 +10,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from laplace_dist.plan.plan import FORMAT_VERSION
+from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.layout import evaluation_shard_key
-from laplace_dist.storage.sealed_json import seal_json
+from laplace_dist.run.ownership import commit
 from laplace_dist.storage.store import Store
 
 
-def commit_shard(store: Store, key: str, arrays: Mapping[str, np.ndarray], environment: Mapping[str, Any]) -> None:
+def commit_shard(
+    store: Store, plan: Plan, key: str, arrays: Mapping[str, np.ndarray], environment: Mapping[str, Any]
+) -> None:
     """Commit the scores of the examples of one shard, unless they are there.
 
     Args:
         store: The checkpoint.
+        plan: Plan of the run.
         key: `layout.evaluation_shard_key(...)`.
         arrays: One value per example, by `method/score`.
         environment: Where they were made.
     """
     prefix = f"{key.removesuffix('.json')}/{new_attempt()}"
     entries = store.write_arrays(prefix, arrays)
-    manifest = {"format_version": FORMAT_VERSION, "key": key, "prefix": prefix, "arrays": entries}
+    manifest = {"format_version": FORMAT_VERSION, "key": key, "plan": plan.digest, "prefix": prefix, "arrays": entries}
     manifest["environment"] = dict(environment)
-    if not store.create(key, seal_json(manifest)):
+    if not commit(store, plan, key, manifest):
         store.delete_tree(prefix)
 
 
 def commit_evaluation(
     store: Store,
+    plan: Plan,
     key: str,
     chosen: Mapping[str, Any],
     shards: Mapping[str, Any],
@@ -44,8 +48,13 @@ def commit_evaluation(
     environment: Mapping[str, Any],
 ) -> None:
     """Commit the metrics of an evaluation, unless they are there."""
-    manifest = {"format_version": FORMAT_VERSION, "key": key, "settings": dict(chosen), "shards": dict(shards)}
-    store.create(key, seal_json({**manifest, "metrics": dict(metrics), "environment": dict(environment)}))
+    manifest = {"format_version": FORMAT_VERSION, "key": key, "plan": plan.digest, "settings": dict(chosen)}
+    commit(
+        store,
+        plan,
+        key,
+        {**manifest, "shards": dict(shards), "metrics": dict(metrics), "environment": dict(environment)},
+    )
 
 
 def joined_scores(store: Any, key: str, split: str, ids: list[str], method: str) -> dict[str, Tensor]:

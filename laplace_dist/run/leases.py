@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime
 
-from laplace_dist.errors import MissingObjectError
+from laplace_dist.errors import MissingObjectError, StorageError
 from laplace_dist.plan.plan import FORMAT_VERSION
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.layout import lease_key
@@ -28,16 +29,18 @@ class Lease:
 
     Args:
         store: The checkpoint.
+        clock: Returns seconds.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._store, self._key = store, lease_key(uuid.uuid4().hex)
         self._begun: float | None = None
         self._shown = 0.0
 
     def show(self) -> None:
         """Say that the job is at work, if that was not said for a while."""
-        now = time.monotonic()
+        now = self._clock()
         if self._begun is None:
             self._begun = now
         elif now - self._shown < EVERY:
@@ -47,9 +50,10 @@ class Lease:
         self._store.replace(self._key, seal_json({"format_version": FORMAT_VERSION, "node": node(), "hours": hours}))
 
     def end(self) -> None:
-        """Say that it is not any more."""
+        """Say that it is not any more; a storage that does not answer hides no other error, and the sign expires."""
         if self._begun is not None:
-            self._store.delete_tree(self._key)
+            with suppress(StorageError):
+                self._store.delete_tree(self._key)
 
 
 def hours_at_work(store: Store, times: Mapping[str, datetime]) -> float | None:

@@ -12,12 +12,13 @@ from torch import nn
 
 from laplace_dist.config.command_line import parse_yaml
 from laplace_dist.config.settings import Config
-from laplace_dist.errors import CheckpointError, SettingsError, listed
+from laplace_dist.errors import CheckpointError, SettingsError, StorageError, listed
 from laplace_dist.plan.plan import Plan, differences
 from laplace_dist.plan.segments import Segment
+from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.layout import CLEARED, CONFIG, CURRENT, PLAN, PROBE, WEIGHTS, owned, partial_key, probe_key
-from laplace_dist.run.ownership import confirm, read_plan
+from laplace_dist.run.ownership import confirm, of_another, read_plan
 from laplace_dist.run.partials import check_manifest
 from laplace_dist.run.probe import check_probe, probe_digest
 from laplace_dist.storage.local import TEMP
@@ -84,11 +85,20 @@ def open_run(
         stored = read_plan(store)
         _refuse_another_plan(store, stored, plan)
         check_model(store, stored, model, "what --model builds here")
-    confirm(store, (created or stored).digest)
-    if not store.exists(WEIGHTS):
-        store.create(WEIGHTS, weights())
+    mine = created or stored
+    if created is not None or not store.exists(WEIGHTS):
+        _write_weights(store, mine, weights())
+    confirm(store, mine)
     store.replace(CONFIG, _seal_yaml(config_yaml))
-    return created or stored, created is None
+    return mine, created is None
+
+
+def _write_weights(store: Store, plan: Plan, content: bytes) -> None:
+    """Store the weights; those that a job has put there whose run was deleted at that very moment make way."""
+    confirm(store, plan)
+    if not store.create(WEIGHTS, content) and store.read(WEIGHTS) != content:
+        confirm(store, plan)
+        store.replace(WEIGHTS, content)
 
 
 def _create_plan(store: Store, plan: Plan, probe: bytes | None) -> Plan | None:
@@ -100,10 +110,10 @@ def _create_plan(store: Store, plan: Plan, probe: bytes | None) -> Plan | None:
 
 
 def _refuse_another_plan(store: Store, stored: Plan, plan: Plan) -> None:
-    """Compare plans but for the probe, whose last bits depend on the machine; `check_model` compares what it means."""
+    """Compare plans but for the run's id and the probe, whose last bits depend on the machine; see `check_model` for it."""
     older = stored.format_version < plan.format_version
     changed = differences(stored, plan)
-    if not changed and (older or stored.digest == replace(plan, probe=stored.probe).digest):
+    if not changed and (older or stored.digest == replace(plan, probe=stored.probe, run=stored.run).digest):
         return
     raise SettingsError(
         f"--checkpoint {store.url!r} holds a run with another plan:\n  " + "\n  ".join(changed) + "\n"
@@ -141,37 +151,52 @@ def read_config(store: Store) -> dict[str, Any]:
     return values
 
 
-def committed(store: Store, plan: Plan, *, arrays: bool = True) -> dict[str, dict[str, Any]]:
+def committed(
+    store: Store, plan: Plan, *, arrays: bool = True, say: Callable[[str], None] = lambda text: None
+) -> dict[str, dict[str, Any]]:
     """Return the manifests of the committed segments by id, in plan order, each checked against the plan.
 
-    One that a worker of a deleted run has left (see `ownership`) does not count; the commit of its segment takes its place.
+    One of another run does not count. It is left where it is: the commit of its segment takes its place, and a deletion here
+    could meet that commit.
 
     Args:
         store: The checkpoint.
         plan: Plan of the run.
         arrays: Keep the entries of the arrays, which `read_factors` needs; without them the result is small.
+        say: Where a line about each manifest of another run goes.
 
     Raises:
         CheckpointError: A manifest is truncated, altered, or of a segment that the plan has not.
     """
     keys = {partial_key(segment.id): segment for segment in plan.segments}
     present = [key for key in store.list("partials", recursive=False) if key.endswith(".json")]
-    for key in present:
-        if key not in keys:
-            raise CheckpointError(
-                f"{store.url}/{key} is of no segment of this plan ({len(keys)} segments). "
-                "Delete it, or start again with --fresh."
-            )
     found = {}
     for key, data in store.read_many(present):
-        manifest = open_json(data, key)
-        if manifest["plan"] != plan.digest:
+        manifest = _of_this_run(store, key, data, plan, keys.get(key))
+        if manifest is None:
+            say(f"{key} does not count: a worker of a run that was deleted (--fresh) wrote it late")
             continue
-        check_manifest(manifest, plan, keys[key])
         if not arrays:
             del manifest["arrays"]
         found[keys[key].id] = manifest
     return found
+
+
+def _of_this_run(store: Store, key: str, data: bytes, plan: Plan, segment: Segment | None) -> dict[str, Any] | None:
+    """Return a partial's manifest, checked against the plan; None for one of another run."""
+    try:
+        manifest = open_json(data, key)
+        if of_another(manifest, plan):
+            return None
+    except CheckpointError:
+        if segment is not None:
+            raise
+    if segment is None:
+        raise CheckpointError(
+            f"{store.url}/{key} is of no segment of this plan ({len(plan.segments)} segments). "
+            "Delete it, or start again with --fresh."
+        )
+    return check_manifest(manifest, plan, segment)
 
 
 def committed_ids(store: Store, plan: Plan) -> set[str]:
@@ -189,7 +214,8 @@ def clear(store: Store, say: Callable[[str], None] = lambda text: None) -> None:
     """Delete the run under a checkpoint URL, and nothing else that lies there.
 
     Readers follow CURRENT to manifests to arrays, so it is deleted in that order and the plan last: if this is interrupted,
-    what remains is still a run.
+    what remains is still a run. Before that the plan gets another id, so that the workers of the run stop themselves, and what
+    one of them commits at that very moment counts for nobody: its arrays may be among what is deleted.
 
     Args:
         store: The checkpoint, which holds a run.
@@ -201,16 +227,31 @@ def clear(store: Store, say: Callable[[str], None] = lambda text: None) -> None:
     counts = Counter(key.partition("/")[0] + ("/" if "/" in key else "") for key in mine)
     what = ", ".join(f"{name} ({count})" if name.endswith("/") else name for name, count in sorted(counts.items()))
     say(f"--fresh: deleting the run at {store.url}: {what}" + (f"; kept: {listed(kept)}" if kept else ""))
+    store.delete_tree(CURRENT)
+    _disown(store)
+    mine = [key for key in store.list() if owned(key)]
     for stage in CLEARED:
         manifests = [key for key in mine if key.startswith(stage) and key.endswith(".json")]
         for key in manifests:
             store.delete_tree(key)
         for folder in sorted({"/".join(key.split("/")[:2]) for key in mine if key.startswith(stage)} - set(manifests)):
             _delete_folder(store, folder, mine, kept)
-    for key in sorted(key for key in mine if PROBE.fullmatch(key)):
-        store.delete_tree(key)
     for name in (CONFIG, WEIGHTS, PLAN):
         store.delete_tree(name)
+    for key in sorted(key for key in mine if PROBE.fullmatch(key)):  # which the plan names
+        store.delete_tree(key)
+
+
+def _disown(store: Store) -> None:
+    """Give the run another id, so that nothing that is committed, or will be by those at work on it, belongs to it."""
+    try:
+        plan = read_plan(store)
+    except StorageError:
+        raise
+    except (CheckpointError, SettingsError):
+        return  # altered, or of a newer version: no worker can go on with it either
+    if plan.format_version > 1:
+        store.replace(PLAN, seal_json(replace(plan, run=new_attempt()).to_values()))
 
 
 def _delete_folder(store: Store, folder: str, mine: Collection[str], kept: Collection[str]) -> None:
@@ -223,6 +264,15 @@ def _delete_folder(store: Store, folder: str, mine: Collection[str], kept: Colle
             store.delete_tree(key)
 
 
+_FOLDERS = ("partials/", "parts/", "posteriors/", "tuning/", "evaluation/")
+
+
+def _left_over(store: Store, folder: str) -> bool:
+    """Say whether a folder holds what workers write and nothing else: without a plan, one has outlived its run's deletion."""
+    keys = store.list(folder.rstrip("/"))
+    return bool(keys) and all(map(owned, keys))
+
+
 def check_place(store: Store) -> None:
     """Refuse a place that is not empty and holds no run; what a start that was interrupted leaves does not count.
 
@@ -230,7 +280,7 @@ def check_place(store: Store) -> None:
         SettingsError: Naming what was found.
     """
     found = [name for name in store.entries() if not owned(name) or name in (CONFIG, WEIGHTS)]
-    found = [name for name in found if not name.startswith(TEMP)]
+    found = [name for name in found if not name.startswith(TEMP) and not (name in _FOLDERS and _left_over(store, name))]
     found = [name for name in found if name != "lost+found/"]  # of a file system's own root
     if found and not store.exists(PLAN):
         raise SettingsError(

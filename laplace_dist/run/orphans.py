@@ -5,22 +5,35 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime, timedelta
 
-from laplace_dist.errors import CheckpointError, SettingsError
+from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
+from laplace_dist.plan.plan import Plan
 from laplace_dist.run import layout
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.layout import ATTEMPT, MANIFEST
 from laplace_dist.run.leases import GONE
+from laplace_dist.run.ownership import of_another
 from laplace_dist.storage.local import TEMP
 from laplace_dist.storage.store import Store
 
+RELISTS = 5  # while a job deletes the run beside this
 
-def find(store: Store, times: Mapping[str, datetime]) -> tuple[dict[str, float], bool]:
+
+def wall_clock() -> datetime:
+    """Return the time that ages are counted from."""
+    return datetime.now(UTC)
+
+
+def find(
+    store: Store, times: Mapping[str, datetime], plan: Plan | None, now: datetime
+) -> tuple[dict[str, float], bool]:
     """Return the hours since the last write of every attempt that no manifest names, and whether all could be read.
 
     Args:
         store: The checkpoint.
         times: When every object was last written, as listed before this call reads the manifests: what is committed in
             between is named by then, so that it is not taken for an orphan.
+        plan: Of the run: what a manifest of another one names counts as not named. None if it cannot be read.
+        now: The time.
     """
     newest: dict[str, datetime] = {}
     for key, time in times.items():
@@ -28,8 +41,7 @@ def find(store: Store, times: Mapping[str, datetime]) -> tuple[dict[str, float],
         place = key if TEMP in key else match and match[1]
         if place:
             newest[place] = max(time, newest.get(place, time))
-    named, readable = _named(store, times)
-    now = datetime.now(UTC)
+    named, readable = _named(store, times, plan)
     newest |= {
         key: time for key, time in times.items() if key.startswith("jobs/") and now - time > timedelta(hours=GONE)
     }
@@ -39,14 +51,24 @@ def find(store: Store, times: Mapping[str, datetime]) -> tuple[dict[str, float],
     return ages, readable
 
 
-def _named(store: Store, before: Collection[str]) -> tuple[set[str], bool]:
+def _named(store: Store, before: Collection[str], plan: Plan | None) -> tuple[set[str], bool]:
     """Return the attempt directories that manifests name, and whether all manifests could be read.
 
     Args:
         store: The checkpoint.
         before: Keys that were listed before: a manifest among them counts too, if it is still there, and so does one that
             would name an attempt among them. A listing that leaves out a manifest makes no orphan of what it names.
+        plan: Of the run.
     """
+    for _ in range(RELISTS):
+        try:
+            return _read_named(store, before, plan)
+        except MissingObjectError:  # listed, and deleted since: with it, what it named is named no more
+            continue
+    return set(), False
+
+
+def _read_named(store: Store, before: Collection[str], plan: Plan | None) -> tuple[set[str], bool]:
     named: set[str] = set()
     now = set(store.list())
     unlisted = {key for key in {*before, *_namers(before)} - now if MANIFEST.fullmatch(key) and store.exists(key)}
@@ -57,6 +79,8 @@ def _named(store: Store, before: Collection[str]) -> tuple[set[str], bool]:
             manifest = open_json(content, key)
         except (CheckpointError, SettingsError):
             return named, False
+        if plan is not None and of_another(manifest, plan):
+            continue
         places = [manifest, *manifest.get("factors", {}).values(), *manifest.get("parts", {}).values()]
         named |= {place["prefix"] for place in places if "prefix" in place}
     return named, True

@@ -1,21 +1,24 @@
-"""Whose a run is: who commits looks first whether the run at the checkpoint is still its own.
+"""Whose a run is: what commits looks first whether the plan is still its own, and what another run left does not count.
 
-`--fresh` deletes a run while workers of it may still be at work. Each of them stops itself before it commits: it reads the plan
-again. An object store has no way to do both at once, so that a manifest may still land in the next run in the moment between;
-it carries the digest of its own plan, so whoever finds it there knows that it does not count.
+`--fresh` deletes a run while workers of it may still be at work. Each stops itself before it commits: it reads the plan again.
+An object store has no way to do both at once, so one manifest may still land in the next run; it carries the digest of its own
+plan, so whoever finds it there knows that it does not count, and a worker of the run puts its own in that place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
-from laplace_dist.errors import MissingObjectError, SettingsError
+from laplace_dist.errors import MissingObjectError, SettingsError, StorageError
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.layout import PLAN
 from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
+
+ATTEMPTS = 10  # at a manifest that others delete or replace at that very moment
 
 
 def read_plan(store: Store) -> Plan:
@@ -26,15 +29,16 @@ def read_plan(store: Store) -> Plan:
         SettingsError: It was written by a newer version.
         CheckpointError: It was truncated or altered.
     """
-    return Plan.from_values(open_json(store.read(PLAN), PLAN))
+    return _parsed(store.read(PLAN))
 
 
-def confirm(store: Store, plan: str) -> None:
+@lru_cache(maxsize=4)  # a worker reads the same plan again before each of its commits
+def _parsed(data: bytes) -> Plan:
+    return Plan.from_values(open_json(data, PLAN))
+
+
+def confirm(store: Store, plan: Plan) -> None:
     """Look that the run at the checkpoint is still the one with this plan.
-
-    Args:
-        store: The checkpoint.
-        plan: Digest of the job's own plan.
 
     Raises:
         SettingsError: It was deleted, or is another one.
@@ -45,33 +49,60 @@ def confirm(store: Store, plan: str) -> None:
         raise SettingsError(
             f"--checkpoint {store.url!r} holds no run any more: another job has deleted it meanwhile (--fresh). This job stops."
         ) from error
-    same(store, stored, plan)
+    same(store, stored, plan.digest)
 
 
-def same(store: Store, stored: str, plan: str) -> None:
-    """Compare the digest of the plan that was found at the checkpoint with that of the job's own.
+def same(store: Store, stored: str, own: str) -> None:
+    """Compare the digest of the plan at the checkpoint with a job's own.
 
     Raises:
         SettingsError: They differ.
     """
-    if stored != plan:
+    if stored != own:
         raise SettingsError(
-            f"--checkpoint {store.url!r} holds the run of plan {stored[:12]}, and this job's is {plan[:12]}: another job has "
+            f"--checkpoint {store.url!r} holds the run of plan {stored[:12]}, and this job's is {own[:12]}: another job has "
             "begun a run there meanwhile (--fresh). This job stops; give it another --checkpoint."
         )
 
 
-def commit(store: Store, plan: Plan, key: str, values: Mapping[str, Any]) -> bool:
-    """Create a manifest of the run, unless there is one; one that a worker of a deleted run has left there makes way.
+def is_foreign(data: bytes, key: str, plan: Plan) -> bool:
+    """Say whether the bytes of a manifest are whole and of another plan.
 
-    It is replaced and not deleted, so that nothing is gone that somebody has put there meanwhile: what replaces it is of this
-    run, and says the same as any other attempt of this run would.
+    Raises:
+        SettingsError: A newer version wrote it.
+        CheckpointError: It was truncated or altered.
+    """
+    return of_another(open_json(data, key), plan)
+
+
+def of_another(manifest: Mapping[str, Any], plan: Plan) -> bool:
+    """Say whether a manifest is of another plan; one that names none, as in 0.1, is the run's."""
+    return manifest.get("plan", plan.digest) != plan.digest
+
+
+def has(store: Store, plan: Plan, key: str) -> bool:
+    """Say whether a manifest is there and of this run.
+
+    Raises:
+        SettingsError: A newer version wrote it.
+        CheckpointError: It was truncated or altered.
+    """
+    try:
+        return not is_foreign(store.read(key), key, plan)
+    except MissingObjectError:
+        return False
+
+
+def commit(store: Store, plan: Plan, key: str, values: Mapping[str, Any]) -> bool:
+    """Create a manifest of the run, unless there is one; one of another run makes way.
+
+    It is replaced and not deleted, so that nothing is gone that somebody has put there meanwhile.
 
     Args:
         store: The checkpoint.
         plan: Of the run.
         key: Of the manifest.
-        values: The manifest; its `plan` is the digest of the plan.
+        values: The manifest.
 
     Returns:
         Whether what is stored is this one.
@@ -80,22 +111,17 @@ def commit(store: Store, plan: Plan, key: str, values: Mapping[str, Any]) -> boo
         SettingsError: The run was deleted, or is another one.
         CheckpointError: The manifest that is there is truncated or altered.
     """
-    confirm(store, plan.digest)
     data = seal_json(values)
-    if store.create(key, data):
-        return True
-    if not is_foreign(store.read(key), key, plan):
-        return False
-    confirm(store, plan.digest)
-    store.replace(key, data)
-    return store.read(key) == data
-
-
-def is_foreign(data: bytes, key: str, plan: Plan) -> bool:
-    """Say whether a manifest is whole and of another plan.
-
-    Raises:
-        SettingsError: A newer version wrote it.
-        CheckpointError: It was truncated or altered.
-    """
-    return open_json(data, key)["plan"] != plan.digest
+    for _ in range(ATTEMPTS):
+        confirm(store, plan)
+        if store.create(key, data):
+            return True
+        try:
+            stored = store.read(key)
+        except MissingObjectError:
+            continue
+        if stored == data or not is_foreign(stored, key, plan):
+            return stored == data
+        confirm(store, plan)
+        store.replace(key, data)
+    raise StorageError(f"{store.url}/{key}: others replace or delete it all the time. Run the same command again.")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from laplace.curvature.sums import is_finite
-from laplace_dist.errors import CheckpointError, RunFailed, listed
+from laplace_dist.errors import CheckpointError, ForeignError, RunFailed, listed
 from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.plan.segments import Segment
@@ -58,7 +58,7 @@ def commit_partial(
     """Make the sums of one segment part of the run, once, whoever else tries.
 
     The parts of the sums are written, flushed, read back and verified under `partials/<segment>/<attempt>/`; the manifest that
-    names them is created only if there is none. If there is one, the attempt id in it says who won, and the loser's
+    names them is created only if there is none of this run. If there is one, the attempt id in it says who won, and the loser's
     arrays are deleted. A failure before that leaves nothing that a reader sees.
 
     Args:
@@ -162,7 +162,7 @@ def check_manifest(manifest: dict[str, Any], plan: Plan, segment: Segment) -> di
     }
     for field, value in wanted.items():
         if manifest.get(field) != value:
-            raise CheckpointError(
+            raise (ForeignError if field == "plan" else CheckpointError)(
                 f"{key} does not belong to this run: its {field} is {manifest.get(field)!r}, expected {value!r}. "
                 "Delete it to have the segment recomputed, or start again with --fresh."
             )

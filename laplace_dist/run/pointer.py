@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from laplace_dist.errors import CheckpointError, MissingObjectError
-from laplace_dist.plan.plan import FORMAT_VERSION
+from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.layout import CURRENT
+from laplace_dist.run.ownership import confirm
 from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
 
@@ -33,16 +34,21 @@ def read_current(store: Store) -> dict[str, Any]:
     return current
 
 
-def write_current(store: Store, version: str, tuning: str | None, *, first: bool = False) -> None:
+def write_current(store: Store, plan: Plan, version: str, tuning: str | None, *, first: bool = False) -> None:
     """Make a posterior version current, with the tuning that belongs to it.
 
     Args:
         store: The checkpoint.
+        plan: Plan of the run.
         version: Name of the posterior version.
         tuning: Key of a tuning, or None.
         first: Only if none is current yet, so that another driver's tuning of the same version stays in force.
+
+    Raises:
+        SettingsError: The run was deleted meanwhile, or is another one.
     """
     content = seal_json({"format_version": FORMAT_VERSION, "version": version, "tuning": tuning})
+    confirm(store, plan)
     if first:
         store.create(CURRENT, content)
     else:

@@ -16,7 +16,8 @@ from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.layout import LOSS, PLAN
-from laplace_dist.run.lifecycle import check_model, read_plan
+from laplace_dist.run.lifecycle import check_model
+from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.pointer import read_current
 from laplace_dist.run.tunings import apply_tuning
 from laplace_dist.run.versions import read_loss, read_version

@@ -90,6 +90,7 @@ class PlanFields(Strict):
     spec: _Spec
     probe: Sha256 | None = None
     part_entries: Positive | None = None
+    run: Name | None = None
 
     @model_validator(mode="after")
     def _covers_the_data(self) -> PlanFields:
@@ -188,6 +189,7 @@ class CurrentFields(Strict):
 class TuningFields(_Owned):
     """The manifest of a tuning."""
 
+    plan: str | None = None
     settings: dict[str, Any]
     shards: list[Name]
     prefix: str
@@ -206,6 +208,7 @@ class TuningFields(_Owned):
 class TuningShardFields(_Owned):
     """One validation shard's scores."""
 
+    plan: str | None = None
     environment: Environment | None = None
     scores: str
 
@@ -213,6 +216,7 @@ class TuningShardFields(_Owned):
 class EvaluationFields(_Owned):
     """The metrics of an evaluation."""
 
+    plan: str | None = None
     environment: Environment | None = None
     settings: dict[str, Any]
     shards: dict[str, list[Name]]
@@ -222,6 +226,7 @@ class EvaluationFields(_Owned):
 class EvaluationShardFields(_Owned):
     """The manifest of one shard's scores."""
 
+    plan: str | None = None
     environment: Environment | None = None
     prefix: str
     arrays: dict[str, Entry]

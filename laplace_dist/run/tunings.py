@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from laplace_dist.errors import CheckpointError
-from laplace_dist.plan.plan import FORMAT_VERSION
+from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import open_json
-from laplace_dist.storage.sealed_json import seal_json
+from laplace_dist.run.ownership import commit
 from laplace_dist.storage.store import Store
 
 _REMEDY = "Delete it and run the same command again."
@@ -42,11 +42,12 @@ def read_shard(store: Store, key: str, size: int | None = None) -> tuple[torch.T
     return totals, n
 
 
-def commit_shard(store: Store, key: str, totals: Tensor, n: int, environment: Mapping[str, Any]) -> None:
+def commit_shard(store: Store, plan: Plan, key: str, totals: Tensor, n: int, environment: Mapping[str, Any]) -> None:
     """Commit the summed scores of one shard, unless they are there.
 
     Args:
         store: The checkpoint.
+        plan: Plan of the run.
         key: `layout.tuning_shard_key(...)`.
         totals: For every value of the grid.
         n: Number of examples.
@@ -54,12 +55,19 @@ def commit_shard(store: Store, key: str, totals: Tensor, n: int, environment: Ma
     """
     # Scores may be infinite, where the sealed JSON of manifests allows numbers only.
     text = json.dumps({"totals": totals.tolist(), "n": n})
-    manifest = {"format_version": FORMAT_VERSION, "key": key, "scores": text, "environment": dict(environment)}
-    store.create(key, seal_json(manifest))
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "key": key,
+        "plan": plan.digest,
+        "scores": text,
+        "environment": dict(environment),
+    }
+    commit(store, plan, key, manifest)
 
 
 def commit_tuning(
     store: Store,
+    plan: Plan,
     key: str,
     chosen: Mapping[str, Any],
     la: Any,
@@ -76,6 +84,7 @@ def commit_tuning(
     manifest = {
         "format_version": FORMAT_VERSION,
         "key": key,
+        "plan": plan.digest,
         "settings": dict(chosen),
         "shards": list(shards),
         "prefix": prefix,
@@ -84,7 +93,7 @@ def commit_tuning(
         "log_marginal_likelihood": evidence,
         "environment": dict(environment),
     }
-    if not store.create(key, seal_json(manifest)):
+    if not commit(store, plan, key, manifest):
         store.delete_tree(prefix)
     return {"log_marginal_likelihood": evidence}
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from laplace_dist.errors import CheckpointError, SettingsError, StorageError
+from laplace_dist.errors import CheckpointError, ForeignError, SettingsError, StorageError
 from laplace_dist.plan.plan import Plan
-from laplace_dist.run import layout, leases, lifecycle, orphans, tunings, versions
+from laplace_dist.run import layout, leases, lifecycle, orphans, ownership, tunings, versions
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.pointer import read_current
 from laplace_dist.run.probe import open_probe
@@ -85,17 +85,29 @@ def verify(
         StorageError: The storage does not answer.
     """
     store = Checkpoint(url, storage_options)
+    return check_run(store, collect_orphans_older_than, shallow=shallow, data=data)
+
+
+def check_run(
+    store: Checkpoint,
+    collect_orphans_older_than: float | None = None,
+    *,
+    shallow: bool = False,
+    data: Any = None,
+    now: Callable[[], datetime] = orphans.wall_clock,
+) -> Report:
+    """Do what `verify` does with an open checkpoint; `now` is the clock that ages are counted from."""
     if not store.exists(layout.PLAN):
         raise SettingsError(f"--checkpoint: got {store.url!r}, where there is no run (no {layout.PLAN})")
     times = store.modified()  # before any manifest is read: what is committed after this is not taken for an orphan
     keys = [key for key in times if TEMP not in key]
     check = _Check(store, Report(store.url, len(keys)), keys, shallow)
-    plan = check.attempt(layout.PLAN, lambda: lifecycle.read_plan(store))
+    plan = check.attempt(layout.PLAN, lambda: ownership.read_plan(store))
     if plan is not None:
         check.run(plan, keys)
         if data is not None:
             compare_data(check, plan, data)
-    check.collect(times, collect_orphans_older_than)
+    check.collect(times, collect_orphans_older_than, plan, now())
     return check.report
 
 
@@ -107,6 +119,8 @@ class _Check:
 
     def __init__(self, store: Store, report: Report, keys: Collection[str], shallow: bool) -> None:
         self.store, self.report, self.keys, self.shallow = store, report, set(keys), shallow
+        self.plan = ""  # its digest
+        self.foreign: set[str] = set()  # manifests of other runs
 
     def attempt(self, key: str, call: Callable[[], Any]) -> Any:
         """Return what a call returns, or None after noting that the object with this key is bad."""
@@ -114,6 +128,11 @@ class _Check:
             return call()
         except StorageError:
             raise
+        except ForeignError as error:
+            self.foreign.add(key)
+            self.report.notes.append(
+                (key, f"{error} A job that is deleted while it is at work (--fresh) may leave that.")
+            )
         except CheckpointError as error:
             self.report.problems.append((key, str(error)))
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -127,7 +146,7 @@ class _Check:
         return key not in keys and not self.store.exists(key)
 
     def run(self, plan: Plan, keys: list[str]) -> None:
-        store = self.store
+        store, self.plan = self.store, plan.digest
         weights = layout.WEIGHTS
         if weights in keys or any(key.startswith("partials/") for key in keys):
             self.attempt(weights, lambda: check_weights(store.read(weights), plan.weights, weights))
@@ -139,7 +158,10 @@ class _Check:
         sums = SumsCheck(self, plan, keys)
         sums.run()
         for key in keys:
-            if key.startswith(("tuning/", "evaluation/")) and layout.MANIFEST.fullmatch(key) and key != layout.METRICS:
+            follows = (
+                key.startswith(("tuning/", "evaluation/")) and layout.MANIFEST.fullmatch(key) and key != layout.METRICS
+            )
+            if follows and self.of_this_run(key, keys):
                 self.follow_on(key, keys)
         self.pointers(keys, sums, plan)
         self.unmerged(keys)
@@ -151,10 +173,23 @@ class _Check:
         flags = [f"{name}={value}" for name, value in sorted(made.get("precision", {}).items()) if value != ""]
         self.report.environments["; ".join([kind, *flags])] += 1
 
+    def of_this_run(self, key: str, keys: Collection[str]) -> bool:
+        """Say whether the version is there that an object of tuning or evaluation is about, and note it if not."""
+        version = layout.version_key(key.split("/")[1][:16])
+        if version not in self.foreign and not self.missing(version, keys):
+            return True
+        text = f"{key} is about {version}, which this run does not have. A job that is deleted while it is at work (--fresh)"
+        self.report.notes.append((key, f"{text} may leave that; delete it."))
+        return False
+
     def follow_on(self, key: str, keys: Collection[str]) -> None:
         """Check a manifest of tuning or evaluation, the shards that it was made of, and the arrays that it names."""
         manifest = self.attempt(key, lambda: open_json(self.store.read(key), key))
         if manifest is None:
+            return
+        if manifest.get("plan", self.plan) != self.plan:
+            text = f"{key} is of another run. A job that is deleted while it is at work (--fresh) may leave that."
+            self.report.notes.append((key, text))
             return
         self.came_from(manifest)
         if "scores" in manifest:
@@ -206,13 +241,13 @@ class _Check:
                 if key is not None and self.missing(key, keys)
             ]
             if current is not None and sums.window is not None:
-                wanted = versions.version_of(sums.window)
+                wanted = versions.version_of(plan, sums.window)
                 if wanted != current["version"]:
                     text = f"it names version {current['version']}, but the window's sum makes {wanted}"
                     problems.append((layout.CURRENT, f"{layout.CURRENT}: {text}. Run the fit job again."))
         elif self.store.exists(layout.CURRENT):
             pass  # a job that runs beside this has just written it
-        elif any(key.startswith(("tuning/", "evaluation/")) for key in keys):
+        elif self.report.versions and any(key.startswith(("tuning/", "evaluation/")) for key in keys):
             text = (
                 f"{layout.CURRENT} is missing, though its posterior was used. Run the fit job again: it writes it anew."
             )
@@ -252,9 +287,11 @@ class _Check:
 
     # -------------------------------------------------------------- orphans
 
-    def collect(self, times: Mapping[str, datetime], older_than: float | None) -> None:
+    def collect(
+        self, times: Mapping[str, datetime], older_than: float | None, plan: Plan | None, now: datetime
+    ) -> None:
         """Find what no manifest names, and delete what is old enough unless a manifest cannot be read."""
-        self.report.orphans, readable = orphans.find(self.store, times)
+        self.report.orphans, readable = orphans.find(self.store, times, plan, now)
         if older_than is None:
             return
         if not readable or any(layout.MANIFEST.fullmatch(key) for key, _ in self.report.problems):

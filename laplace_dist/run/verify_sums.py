@@ -17,7 +17,9 @@ from laplace_dist.errors import ExampleError
 from laplace_dist.plan.digests import feed
 from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import Plan
+from laplace_dist.plan.segments import Segment
 from laplace_dist.run import layout, partials, versions, windows
+from laplace_dist.run.ownership import is_foreign
 from laplace_dist.run.vector import Vector, overlaps
 
 
@@ -58,10 +60,14 @@ class SumsCheck:
     def _partials(self) -> None:
         planned = {layout.partial_key(segment.id): segment for segment in self.plan.segments}
         present = [key for key in self.keys if re.fullmatch(r"partials/[^/]+\.json", key)]
-        for key in present:
+        self.check.attempt("partials", lambda: self._read_partials(planned, sorted(present)))
+        self.check.report.segments, self.check.report.committed = len(planned), len(self.manifests)
+
+    def _read_partials(self, planned: Mapping[str, Segment], present: Collection[str]) -> None:
+        for key, content in self.store.read_many(present):
             if key not in planned:
-                self._problem(key, f"{key} is of no segment of this plan. Delete it.")
-        for key, content in self.store.read_many([key for key in present if key in planned]):
+                self._unplanned(key, content)
+                continue
             segment = planned[key]
             found = self.check.attempt(key, lambda c=content, s=segment: partials.parse_manifest(c, self.plan, s))
             if found is not None:
@@ -70,7 +76,13 @@ class SumsCheck:
                 self.check.groups(found["prefix"], found["arrays"])
                 if found["format_version"] == 1:
                     self.check.attempt(key, lambda m=found: partials.loss_of(self.store, m))
-        self.check.report.segments, self.check.report.committed = len(planned), len(self.manifests)
+
+    def _unplanned(self, key: str, content: bytes) -> None:
+        """Note a manifest of no segment of the plan: one of another run does no harm, and is all the same in the way."""
+        if self.check.attempt(key, lambda: is_foreign(content, key, self.plan)):
+            self.check.report.notes.append((key, f"{key} is of another run, which was deleted (--fresh). Delete it."))
+        else:
+            self._problem(key, f"{key} is of no segment of this plan. Delete it.")
 
     @property
     def _all(self) -> list[dict[str, Any]] | None:
@@ -105,11 +117,14 @@ class SumsCheck:
         total, key = self._sum(part), layout.part_key(part.id)
         summed = self._part_sum(part, key, total) if key in self.keys else None
         for version, manifest in loaded.items():
-            current = self.window is not None and versions.version_of(self.window) == version
+            current = self.window is not None and versions.version_of(self.plan, self.window) == version
             old = manifest["format_version"] == 1
             truth = total if old else summed if current else None
-            if truth is not None and not self._equals(manifest, part, truth):
-                where = layout.version_key(version)
+            where = layout.version_key(version)
+            if (
+                truth is not None
+                and self.check.attempt(where, lambda m=manifest, t=truth: self._equals(m, part, t)) is False
+            ):
                 self._problem(where, f"{where}: its factors are not the sum of the committed partials. Delete it and run the "
                               "fit job again.")  # fmt: skip
 
@@ -134,7 +149,7 @@ class SumsCheck:
     def _versions(self) -> dict[str, dict[str, Any]]:
         """Check every posterior version alone; return the manifests of the good ones by name."""
         found = {}
-        for key in self.keys:
+        for key in sorted(self.keys):
             if not re.fullmatch(r"posteriors/[^/]+\.json", key):
                 continue
             version = key.removeprefix("posteriors/").removesuffix(".json")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from laplace_dist.errors import CheckpointError
+from laplace_dist.errors import CheckpointError, ForeignError
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.layout import LOSS, version_key
@@ -21,14 +21,15 @@ from laplace_dist.run.windows import SUM
 from laplace_dist.storage.store import Store
 
 
-def version_of(window: Mapping[str, Any]) -> str:
+def version_of(plan: Plan, window: Mapping[str, Any]) -> str:
     """Return the name of the posterior version that a window's sum makes, a pure function of the plan and the bytes.
 
     Args:
+        plan: Plan of the run; which run it is does not matter.
         window: The manifest of the window's sum.
     """
     parts = {name: place["entry"]["sha256"] for name, place in sorted(window["parts"].items())}
-    content = [window["plan"], window["n_data"], window["loss"], parts]
+    content = [plan.content, window["n_data"], window["loss"], parts]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -59,7 +60,7 @@ def commit_version(store: Store, plan: Plan, window: Mapping[str, Any], receipts
     """
     factors = {name: place for receipt in receipts for name, place in receipt.items()}
     assert set(factors) == set(plan.spec["factors"]), "a posterior version needs every factor of the plan"
-    version = version_of(window)
+    version = version_of(plan, window)
     manifest = {
         "format_version": FORMAT_VERSION,
         "plan": plan.digest,
@@ -90,7 +91,7 @@ def read_version(store: Store, plan: Plan, version: str) -> dict[str, Any]:
         planned[LOSS] = []
     found = manifest["plan"], manifest["version"], manifest["n_data"], shapes
     if found != (plan.digest, version, plan.n_examples, planned):
-        raise CheckpointError(
+        raise (CheckpointError if manifest["plan"] == plan.digest else ForeignError)(
             f"{key} does not belong to this run's plan. Delete it and run the same command again: it reduces the "
             "partials anew."
         )

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from laplace.curvature.sums import sum_in_order
-from laplace_dist.errors import CheckpointError, MissingObjectError
+from laplace_dist.errors import CheckpointError, ForeignError, MissingObjectError
 from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run import partials
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.layout import WINDOW, part_key
-from laplace_dist.run.ownership import commit, is_foreign
+from laplace_dist.run.ownership import commit
 from laplace_dist.run.provenance import environment
 from laplace_dist.storage.store import Store
 
@@ -91,7 +91,8 @@ def read_part_manifest(store: Store, plan: Plan, part: Part, of: str | None = No
     manifest = open_json(store.read(key), key)
     shape = manifest["arrays"][SUM]["shape"]
     if manifest["plan"] != plan.digest or shape != [part.stop - part.start]:
-        raise CheckpointError(f"{key} does not belong to this run's plan. Delete it and run the same command again.")
+        kind = CheckpointError if manifest["plan"] == plan.digest else ForeignError
+        raise kind(f"{key} does not belong to this run's plan. Delete it and run the same command again.")
     if of not in (None, manifest["of"]):
         raise CheckpointError(
             f"{key} is the sum of other partials than those that are committed now. Delete it and run the same command "
@@ -109,12 +110,22 @@ def missing_parts(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any
     there, missing = set(store.list("parts", recursive=False)), []
     for part in plan.parts:
         of = inputs_digest(manifests, part)
-        if (key := part_key(part.id)) in there and not is_foreign(store.read(key), key, plan):
-            if read_part_manifest(store, plan, part)["of"] == of:
+        if part_key(part.id) in there:
+            there_of = _of_part(store, plan, part)
+            if there_of == of:
                 continue
-            store.delete_tree(key)
+            if there_of is not None:
+                store.delete_tree(part_key(part.id))
         missing.append((part, of))
     return missing
+
+
+def _of_part(store: Store, plan: Plan, part: Part) -> str | None:
+    """Return of what a committed part is the sum; None for one of another run, which makes way when this one is committed."""
+    try:
+        return read_part_manifest(store, plan, part)["of"]
+    except ForeignError:
+        return None
 
 
 def commit_window(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -152,7 +163,7 @@ def read_window(store: Store, plan: Plan) -> dict[str, Any]:
     shapes = {name: place["entry"]["shape"] for name, place in manifest["parts"].items()}
     planned = {part.id: [part.stop - part.start] for part in plan.parts}
     if (manifest["plan"], manifest["n_data"], shapes) != (plan.digest, plan.n_examples, planned):
-        raise CheckpointError(
+        raise (CheckpointError if manifest["plan"] == plan.digest else ForeignError)(
             f"{WINDOW} does not belong to this run's plan. Delete it and run the same command again: it puts the parts "
             "together anew."
         )
@@ -162,7 +173,6 @@ def read_window(store: Store, plan: Plan) -> dict[str, Any]:
 def find_window(store: Store, plan: Plan) -> dict[str, Any] | None:
     """Return the manifest of the window's sum, or None where the reduction is not done."""
     try:
-        foreign = is_foreign(store.read(WINDOW), WINDOW, plan)
-    except MissingObjectError:
+        return read_window(store, plan)
+    except (MissingObjectError, ForeignError):
         return None
-    return None if foreign else read_window(store, plan)

@@ -21,8 +21,8 @@ from laplace_dist.plan.identity import check_data
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run import posterior, provenance, tunings, weights
 from laplace_dist.run.checkpoint import open_store
-from laplace_dist.run.lifecycle import check_model, read_plan
-from laplace_dist.run.ownership import same
+from laplace_dist.run.lifecycle import check_model
+from laplace_dist.run.ownership import read_plan, same
 from laplace_dist.run.weights import load_run_weights
 from laplace_dist.storage.store import Store
 

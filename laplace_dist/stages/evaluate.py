@@ -16,9 +16,11 @@ from laplace.utils.metrics import (
     summarize_regression,
 )
 from laplace_dist.config.settings import Config
+from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.evaluations import commit_evaluation, commit_shard, joined_scores
 from laplace_dist.run.layout import evaluation_shard_key
+from laplace_dist.run.ownership import has
 from laplace_dist.run.provenance import environment
 from laplace_dist.stages.context import Context
 from laplace_dist.storage.store import Store
@@ -74,7 +76,7 @@ class EvaluateShard:
                 found.setdefault(name, []).append(scores.cpu())
         arrays = {name: torch.cat(parts).numpy() for name, parts in found.items()}
         key = evaluation_shard_key(self.key, self.split, shard.id)
-        commit_shard(context.store, key, arrays, environment(context.device))
+        commit_shard(context.store, context.plan, key, arrays, environment(context.device))
         return {"examples": shard.stop - shard.start}
 
 
@@ -98,7 +100,8 @@ class Summarize:
     def run(self, context: Context) -> dict[str, Any]:
         """Do so."""
         metrics = {method: self._metrics(context, method) for method in ("map", "laplace")}
-        commit_evaluation(context.store, self.key, self.chosen, self.shards, metrics, environment(context.device))
+        made = environment(context.device)
+        commit_evaluation(context.store, context.plan, self.key, self.chosen, self.shards, metrics, made)
         return {}
 
     def _metrics(self, context: Context, method: str) -> dict[str, float]:
@@ -113,7 +116,7 @@ class Summarize:
 
 def shard_tasks(
     store: Store,
-    plan: str,
+    plan: Plan,
     version: str,
     tuning: str | None,
     key: str,
@@ -121,8 +124,10 @@ def shard_tasks(
     shards: Sequence[tuple[str, Segment]],
 ) -> tuple[list[EvaluateShard], int]:
     """Return a task for every shard, given as `(split, shard)`, that has no committed scores, and how many have some."""
-    left = [(split, shard) for split, shard in shards if not store.exists(evaluation_shard_key(key, split, shard.id))]
-    tasks = [EvaluateShard(plan, version, tuning, key, split, data[split], shard) for split, shard in left]
+    left = [
+        (split, shard) for split, shard in shards if not has(store, plan, evaluation_shard_key(key, split, shard.id))
+    ]
+    tasks = [EvaluateShard(plan.digest, version, tuning, key, split, data[split], shard) for split, shard in left]
     return tasks, len(shards) - len(left)
 
 

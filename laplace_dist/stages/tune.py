@@ -11,8 +11,10 @@ import torch
 
 from laplace.tuning import maximize_evidence, prior_precision_grid, score_grid, select_prior_precision
 from laplace_dist.config.settings import Config
+from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.layout import tuning_shard_key
+from laplace_dist.run.ownership import has
 from laplace_dist.run.provenance import environment
 from laplace_dist.run.tunings import commit_shard, commit_tuning, read_shard
 from laplace_dist.stages.context import Context
@@ -69,7 +71,9 @@ class MaximizeEvidence(_Tuning):
         la.prior_precision = prior_precision
         if noise is not None:
             la.sigma_noise = noise
-        return commit_tuning(context.store, self.key, self.chosen, la, environment=environment(context.device))
+        return commit_tuning(
+            context.store, context.plan, self.key, self.chosen, la, environment=environment(context.device)
+        )
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,8 @@ class ScoreShard(_Tuning):
             pred_type=config.pred_type,
             seed=config.seed + shard.start,
         )
-        commit_shard(context.store, tuning_shard_key(self.key, shard.id), totals, n, environment(context.device))
+        key = tuning_shard_key(self.key, shard.id)
+        commit_shard(context.store, context.plan, key, totals, n, environment(context.device))
         return {"examples": shard.stop - shard.start}
 
 
@@ -126,14 +131,14 @@ class ChooseFromGrid(_Tuning):
             warnings.simplefilter("always", UserWarning)
             la.prior_precision = select_prior_precision(grid, total / count)
         found = commit_tuning(
-            context.store, self.key, self.chosen, la, self.shards, environment=environment(context.device)
+            context.store, context.plan, self.key, self.chosen, la, self.shards, environment=environment(context.device)
         )
         return {**found, "warnings": [str(warning.message) for warning in caught]}
 
 
 def shard_tasks(
-    store: Store, plan: str, version: str, key: str, chosen: dict[str, Any], shards: Sequence[Segment]
+    store: Store, plan: Plan, version: str, key: str, chosen: dict[str, Any], shards: Sequence[Segment]
 ) -> tuple[list[ScoreShard], int]:
     """Return a task for every validation shard that has no committed scores, and how many shards have some."""
-    left = [shard for shard in shards if not store.exists(tuning_shard_key(key, shard.id))]
-    return [ScoreShard(plan, version, key, chosen, shard) for shard in left], len(shards) - len(left)
+    left = [shard for shard in shards if not has(store, plan, tuning_shard_key(key, shard.id))]
+    return [ScoreShard(plan.digest, version, key, chosen, shard) for shard in left], len(shards) - len(left)

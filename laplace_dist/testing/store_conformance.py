@@ -69,6 +69,13 @@ def _plan() -> Plan:
     return build_plan(settings, data=data, weights="w", model={"path": "m:f", "args": {}}, spec=spec)
 
 
+def _begun(store: Store) -> Plan:
+    """Return the plan of a run, after putting it into the store: whoever commits looks that it is still its own."""
+    plan = _plan()
+    assert store.create(PLAN, seal_json(plan.to_values()))
+    return plan
+
+
 def _commit(store: Store, plan: Plan, number: int, attempt: str, scale: float = 1.0) -> Any:
     import torch
 
@@ -108,7 +115,7 @@ class StoreConformance:
 
     def test_exactly_one_of_two_attempts_at_a_segment_wins(self, store: Store) -> None:
         """The attempt id in the manifest says which, both are told, and the loser's arrays are gone."""
-        plan = _plan()
+        plan = _begun(store)
         receipts = _at_once(2, lambda n: _commit(store, plan, 1, f"a{n}"))
         manifest = read_manifest(store, plan, plan.segments[1])
         assert {receipt.attempt for receipt in receipts} == {manifest["attempt"]}
@@ -302,7 +309,7 @@ class StoreConformance:
 
     def test_swapped_partials_are_noticed(self, store: Store) -> None:
         """Whether their manifests or their numbers change places, each is valid where it was and nowhere else."""
-        plan = _plan()
+        plan = _begun(store)
         for number in range(2):
             _commit(store, plan, number, "a")
         first, second = (partial_key(segment.id) for segment in plan.segments)
@@ -319,7 +326,7 @@ class StoreConformance:
 
     def test_an_older_manifest_leads_nowhere(self, store: Store) -> None:
         """One that was kept from before its segment was recomputed names arrays that are gone: an error, not zeros."""
-        plan = _plan()
+        plan = _begun(store)
         _commit(store, plan, 0, "old")
         key = partial_key("000000")
         old = store.read(key)

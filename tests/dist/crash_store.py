@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from laplace_dist.run import attempts
+from laplace_dist.run import ownership
 from laplace_dist.run import partials
 from laplace_dist.run import pointer
 from laplace_dist.run import layout
@@ -110,10 +111,10 @@ def sums_of(segment) -> dict[str, torch.Tensor]:
     return {"w/A": x.T @ x, "b": torch.randn(2, generator=generator), "loss": loss}
 
 
-def start(store: Checkpoint, plan: Plan) -> None:
-    lifecycle.open_run(
-        store, plan, model=MODEL, weights=lambda: WEIGHTS, probe=lambda: None, config_yaml="seed: 0\n"
-    )
+def start(store: Checkpoint, plan: Plan) -> Plan:
+    """Start or continue a run; returns its plan, which may have an id of its own."""
+    given = {"model": MODEL, "weights": lambda: WEIGHTS, "probe": lambda: None, "config_yaml": "seed: 0\n"}
+    return lifecycle.open_run(store, plan, **given)[0]
 
 
 def work(store: Checkpoint, plan: Plan, segment) -> partials.Receipt:
@@ -129,18 +130,18 @@ def finish(store: Checkpoint, plan: Plan) -> str:
         for task in reduce.part_tasks(store, plan, manifests):
             task.run(context)
         window = windows.commit_window(store, plan, manifests)
-    version = versions.version_of(window)
-    if not store.exists(layout.version_key(version)):
+    version = versions.version_of(plan, window)
+    if not ownership.has(store, plan, layout.version_key(version)):
         receipts = [task.run(context)["factors"] for task in reduce.factor_tasks(plan, version)]
         versions.commit_version(store, plan, window, receipts)
     if not store.exists(layout.CURRENT) or pointer.read_current(store)["version"] != version:
-        pointer.write_current(store, version, None)
+        pointer.write_current(store, plan, version, None)
     return version
 
 
 def whole_run(store: Checkpoint, plan: Plan) -> str:
     """Start or continue a run and bring it to its end."""
-    start(store, plan)
+    plan = start(store, plan)
     for segment in lifecycle.remaining(plan, lifecycle.committed(store, plan)):
         work(store, plan, segment)
     return finish(store, plan)

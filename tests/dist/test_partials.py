@@ -58,11 +58,19 @@ SEGMENT = PLAN.segments[1]
 
 @pytest.fixture
 def store(tmp_path):
-    return Checkpoint(str(tmp_path / "run"))
+    """Return the checkpoint of a run with `PLAN`: whoever commits looks that it is still its own."""
+    store = Checkpoint(str(tmp_path / "run"))
+    store.create("plan.json", seal_json(PLAN.to_values()))
+    return store
 
 
 def commit(store, sums=None, attempt="a0", plan=PLAN, segment=SEGMENT):
+    """Commit a segment of a run that is begun with it, if there is none."""
     store.create(layout.PLAN, seal_json(plan.to_values()))
+    return commit_to_run(store, sums, attempt, plan, segment)
+
+
+def commit_to_run(store, sums=None, attempt="a0", plan=PLAN, segment=SEGMENT):
     return commit_partial(store, plan, segment, sums or make_sums(), segment.stop - segment.start, attempt, **ORIGIN)
 
 

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from test_partials import PLAN, commit, make_plan
+from test_partials import ORIGIN, PLAN, commit_to_run as commit, make_plan, make_sums
 from torch import nn
 
-from laplace_dist import status
+from laplace_dist import status, verify
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan.plan import FORMAT_VERSION
-from laplace_dist.run.checkpoint import open_json
+from laplace_dist.run import evaluations
+from laplace_dist.run.checkpoint import Checkpoint, open_json
+from laplace_dist.run.lifecycle import clear, committed, open_run, read_plan, remaining
+from laplace_dist.run.ownership import has
+from laplace_dist.run.weights import dump_weights, load_run_weights, weights_digest
 from laplace_dist.storage.sealed_json import seal_json
-from laplace_dist.run.lifecycle import clear
-from laplace_dist.run.lifecycle import committed
-from laplace_dist.run.weights import load_run_weights
-from laplace_dist.run.lifecycle import open_run
-from laplace_dist.run.lifecycle import read_plan
-from laplace_dist.run.lifecycle import remaining
-from laplace_dist.run.checkpoint import Checkpoint
-from laplace_dist.run.weights import dump_weights
-from laplace_dist.run.weights import weights_digest
 
 
 @pytest.fixture
@@ -115,11 +112,111 @@ def test_a_manifest_of_no_segment_is_refused(store):
         committed(store, PLAN)
 
 
-def test_partials_of_another_plan_do_not_count(store):
-    """A worker of a deleted run has left them; see `test_partials.py`."""
-    start(store, make_plan(weights="other"))
-    commit(store, plan=make_plan(weights="other"))
+OTHER = make_plan(length=28, weights="other")
+
+
+def late(store, monkeypatch, number):
+    """Commit a segment as a worker of another run does that has looked at the plan before that run was deleted."""
+    with monkeypatch.context() as patched:
+        patched.setattr("laplace_dist.run.ownership.confirm", lambda *_: None)
+        commit(store, make_sums(7), attempt="late", plan=OTHER, segment=OTHER.segments[number])
+
+
+def test_partials_of_a_run_that_was_deleted_do_not_count_and_make_way(store, monkeypatch):
+    """They were refused once, and stopped a run that was not to blame for them."""
+    start(store)
+    late(store, monkeypatch, 1)
+    late(store, monkeypatch, 3)  # of no segment of this plan
+    said = []
+    assert committed(store, PLAN, say=said.append) == {}
+    assert [line.split()[0] for line in said] == ["partials/000001.json", "partials/000003.json"]
+    assert all("does not count: a worker of a run that was deleted (--fresh) wrote it late" in line for line in said)
+    receipt = commit(store)
+    assert (receipt.attempt, receipt.won) == ("a0", True)
+    assert list(committed(store, PLAN)) == ["000001"]
+    report = verify(store.url, collect_orphans_older_than=0)
+    assert [key for key, _ in report.problems] == ["weights.safetensors"], "which are a stand-in"
+    assert {key for key, _ in report.notes} == {"partials/000003.json"}
+    assert report.collected == ["partials/000001/late", "partials/000003/late"]
+
+
+@pytest.mark.parametrize("fresh", [OTHER, PLAN], ids=["another plan", "the same settings"])
+def test_a_worker_of_a_run_that_was_deleted_stops_itself(store, fresh):
+    """Even where the run that took its place has the same settings: the arrays that it has written are gone."""
+    first, second = (replace(plan, run=digit * 32) for plan, digit in ((PLAN, "a"), (fresh, "b")))
+    start(store, first)
+    clear(store)
+    with pytest.raises(SettingsError, match="holds no run any more: another job has deleted it meanwhile"):
+        commit(store, plan=first)
+    assert start(store, second)[1] is False
+    with pytest.raises(SettingsError, match="another job has begun a run there meanwhile"):
+        commit(store, attempt="a1", plan=first)
+    assert committed(store, second) == {}
+    assert start(store, replace(second, run="c" * 32)) == (second, True), "the id is the run's, and no setting"
+
+
+def test_a_run_that_is_being_deleted_is_nobodys_any_more(store, monkeypatch):
+    """From the first deletion on: what a worker of it commits now may name arrays that are deleted next."""
+    start(store)
+    delete, refused = Checkpoint.delete_tree, []
+
+    def watched(self, key):
+        if key.startswith("partials/"):
+            refused.append(pytest.raises(SettingsError, commit, self, segment=PLAN.segments[2]))
+        delete(self, key)
+
+    commit(store)
+    monkeypatch.setattr(Checkpoint, "delete_tree", watched)
+    clear(store)
+    assert len(refused) > 1
+
+
+def test_what_a_worker_of_a_deleted_run_leaves_is_no_reason_to_refuse_a_start(store, monkeypatch):
+    """The driver of --fresh has died between the deletion and its own plan, and a worker has committed meanwhile."""
+    late(store, monkeypatch, 1)
+    assert store.list("partials")
+    assert start(store) == (PLAN, False)
     assert committed(store, PLAN) == {}
+
+
+def test_tuning_and_evaluation_of_a_deleted_run_are_noted_not_refused(store):
+    start(store)
+    for key, fields in ((f"{TUNING}.json", TUNED), (f"{EVALUATION}.json", EVALUATED)):
+        store.create(key, seal_json({"format_version": 2, "key": key, **fields}))
+    report = verify(store.url)
+    assert [key for key, _ in report.problems] == ["weights.safetensors"], "which are a stand-in"
+    assert {f"{TUNING}.json", f"{EVALUATION}.json"} == {key for key, text in report.notes if "does not have" in text}
+
+
+TUNED = {"settings": {}, "shards": ["000000"], "prefix": "tuning/x", "arrays": {}, "sigma_noise": None, "log_marginal_likelihood": 0.0}
+EVALUATED = {"settings": {}, "shards": {"test": ["000000"]}, "metrics": {}}
+
+
+def test_scores_of_a_deleted_run_with_the_same_settings_are_computed_again(store, monkeypatch):
+    """Their keys are the same, since the version is, and the arrays of some have been deleted."""
+    first, second = (replace(PLAN, run=digit * 32) for digit in "ab")
+    assert first.digest != second.digest and first.content == second.content == PLAN.digest
+    start(store, second)
+    key, arrays = f"{EVALUATION}/test-000000.json", {"map/nll": np.ones(4)}
+    with monkeypatch.context() as patched:
+        patched.setattr("laplace_dist.run.ownership.confirm", lambda *_: None)
+        evaluations.commit_shard(store, first, key, arrays, ORIGIN["environment"])
+    assert not has(store, second, key)
+    evaluations.commit_shard(store, second, key, arrays, ORIGIN["environment"])
+    assert has(store, second, key) and not has(store, first, key)
+
+
+def test_weights_of_a_run_that_was_deleted_make_way(store):
+    late = []
+
+    class Late(Checkpoint):
+        def create(self, key, data):
+            if key == "weights.safetensors" and not late:
+                late.append(super().create(key, b"of the run before"))
+            return super().create(key, data)
+
+    start(Late(store.url))
+    assert late and store.read("weights.safetensors") == b"weights"
 
 
 def fill(store):
