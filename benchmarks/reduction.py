@@ -12,8 +12,11 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from time import sleep
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,12 +29,13 @@ from laplace_dist.plan.plan import Plan, build_plan
 from laplace_dist.run import attempts, layout, partials
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.layout import partial_key
+from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.provenance import environment
 from laplace_dist.run.windows import inputs_digest
 from laplace_dist.stages.reduce import SumPart
 from laplace_dist.storage.sealed_json import seal_json
 
-SEGMENTS, WRITTEN = 64, 4
+SEGMENTS, WRITTEN, ROUNDS = 64, 4, 3
 ENVIRONMENT = environment("cpu")
 
 
@@ -108,27 +112,47 @@ def read_all(paths: list[Path]) -> None:
             file.readinto(buffer)
 
 
-def rates(store: Checkpoint, plan: Plan, parts: list[Part]) -> None:
-    """Print, for each part, the disk's rate and the rate of the task that sums it, cold; and once warm."""
-    context = SimpleNamespace(store=store, plan=plan, device="cpu")
-    manifests = list(partials.manifests(store, plan))
+def _carry_out(url: str, task: SumPart) -> float:
+    """Sum one part in this process, as a worker does; returns the CPU time."""
+    store = Checkpoint(url)
+    before = time.process_time()
+    task.run(SimpleNamespace(store=store, plan=read_plan(store), device="cpu"))
+    return time.process_time() - before
+
+
+def _removed(store: Checkpoint, parts: list[Part]) -> None:
     for part in parts:
-        paths = files_of(store, part)
-        size = sum(path.stat().st_size for path in paths)
-        task = SumPart(plan.digest, part, inputs_digest(manifests, part))
-        drop(paths)
-        disk = size / seconds_of(lambda: read_all(paths))  # noqa: B023
-        drop(paths)
-        cpu = time.process_time()
-        cold = seconds_of(lambda: task.run(context))  # noqa: B023
-        cpu = time.process_time() - cpu
-        print(
-            f"reduction, part {part.id}: {size / 2**20:.0f} MiB stored in {len(paths)} chunks; disk {disk / 1e6:.0f} MB/s, the "
-            f"task {size / cold / 1e6:.0f} MB/s ({100 * size / cold / disk:.0f} %), {cold:.1f} s with {cpu:.1f} s of CPU",
-            flush=True,
-        )
-    warm = seconds_of(lambda: task.run(context))
-    print(f"reduction, in the page cache: the task {size / warm / 1e6:.0f} MB/s", flush=True)
+        store.delete_tree(layout.part_key(part.id))
+
+
+def rates(store: Checkpoint, plan: Plan, parts: list[Part]) -> None:
+    """Print the rate of the disk and that of the tasks, cold: one worker per CPU, as jobs have them, then one; then warm."""
+    manifests = list(partials.manifests(store, plan))
+    tasks = [SumPart(plan.digest, part, inputs_digest(manifests, part)) for part in parts]
+    paths = [path for part in parts for path in files_of(store, part)]
+    size, workers = sum(path.stat().st_size for path in paths), min(len(os.sched_getaffinity(0)), len(tasks))
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        list(pool.map(sleep, [0.5] * workers))  # until all have started
+        for _ in range(ROUNDS):
+            drop(paths)
+            disk = size / seconds_of(lambda: read_all(paths))
+            for count, who in ((workers, f"{workers} workers"), (1, "one worker")):
+                some = tasks if count > 1 else tasks[:1]
+                of = sum(path.stat().st_size for task in some for path in files_of(store, task.part))
+                _removed(store, parts)
+                drop(paths)
+                cpu: list[float] = []
+                seconds = seconds_of(lambda: cpu.extend(pool.map(_carry_out, [store.url] * len(some), some)))  # noqa: B023
+                print(
+                    f"reduction, {len(some)} parts of {of / 2**30 / len(some):.1f} GiB, {who}: disk {disk / 1e6:.0f} MB/s, the "
+                    f"tasks {of / seconds / 1e6:.0f} MB/s ({100 * of / seconds / disk:.0f} %), {seconds:.1f} s with "
+                    f"{sum(cpu):.1f} s of CPU",
+                    flush=True,
+                )
+        _removed(store, parts)
+        read_all(paths[-len(paths) // len(tasks) :])
+        warm = seconds_of(lambda: list(pool.map(_carry_out, [store.url], tasks[-1:])))
+        print(f"reduction, in the page cache, one worker: {size / len(tasks) / warm / 1e6:.0f} MB/s", flush=True)
 
 
 def shares(store: Checkpoint, part: Part) -> None:
