@@ -15,10 +15,25 @@ class Hired:
     Attributes:
         actor: Ray's handle.
         node: The node that it was started on.
+        commits: The task whose commit goes on in it.
     """
 
     actor: Any
     node: str
+    commits: Committing | None = None
+
+
+@dataclass(frozen=True)
+class Committing:
+    """A task that was computed and whose commit goes on.
+
+    Attributes:
+        task: The task.
+        seconds: How long it was computed.
+    """
+
+    task: Task
+    seconds: float
 
 
 @dataclass(frozen=True)

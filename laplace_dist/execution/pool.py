@@ -20,12 +20,12 @@ from laplace_dist.execution.failures import (
     verdict,
     why_it_failed,
 )
-from laplace_dist.execution.flights import Flight, Hired
+from laplace_dist.execution.flights import Committing, Flight, Hired
 from laplace_dist.execution.liveness import SECOND_LOOK, Deaths, short_of_memory, why_it_died
 from laplace_dist.execution.raised import Raised
 from laplace_dist.execution.scaling import Placement
 from laplace_dist.execution.starts import RESTS, Starts
-from laplace_dist.execution.tasks import Event, Task
+from laplace_dist.execution.tasks import Answer, Event, Task
 from laplace_dist.execution.timeouts import Limit
 from laplace_dist.execution.worker import Worker
 
@@ -34,7 +34,9 @@ FIRST_HINT_SECONDS = 15.0  # before the first one: workers come to life within t
 
 
 class Pool:
-    """Driver-owned actors, one task in flight each; a lost one is replaced, never restarted by Ray.
+    """Driver-owned actors, one call in flight each; a lost one is replaced, never restarted by Ray.
+
+    A worker whose task is computed and being committed takes the next one; where there is none, it is asked to finish.
 
     Args:
         config: The job's settings, handed to every worker.
@@ -77,8 +79,9 @@ class Pool:
 
     @property
     def busy(self) -> int:
-        """Number of tasks in flight, with those whose worker died and of which it is not yet known why."""
-        return sum(flight.task is not None for flight in [*self._flight.values(), *self._deaths.flights])
+        """Number of workers with a task in flight, with those that died and of which it is not yet known why."""
+        in_flight = sum(flight.task is not None for flight in [*self._flight.values(), *self._deaths.flights])
+        return in_flight + sum(hired.commits is not None for hired in self._idle)
 
     def top_up(self, wanted: int) -> None:
         """Start workers until there are `wanted`, at most the pool's size; they come to life in the background.
@@ -104,12 +107,13 @@ class Pool:
 
     def wait(self, seconds: float, limit: Limit) -> list[Event]:
         """Return what happened: tasks that finished, failed, took too long; or that no worker can be started."""
-        events = [self._settle(ref) for ref in self._ready(seconds)]
+        self._finish_commits()
+        events = [event for ref in self._ready(seconds) for event in self._settle(ref)]
         now = time.monotonic()
         events += self._overdue(now, limit)
         self._placement.refresh(now)
-        events += [self._died(flight, error, lost) for flight, error, lost in self._deaths.judged(now)]
-        self._idle = [hired for hired in self._idle if hired.node in self._placement.nodes]
+        events += [event for death in self._deaths.judged(now) for event in self._died(*death)]
+        events += self._leave()
         self._hint(now)
         return [event for event in events if event is not None]
 
@@ -176,40 +180,64 @@ class Pool:
         # All that have finished by now: if this process was suspended, they are not late.
         return self._ray.wait(list(self._flight), num_returns=len(self._flight), timeout=0)[0]
 
-    def _settle(self, ref: Any) -> Event | None:
+    def _finish_commits(self) -> None:
+        """Ask the workers that commit and have been given nothing else to finish that."""
+        for hired in [hired for hired in self._idle if hired.commits is not None]:
+            self._idle.remove(hired)
+            begun = time.monotonic() - hired.commits.seconds  # the commit belongs to the task's own time
+            call = hired.actor.finish.remote()
+            self._flight[call] = Flight(Hired(hired.actor, hired.node), hired.commits.task, begun)
+
+    def _settle(self, ref: Any) -> list[Event | None]:
         flight = self._flight.pop(ref)
         errors = self._ray.exceptions
         try:
-            outcome = self._ray.get(ref)
+            answer = self._ray.get(ref)
         except errors.RayTaskError as error:  # raised by Ray around the worker's code: its arguments could not be read
-            outcome = Raised.of(error.cause if isinstance(error.cause, Exception) else error)
+            answer = Answer(Raised.of(error.cause if isinstance(error.cause, Exception) else error))
         except errors.RayError as error:
             self._end(flight.hired)
             self._deaths.record(flight, error, time.monotonic())
-            return None
-        if isinstance(outcome, Raised):
+            return []
+        if isinstance(answer.outcome, Raised) or isinstance(answer.before, Raised):
             self._end(flight.hired)
-            return self._raised(flight, outcome)
-        self._idle.append(flight.hired)
-        if flight.task is None:
+        else:
+            computed = Committing(flight.task, time.monotonic() - flight.begun) if answer.outcome is None else None
+            self._idle.append(Hired(flight.hired.actor, flight.hired.node, computed))
+        return [self._before(flight, answer), self._own(flight, answer)]
+
+    def _before(self, flight: Flight, answer: Answer) -> Event | None:
+        """Return what became of the task whose commit went on during the call."""
+        before = flight.hired.commits
+        if before is None or answer.before is None:
+            return _commit_lost(flight.hired)
+        return self._outcome(flight, before.task, answer.before, before.seconds)
+
+    def _own(self, flight: Flight, answer: Answer) -> Event | None:
+        """Return what became of the call's own task, unless its commit goes on."""
+        seconds = time.monotonic() - flight.begun
+        if flight.task is not None:
+            return None if answer.outcome is None else self._outcome(flight, flight.task, answer.outcome, seconds)
+        if not isinstance(answer.outcome, Raised):
             self._starts.succeeded(flight.hired.node)
             return None
-        self._failed_on.pop(flight.task.what, None)
-        return Event(flight.task, receipt=outcome, seconds=time.monotonic() - flight.begun)
+        final = answer.outcome.rebuilt() if verdict(answer.outcome) is Verdict.FINAL else None
+        return self._not_started(flight, why_it_failed(answer.outcome), final)
 
-    def _raised(self, flight: Flight, raised: Raised) -> Event | None:
-        if flight.task is not None:
-            return event_of(flight.task, raised, self._failed(flight))
-        final = raised.rebuilt() if verdict(raised) is Verdict.FINAL else None
-        return self._not_started(flight, why_it_failed(raised), final)
+    def _outcome(self, flight: Flight, task: Task, outcome: Any, seconds: float) -> Event:
+        if isinstance(outcome, Raised):
+            return event_of(task, outcome, self._failed(flight.hired.node, task))
+        self._failed_on.pop(task.what, None)
+        return Event(task, receipt=outcome, seconds=seconds)
 
-    def _died(self, flight: Flight, error: Exception, lost: bool) -> Event | None:
-        why = why_it_died(error, lost)
-        if flight.task is not None:
-            return Event(flight.task, failure=why, lost=lost, node="" if lost else self._failed(flight))
-        return None if lost else self._not_started(flight, why, memory=short_of_memory(error))
+    def _died(self, flight: Flight, error: Exception, lost: bool) -> list[Event | None]:
+        why, node = why_it_died(error, lost), flight.hired.node
+        if flight.task is None:
+            return [None if lost else self._not_started(flight, why, memory=short_of_memory(error))]
+        at = "" if lost else self._failed(node, flight.task)
+        return [_commit_lost(flight.hired), Event(flight.task, failure=why, lost=lost, node=at)]
 
-    def _overdue(self, now: float, limit: Limit) -> list[Event]:
+    def _overdue(self, now: float, limit: Limit) -> list[Event | None]:
         late = [
             (ref, flight)
             for ref, flight in self._flight.items()
@@ -220,13 +248,19 @@ class Pool:
             del self._flight[ref]
             self._end(flight.hired)
             why = f"its worker seems to hang: it took longer than {limit}"
-            events.append(Event(flight.task, failure=why, node=self._failed(flight)))
+            at = self._failed(flight.hired.node, flight.task)
+            events += [_commit_lost(flight.hired), Event(flight.task, failure=why, node=at)]
         return events
 
-    def _failed(self, flight: Flight) -> str:
+    def _leave(self) -> list[Event | None]:
+        """Let go of the idle workers whose nodes are gone."""
+        gone = [hired for hired in self._idle if hired.node not in self._placement.nodes]
+        self._idle = [hired for hired in self._idle if hired not in gone]
+        return [_commit_lost(hired) for hired in gone]
+
+    def _failed(self, node: str, task: Task) -> str:
         """Remember where a task has failed; returns the node, or nothing where there is no other."""
-        node = flight.hired.node
-        self._failed_on.setdefault(flight.task.what, set()).add(node)
+        self._failed_on.setdefault(task.what, set()).add(node)
         return node if len(self._placement.usable) > 1 else ""
 
     # -------------------------------------------------------------- what people are told
@@ -239,6 +273,12 @@ class Pool:
             self._hint_at = now + HINT_SECONDS
             under_way = f"{len(self._flight)} worker(s) to start" if self._flight else "room for a worker"
             self._say(f"waiting for {under_way}: {self._placement.describe()}")
+
+
+def _commit_lost(hired: Hired) -> Event | None:
+    """Return that a commit was lost with its worker, which says nothing of the task: the worker was at another one."""
+    why = "its worker was lost before it was committed"
+    return None if hired.commits is None else Event(hired.commits.task, failure=why, lost=True)
 
 
 def _import_path() -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,19 +14,33 @@ class Task(Protocol):
     """One unit of work, small and plain; its effect lies in the store, so that doing it twice changes nothing.
 
     The stages define them, as frozen dataclasses. What `run` returns is a receipt: a small mapping; `examples` in it counts
-    towards the rate that is shown.
+    towards the rate that is shown. Or it returns the call that commits what was computed and returns the receipt: a worker may
+    make it while it is at the next task.
     """
 
     @property
     def what(self) -> str:
         """The task in a person's words, such as `segment 000003 (examples 768 to 1023)`; no two of a stage are equal."""
 
-    def run(self, context: Any) -> Mapping[str, Any]:
-        """Do the work and commit it.
+    def run(self, context: Any) -> Mapping[str, Any] | Callable[[], Mapping[str, Any]]:
+        """Do the work and commit it, or return the call that does.
 
         Args:
             context: What a task may use; see `stages.context.Context`.
         """
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a worker returns of a call.
+
+    Attributes:
+        outcome: The task's receipt, or what it raised; None if its commit goes on, which the answer to the next call tells of.
+        before: Of the task before, whose commit went on meanwhile: its receipt, or what it raised. None if there was none.
+    """
+
+    outcome: Mapping[str, Any] | Raised | None
+    before: Mapping[str, Any] | Raised | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The worker: one process, one model, one task at a time."""
+"""The worker: one process, one model, one task at a time; the commit of one may go on while the next is computed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError
 from laplace_dist.execution.kernels import use_deterministic_kernels, use_precision
 from laplace_dist.execution.raised import Raised, outcome_of
-from laplace_dist.execution.tasks import Task
+from laplace_dist.execution.tasks import Answer, Task
 from laplace_dist.stages.context import Context
 
 
 class Worker:
     """The Ray actor: one process, one model, one task at a time.
+
+    At most one commit goes on beside a task, so that there are at most two tasks' sums.
 
     Args:
         config: The job's settings.
@@ -30,17 +33,34 @@ class Worker:
 
     def __init__(self, config: Config, path: list[str], directory: str, gpu: bool) -> None:
         self._config, self._gpu = config, gpu
+        self._committer = ThreadPoolExecutor(1)
+        self._commit: Future | None = None
         sys.path.extend(entry for entry in path if entry not in sys.path)
         if os.path.isdir(directory):
             os.chdir(directory)
 
-    def start(self) -> Mapping[str, Any] | Raised:
-        """Fix what the bits depend on, and the allocator's habits; returns nothing, or what that raised."""
-        return outcome_of(self._start)
+    def start(self) -> Answer:
+        """Fix what the bits depend on, and the allocator's habits; an empty receipt, or what that raised."""
+        return Answer(outcome_of(self._start))
 
-    def run(self, task: Task) -> Mapping[str, Any] | Raised:
-        """Carry out a task and return its receipt, or what it raised."""
-        return outcome_of(lambda: self._context.carry_out(task))
+    def run(self, task: Task) -> Answer:
+        """Carry out a task; if it gives a call that commits, that goes on beside the next one, unless the one before failed."""
+        outcome = outcome_of(lambda: self._context.begin(task))
+        before = self._wait()
+        if not callable(outcome):
+            return Answer(outcome, before)
+        if isinstance(before, Raised):  # this worker is not used again
+            return Answer(outcome_of(outcome), before)
+        self._commit = self._committer.submit(outcome_of, outcome)
+        return Answer(None, before)
+
+    def finish(self) -> Answer:
+        """Wait for the commit that goes on."""
+        return Answer(self._wait())
+
+    def _wait(self) -> Mapping[str, Any] | Raised | None:
+        commit, self._commit = self._commit, None
+        return None if commit is None else commit.result()
 
     def _start(self) -> Mapping[str, Any]:
         _share_one_heap()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -42,14 +42,19 @@ class Context:
         self._posterior: tuple[Any, Any] | None = None
         self._reading: tuple[str, ReadAhead] | None = None
 
-    def carry_out(self, task: Any) -> Mapping[str, Any]:
-        """Carry out a task of the run that lies at the checkpoint, and return its receipt.
+    def begin(self, task: Any) -> Mapping[str, Any] | Callable[[], Mapping[str, Any]]:
+        """Carry out a task of the run at the checkpoint; returns its receipt, or the call that commits it and returns that.
 
         Raises:
             SettingsError: The task is of another run, which was there before.
         """
         same(self.store, self.plan.digest, task.plan)
         return task.run(self)
+
+    def carry_out(self, task: Any) -> Mapping[str, Any]:
+        """Carry out a task, commit it, and return its receipt; errors as of `begin`."""
+        done = self.begin(task)
+        return done() if callable(done) else done
 
     @cached_property
     def store(self) -> Store:

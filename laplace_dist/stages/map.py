@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
@@ -13,6 +16,10 @@ from laplace_dist.run import lifecycle, partials
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.provenance import environment, node
 from laplace_dist.stages.context import Context
+
+# Bytes of sums up to which a segment is committed while the next one is computed: a commit takes about one hundredth of a
+# segment's time, which is not worth a second copy of sums that fill a worker's memory.
+BESIDE = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -32,22 +39,20 @@ class MapSegment:
         """The task in a person's words."""
         return f"segment {self.segment}"
 
-    def run(self, context: Context) -> dict[str, Any]:
-        """Do so; the receipt says who won the commit and how many seconds that took."""
+    def run(self, context: Context) -> dict[str, Any] | Callable[[], dict[str, Any]]:
+        """Do so; the receipt says who won the commit and how many seconds that took. The commit of small sums may wait."""
         segment = self.segment
         sums, digest = context.la.zero_sums(), hashlib.sha256()
         for offset, x, y in context.batches("train", context.plan.data, segment.start, segment.stop, digest):
             context.la.accumulate(sums, x, y, offset=offset)
-        receipt = partials.commit_partial(
-            context.store,
-            context.plan,
-            segment,
-            sums.to_tensors(),
-            sums.n_data,
-            new_attempt(),
-            data_sha256=digest.hexdigest(),
-            environment=environment(context.device),
-        )
+        tensors = sums.to_tensors()
+        commit = partial(self._commit, context, tensors, sums.n_data, digest.hexdigest())
+        return commit if sum(tensor.nbytes for tensor in tensors.values()) <= BESIDE else commit()
+
+    def _commit(self, context: Context, tensors: Mapping[str, Tensor], n_data: int, data_sha256: str) -> dict[str, Any]:
+        segment = self.segment
+        made = {"data_sha256": data_sha256, "environment": environment(context.device)}
+        receipt = partials.commit_partial(context.store, context.plan, segment, tensors, n_data, new_attempt(), **made)
         return {"examples": segment.stop - segment.start, "won": receipt.won, "seconds": receipt.seconds}
 
 

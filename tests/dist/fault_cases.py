@@ -27,6 +27,7 @@ import dist_cases
 import torch
 
 import laplace_dist
+from laplace_dist import stages
 from laplace_dist.run import versions
 from laplace_dist.run import lifecycle
 from laplace_dist.report.progress import Progress
@@ -41,10 +42,15 @@ _installed = False
 
 
 class Faulty(dist_cases.Watched):
-    """The examples of `dist_cases.blobs`; notes which ones workers read, of every split, and installs the faults."""
+    """The examples of `dist_cases.blobs`; notes which ones workers read, of every split, and installs the faults.
 
-    def __init__(self, split: str, folder: str, faults: list[dict[str, Any]] = ()) -> None:
+    Unless asked to, a worker commits a segment before it begins the next, so that a fault concerns one segment.
+    """
+
+    def __init__(self, split: str, folder: str, faults: list[dict[str, Any]] = (), beside: bool = False) -> None:
         super().__init__(split, folder)
+        if not beside:
+            stages.map.BESIDE = 0
         self.watch, self.prefix = True, "reads" if split == "train" else f"{split}-reads"
         install(Path(folder), faults)
 
@@ -166,8 +172,8 @@ def fired(folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
     return json.loads((folder / f"fired-{chosen['name']}").read_text())
 
 
-def config(url, folder: Path, faults=(), **changes):
-    data_args = {"folder": str(folder), "faults": list(faults)}
+def config(url, folder: Path, faults=(), beside=False, **changes):
+    data_args = {"folder": str(folder), "faults": list(faults), "beside": beside}
     return dist_cases.config(url, data="fault_cases:Faulty", data_args=data_args, **changes)
 
 

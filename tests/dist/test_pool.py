@@ -18,6 +18,7 @@ from laplace_dist.execution.raised import Raised
 from laplace_dist.execution.scaling import LOOK_SECONDS, Placement, nodes_of
 from laplace_dist.execution.failures import STARTS_PER_NODE, STARTS_WITHOUT_MEMORY
 from laplace_dist.execution.starts import RESTS, Starts
+from laplace_dist.execution.tasks import Answer
 from laplace_dist.execution.timeouts import Limit
 
 
@@ -57,7 +58,7 @@ class FakeRay:
         self.hired[node] += 1
         name = f"actor {len(self.where)}"
         call = lambda what: SimpleNamespace(remote=lambda *_: f"{name} {what}")  # noqa: E731
-        return SimpleNamespace(name=name, node=node, start=call("start"), run=call("run"))
+        return SimpleNamespace(name=name, node=node, start=call("start"), run=call("run"), finish=call("finish"))
 
     def nodes(self):
         listed = [{"NodeID": node, "Alive": True, "Resources": {"CPU": float(n)}} for node, n in self.cpus.items()]
@@ -71,9 +72,10 @@ class FakeRay:
         return ready, [ref for ref in refs if ref not in ready]
 
     def get(self, ref):
-        if isinstance(self.results[ref], Exception):
-            raise self.results[ref]
-        return self.results[ref]
+        found = self.results[ref]
+        if isinstance(found, Exception):
+            raise found
+        return found if isinstance(found, Answer) else Answer(found)
 
     def kill(self, actor, no_restart):
         self.killed.append(actor.name)
@@ -179,6 +181,84 @@ def test_a_task_that_failed_goes_to_another_node_where_there_is_one(fake):
 
 
 # ------------------------------------------------------------------ deaths
+
+
+def committing(fake, **cpus):
+    """Return a pool whose one worker has computed a task and commits it, and its Ray."""
+    workers, ray, _ = fake(**cpus)
+    started(workers, ray, 1)
+    workers.submit(task("one"))
+    ray.now += 400
+    ray.results["actor 1 run"] = Answer(None)
+    (ref,) = workers._ready(1)
+    assert workers._settle(ref) == [None, None]
+    del ray.results["actor 1 run"]
+    assert (workers.idle, workers.busy) == (1, 1)
+    return workers, ray
+
+
+def test_a_commit_goes_on_beside_the_next_task_whose_answer_tells_of_it(fake):
+    workers, ray = committing(fake, a=1)
+    workers.submit(task("two"))
+    ray.results["actor 1 run"] = Answer(None, before={"examples": 4})
+    (event,) = workers.wait(1, Limit())
+    assert (event.task.what, event.receipt, event.seconds) == ("one", {"examples": 4}, 400)
+    assert (workers.idle, workers.busy) == (1, 1)
+    ray.results["actor 1 finish"] = {"examples": 5}
+    (event,) = workers.wait(1, Limit())
+    assert (event.task.what, event.receipt, workers.idle, workers.busy) == ("two", {"examples": 5}, 1, 0)
+
+
+def test_a_worker_without_another_task_is_asked_to_finish_and_that_is_part_of_the_tasks_time(fake):
+    workers, ray = committing(fake, a=1)
+    assert workers.wait(1, Limit()) == [] and (workers.idle, workers.busy) == (0, 1)
+    (event,) = later(ray, 101, workers, Limit(500))
+    assert (event.task.what, "took longer than 500 s" in event.failure, event.lost) == ("one", True, False)
+    workers, ray = committing(fake, a=1)
+    workers.wait(1, Limit())
+    ray.now += 7
+    ray.results["actor 1 finish"] = {}
+    assert [event.seconds for event in workers.wait(1, Limit())] == [407]
+
+
+def test_a_commit_that_fails_is_its_own_tasks_and_the_worker_is_not_used_again(fake):
+    workers, ray = committing(fake, a=1)
+    workers.submit(task("two"))
+    ray.results["actor 1 run"] = Answer({"examples": 5}, before=Raised(("builtins.OSError",), "no"))
+    one, two = workers.wait(1, Limit())
+    assert (one.task.what, one.failure, one.lost) == ("one", "OSError: no", False)
+    assert (two.task.what, two.receipt) == ("two", {"examples": 5})
+    assert ray.killed == ["actor 1"] and workers.idle == 0
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs", "raises", "arguments"])
+def test_a_commit_whose_worker_is_lost_at_the_next_task_is_done_again_without_blame(fake, how):
+    workers, ray = committing(fake, a=1)
+    workers.submit(task("two"))
+    if how == "hangs":
+        one, two = later(ray, 11, workers, Limit(10))
+    else:
+        ray.results["actor 1 run"] = {
+            "dies": Died("gone"),
+            "raises": Answer(Raised(("builtins.KeyError",), "0"), before={}),
+            "arguments": ray.exceptions.RayTaskError("no module"),
+        }[how]
+        ray.exceptions.RayTaskError.cause = None
+        found = workers.wait(1, Limit())
+        one, two = found if how != "dies" else later(ray, SECOND_LOOK + 1, workers)
+    assert (one.task.what, two.task.what) == ("one", "two")
+    assert (one.receipt, one.lost) == (({}, False) if how == "raises" else (None, True))
+    assert two.failure and not two.lost and ray.killed == ["actor 1"]
+
+
+def test_a_commit_on_a_node_that_leaves_is_done_again(fake):
+    workers, ray = committing(fake, a=1, b=1)
+    ray.now += LOOK_SECONDS + 1
+    ray.cpus = {"b": 1}
+    workers._placement.look_again()
+    workers._placement.refresh(ray.now)
+    (event,) = [event for event in workers._leave() if event]
+    assert (event.task.what, event.lost, workers.busy) == ("one", True, 0)
 
 
 def death(fake, error, **cpus):
