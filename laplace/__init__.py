@@ -3,19 +3,7 @@
 from __future__ import annotations
 
 from laplace import _clash as _clash
-from laplace.errors import NonFiniteError, NotEnoughMemoryError, NotFittedError
-from laplace.laplace import Laplace
-from laplace.marglik_training import marglik_training
-from laplace.posterior.base import BaseLaplace
-from laplace.posterior.diag import DiagLaplace
-from laplace.posterior.full import FullLaplace
-from laplace.posterior.functional import FunctionalLaplace, FunctionalLLLaplace
-from laplace.posterior.kron import KronLaplace
-from laplace.posterior.last_layer import DiagLLLaplace, FullLLLaplace, KronLLLaplace, LLLaplace
-from laplace.posterior.lowrank import LowRankLaplace
-from laplace.posterior.parametric import ParametricLaplace
-from laplace.posterior.subnet import DiagSubnetLaplace, FullSubnetLaplace, SubnetLaplace
-from laplace.utils.enums import (
+from laplace.enums import (
     HessianStructure,
     Likelihood,
     LinkApprox,
@@ -24,6 +12,18 @@ from laplace.utils.enums import (
     SubsetOfWeights,
     TuningMethod,
 )
+from laplace.errors import NonFiniteError, NotEnoughMemoryError, NotFittedError
+from laplace.laplace import Laplace
+from laplace.marglik_training import marglik_training
+from laplace.posterior.base import BaseLaplace
+from laplace.posterior.diag import DiagLaplace
+from laplace.posterior.full import FullLaplace
+from laplace.posterior.functional import FunctionalLaplace
+from laplace.posterior.kron import KronLaplace
+from laplace.posterior.lowrank import LowRankLaplace
+from laplace.posterior.parametric import ParametricLaplace
+from laplace.subsets.last_layer import DiagLLLaplace, FullLLLaplace, FunctionalLLLaplace, KronLLLaplace, LLLaplace
+from laplace.subsets.subnetwork import DiagSubnetLaplace, FullSubnetLaplace, SubnetLaplace
 
 __all__ = [
     "BaseLaplace",

@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import nn
 
+from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights, parse
 from laplace.posterior.diag import DiagLaplace
 from laplace.posterior.full import FullLaplace
-from laplace.posterior.functional import FunctionalLaplace, FunctionalLLLaplace
+from laplace.posterior.functional import FunctionalLaplace
 from laplace.posterior.kron import KronLaplace
-from laplace.posterior.last_layer import DiagLLLaplace, FullLLLaplace, KronLLLaplace
 from laplace.posterior.lowrank import LowRankLaplace
 from laplace.posterior.parametric import ParametricLaplace
-from laplace.posterior.subnet import DiagSubnetLaplace, FullSubnetLaplace
-from laplace.utils.enums import HessianStructure, Likelihood, SubsetOfWeights, parse
+from laplace.subsets.last_layer import DiagLLLaplace, FullLLLaplace, FunctionalLLLaplace, KronLLLaplace
+from laplace.subsets.subnetwork import DiagSubnetLaplace, FullSubnetLaplace
 
 _CLASSES: dict[tuple[str, str], type[ParametricLaplace]] = {
     ("all", "full"): FullLaplace,

@@ -1,6 +1,5 @@
 """The last-layer posteriors, under their customary import path."""
 
-from laplace.posterior.functional import FunctionalLLLaplace
-from laplace.posterior.last_layer import DiagLLLaplace, FullLLLaplace, KronLLLaplace, LLLaplace
+from laplace.subsets.last_layer import DiagLLLaplace, FullLLLaplace, FunctionalLLLaplace, KronLLLaplace, LLLaplace
 
 __all__ = ["DiagLLLaplace", "FullLLLaplace", "FunctionalLLLaplace", "KronLLLaplace", "LLLaplace"]

@@ -20,13 +20,13 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from laplace.curvature.curvature import CurvatureInterface
-from laplace.curvature.native import NativeGGN
-from laplace.curvature.sums import CurvatureSums
+from laplace.backends.interface import CurvatureInterface
+from laplace.backends.native import NativeGGN
+from laplace.data.batches import batches
+from laplace.enums import HessianStructure, Likelihood, PriorStructure, SubsetOfWeights, parse
 from laplace.laplace import Laplace
 from laplace.posterior.parametric import ParametricLaplace
-from laplace.utils.batches import batches
-from laplace.utils.enums import HessianStructure, Likelihood, PriorStructure, SubsetOfWeights, parse
+from laplace.structures.sums import CurvatureSums
 
 
 def marglik_training(

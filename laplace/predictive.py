@@ -9,21 +9,19 @@ et al., "Fast predictive uncertainty for classification with Bayesian deep netwo
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace.curvature.capture import eval_mode
-from laplace.utils.batches import joined
-from laplace.utils.enums import Likelihood, LinkApprox, PredType, parse
-
-if TYPE_CHECKING:
-    from laplace.posterior.parametric import ParametricLaplace
+from laplace.capture.capture import eval_mode
+from laplace.data.batches import joined
+from laplace.enums import Likelihood, LinkApprox, PredType, parse
+from laplace.fitted import Fitted
 
 
 def predict(
-    la: ParametricLaplace,
+    la: Fitted,
     x: Any,
     pred_type: PredType | str = PredType.GLM,
     joint: bool = False,
@@ -82,7 +80,7 @@ def predict(
     return link(f, variance, link_approx, n_samples, generator)
 
 
-def check_combination(la: ParametricLaplace, pred_type: PredType, link_approx: LinkApprox) -> None:
+def check_combination(la: Fitted, pred_type: PredType, link_approx: LinkApprox) -> None:
     """Raise ValueError for predictives that do not exist."""
     if pred_type not in la.pred_types:
         valid = ("is " if len(la.pred_types) == 1 else "are ") + " and ".join(repr(t.value) for t in la.pred_types)
@@ -94,7 +92,7 @@ def check_combination(la: ParametricLaplace, pred_type: PredType, link_approx: L
         )
 
 
-def glm_distribution(la: ParametricLaplace, x: Any, diagonal: bool = False) -> tuple[Tensor, Tensor]:
+def glm_distribution(la: Fitted, x: Any, diagonal: bool = False) -> tuple[Tensor, Tensor]:
     """Mean ``(batch, …, outputs)`` and covariance (or variances) of the linearised network's outputs."""
     if la.enable_backprop:
         js, f = la.backend.jacobians(x, enable_backprop=True)
@@ -108,7 +106,7 @@ def glm_distribution(la: ParametricLaplace, x: Any, diagonal: bool = False) -> t
     return f, variance
 
 
-def _joint(la: ParametricLaplace, x: Any) -> tuple[Tensor, Tensor]:
+def _joint(la: Fitted, x: Any) -> tuple[Tensor, Tensor]:
     js, f = la.backend.jacobians(x, enable_backprop=la.enable_backprop)
     return f.flatten(), la.functional_covariance(js.flatten(0, 1))
 
@@ -179,7 +177,7 @@ def _root(covariance: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0).sqrt()[:, None]).to(covariance.dtype)
 
 
-def sampled_outputs(la: ParametricLaplace, x: Any, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
+def sampled_outputs(la: Fitted, x: Any, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
     """Outputs ``(n_samples, batch, …, outputs)`` of networks drawn from the posterior; the model is left as it is."""
     module, names, inputs = la.model, list(la.backend.named_params), x
     with torch.set_grad_enabled(la.enable_backprop), eval_mode(la.model):
@@ -195,7 +193,7 @@ def sampled_outputs(la: ParametricLaplace, x: Any, n_samples: int, generator: to
 
 
 def function_samples(
-    la: ParametricLaplace,
+    la: Fitted,
     x: Any,
     pred_type: PredType | str = PredType.GLM,
     n_samples: int = 100,
@@ -222,7 +220,7 @@ def function_samples(
 
 
 def samples(
-    la: ParametricLaplace,
+    la: Fitted,
     x: Any,
     pred_type: PredType | str = PredType.GLM,
     n_samples: int = 100,

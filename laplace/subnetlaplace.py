@@ -1,5 +1,5 @@
 """The subnetwork posteriors, under their customary import path."""
 
-from laplace.posterior.subnet import DiagSubnetLaplace, FullSubnetLaplace, SubnetLaplace
+from laplace.subsets.subnetwork import DiagSubnetLaplace, FullSubnetLaplace, SubnetLaplace
 
 __all__ = ["DiagSubnetLaplace", "FullSubnetLaplace", "SubnetLaplace"]

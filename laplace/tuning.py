@@ -5,26 +5,25 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from laplace import _clash as _clash  # says so where laplace-torch has replaced laplace/__init__.py
-from laplace import likelihood as lik
 from laplace import predictive
-from laplace.utils.batches import is_metric, joined
-from laplace.utils.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, parse
-
-if TYPE_CHECKING:
-    from laplace.posterior.parametric import ParametricLaplace
+from laplace.data.batches import batches, is_metric, joined
+from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, parse
+from laplace.evidence import maximize_evidence
+from laplace.fitted import Fitted
+from laplace.likelihoods import base as lik
 
 _SWEEP = 1 << 24  # elements of the variances of one sweep over priors
 
 
 def optimize_prior_precision(
-    la: ParametricLaplace,
+    la: Fitted,
     pred_type: PredType | str = PredType.GLM,
     method: TuningMethod | str = TuningMethod.MARGLIK,
     n_steps: int = 100,
@@ -88,61 +87,6 @@ def optimize_prior_precision(
         print(f"Optimized prior precision is {la.prior_precision}.")
 
 
-def maximize_evidence(
-    la: ParametricLaplace,
-    prior_precision: Tensor,
-    sigma_noise: Tensor | float | None = None,
-    n_steps: int = 100,
-    lr: float = 0.1,
-    progress_bar: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Climb the log marginal likelihood by Adam on logarithms; it needs the factors alone, no data.
-
-    Args:
-        la: A fitted posterior; left as it is.
-        prior_precision: Where the prior precision starts; its length is the prior's structure.
-        sigma_noise: Where the observation noise starts, or None to keep the posterior's own.
-        n_steps: Steps of Adam.
-        lr: Step size of Adam.
-        progress_bar: Show progress over steps.
-
-    Returns:
-        Prior precision and observation noise (None where it was kept).
-
-    Raises:
-        ValueError: If the evidence becomes NaN or Inf.
-    """
-    start = (
-        [prior_precision] if sigma_noise is None else [prior_precision, torch.as_tensor(sigma_noise, device=la._device)]
-    )
-    logs = [value.detach().to(la._device, la._dtype).log().requires_grad_(True) for value in start]
-    optimizer = torch.optim.Adam(logs, lr=lr)
-    before = la.prior_precision.detach(), la.sigma_noise.detach()
-    try:
-        with torch.enable_grad():
-            for step in _steps(n_steps, progress_bar):
-                optimizer.zero_grad()
-                evidence = la.log_marginal_likelihood(*[log.exp() for log in logs])
-                if not math.isfinite(evidence.item()):
-                    raise ValueError(
-                        f"The log marginal likelihood is {evidence.item()} at step {step}. Lower lr={lr}, or start nearer."
-                    )
-                (-evidence).backward()
-                optimizer.step()
-    finally:
-        la.prior_precision, la.sigma_noise = before
-    best = [log.detach().exp() for log in logs]
-    return best[0], best[1] if len(best) > 1 else None
-
-
-def _steps(n_steps: int, progress_bar: bool) -> Iterable[int]:
-    if not progress_bar:
-        return range(n_steps)
-    from tqdm.auto import tqdm
-
-    return tqdm(range(n_steps), desc="[Optimizing marginal likelihood]")
-
-
 def prior_precision_grid(log_min: float = -4, log_max: float = 4, size: int = 100, base: float = 10.0) -> Tensor:
     """Values ``base ** linspace(log_min, log_max, size)`` in float64.
 
@@ -157,7 +101,7 @@ def prior_precision_grid(log_min: float = -4, log_max: float = 4, size: int = 10
 
 
 def score_grid(
-    la: ParametricLaplace,
+    la: Fitted,
     loader: Iterable,
     grid: Tensor,
     link_approx: LinkApprox | str = LinkApprox.PROBIT,
@@ -198,12 +142,12 @@ def score_grid(
     return total, n
 
 
-def _parts(la: ParametricLaplace, loader: Iterable, progress_bar: bool) -> Iterator[tuple[Any, Tensor]]:
+def _parts(la: Fitted, loader: Iterable, progress_bar: bool) -> Iterator[tuple[Any, Tensor]]:
     for x, y in la._batches(loader, progress_bar, "Scoring prior precisions"):
         yield from ((inputs, targets) for _, inputs, targets in la._parts(x, y))
 
 
-def _summed_loss(la: ParametricLaplace, prediction: Tensor, y: Tensor) -> float:
+def _summed_loss(la: Fitted, prediction: Tensor, y: Tensor) -> float:
     if la.likelihood is Likelihood.REGRESSION:
         return float((prediction.double() - y.double()).square().sum())
     picked = prediction.double().gather(-1, y.long()[..., None])
@@ -297,3 +241,53 @@ def select_prior_precision(grid: Tensor, scores: Tensor) -> Tensor:
             stacklevel=2,
         )
     return grid[best]
+
+
+@torch.no_grad()
+def validate(
+    laplace: Fitted,
+    val_loader: Iterable,
+    loss: Any | Callable[..., Tensor | float],
+    pred_type: PredType | str = PredType.GLM,
+    link_approx: LinkApprox | str = LinkApprox.PROBIT,
+    n_samples: int = 100,
+    dict_key_y: str = "labels",
+) -> float:
+    """Loss of the predictive on validation data.
+
+    Args:
+        laplace: A fitted posterior.
+        val_loader: Validation batches.
+        loss: A torchmetrics metric, which is reset first and gets ``(probabilities or means, targets)`` of every batch;
+            or a function of all probabilities and targets at once, for regression of all means, variances and targets.
+        pred_type: ``'glm'`` or ``'nn'``.
+        link_approx: Link of the GLM predictive.
+        n_samples: Samples of predictives that draw any.
+        dict_key_y: Key of the targets in dict-like batches.
+
+    Raises:
+        ValueError: If the loader is empty.
+    """
+    running = is_metric(loss)
+    if running:
+        loss = loss.to(laplace._device) if hasattr(loss, "to") else loss
+        loss.reset()
+    rows: list[tuple[Tensor, ...]] = []
+    seen = False
+    for x, y in batches(val_loader, laplace._device, dict_key_y):
+        seen = True
+        out = laplace(
+            x,
+            pred_type=pred_type,
+            link_approx=link_approx,
+            n_samples=n_samples,
+            fitting=laplace.likelihood is Likelihood.REWARD_MODELING,
+        )
+        out = out if isinstance(out, tuple) else (out,)
+        if running:
+            loss.update(out[0], y)
+        else:
+            rows.append((*out, y))
+    if not seen:
+        raise ValueError("The validation data is empty.")
+    return float(loss.compute() if running else loss(*joined(rows)))

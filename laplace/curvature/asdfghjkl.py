@@ -1,24 +1,5 @@
-"""The ASDL backends under the names of the package's earlier releases."""
+"""The backends of ASDL under the names of its earlier releases, under their customary import path."""
 
-from __future__ import annotations
-
-from laplace.curvature.asdl import AsdlEF, AsdlGGN, AsdlHessian, AsdlInterface
-
-
-class AsdfghjklInterface(AsdlInterface):
-    """Same as :class:`laplace.curvature.asdl.AsdlInterface`."""
-
-
-class AsdfghjklGGN(AsdfghjklInterface, AsdlGGN):
-    """Same as :class:`laplace.curvature.asdl.AsdlGGN`."""
-
-
-class AsdfghjklEF(AsdfghjklInterface, AsdlEF):
-    """Same as :class:`laplace.curvature.asdl.AsdlEF`."""
-
-
-class AsdfghjklHessian(AsdlHessian):
-    """Same as :class:`laplace.curvature.asdl.AsdlHessian`."""
-
+from laplace.backends.asdfghjkl import AsdfghjklEF, AsdfghjklGGN, AsdfghjklHessian, AsdfghjklInterface
 
 __all__ = ["AsdfghjklEF", "AsdfghjklGGN", "AsdfghjklHessian", "AsdfghjklInterface"]

@@ -1,6 +1,6 @@
 """The interfaces of backends, under their customary import path."""
 
-from laplace.curvature.gauss_newton import EFInterface, GGNInterface
-from laplace.curvature.interface import CurvatureInterface
+from laplace.backends.gauss_newton import EFInterface, GGNInterface
+from laplace.backends.interface import CurvatureInterface
 
 __all__ = ["CurvatureInterface", "EFInterface", "GGNInterface"]

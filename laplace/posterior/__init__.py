@@ -1,1 +1,1 @@
-"""Posteriors: the algebra of one Hessian structure per file."""
+"""Posteriors over all weights: the algebra of one structure per file."""

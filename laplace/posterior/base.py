@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 from math import log, pi, sqrt
 from typing import Any
 
@@ -12,26 +12,13 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
 from laplace import tuning
-from laplace.curvature.curvature import CurvatureInterface
+from laplace.backends.interface import CurvatureInterface
+from laplace.backends.native import NativeGGN
+from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, parse
 from laplace.posterior.arguments import ORDER, by_name, signature
-from laplace.utils.enums import Likelihood, LinkApprox, PredType, PriorStructure, parse
+from laplace.prior import spread
 
 _LOG_SQRT_2PI = log(sqrt(2 * pi))
-
-
-def spread(prior_precision: Tensor, sizes: Sequence[int]) -> Tensor:
-    """A scalar, layerwise or diagonal prior precision as one value per parameter, for tensors of these sizes.
-
-    Raises:
-        ValueError: On another number of values.
-    """
-    if len(prior_precision) == 1:
-        return prior_precision.expand(sum(sizes))
-    if len(prior_precision) == sum(sizes):
-        return prior_precision
-    if len(prior_precision) != len(sizes):
-        raise ValueError(f"prior_prec has {len(prior_precision)} values; valid are 1, {len(sizes)} or {sum(sizes)}.")
-    return prior_precision.repeat_interleave(torch.tensor(sizes, device=prior_precision.device))
 
 
 class BaseLaplace:
@@ -134,8 +121,6 @@ class BaseLaplace:
     def backend(self) -> CurvatureInterface:
         """The curvature backend, made on first use."""
         if self._backend is None:
-            from laplace.curvature.native import NativeGGN
-
             cls = self._backend_cls or NativeGGN
             likelihood = "classification" if self.likelihood is Likelihood.REWARD_MODELING else self.likelihood.value
             self._backend = cls(self.model, likelihood, **self._backend_arguments())

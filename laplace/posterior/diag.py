@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace.curvature.native import diag_vector
-from laplace.curvature.sums import Block, CurvatureSums
-from laplace.curvature.variance import Basis, block_variance
-from laplace.posterior.base import spread
+from laplace.capture.blocks import Block
+from laplace.capture.variance import Basis, block_variance
 from laplace.posterior.parametric import ParametricLaplace
+from laplace.prior import spread
+from laplace.structures.diag import diag_vector
+from laplace.structures.sums import CurvatureSums
 
 
 class DiagLaplace(ParametricLaplace):

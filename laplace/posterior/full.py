@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace.curvature import contract
-from laplace.curvature.curvature import EFInterface, GGNInterface
-from laplace.curvature.sums import CurvatureSums
-from laplace.curvature.variance import dense_variance
+from laplace.backends.gauss_newton import EFInterface, GGNInterface
+from laplace.capture import contractions
+from laplace.capture.variance import dense_variance
+from laplace.linalg import memory
+from laplace.linalg.dense import invsqrt_precision, not_positive_definite
+from laplace.linalg.eigen import eigh, shifted
 from laplace.posterior.arguments import by_name
 from laplace.posterior.parametric import ParametricLaplace
-from laplace.utils import memory
-from laplace.utils.matrix import eigh, shifted
+from laplace.structures.sums import CurvatureSums
 
 
 class FullLaplace(ParametricLaplace):
@@ -69,7 +70,7 @@ class FullLaplace(ParametricLaplace):
         values, prior = self._H_factor.double() * values, prior_precision.double()
         values = torch.where(rounded, shifted(values, prior), values + prior)
         if not bool((values > 0).all()):
-            raise _not_positive_definite()
+            raise not_positive_definite()
         return values
 
     @property
@@ -119,7 +120,7 @@ class FullLaplace(ParametricLaplace):
         else:
             factor, info = torch.linalg.cholesky_ex(self._double_precision())
             if int(info) != 0:
-                raise _not_positive_definite()
+                raise not_positive_definite()
             terms = 2 * factor.diagonal().log() - self.prior_precision_diag.double().log()
         return terms.sum().to(self._dtype)
 
@@ -153,30 +154,8 @@ class FullLaplace(ParametricLaplace):
             raise ValueError("A sweep over prior precisions of a full posterior takes scalars only.")
         else:
             basis, weights = self._spectrum[2], [self._shifted(p).reciprocal() for p in prior_precisions]
-        parts = contract.jacobian_chunks(capture, blocks)
+        parts = contractions.jacobian_chunks(capture, blocks)
         return torch.cat([dense_variance(rows, basis, weights, diagonal) for rows in parts], 1)
 
     def _scale_is_cheaper(self, prior_precision: Tensor) -> bool:
         return prior_precision is self.prior_precision and (self._eigen is None or len(prior_precision) > 1)
-
-
-def invsqrt_precision(M: Tensor) -> Tensor:
-    r"""Lower triangular :math:`L` with :math:`LL^\top = M^{-1}`, from the Cholesky factor of the reversed matrix.
-
-    Raises:
-        ValueError: If ``M`` is not positive definite.
-    """
-    reversed_factor, info = torch.linalg.cholesky_ex(M.flip(-1, -2))
-    if int(info) != 0:
-        raise _not_positive_definite()
-    inverse = reversed_factor.flip(-1, -2).transpose(-1, -2)
-    identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-    return torch.linalg.solve_triangular(inverse, identity, upper=False)
-
-
-def _not_positive_definite() -> ValueError:
-    return ValueError(
-        "The posterior precision is not positive definite in this floating-point type; raise the prior precision or "
-        "convert the model to float64. The Hessian of a model that is not at a minimum may have large negative eigenvalues: "
-        "use a GGN backend, or hessian_structure='lowrank'."
-    )

@@ -22,24 +22,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace import likelihood as lik
-from laplace.curvature import contract, kernel
-from laplace.curvature.capture import eval_mode
-from laplace.curvature.contract import output_directions
-from laplace.curvature.curvature import EFInterface, GGNInterface
-from laplace.curvature.sums import SumsSpec
-from laplace.curvature.variance import Basis, block_variance
+from laplace.backends.gauss_newton import EFInterface, GGNInterface
+from laplace.capture import contractions
+from laplace.capture.capture import eval_mode
+from laplace.capture.contractions import output_directions
+from laplace.capture.variance import Basis, block_variance
+from laplace.data.subset import subset_of
+from laplace.enums import PredType
 from laplace.errors import NotFittedError
+from laplace.likelihoods import base as lik
+from laplace.linalg import memory
 from laplace.posterior.arguments import before, by_name
 from laplace.posterior.base import BaseLaplace
-from laplace.posterior.last_layer import LLLaplace
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.posterior.refusals import NoWeights
-from laplace.utils import memory
-from laplace.utils.enums import PredType
-from laplace.utils.subset import subset_of
+from laplace.structures import gp
+from laplace.structures.sums import SumsSpec
 
-_OWN = ("independent_outputs", "seed")
+OWN_ARGUMENTS = ("independent_outputs", "seed")
 
 
 class FunctionalLaplace(NoWeights, ParametricLaplace):
@@ -72,7 +72,7 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
         "weights. Fit once over all of the data, or use hessian_structure='kron', 'diag' or 'full'."
     )
 
-    order = (*before(BaseLaplace.order, "sigma_noise", "n_subset")[:-1], *_OWN)
+    order = (*before(BaseLaplace.order, "sigma_noise", "n_subset")[:-1], *OWN_ARGUMENTS)
 
     @by_name
     def __init__(
@@ -91,7 +91,7 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
         self.seed = seed
         self.spectrum: Tensor | None = None
         self._vectors: Tensor | None = None
-        self._rows: kernel.Rows = {}
+        self._rows: gp.Rows = {}
         self._subset: list[tuple[Any, Tensor]] = []
         super().__init__(**kwargs)
 
@@ -172,9 +172,9 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
                 capture = self.backend.capture(inputs)
                 directions = self._roots(capture.f, targets, start + first)
                 self._require_rows(capture, size, len(directions))
-                parts.append(kernel.rows_of(capture, self._spec.blocks, directions))
+                parts.append(gp.rows_of(capture, self._spec.blocks, directions))
             start += len(y)
-        rows = kernel.concatenate(parts)
+        rows = gp.concatenate(parts)
         gram = self._gram(rows, rows)
         values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
         self.spectrum, self._vectors = values.clamp(min=0), vectors
@@ -192,7 +192,7 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
 
     def _require_rows(self, capture: Any, n: int, directions: int) -> None:
         """Stop before rows that have no factors, kept for all examples, exceed the free memory."""
-        explicit = [block for block in self._spec.blocks if not contract.is_outer_weight(block, capture)]
+        explicit = [block for block in self._spec.blocks if not contractions.is_outer_weight(block, capture)]
         memory.require(
             memory.tensor_bytes(n, directions, sum(block.size for block in explicit), dtype=self._spec.torch_dtype),
             self._device,
@@ -200,9 +200,9 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
             "Lower n_subset, or set requires_grad=False on embeddings and other parameters that la.coverage gives no factors.",
         )
 
-    def _gram(self, one: kernel.Rows, two: kernel.Rows) -> Tensor:
+    def _gram(self, one: gp.Rows, two: gp.Rows) -> Tensor:
         """Inner products of all rows: ``(1, n · k, m · l)``, or ``(outputs, n, m)`` of independent ones."""
-        (n, k), (m, width) = (kernel.shape_of(rows) for rows in (one, two))
+        (n, k), (m, width) = (gp.shape_of(rows) for rows in (one, two))
         size = (k, n, m) if self.independent_outputs else (n * k, m * width)
         memory.require(
             3 * memory.tensor_bytes(*size),
@@ -211,8 +211,8 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
             "Lower n_subset or the batch size, or set independent_outputs=True.",
         )
         if self.independent_outputs:
-            return kernel.gram(one, two, paired=True)
-        return kernel.gram(one, two).flatten(2, 3).flatten(0, 1)[None]
+            return gp.gram(one, two, paired=True)
+        return gp.gram(one, two).flatten(2, 3).flatten(0, 1)[None]
 
     # --- algebra -------------------------------------------------------------------------------------------------
 
@@ -236,7 +236,7 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
     def functional_variance(self, Js: Tensor) -> Tensor:
         r""":math:`J P^{-1} J^\top` for ``(batch, outputs, parameters)``, giving ``(batch, outputs, outputs)``."""
         self._check_fitted()
-        rows = kernel.rows_of_jacobian(Js, self._spec.blocks, self._rows)
+        rows = gp.rows_of_jacobian(Js, self._spec.blocks, self._rows)
         prior = Js.double() @ Js.double().mT
         if self.independent_outputs:
             prior = prior.diagonal(dim1=-2, dim2=-1)
@@ -252,14 +252,14 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
         outputs = len(self.spectrum)
         js = Js.unflatten(0, (-1, outputs)).transpose(0, 1)  # each output is a process: its examples covary
         prior = js.double() @ js.double().mT
-        cross = self._projected(kernel.rows_of_jacobian(js.transpose(0, 1), self._spec.blocks, self._rows), js.shape[1])
+        cross = self._projected(gp.rows_of_jacobian(js.transpose(0, 1), self._spec.blocks, self._rows), js.shape[1])
         weights = self._weights(self.prior_precision)
         cross = cross.transpose(0, 1)
         each = (prior - (cross * weights[:, None]) @ cross.mT) / self.prior_precision.double()
         placed = torch.einsum("cnm,cd->ncmd", each, torch.eye(outputs, dtype=each.dtype, device=each.device))
         return placed.flatten(2, 3).flatten(0, 1).to(Js.dtype)
 
-    def _projected(self, rows: kernel.Rows, n: int) -> Tensor:
+    def _projected(self, rows: gp.Rows, n: int) -> Tensor:
         """Test rows against the eigenvectors of the training kernel, ``(batch, outputs, size)``."""
         projected = self._gram(rows, self._rows) @ self._vectors
         return projected.transpose(0, 1) if self.independent_outputs else projected[0].unflatten(0, (n, -1))
@@ -284,7 +284,7 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
         ones = [capture.f.new_ones(w, b.size // w, dtype=torch.float64) for w, b in zip(widths, blocks, strict=True)]
         weights = [lambda t, w=w: w for w in ones]
         prior = block_variance(capture, blocks, [Basis()] * len(blocks), weights, 1, only_diagonal)[0]
-        rows = kernel.rows_of(capture, blocks, output_directions(capture.f))
+        rows = gp.rows_of(capture, blocks, output_directions(capture.f))
         cross = self._projected(rows, len(capture.f))
         found = torch.stack([self._variance(prior, cross, value, only_diagonal) for value in prior_precisions])
         return (found if diagonal == only_diagonal else torch.diag_embed(found)).to(dtype)
@@ -328,9 +328,3 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
         self.n_outputs = self._spec.n_outputs
         subset = [(x.to(self._device) if isinstance(x, Tensor) else x, y.to(self._device)) for x, y in state["subset"]]
         self._condition(subset, state["loss"].to(self._device), state["n_data"])
-
-
-class FunctionalLLLaplace(LLLaplace, FunctionalLaplace):
-    """Gaussian-process posterior of the last layer."""
-
-    order = (*before(LLLaplace.order, "sigma_noise", "n_subset")[:-1], *_OWN)

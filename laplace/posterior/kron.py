@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace.curvature.sums import CurvatureSums
-from laplace.curvature.variance import Basis, block_variance
+from laplace.capture.variance import Basis, block_variance
+from laplace.linalg.kronecker import Kron, KronDecomposed
 from laplace.posterior.arguments import before, by_name
 from laplace.posterior.parametric import ParametricLaplace
-from laplace.utils.matrix import Kron, KronDecomposed
+from laplace.structures.sums import CurvatureSums
 
 
 class KronLaplace(ParametricLaplace):

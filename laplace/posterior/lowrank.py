@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace.curvature import contract
-from laplace.curvature.curvature import CurvatureInterface
-from laplace.curvature.hessian import NativeHessian
-from laplace.curvature.sums import CurvatureSums, Factor, SumsSpec
-from laplace.curvature.variance import Basis, block_variance
+from laplace.backends.hessian import NativeHessian
+from laplace.backends.interface import CurvatureInterface
+from laplace.capture import contractions
+from laplace.capture.variance import Basis, block_variance
 from laplace.posterior.arguments import by_name
-from laplace.posterior.base import spread
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.posterior.refusals import NotASum
+from laplace.prior import spread
+from laplace.structures.sums import CurvatureSums, Factor, SumsSpec
 
 
 class LowRankLaplace(NotASum, ParametricLaplace):
@@ -215,12 +215,12 @@ class LowRankLaplace(NotASum, ParametricLaplace):
         """Jacobians times a thin matrix, ``(batch, outputs, rank)``, one output at a time."""
         places = matrix.split([block.size for block in blocks])
         projected = []
-        for v in contract.output_directions(capture.f):
+        for v in contractions.output_directions(capture.f):
             gradients = capture.gradients(v)
             total = torch.zeros(len(v), matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
             for block, place in zip(blocks, places, strict=True):
-                for start, stop in contract.chunks(len(v), block.size):
-                    rows = contract.row_of_block(block, gradients, capture, v, start, stop)
+                for start, stop in contractions.chunks(len(v), block.size):
+                    rows = contractions.row_of_block(block, gradients, capture, v, start, stop)
                     total[start:stop] += rows.double() @ place
             projected.append(total)
         return torch.stack(projected, 1)

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from laplace import predictive
-from laplace.curvature.coverage import CoverageReport, coverage_report
-from laplace.curvature.sums import CurvatureSums, SumsSpec
+from laplace import evidence, predictive, state
+from laplace.data.batches import batches
+from laplace.enums import Likelihood, PredType
 from laplace.errors import NotFittedError
-from laplace.posterior import state
 from laplace.posterior.arguments import by_name
 from laplace.posterior.base import BaseLaplace
-from laplace.utils.batches import batches
-from laplace.utils.enums import Likelihood, PredType
+from laplace.structures.registry import CoverageReport, coverage_report
+from laplace.structures.sums import CurvatureSums, SumsSpec
 
 
 class ParametricLaplace(BaseLaplace):
@@ -210,7 +209,7 @@ class ParametricLaplace(BaseLaplace):
         raise NotImplementedError
 
     def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor:
-        """Predictive variances of one batch for several prior precisions; see :mod:`laplace.curvature.variance`."""
+        """Predictive variances of one batch for several prior precisions; see :mod:`laplace.capture.variance`."""
         raise NotImplementedError
 
     @property
@@ -257,33 +256,7 @@ class ParametricLaplace(BaseLaplace):
         r""":math:`\log\det P - \log\det P_0`."""
         return self.log_det_posterior_precision - self.log_det_prior_precision
 
-    def log_marginal_likelihood(
-        self, prior_precision: Tensor | None = None, sigma_noise: Tensor | None = None
-    ) -> Tensor:
-        r"""Laplace approximation of the evidence, differentiable in both arguments.
-
-        .. math:: \log p(\mathcal D) \approx \log p(\mathcal D \mid \theta)
-            - \tfrac12 \left(\log\tfrac{\det P}{\det P_0} + (\theta - \mu_0)^\top P_0 (\theta - \mu_0)\right)
-
-        Args:
-            prior_precision: Replaces the current prior precision.
-            sigma_noise: Replaces the current observation noise (regression).
-
-        Raises:
-            NotFittedError: Before ``fit``.
-            ValueError: If ``sigma_noise`` is given for a likelihood without noise.
-        """
-        self._check_fitted()
-        before = self.prior_precision
-        if prior_precision is not None:
-            self.prior_precision = prior_precision
-        if sigma_noise is not None:
-            try:
-                self.sigma_noise = sigma_noise
-            except ValueError:
-                self.prior_precision = before
-                raise
-        return self.log_likelihood - 0.5 * (self.log_det_ratio + self.scatter)
+    log_marginal_likelihood = evidence.log_marginal_likelihood
 
     def log_prob(self, value: Tensor, normalized: bool = True) -> Tensor:
         """Log density of the posterior at ``value``; without its constant if not ``normalized``."""
@@ -319,5 +292,5 @@ class ParametricLaplace(BaseLaplace):
         self.set_sums(content)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state from :meth:`state_dict`; see :func:`laplace.posterior.state.load_state_dict`."""
+        """Take over a state from :meth:`state_dict`; see :func:`laplace.state.load_state_dict`."""
         state.load_state_dict(self, state_dict)

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from laplace.curvature.sums import CurvatureSums
+from laplace.structures.sums import CurvatureSums
 
 
 class NotASum:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace.curvature.noise import fixed_directions
+from laplace.noise import fixed_directions
 from laplace.transforms.states import DiagLaplaceState, Transform, add_diag
 from laplace.transforms.states import init_diag as init
 from laplace.transforms.states import sample_diag as sample

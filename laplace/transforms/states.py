@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from laplace.posterior.full import invsqrt_precision
+from laplace.linalg.dense import invsqrt_precision
 from laplace.transforms.trees import flatten, identity, tree_map
 
 SCALAR = torch.Size([])  # the shape of one draw

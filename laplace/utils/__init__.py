@@ -1,11 +1,9 @@
 """Helpers of the core library under the public paths."""
 
-from __future__ import annotations
-
-import importlib
 from typing import Any
 
-from laplace.utils.enums import (
+from laplace.capture.feature_extractor import FeatureExtractor, FeatureReduction
+from laplace.enums import (
     HessianStructure,
     Likelihood,
     LinkApprox,
@@ -14,39 +12,32 @@ from laplace.utils.enums import (
     SubsetOfWeights,
     TuningMethod,
 )
-from laplace.utils.feature_extractor import FeatureExtractor, FeatureReduction
-from laplace.utils.matrix import Kron, KronDecomposed
-
-# Imported on first use: some need posteriors, which need this package; one needs torchmetrics.
-_WHERE = {
-    "laplace.utils.running": ["RunningNLLMetric"],
-    "laplace.utils.subnetmask": [
-        "LargestMagnitudeSubnetMask",
-        "LargestVarianceDiagLaplaceSubnetMask",
-        "LargestVarianceSWAGSubnetMask",
-        "LastLayerSubnetMask",
-        "ModuleNameSubnetMask",
-        "ParamNameSubnetMask",
-        "RandomSubnetMask",
-        "SubnetMask",
-    ],
-    "laplace.utils.swag": ["fit_diagonal_swag_var"],
-    "laplace.utils.utils": [
-        "SoDSampler",
-        "block_diag",
-        "diagonal_add_scalar",
-        "expand_prior_precision",
-        "fix_prior_prec_structure",
-        "get_nll",
-        "invsqrt_precision",
-        "kron",
-        "normal_samples",
-        "parameters_per_layer",
-        "symeig",
-        "validate",
-    ],
-}
-_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+from laplace.linalg.kronecker import Kron, KronDecomposed
+from laplace.subsets.masks import (
+    LargestMagnitudeSubnetMask,
+    LargestVarianceDiagLaplaceSubnetMask,
+    LargestVarianceSWAGSubnetMask,
+    LastLayerSubnetMask,
+    ModuleNameSubnetMask,
+    ParamNameSubnetMask,
+    RandomSubnetMask,
+    SubnetMask,
+)
+from laplace.subsets.swag import fit_diagonal_swag_var
+from laplace.utils.utils import (
+    SoDSampler,
+    block_diag,
+    diagonal_add_scalar,
+    expand_prior_precision,
+    fix_prior_prec_structure,
+    get_nll,
+    invsqrt_precision,
+    kron,
+    normal_samples,
+    parameters_per_layer,
+    symeig,
+    validate,
+)
 
 __all__ = [
     "FeatureExtractor",
@@ -54,17 +45,41 @@ __all__ = [
     "HessianStructure",
     "Kron",
     "KronDecomposed",
+    "LargestMagnitudeSubnetMask",
+    "LargestVarianceDiagLaplaceSubnetMask",
+    "LargestVarianceSWAGSubnetMask",
+    "LastLayerSubnetMask",
     "Likelihood",
     "LinkApprox",
+    "ModuleNameSubnetMask",
+    "ParamNameSubnetMask",
     "PredType",
     "PriorStructure",
+    "RandomSubnetMask",
+    "RunningNLLMetric",  # noqa: F822 (imported on first use)
+    "SoDSampler",
+    "SubnetMask",
     "SubsetOfWeights",
     "TuningMethod",
-    *_MODULE_OF,
+    "block_diag",
+    "diagonal_add_scalar",
+    "expand_prior_precision",
+    "fit_diagonal_swag_var",
+    "fix_prior_prec_structure",
+    "get_nll",
+    "invsqrt_precision",
+    "kron",
+    "normal_samples",
+    "parameters_per_layer",
+    "symeig",
+    "validate",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    """Import torchmetrics only for who wants a metric: beside a broken torchvision it cannot be imported."""
+    if name != "RunningNLLMetric":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+    from laplace.likelihoods.running import RunningNLLMetric
+
+    return RunningNLLMetric

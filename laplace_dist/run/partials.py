@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from laplace.curvature.sums import is_finite
+from laplace.structures.sums import is_finite
 from laplace_dist.errors import CheckpointError, ForeignError, RunFailed, listed
 from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan

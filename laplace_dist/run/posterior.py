@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from laplace import Laplace
-from laplace.curvature import backend_class
-from laplace.curvature.sums import CurvatureSums, SumsSpec
+from laplace.backends import backend_class
+from laplace.structures.sums import CurvatureSums, SumsSpec
 from laplace_dist.data.calling import adapted
 from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.plan.plan import Plan

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from laplace.curvature.sums import sum_in_order
+from laplace.structures.sums import sum_in_order
 from laplace_dist.data import loader
 from laplace_dist.data.collate import Collate
 from laplace_dist.errors import ExampleError

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from laplace.curvature.sums import sum_in_order
+from laplace.structures.sums import sum_in_order
 from laplace_dist.errors import CheckpointError, ForeignError, MissingObjectError
 from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace.utils.metrics import (
+from laplace.likelihoods.scores import (
     classification_scores,
     regression_scores,
     summarize_classification,

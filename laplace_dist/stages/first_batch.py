@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace.likelihood import check_shapes
-from laplace.utils.batches import length_of, part_of
-from laplace.utils.enums import Likelihood
+from laplace.data.batches import length_of, part_of
+from laplace.enums import Likelihood
+from laplace.likelihoods.base import check_shapes
 from laplace_dist.config.compatibility import check_storage_options, ood
 from laplace_dist.config.settings import Config
 from laplace_dist.data.collate import Collate

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from laplace.tuning import maximize_evidence, prior_precision_grid, score_grid, select_prior_precision
+from laplace.evidence import maximize_evidence
+from laplace.tuning import prior_precision_grid, score_grid, select_prior_precision
 from laplace_dist.config.settings import Config
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment

@@ -9,7 +9,7 @@ from torch import nn
 from laplace.curvature import backend_class
 from laplace.curvature.conformance import SumsConformance
 from laplace.curvature.curvature import CurvatureInterface, GGNInterface
-from laplace.curvature.sums import CurvatureSums
+from laplace.structures.sums import CurvatureSums
 from laplace.utils.matrix import Kron
 
 from . import naive

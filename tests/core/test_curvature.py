@@ -214,16 +214,22 @@ def test_wide_convolutions():
 @pytest.mark.parametrize("name", ["mlp", "two-convolutions", "stride-padding", "sequence", "twice", "sequence-output"])
 def test_chunks_do_not_change_sums_or_variances(name, structure, monkeypatch):
     """Temporaries are bounded by working on ranges of examples and blocks of columns; here these are tiny."""
-    from laplace.curvature import contract
+    from laplace.capture import contractions
+    from laplace.structures import diag, full, kron
 
     case = CASES[name]
     model, x, y = case.make()
     expected = fit(model, case.likelihood, structure, x, y)
     variance = glm_distribution(expected, x)[1]
-    sizes = [n for n, value in vars(contract).items() if n.isupper() and isinstance(value, int)]
-    assert "_CHUNK" in sizes
-    for constant in sizes:
-        monkeypatch.setattr(contract, constant, 2)
+    sizes = [
+        (module, n)
+        for module in (contractions, diag, full, kron)
+        for n, value in vars(module).items()
+        if n.isupper() and isinstance(value, int)
+    ]
+    assert {(contractions, "_CHUNK"), (kron, "_PATCHES"), (kron, "_ROWS"), (full, "_ROWS")} == set(sizes)
+    for module, constant in sizes:
+        monkeypatch.setattr(module, constant, 2)
     la = fit(model, case.likelihood, structure, x, y)
     assert naive.relative_error(curvature(la), curvature(expected)) < TOLERANCE
     assert naive.relative_error(glm_distribution(la, x)[1], variance) < TOLERANCE

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from laplace import Laplace
-from laplace import likelihood as lik
-from laplace.curvature import backend_class, gram
+from laplace.curvature import backend_class
 from laplace.curvature.curvature import GGNInterface
+from laplace.likelihoods import base as lik
+from laplace.linalg import gram
 from laplace.utils.enums import Likelihood
 from laplace.utils.matrix import Kron
 

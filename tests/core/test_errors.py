@@ -144,7 +144,7 @@ def test_large_finite_outputs_are_not_refused():
     x = torch.full((4, 1), 1e38)
     with torch.no_grad():
         la.model.weight.fill_(1.0)
-    from laplace.likelihood import check_finite
+    from laplace.likelihoods.base import check_finite
 
     check_finite("values", x * 3, 0)
     with pytest.raises(NonFiniteError):

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 import laplace.curvature
 from laplace import Laplace
+from laplace.backends.hessian import NativeHessian
 from laplace.curvature.curvlinops import CurvlinopsHessian
-from laplace.curvature.hessian import NativeHessian
-from laplace.curvature.lowrank import block_lanczos
 from laplace.errors import NonFiniteError
+from laplace.linalg.lowrank import block_lanczos
 
 from . import naive
 from .models import CASES, Case, loader

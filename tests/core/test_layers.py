@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from laplace import Laplace
-from laplace.curvature import layers
+from laplace.capture import rules as layers
 from laplace.predictive import glm_distribution
 
 from . import naive

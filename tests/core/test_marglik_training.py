@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from laplace import FullLaplace, KronLaplace, Laplace, marglik_training
 from laplace.curvature import NativeEF, NativeGGN
-from laplace.tuning import maximize_evidence
+from laplace.evidence import maximize_evidence
 from tests.core import naive
 from tests.core.models import mlp
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from laplace.utils.matrix import Kron, KronDecomposed, symeig
+from laplace.linalg.eigen import symeig
+from laplace.utils.matrix import Kron, KronDecomposed
 
 from . import naive
 

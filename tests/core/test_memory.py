@@ -8,9 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from laplace import Laplace, NotEnoughMemoryError
-from laplace.curvature import NativeGGN, contract
-from laplace.curvature.lowrank import block_lanczos
-from laplace.utils import FeatureExtractor, memory
+from laplace.capture import contractions
+from laplace.curvature import NativeGGN
+from laplace.linalg import memory
+from laplace.linalg.lowrank import block_lanczos
+from laplace.utils import FeatureExtractor
 
 from .models import CASES, loader
 
@@ -118,7 +120,7 @@ POSTERIORS += [("subnetwork", "full"), ("subnetwork", "diag"), ("all", "lowrank"
 @pytest.mark.parametrize("subset, structure", POSTERIORS)
 def test_no_jacobians_of_a_batch_on_any_default_path(subset, structure, monkeypatch):
     """Fit, evidence, predictive and both ways of tuning make nothing of the size (batch, outputs, parameters)."""
-    monkeypatch.setattr(contract, "_CHUNK", 1000)
+    monkeypatch.setattr(contractions, "_CHUNK", 1000)
     model, x, y = CASES["ten-classes"].make(n=64)
     kwargs = {"subnetwork_indices": torch.arange(0, 66, 2)} if subset == "subnetwork" else {}
     kwargs |= {"n_subset": 4} if structure == "gp" else {}

@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from laplace.curvature.noise import normal, uniform
-from laplace.likelihood import sampled_gradients
+from laplace.likelihoods.base import sampled_gradients
+from laplace.noise import normal, uniform
 from laplace.utils.enums import Likelihood
 
 N, DRAWS = 4000, 10

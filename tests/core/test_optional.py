@@ -15,8 +15,8 @@ import torch
 import laplace
 import laplace.curvature
 from laplace import Laplace, _clash
+from laplace.backends.optional import import_optional
 from laplace.curvature import backend_class, backend_names
-from laplace.curvature.optional import import_optional
 
 from .models import CASES, loader
 
@@ -30,7 +30,7 @@ PACKAGES = {
 
 def forget(monkeypatch, *names):
     """Take modules and all that imported them out of the cache until the end of the test."""
-    ours = [f"laplace.curvature.{name}" for name in (*names, "asdfghjkl")]
+    ours = [f"laplace.{folder}.{name}" for folder in ("backends", "curvature") for name in (*names, "asdfghjkl")]
     for module in list(sys.modules):
         if module.partition(".")[0] in names or module in ours:
             monkeypatch.delitem(sys.modules, module)
@@ -178,7 +178,7 @@ def test_the_clash_is_said_by_the_import_itself(tmp_path):
 LEFT = [
     "laplace.tuning",
     "laplace.errors",
-    "laplace.curvature.sums",
+    "laplace.structures.sums",
     "laplace.transforms",
     "laplace_dist.execution.worker",
 ]

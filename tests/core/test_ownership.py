@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from laplace import Laplace
-from laplace.curvature.sums import CurvatureSums, sum_in_order
-from laplace.utils import memory
+from laplace.linalg import memory
+from laplace.structures.sums import CurvatureSums, sum_in_order
 from laplace.utils.matrix import Kron
 
 from .models import CASES, loader

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from laplace import Laplace, NotEnoughMemoryError
-from laplace.curvature import NativeEF, NativeGGN, interface
-from laplace.utils import memory
+from laplace.backends import interface
+from laplace.curvature import NativeEF, NativeGGN
+from laplace.linalg import memory
 
 from .models import CASES, loader
 from .test_memory import Largest

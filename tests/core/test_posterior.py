@@ -564,7 +564,7 @@ def test_a_failed_fit_leaves_the_earlier_one():
 
 
 def test_a_posterior_that_is_not_positive_definite_says_what_to_do():
-    from laplace.posterior.full import invsqrt_precision
+    from laplace.linalg.dense import invsqrt_precision
 
     with pytest.raises(ValueError, match="not positive definite.*raise the prior precision"):
         invsqrt_precision(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))

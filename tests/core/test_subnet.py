@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from laplace import DiagLaplace, DiagSubnetLaplace, FullSubnetLaplace, Laplace, SubnetLaplace, subnetlaplace
 from laplace.curvature import EFInterface, GGNInterface, NativeEF, NativeGGN
 from laplace.curvature.conformance import SumsConformance
-from laplace.curvature.sums import SumsSpec
+from laplace.structures.sums import SumsSpec
 from tests.core import naive
 from tests.core.models import CASES, loader, mlp
 

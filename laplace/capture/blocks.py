@@ -1,0 +1,46 @@
+"""One parameter's place in the curvature: where it is captured, and which sums it goes into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """How one parameter's curvature is obtained.
+
+    Attributes:
+        parameter: Name of the parameter in the model.
+        shape: Its shape.
+        layer: Name of the module whose captured inputs and output gradients give its curvature, or None where per-example
+            automatic differentiation of this parameter does.
+        factors: Names of its sums; of Kronecker factors, that over the weight's first dimension first.
+        reason: Why it is treated in this way; shown in the coverage report.
+        chosen: Flat indices of the entries that a subnetwork keeps; None for all.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    layer: str | None
+    factors: tuple[str, ...]
+    reason: str
+    chosen: tuple[int, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of entries that are kept."""
+        return torch.Size(self.shape).numel() if self.chosen is None else len(self.chosen)
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether its sums are Kronecker factors."""
+        return self.factors[0].endswith(("/A", "/B"))
+
+    @cached_property
+    def indices(self) -> Tensor:
+        """``chosen`` as a tensor on the host."""
+        return torch.tensor(self.chosen, device="cpu")

@@ -1,0 +1,158 @@
+r"""Capture once, contract many: one forward pass that remembers what every contraction needs.
+
+A capture holds, for every covered layer, the inputs :math:`a` of each of its calls, and gives the output gradients
+:math:`g = (\partial f / \partial z)^\top v` for any direction :math:`v` in output space by one backward pass that stops at
+the layers' outputs: no gradient of any weight is formed. Parameters without a covered layer get per-example Jacobians of
+their own through :mod:`torch.func`.
+
+The directions are taken one at a time rather than stacked under ``vmap``: on CPUs the batched convolution backward is an
+order of magnitude slower, for linear layers the two are equal, and memory stays at one direction.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace.capture.fallback import per_example_jacobians
+from laplace.capture.rules import gradients_by_position, inputs_by_position
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluate the model inside the block and leave every module's training flag as it was found."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class Capture:
+    """Outputs, layer inputs and output gradients of one batch.
+
+    Attributes:
+        f: Outputs ``(batch, …, outputs)`` without graph.
+        jacobians: For every parameter without a covered layer, its Jacobian ``(batch, outputs, parameter size)``, where
+            ``outputs`` counts all positions and classes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor | MutableMapping[str, Any],
+        layers: Iterable[str],
+        others: Iterable[str] = (),
+        dtype: torch.dtype = torch.float32,
+    ):
+        """Run the model on one batch.
+
+        Args:
+            model: The network, already in the mode in which it is to be evaluated.
+            x: One batch of inputs.
+            layers: Names of the covered modules.
+            others: Names of the parameters that need Jacobians of their own.
+            dtype: Type in which inputs and gradients are handed out.
+        """
+        self.dtype = dtype
+        self.modules = {name: model.get_submodule(name) for name in layers}
+        self._forward(model, x)
+        self.f = self._output.detach()
+        self.jacobians = per_example_jacobians(model, x, list(others), dtype)
+        self._inputs: dict[str, Tensor] = {}
+
+    def _forward(self, model: nn.Module, x: Any) -> None:
+        self._calls: list[tuple[str, Tensor, Any]] = []
+
+        def remember(name: str):
+            def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+                value = (args[0] if args else kwargs["input"]).detach()
+                # The edge, not the tensor: a later in-place operation may change what the tensor stands for.
+                self._calls.append((name, value, torch.autograd.graph.get_gradient_edge(output)))
+
+            return hook
+
+        handles = [m.register_forward_hook(remember(n), with_kwargs=True) for n, m in self.modules.items()]
+        try:
+            with torch.enable_grad():
+                self._output = model(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def called(self) -> set[str]:
+        """Names of the covered modules that ran."""
+        return {name for name, _, _ in self._calls}
+
+    def inputs(self, layer: str) -> Tensor:
+        """Inputs of a layer over all its calls, ``(batch, positions, in)``."""
+        if layer not in self._inputs:
+            self._inputs[layer] = next(self.input_chunks(layer, sys.maxsize))
+        return self._inputs[layer]
+
+    def input_chunks(self, layer: str, elements: int) -> Iterator[Tensor]:
+        """Inputs of a layer as :meth:`inputs`, in chunks of examples of about so many elements."""
+        module, n = self.modules[layer], len(self.f)
+        calls = [self._by_example(value) for name, value, _ in self._calls if name == layer]
+        one = sum(inputs_by_position(module, value[:1].flatten(0, 1)).numel() for value in calls)
+        for start, stop in ranges(n, one, elements):
+            parts = []
+            for value in calls:
+                a = inputs_by_position(module, value[start:stop].flatten(0, 1)).to(self.dtype)
+                parts.append(_join_positions(a, stop - start))
+            yield parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _by_example(self, value: Tensor) -> Tensor:
+        """A layer's input or output as ``(batch, parts, …)``.
+
+        Models may fold positions into the batch, as ``x.flatten(0, 1)`` does; then every example has several parts. Where
+        the fold is of another order, the check against automatic differentiation finds out.
+        """
+        n = len(self.f)
+        return value.unflatten(0, (n, len(value) // n)) if len(value) % n == 0 else value[None]
+
+    def gradients(self, v: Tensor) -> dict[str, Tensor]:
+        """Output gradients of every layer for one direction.
+
+        Args:
+            v: Direction in output space, shaped like :attr:`f`.
+
+        Returns:
+            ``(batch, positions, out)`` by layer.
+        """
+        if not self._calls:
+            return {}
+        edges = [edge for _, _, edge in self._calls]
+        grads = torch.autograd.grad(self._output, edges, v.to(self._output.dtype), retain_graph=True, allow_unused=True)
+        found: dict[str, list[Tensor]] = {}
+        for (name, _, _), g in zip(self._calls, grads, strict=True):
+            if g is None:
+                raise ValueError(
+                    f"The output of layer {name!r} does not influence the model's output, so its curvature is zero. "
+                    "Set requires_grad=False on its parameters to leave them out."
+                )
+            g = gradients_by_position(self.modules[name], g).to(self.dtype)
+            found.setdefault(name, []).append(_join_positions(g, len(self.f)))
+        return {name: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for name, parts in found.items()}
+
+
+def _join_positions(values: Tensor, n: int) -> Tensor:
+    """``(batch · parts, positions, width)`` as ``(batch, parts · positions, width)``."""
+    if len(values) == n or len(values) % n != 0:
+        return values
+    return values.reshape(n, -1, values.shape[-1])
+
+
+def ranges(n: int, each: int, elements: int) -> Iterator[tuple[int, int]]:
+    """Ranges that cover ``n`` items of ``each`` elements in steps of about ``elements`` elements."""
+    step = max(1, elements // max(1, each))
+    for start in range(0, n, step):
+        yield start, min(start + step, n)

@@ -1,0 +1,171 @@
+"""Split a model into features and a linear last layer."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace.enums import parse
+
+
+class FeatureReduction(StrEnum):
+    """How features ``(batch, positions, in)`` become ``(batch, in)``; it has to repeat what the model does.
+
+    Models that pick the last position that is not padding pick another one for every example: the position whose logits are
+    the model's output is then taken instead.
+    """
+
+    PICK_FIRST = "pick_first"
+    PICK_LAST = "pick_last"
+    AVERAGE = "average"
+
+
+class FeatureExtractor(nn.Module):
+    """A model together with its last layer and the inputs of that layer.
+
+    Args:
+        model: The network.
+        last_layer_name: Name of the last layer as in ``model.named_modules()``; found from a forward pass if None.
+        enable_backprop: Keep the graph of the features.
+        feature_reduction: How features with a position dimension are reduced.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        last_layer_name: str | None = None,
+        enable_backprop: bool = False,
+        feature_reduction: FeatureReduction | str | None = None,
+    ):
+        """See the class."""
+        super().__init__()
+        self.model = model
+        self.enable_backprop = enable_backprop
+        self.feature_reduction = (
+            None if feature_reduction is None else parse(FeatureReduction, feature_reduction, "feature_reduction")
+        )
+        self.last_layer_name: str | None = None
+        if last_layer_name is not None:
+            self.set_last_layer(last_layer_name)
+
+    @property
+    def last_layer(self) -> nn.Linear:
+        """The linear last layer.
+
+        Raises:
+            RuntimeError: If it is not known yet.
+        """
+        if self.last_layer_name is None:
+            raise RuntimeError("The last layer is not known yet: call find_last_layer(x) or fit() first.")
+        return self.model.get_submodule(self.last_layer_name)
+
+    def set_last_layer(self, last_layer_name: str) -> None:
+        """Choose the last layer by name.
+
+        Raises:
+            ValueError: If there is no such module or it is not :class:`torch.nn.Linear`.
+        """
+        modules = dict(self.model.named_modules())
+        if last_layer_name not in modules:
+            linear = [name for name, m in modules.items() if isinstance(m, nn.Linear)]
+            raise ValueError(f"last_layer_name={last_layer_name!r} is not a module; linear modules are {linear}.")
+        if not isinstance(modules[last_layer_name], nn.Linear):
+            kind = type(modules[last_layer_name]).__name__
+            raise ValueError(f"The last layer must be nn.Linear, but {last_layer_name!r} is {kind}.")
+        self.last_layer_name = last_layer_name
+
+    def forward(self, x: Tensor | MutableMapping[str, Any]) -> Tensor:
+        """The model's outputs; the first call finds the last layer."""
+        if self.last_layer_name is None:
+            return self.find_last_layer(x)
+        return self.model(x)
+
+    def forward_with_features(self, x: Tensor | MutableMapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Outputs and (reduced) inputs of the last layer."""
+        if self.last_layer_name is None:
+            self.find_last_layer(x)
+        out, kept = self._run(x)
+        features = self._reduce(*kept[-1], out)
+        return out, features if self.enable_backprop else features.detach()
+
+    def _run(self, x: Tensor | MutableMapping[str, Any]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Outputs, and input and output of every call of the last layer."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        handle = self.last_layer.register_forward_hook(lambda module, args, output: kept.append((args[0], output)))
+        try:
+            return self.model(x), kept
+        finally:
+            handle.remove()
+
+    def find_last_layer(self, x: Tensor | MutableMapping[str, Any]) -> Tensor:
+        """Take the layer that ran last, and check that the model's output is its output.
+
+        Raises:
+            ValueError: If that layer is not linear, or if something follows it that changes the output.
+        """
+        ran: list[tuple[str, nn.Module, tuple, Tensor]] = []  # the latest alone
+        handles = [
+            module.register_forward_hook(
+                lambda m, args, out, name=name: ran.__setitem__(slice(None), [(name, m, args, out)])
+            )
+            for name, module in self.model.named_modules()
+            if not list(module.children())
+        ]
+        try:
+            out = self.model(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        name, layer, inputs, logits = ran[0] if ran else ("", None, (), None)
+        if not isinstance(layer, nn.Linear):
+            last = f"{name!r} ({type(layer).__name__})" if ran else "unknown"
+            raise ValueError(
+                f"The layer that ran last is {last}, not nn.Linear. Models for last-layer Laplace end in a linear layer "
+                "and return logits; if the last layer is elsewhere, pass last_layer_name."
+            )
+        self._check(name, layer, inputs[0], logits, out)
+        self.set_last_layer(name)
+        return out
+
+    def check_last_layer(self, x: Tensor | MutableMapping[str, Any]) -> None:
+        """Check that the model's output is the output of the layer that was named.
+
+        Raises:
+            ValueError: If that layer does not run, or if something follows it that changes the output.
+        """
+        out, kept = self._run(x)
+        if not kept:
+            raise ValueError(
+                f"The layer last_layer_name={self.last_layer_name!r} does not run in the model's forward pass."
+            )
+        self._check(self.last_layer_name, self.last_layer, *kept[-1], out)
+
+    @torch.no_grad()
+    def _check(self, name: str, layer: nn.Linear, features: Tensor, logits: Tensor, out: Tensor) -> None:
+        rebuilt = nn.functional.linear(self._reduce(features, logits, out), layer.weight, layer.bias)
+        if rebuilt.shape != out.shape or not torch.allclose(rebuilt, out, rtol=1e-3, atol=1e-4):
+            raise ValueError(
+                f"The model's output {tuple(out.shape)} is not the output of its last layer {name!r} "
+                f"{tuple(rebuilt.shape)}. Return raw logits, or state the model's own reduction with feature_reduction "
+                f"({', '.join(repr(r.value) for r in FeatureReduction)})."
+            )
+
+    def _reduce(self, features: Tensor, logits: Tensor, out: Tensor) -> Tensor:
+        if self.feature_reduction is None or features.ndim == 2:
+            return features
+        features, logits = features.flatten(1, -2), logits.flatten(1, -2)
+        if self.feature_reduction is FeatureReduction.AVERAGE:
+            return features.mean(1)
+        last = self.feature_reduction is FeatureReduction.PICK_LAST
+        if out.shape != logits[:, 0].shape:
+            return features[:, -1 if last else 0]
+        same = (logits == out[:, None]).all(-1)  # the position that the model picked
+        order = torch.arange(1, same.shape[1] + 1, device=same.device)
+        picked = (same * (order if last else order.flip(0))).argmax(1)
+        nominal = torch.full_like(picked, same.shape[1] - 1 if last else 0)
+        picked = torch.where(same.any(1), picked, nominal)
+        return features[torch.arange(len(features), device=features.device), picked]

@@ -1,0 +1,148 @@
+r"""Layers whose curvature follows from their inputs and output gradients.
+
+An *outer* layer computes :math:`z_r = W a_r + b` for every position :math:`r` of an example (one for a plain linear layer,
+the output pixels of a convolution, the tokens of a sequence). Its Jacobian with respect to :math:`W` is
+:math:`\sum_r g_r a_r^\top`. The functions here bring inputs to ``(batch, positions, in)`` and output gradients to
+``(batch, positions, out)``, in the order of the row-major flattened weight; a layer that stores :math:`W^\top` is
+*transposed*.
+
+A *row* layer has no such form, but the gradient of one example follows from the same two: normalisations, embeddings and
+grouped convolutions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CHANNELS_FIRST = (*_CONVOLUTIONS, *_BATCH_NORMS, nn.GroupNorm)
+
+
+def is_outer(module: nn.Module) -> bool:
+    """Whether the weight's Jacobian is a sum of outer products of output gradients and inputs."""
+    return isinstance(module, nn.Linear) or is_transposed(module) or (_is_conv(module) and module.groups == 1)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is stored as ``(in, out)``: the ``Conv1D`` of Hugging Face's GPT models."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def is_covered(module: nn.Module) -> bool:
+    """Whether the curvature of this module can be contracted from captured inputs and output gradients."""
+    if is_outer(module) or isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)) or _is_conv(module):
+        return True
+    if _is_transformers_rms_norm(module):
+        return True
+    if isinstance(module, nn.Embedding):
+        return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+    return isinstance(module, _BATCH_NORMS) and module.track_running_stats
+
+
+def _is_transformers_rms_norm(module: nn.Module) -> bool:
+    """Whether this is the RMS norm of a Hugging Face model, of which every family has a class of its own."""
+    kind = type(module)
+    ours = kind.__module__.startswith("transformers.") and kind.__name__.endswith("RMSNorm")
+    return ours and hasattr(module, "variance_epsilon")
+
+
+def _is_conv(module: nn.Module) -> bool:
+    return isinstance(module, _CONVOLUTIONS)
+
+
+def inputs_by_position(module: nn.Module, x: Tensor) -> Tensor:
+    """Inputs that multiply the flattened weight, ``(batch, positions, in)``; token indices of an embedding."""
+    if _is_conv(module):
+        return _patches(module, x)
+    if isinstance(module, nn.Embedding):
+        return x.reshape(x.shape[0], -1, 1)
+    if is_outer(module):
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+    return _by_position(module, _normalised(module, x.to(torch.promote_types(x.dtype, torch.float32))))
+
+
+def gradients_by_position(module: nn.Module, g: Tensor) -> Tensor:
+    """Output gradients, ``(batch, positions, out)``."""
+    return _by_position(module, g)
+
+
+def _by_position(module: nn.Module, values: Tensor) -> Tensor:
+    """Values shaped like the module's output as ``(batch, positions, out)``."""
+    if isinstance(module, _CHANNELS_FIRST):
+        return values.reshape(*values.shape[:2], -1).transpose(1, 2)
+    width = 1
+    for size in getattr(module, "normalized_shape", values.shape[-1:]):
+        width *= size
+    return values.reshape(values.shape[0], -1, width)
+
+
+def _normalised(module: nn.Module, x: Tensor) -> Tensor:
+    """What a normalisation multiplies by its weight."""
+    if isinstance(module, nn.LayerNorm):
+        return F.layer_norm(x, module.normalized_shape, eps=module.eps)
+    if isinstance(module, nn.RMSNorm):
+        return F.rms_norm(x, module.normalized_shape, eps=module.eps)
+    if _is_transformers_rms_norm(module):
+        single = x.float()  # as these do, whatever the model's type
+        return single * torch.rsqrt(single.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+    if isinstance(module, nn.GroupNorm):
+        return F.group_norm(x, module.num_groups, eps=module.eps)
+    return F.batch_norm(x, module.running_mean.to(x), module.running_var.to(x), eps=module.eps)
+
+
+def weight_rows(module: nn.Module, a: Tensor, g: Tensor) -> Tensor:
+    """Per-example gradients of a row layer's weight.
+
+    Args:
+        module: The layer.
+        a: Its inputs from :func:`inputs_by_position`.
+        g: Output gradients from :func:`gradients_by_position`.
+
+    Returns:
+        ``(batch, weight size)``.
+    """
+    if isinstance(module, nn.Embedding):
+        index = a.long()
+        if module.padding_idx is not None:
+            g = g * (index != module.padding_idx)
+        rows = torch.zeros(g.shape[0], *module.weight.shape, dtype=g.dtype, device=g.device)
+        return rows.scatter_add_(1, index.expand_as(g), g).flatten(1)
+    if _is_conv(module):
+        g = g.unflatten(2, (module.groups, -1))
+        a = a.unflatten(2, (module.groups, -1))
+        return torch.einsum("nrgo,nrgi->ngoi", g, a).flatten(1)
+    return (g * a).sum(1)
+
+
+def _patches(module: nn.Module, x: Tensor) -> Tensor:
+    """Patches of a convolution, ``(batch, positions, channels · kernel)``."""
+    padding = module.padding
+    if padding == "valid":
+        padding = (0,) * len(module.kernel_size)
+    elif padding == "same" or module.padding_mode != "zeros" or not isinstance(module, nn.Conv2d):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, _padding_per_side(module), mode=mode)
+        padding = (0,) * len(module.kernel_size)
+    if isinstance(module, nn.Conv2d):
+        return F.unfold(x, module.kernel_size, module.dilation, padding, module.stride).transpose(1, 2)
+    axes = range(len(module.kernel_size))
+    for axis in axes:
+        dilation = module.dilation[axis]
+        x = x.unfold(2 + axis, dilation * (module.kernel_size[axis] - 1) + 1, module.stride[axis])[..., ::dilation]
+    x = x.movedim(1, 1 + len(axes))  # batch, positions along each axis, channels, kernel along each axis
+    return x.flatten(1 + len(axes)).flatten(1, len(axes))
+
+
+def _padding_per_side(module: nn.Module) -> list[int]:
+    """Padding as ``F.pad`` wants it: last dimension first, left before right."""
+    sides: list[int] = []
+    for axis in reversed(range(len(module.kernel_size))):
+        if module.padding == "same":
+            total = module.dilation[axis] * (module.kernel_size[axis] - 1)
+            sides += [total // 2, total - total // 2]
+        else:
+            sides += [module.padding[axis]] * 2
+    return sides

@@ -1,0 +1,144 @@
+r"""Predictive variance :math:`J \Sigma J^\top` of the linearised network, without a Jacobian.
+
+The covariance of one parameter is kept as :math:`\Sigma = (Q_B \otimes Q_A)\,\mathrm{diag}(w)\,(Q_B \otimes Q_A)^\top`
+(identity bases for a diagonal posterior). With one position per example,
+
+.. math:: (J \Sigma J^\top)_{cd} = \sum_o (Q_B^\top g_c)_o (Q_B^\top g_d)_o \sum_i w_{oi} (Q_A^\top a)_i^2 ,
+
+two small matrix products. The bases do not depend on a scalar or layerwise prior precision, so a sweep over many of them
+projects the batch once and repeats only the product with :math:`w`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from laplace.capture.blocks import Block
+from laplace.capture.contractions import chunks, is_bias, output_directions, row_of_layer
+from laplace.capture.rules import is_outer, is_transposed
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Orthonormal bases in which one parameter's covariance is diagonal; None stands for the identity."""
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+
+def block_variance(
+    capture,
+    blocks: Sequence[Block],
+    bases: Sequence[Basis],
+    weights: Sequence[Callable[[int], Tensor]],
+    n_priors: int,
+    diagonal: bool,
+) -> Tensor:
+    """Predictive variances for ``n_priors`` covariances that share their bases.
+
+    Args:
+        capture: One batch, from :mod:`laplace.capture.capture`.
+        blocks: The parameters.
+        bases: Bases by block.
+        weights: By block, a function from the number of the prior to the variances in the basis.
+        n_priors: How many priors to evaluate.
+        diagonal: Return the variances of the outputs alone instead of their covariance.
+
+    Returns:
+        ``(priors, batch, outputs)`` if ``diagonal`` else ``(priors, batch, outputs, outputs)``.
+    """
+    outputs = capture.f[0].numel()
+    shape = (n_priors, capture.f.shape[0], outputs) + (() if diagonal else (outputs,))
+    total = torch.zeros(shape, dtype=capture.dtype, device=capture.f.device)
+    by_layer: dict[str, list[int]] = {}
+    for index, block in enumerate(blocks):
+        if block.layer is None:
+            _add_rows(total, capture.jacobians[block.parameter], weights[index], diagonal)
+        else:
+            by_layer.setdefault(block.layer, []).append(index)
+    directions = [capture.gradients(v) for v in output_directions(capture.f)] if by_layer else []
+    for layer, indices in by_layer.items():
+        g = torch.stack([gradients.pop(layer) for gradients in directions], 1)  # (batch, outputs, positions, out)
+        for index in indices:
+            _add_layer(total, capture, g, blocks[index], bases[index], weights[index], diagonal)
+    return total
+
+
+def _add_layer(total, capture, g: Tensor, block: Block, basis: Basis, weight, diagonal: bool) -> None:
+    module = capture.modules[block.layer]
+    if is_bias(block):
+        _add_rows(total, _project(g.sum(2), basis.left), weight, diagonal)
+        return
+    if not is_outer(module):
+        _add_row_layer(total, capture, g, block, weight, diagonal)
+        return
+    if is_transposed(module):
+        basis, weight_in_out = Basis(basis.right, basis.left), weight
+        weight = lambda t: weight_in_out(t).T  # noqa: E731
+    a = _project(capture.inputs(block.layer), basis.right)
+    if g.shape[2] == 1:
+        _add_outer(total, _project(g[:, :, 0], basis.left), a[:, 0].square(), weight, diagonal)
+        return
+    width = g.shape[1] * g.shape[3] * a.shape[2]
+    for start, stop in chunks(g.shape[0], width):
+        rows = torch.einsum("ncro,nri->ncoi", _project(g[start:stop], basis.left), a[start:stop])
+        _add_rows(total[:, start:stop], rows.flatten(2), weight, diagonal)
+
+
+def _add_row_layer(total, capture, g: Tensor, block: Block, weight, diagonal: bool) -> None:
+    """Add the variance of a layer whose rows are neither outer products nor sums of them; their covariance is diagonal."""
+    module, a = capture.modules[block.layer], capture.inputs(block.layer)
+    whole = replace(block, chosen=None)
+    for start, stop in chunks(g.shape[0], g.shape[1] * torch.Size(block.shape).numel()):
+        rows = [row_of_layer(whole, module, a[start:stop], g[start:stop, c]) for c in range(g.shape[1])]
+        _add_rows(total[:, start:stop], torch.stack(rows, 1), weight, diagonal)
+
+
+def _add_outer(total: Tensor, g: Tensor, a_squared: Tensor, weight, diagonal: bool) -> None:
+    """Add the variance of rows ``g aᵀ``; ``g`` is ``(batch, outputs, out)``, ``a_squared`` ``(batch, in)``."""
+    squared = g.square() if diagonal else None
+    for t in range(total.shape[0]):
+        scale = a_squared @ weight(t).to(g.dtype).T
+        if diagonal:
+            total[t] += torch.bmm(squared, scale[:, :, None])[:, :, 0]
+        else:
+            total[t] += torch.bmm(g * scale[:, None], g.transpose(1, 2))
+
+
+def _add_rows(total: Tensor, rows: Tensor, weight, diagonal: bool) -> None:
+    """Add the variance of explicit rows ``(batch, outputs, size)``."""
+    if not diagonal:
+        for t in range(total.shape[0]):
+            total[t] += torch.bmm(rows * weight(t).to(rows.dtype).flatten(), rows.transpose(1, 2))
+        return
+    squared = rows.square()
+    for start, stop in chunks(total.shape[0], rows.shape[-1]):  # several priors share one product
+        weights = torch.stack([weight(t).to(rows.dtype).flatten() for t in range(start, stop)], 1)
+        total[start:stop] += (squared @ weights).permute(2, 0, 1)
+
+
+def _project(values: Tensor, basis: Tensor | None) -> Tensor:
+    return values if basis is None else values @ basis.to(values.dtype)
+
+
+def dense_variance(rows: Tensor, basis: Tensor, weights: Sequence[Tensor], diagonal: bool) -> Tensor:
+    """Predictive variances from dense Jacobians ``(batch, outputs, parameters)`` and one basis over all parameters.
+
+    Args:
+        rows: The Jacobians.
+        basis: Orthonormal, or a root of the covariance.
+        weights: For every prior, the variances in the basis.
+        diagonal: Return the variances of the outputs alone instead of their covariance.
+
+    Returns:
+        ``(priors, batch, outputs)`` if ``diagonal`` else ``(priors, batch, outputs, outputs)``.
+    """
+    projected = rows @ basis.to(rows.dtype)
+    shape = (len(weights), rows.shape[0], rows.shape[1]) + (() if diagonal else (rows.shape[1],))
+    total = torch.zeros(shape, dtype=rows.dtype, device=rows.device)
+    _add_rows(total, projected, lambda t: weights[t], diagonal)
+    return total

@@ -1,0 +1,1 @@
+"""Batches of a data loader, wherever they come from."""

@@ -1,0 +1,89 @@
+"""Per-example scores of predictions, and their summaries.
+
+Scores of shards are concatenated in order and summarised once, so that a summary does not depend on how the data was split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+_Z90 = 1.6448536269514722  # 95 % quantile of the standard normal: a central 90 % interval
+
+
+def classification_scores(probs: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Scores of class probabilities, each ``(terms,)`` float64.
+
+    Args:
+        probs: ``(batch, …, classes)``.
+        y: Labels ``(batch, …)``.
+
+    Returns:
+        ``confidence`` (largest probability), ``correct`` (0 or 1), ``nll`` (nats), ``brier`` (summed over classes; Brier,
+        "Verification of forecasts expressed in terms of probability", 1950).
+    """
+    probs = probs.detach().double().reshape(-1, probs.shape[-1])
+    y = y.reshape(-1).long().to(probs.device)
+    picked = probs.gather(1, y[:, None])[:, 0]
+    confidence, label = probs.max(1)
+    brier = probs.square().sum(1) - 2 * picked + 1
+    nll = -picked.clamp(min=torch.finfo(torch.float64).tiny).log()
+    return {"confidence": confidence, "correct": (label == y).double(), "nll": nll, "brier": brier}
+
+
+def regression_scores(mean: Tensor, variance: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Scores of Gaussian predictions, each ``(batch,)`` float64 and averaged over outputs.
+
+    Args:
+        mean: ``(batch, outputs)``.
+        variance: Variances of the target (including observation noise), ``(batch, outputs)``.
+        y: Targets ``(batch, outputs)``.
+
+    Returns:
+        ``nll`` (nats), ``squared_error``, ``covered_90`` (inside the central 90 % interval).
+    """
+    mean, variance, y = (t.detach().double().reshape(len(t), -1) for t in (mean, variance, y))
+    error = (y - mean).square()
+    nll = 0.5 * (error / variance + variance.log() + math.log(2 * math.pi))
+    covered = (error.sqrt() <= _Z90 * variance.sqrt()).double()
+    return {"nll": nll.mean(1), "squared_error": error.mean(1), "covered_90": covered.mean(1)}
+
+
+def summarize_classification(
+    scores: Mapping[str, Tensor], ood_confidence: Mapping[str, Tensor] | None = None, bins: int = 15
+) -> dict[str, float]:
+    """Accuracy, NLL, Brier score, expected calibration error, and AUROC against out-of-distribution sets.
+
+    The calibration error has equally wide bins of confidence (Naeini et al., AAAI 2015); the AUROC separates in- from
+    out-of-distribution examples by confidence.
+    """
+    from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
+
+    result = {
+        "accuracy": scores["correct"].mean().item(),
+        "nll": scores["nll"].mean().item(),
+        "brier": scores["brier"].mean().item(),
+        "ece": binary_calibration_error(scores["confidence"], scores["correct"].long(), n_bins=bins).item(),
+    }
+    for name, outside in (ood_confidence or {}).items():
+        inside = scores["confidence"]
+        labels = torch.cat([torch.ones_like(inside), torch.zeros_like(outside)]).long()
+        result[f"ood_auroc/{name}"] = binary_auroc(torch.cat([inside, outside]), labels).item()
+    return result
+
+
+def summarize_regression(scores: Mapping[str, Tensor]) -> dict[str, float]:
+    """NLL, root mean squared error, and the share of targets inside the central 90 % interval."""
+    return {
+        "nll": scores["nll"].mean().item(),
+        "rmse": scores["squared_error"].mean().sqrt().item(),
+        "coverage_90": scores["covered_90"].mean().item(),
+    }
+
+
+def get_nll(out_dist: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log likelihood of class probabilities ``(batch, classes)`` at labels ``(batch,)``, in nats."""
+    return nn.functional.nll_loss(out_dist.log(), targets)

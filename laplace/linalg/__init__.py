@@ -1,0 +1,1 @@
+"""Algebra of matrices in one form each, and sums that lose no small row; knows nothing of models."""

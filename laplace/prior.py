@@ -1,0 +1,53 @@
+"""The Gaussian prior's precision: one value, one per parameter tensor or one per parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from laplace.enums import PriorStructure, parse
+
+
+def spread(prior_precision: Tensor, sizes: Sequence[int]) -> Tensor:
+    """A scalar, layerwise or diagonal prior precision as one value per parameter, for tensors of these sizes.
+
+    Raises:
+        ValueError: On another number of values.
+    """
+    if len(prior_precision) == 1:
+        return prior_precision.expand(sum(sizes))
+    if len(prior_precision) == sum(sizes):
+        return prior_precision
+    if len(prior_precision) != len(sizes):
+        raise ValueError(f"prior_prec has {len(prior_precision)} values; valid are 1, {len(sizes)} or {sum(sizes)}.")
+    return prior_precision.repeat_interleave(torch.tensor(sizes, device=prior_precision.device))
+
+
+def parameters_per_layer(model: nn.Module) -> list[int]:
+    """Number of entries of every parameter tensor with ``requires_grad``."""
+    return [p.numel() for p in model.parameters() if p.requires_grad]
+
+
+def expand_prior_precision(prior_prec: Tensor, model: nn.Module) -> Tensor:
+    """One prior precision per parameter, from a scalar, one value per parameter tensor, or one per parameter.
+
+    Raises:
+        ValueError: On another number of values.
+    """
+    return spread(prior_prec.reshape(-1), parameters_per_layer(model))
+
+
+def fix_prior_prec_structure(
+    prior_prec_init: float | Tensor,
+    prior_structure: PriorStructure | str,
+    n_layers: int,
+    n_params: int,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """A prior precision of the given structure that is ``prior_prec_init`` everywhere."""
+    structure = parse(PriorStructure, prior_structure, "prior_structure")
+    sizes = {PriorStructure.SCALAR: 1, PriorStructure.LAYERWISE: n_layers, PriorStructure.DIAG: n_params}
+    return torch.as_tensor(prior_prec_init, device=device, dtype=dtype).reshape(1).repeat(sizes[structure])

@@ -1,0 +1,64 @@
+"""The state of a posterior as tensors and plain values: written without pickle, checked when read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from laplace.fitted import Fitted
+from laplace.structures.sums import SumsSpec
+
+SCHEMA_VERSION = 1
+
+
+def state_dict(la: Fitted) -> dict[str, Any]:
+    """The structure's own part, prior, noise and mean; with the model's own state dict this is the whole posterior."""
+    la._check_fitted()
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "cls_name": type(la).__name__,
+        "likelihood": la.likelihood.value,
+        "temperature": float(la.temperature),
+        "mean": la.mean,
+        "prior_mean": la.prior_mean,
+        "prior_precision": la.prior_precision.detach(),
+        "sigma_noise": la.sigma_noise.detach(),
+        "n_data": la.n_data,
+        "n_outputs": la.n_outputs,
+        **la._state(),
+    }
+
+
+def load_state_dict(la: Fitted, state: dict[str, Any]) -> None:
+    """Take over a state; nothing changes if it does not fit.
+
+    Raises:
+        ValueError: If it is of a newer schema, of another class or likelihood, or was fitted at other parameters.
+    """
+    version = state.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"The state has schema version {version!r}; this version of laplace reads {SCHEMA_VERSION}.")
+    for key, ours in (("cls_name", type(la).__name__), ("likelihood", la.likelihood.value)):
+        if state[key] != ours:
+            raise ValueError(f"The state's {key} is {state[key]!r}, but this is {ours!r}.")
+    spec = SumsSpec.from_json(state["spec"])
+    content = la._read_state(state)
+    names = ("temperature", "sigma_noise", "prior_mean", "prior_precision")
+    before = {name: getattr(la, name) for name in names}
+    forget = la._adopt_parameters(spec)
+    try:
+        mean = state["mean"].to(la._device)
+        now = torch.nn.utils.parameters_to_vector(la.params).detach()
+        if mean.shape != now.shape or not torch.equal(mean, now.to(mean.dtype)):
+            raise ValueError(
+                "The state was fitted at other parameters than the model has now. Load the model's own state dict first."
+            )
+        for name in names:
+            setattr(la, name, state[name])
+        la._take_state(content)
+    except ValueError:
+        forget()
+        for name, value in before.items():
+            setattr(la, name, value)
+        raise

@@ -1,0 +1,69 @@
+r"""Kronecker factors: :math:`\tfrac1R \sum_r a a^\top` and :math:`\sum_r g g^\top` of every layer.
+
+This is KFAC-expand (Eschenhagen et al., "Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures",
+NeurIPS 2023). Parameters without factors get a diagonal block. The one division, by the number of examples, is in
+:meth:`laplace.linalg.kronecker.Kron.from_sums`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from laplace.capture.blocks import Block
+from laplace.linalg.gram import add_gram_of_positions_
+from laplace.linalg.kronecker import weight_shape_2d
+from laplace.structures.diag import add_square_of_row_
+from laplace.structures.sums import CurvatureSums, Factor
+
+_PATCHES = 1 << 20  # elements of a chunk of layer inputs: small enough to stay in a cache
+_ROWS = 4096  # rows of several directions that are added together: large sums are read and written less often
+
+
+def blocks_of(shapes, found):
+    """The bias of a layer shares the output factor of its weight: both are the sum of the same outer products."""
+    blocks: list[Block] = []
+    factors: dict[str, Factor] = {}
+    left: dict[str, str] = {}
+    for name, shape in shapes.items():
+        layer, reason, kind = found[name]
+        if layer is None or kind == "rows":
+            blocks.append(Block(name, shape, layer, (f"{name}/diag",), reason + "; diagonal block"))
+            factors[f"{name}/diag"] = Factor(shape)
+            continue
+        out, rest = weight_shape_2d(shape) if kind == "outer" else reversed(weight_shape_2d(shape))
+        if len(shape) == 1:
+            out = shape[0]
+        if layer not in left:
+            left[layer] = f"{name}/B"
+            factors[left[layer]] = Factor((out, out), symmetric=True)
+        names = (left[layer],)
+        if len(shape) > 1:
+            names = (f"{name}/A", *names) if kind == "transposed" else (*names, f"{name}/A")
+            factors[f"{name}/A"] = Factor((rest, rest), symmetric=True)
+        blocks.append(Block(name, shape, layer, names, reason))
+    return blocks, factors
+
+
+def add_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
+    """Add the Gram matrices of one batch, and the squared rows of parameters without factors."""
+    factored = [block for block in sums.spec.blocks if block.has_factors]
+    inputs = {name: block.layer for block in factored for name in block.factors if name.endswith("/A")}
+    outputs = {name: block.layer for block in factored for name in block.factors if name.endswith("/B")}
+    for name, layer in inputs.items():
+        for a in capture.input_chunks(layer, _PATCHES):
+            add_gram_of_positions_(sums.running(name), [a], 1.0 / a.shape[1])
+    waiting: dict[str, list[Tensor]] = {name: [] for name in outputs}
+    for v in directions:
+        gradients = capture.gradients(v)
+        for name, layer in outputs.items():
+            waiting[name].append(gradients[layer])
+            if sum(g.shape[0] * g.shape[1] for g in waiting[name]) >= _ROWS:
+                add_gram_of_positions_(sums.running(name), waiting[name])
+                waiting[name] = []
+        for block in sums.spec.blocks:
+            if not block.has_factors:
+                add_square_of_row_(sums, block, gradients, capture, v)
+    for name, rest in waiting.items():
+        add_gram_of_positions_(sums.running(name), rest)

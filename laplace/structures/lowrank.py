@@ -1,0 +1,178 @@
+r"""Leading eigenpairs of curvature over a data set, from products with vectors: no matrix of parameters by parameters.
+
+One product with a block of vectors is one pass over the data; :mod:`laplace.linalg.lowrank` searches in the space of these.
+Products of Gauss-Newton type are :math:`\sum_n J_n^\top \Lambda_n J_n u` with :math:`\Lambda_n = \sum_k v_k v_k^\top` the
+estimator's own; those of the Hessian differentiate the gradient along :math:`u`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from laplace.capture.capture import eval_mode
+from laplace.data.batches import batches
+from laplace.likelihoods import base as lik
+from laplace.linalg.lowrank import block_lanczos
+from laplace.noise import fresh_seed
+
+
+def eigenpairs(backend: Any, data_loader: Iterable, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Positive eigenvalues among the ``rank`` largest of the curvature summed over a data loader.
+
+    Args:
+        backend: Has ``curvature_product(x, y, vectors, offset)``.
+        data_loader: Batches; passed through several times, so it has to give the same data again.
+        rank: How many eigenpairs at most.
+
+    Returns:
+        Eigenvectors ``(parameters, k)``, eigenvalues ``(k,)`` in falling order, and the summed loss.
+
+    Raises:
+        ValueError: If the loader is empty, can be passed through only once or changes between passes, or if no eigenvalue is
+            positive.
+    """
+    if isinstance(data_loader, Iterator):
+        raise ValueError(
+            "Low-rank curvature passes over the data several times; give a DataLoader or list, not an iterator."
+        )
+    if backend.subnetwork_indices is not None:
+        raise ValueError("Low-rank curvature is over all weights; for a subnetwork use 'full' or 'diag'.")
+    size = sum(p.numel() for p in backend.params)
+    seen: list[_Summary] = []
+
+    def product(vectors: Tensor) -> Tensor:
+        summary, total = _pass(backend, data_loader, vectors)
+        seen.append(summary)
+        _check_same(seen[0], summary, ordered=backend.stochastic)
+        return total
+
+    device, dtype = backend.params[0].device, backend.params[0].dtype
+    with _one_seed(backend):
+        vectors, values = block_lanczos(product, size, rank, dtype, device)
+    if len(values) == 0:
+        raise ValueError(
+            "The curvature has no positive eigenvalue at these weights, so there is no low-rank posterior. Train the model, "
+            "or use a GGN backend."
+        )
+    vectors, values = vectors.to(backend.sums_dtype), values.to(backend.sums_dtype)
+    return vectors, values, torch.tensor(seen[0].loss, dtype=torch.float64, device=device)
+
+
+def gauss_newton_product(backend: Any, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
+    """Summed loss of one batch, and its GGN or Fisher, along the backend's ``directions``, times ``vectors``."""
+    with _outputs(backend, x) as (f, parameters):
+        lik.check_targets(backend.likelihood, f.detach(), y, offset)
+        half = torch.zeros_like(f, requires_grad=True)
+        pulled = torch.autograd.grad(f, parameters, half, create_graph=True, allow_unused=True)
+        precise = f.detach().to(backend.sums_dtype)
+        images = [_derivative(pulled, [half], parameters, u)[0].to(precise.dtype) for u in vectors.T]
+        weighted = [torch.zeros_like(image) for image in images]
+        for v in backend.directions(precise, y, offset):
+            for image, total in zip(images, weighted, strict=True):
+                total += v * (v * image).flatten(1).sum(1).reshape(-1, *[1] * (v.ndim - 1))
+        columns = []
+        for total in weighted:
+            grads = torch.autograd.grad(f, parameters, total.to(f.dtype), retain_graph=True, allow_unused=True)
+            columns.append(_flat(grads, parameters))
+    return lik.loss_sum(backend.likelihood, precise, y), torch.stack(columns, 1).to(vectors.dtype)
+
+
+def hessian_product(backend: Any, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
+    """Summed loss of one batch, and its Hessian times ``vectors``."""
+    with _outputs(backend, x) as (f, parameters):
+        lik.check_targets(backend.likelihood, f.detach(), y, offset)
+        loss = lik.loss_sum(backend.likelihood, f, y)
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        columns = [_flat(_derivative(gradients, parameters, parameters, u), parameters) for u in vectors.T]
+    return loss.detach(), torch.stack(columns, 1).to(vectors.dtype)
+
+
+@contextmanager
+def _outputs(backend: Any, x: Any) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Outputs of the model (of the last layer, where that is all) and the parameters they depend on, as new leaves."""
+    named = backend.named_params
+    with eval_mode(backend.model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        module, prefix = backend.model, ""
+        if backend.last_layer:
+            with torch.no_grad():
+                _, x = backend.model.forward_with_features(x)
+            module, prefix = backend.model.last_layer, f"{backend.model.last_layer_name}."
+        leaves = {name.removeprefix(prefix): p.detach().requires_grad_() for name, p in named.items()}
+        yield torch.func.functional_call(module, leaves, (x,)), list(leaves.values())
+
+
+def _derivative(outputs: Iterable, inputs: list[Tensor], parameters: list[Tensor], vector: Tensor) -> list[Tensor]:
+    """Gradient in ``inputs`` of the inner product of ``outputs`` (one per parameter) with a parameter vector."""
+    parts = vector.split([p.numel() for p in parameters])
+    pairs = [
+        (g, part.view_as(p).to(g.dtype))
+        for g, part, p in zip(outputs, parts, parameters, strict=True)
+        if g is not None and g.requires_grad
+    ]
+    if not pairs:
+        return [torch.zeros_like(i) for i in inputs]
+    grads = torch.autograd.grad(
+        [g for g, _ in pairs], inputs, [v for _, v in pairs], retain_graph=True, allow_unused=True
+    )
+    return [torch.zeros_like(i) if g is None else g for g, i in zip(grads, inputs, strict=True)]
+
+
+def _flat(grads: Iterable, parameters: list[Tensor]) -> Tensor:
+    parts = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)]
+    return torch.cat([part.flatten() for part in parts]).detach()
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """What one pass over the data has seen; ``order`` weighs losses by their place."""
+
+    loss: float
+    order: float
+    n: int
+
+
+def _pass(backend: Any, data_loader: Iterable, vectors: Tensor) -> tuple[_Summary, Tensor]:
+    """One pass over the data: its summary and the summed product."""
+    loss, order, total, n = 0.0, 0.0, torch.zeros_like(vectors), 0
+    for x, y in batches(data_loader, backend.params[0].device, backend.dict_key_y):
+        batch_loss, product = backend.curvature_product(x, y, vectors, n)
+        loss, order, n = loss + float(batch_loss), order + n * float(batch_loss), n + len(y)
+        total += product
+    if n == 0:
+        raise ValueError("The data loader is empty, so there is nothing to fit.")
+    if not bool(torch.isfinite(total).all()):
+        raise ValueError("A product with the curvature is NaN or Inf. Look at the model's weights and the data.")
+    return _Summary(loss, order, n), total
+
+
+def _check_same(first: _Summary, now: _Summary, ordered: bool) -> None:
+    if now.n != first.n or abs(now.loss - first.loss) > 1e-3 * abs(first.loss):
+        raise ValueError(
+            f"The data changes between passes: {first.n} examples of summed loss {first.loss:.6g} first, then {now.n} of "
+            f"{now.loss:.6g}. Low-rank curvature needs a loader without random augmentation or sampling."
+        )
+    if ordered and abs(now.order - first.order) > 1e-3 * abs(first.order):
+        raise ValueError(
+            "The order of the data changes between passes, and the draws of a sampled Fisher belong to the places of the "
+            "examples. Use a loader with shuffle=False, or the exact GGN."
+        )
+
+
+@contextmanager
+def _one_seed(backend: Any) -> Iterator[None]:
+    """Give a sampled Fisher the same draws in every pass."""
+    if not backend.stochastic or backend.seed is not None:
+        yield
+        return
+    backend.seed = fresh_seed()
+    try:
+        yield
+    finally:
+        backend.seed = None

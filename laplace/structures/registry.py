@@ -1,0 +1,61 @@
+"""The structures that are sums, by name: what they add up, how a batch is added, and what was decided for every parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from laplace.capture.verify import Source
+from laplace.structures import diag, full, kron, subnetwork
+from laplace.structures.sums import CurvatureSums, SumsSpec
+
+
+def sums_spec(
+    structure: str,
+    shapes: dict[str, tuple[int, ...]],
+    found: Mapping[str, tuple[str | None, str]],
+    dtype: torch.dtype,
+    n_outputs: int,
+    kept: dict[str, tuple[int, ...] | None] | None = None,
+) -> SumsSpec:
+    """Names and shapes of the sums of one structure; ``kept`` are the entries of every parameter, None for all."""
+    found = {name: Source(*source) for name, source in found.items()}
+    if any(chosen is not None for chosen in (kept or {}).values()):
+        blocks, factors = subnetwork.blocks_of(structure, shapes, found, kept)
+    else:
+        build = {"full": full.blocks_of, "diag": diag.blocks_of, "kron": kron.blocks_of}[structure]
+        blocks, factors = build(shapes, found)
+    return SumsSpec(structure, tuple(blocks), factors, str(dtype).removeprefix("torch."), n_outputs)
+
+
+def add_curvature_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
+    """Add one batch's curvature along the given output directions to the sums, in place.
+
+    Rows and their products are of the capture's type, the running sums of float64: small contributions do not vanish in
+    large sums.
+    """
+    {"kron": kron.add_, "diag": diag.add_, "full": full.add_}[sums.spec.structure](sums, capture, directions)
+
+
+class CoverageReport(list):
+    """Rows ``(parameter, structure, reason)``; prints as a table."""
+
+    def __str__(self) -> str:
+        """One aligned line per parameter."""
+        if not self:
+            return "no parameters"
+        widths = [max(len(str(row[i])) for row in self) for i in (0, 1)]
+        return "\n".join(f"{p:<{widths[0]}}  {s:<{widths[1]}}  {r}" for p, s, r in self)
+
+
+def coverage_report(spec: SumsSpec) -> CoverageReport:
+    """The treatment of every parameter, read off the specification of the sums."""
+    rows = CoverageReport()
+    for block in spec.blocks:
+        kind = spec.structure
+        if kind == "kron" and not block.has_factors:
+            kind = "diag"
+        rows.append((block.parameter, kind, block.reason))
+    return rows

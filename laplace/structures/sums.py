@@ -1,0 +1,235 @@
+r"""Raw curvature sums: one commutative monoid for every structure.
+
+A Laplace approximation needs :math:`\sum_n J_n^\top \Lambda_n J_n` (or its diagonal, or :math:`\sum_n a_n a_n^\top` and
+:math:`\sum_n g_n g_n^\top` for each layer), the summed loss and the number of examples. All of these are sums over
+examples. Nothing is divided by the number of examples before :mod:`laplace.posterior` finalises the sum, so that batches,
+segments and whole data sets combine by addition alone, in any partition.
+
+Sums are kept in float64, whatever the type of the model and of one batch's contribution: in float32, what one batch adds
+to the sum over millions of examples would vanish. Posteriors round the finished sum once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from laplace import _clash as _clash  # says so where laplace-torch has replaced laplace/__init__.py
+from laplace.capture.blocks import Block
+from laplace.linalg import memory
+from laplace.linalg.gram import mirror_
+
+_SMALLER = {
+    "full": "Use hessian_structure='kron', 'diag' or 'gp', subset_of_weights='last_layer', or a smaller subnetwork.",
+    "kron": "Use hessian_structure='diag', subset_of_weights='last_layer', or set requires_grad=False on wide layers.",
+    "diag": "Use subset_of_weights='last_layer', or set requires_grad=False on parameters to leave out.",
+}
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Shape of one named sum; ``symmetric`` sums may be stored as one triangle."""
+
+    shape: tuple[int, ...]
+    symmetric: bool = False
+
+
+@dataclass(frozen=True)
+class SumsSpec:
+    """Names, shapes and precision of the sums of one structure for one model.
+
+    Attributes:
+        structure: ``'full'``, ``'kron'`` or ``'diag'``.
+        blocks: One per parameter, in the order of the parameter vector.
+        factors: Shape of every sum by name.
+        dtype: Name of the floating-point type of one batch's contribution and of the posterior, such as ``'float32'``. The
+            running sums themselves are of float64 always.
+        n_outputs: Number of outputs (classes or regression targets) of the model.
+    """
+
+    structure: str
+    blocks: tuple[Block, ...]
+    factors: Mapping[str, Factor]
+    dtype: str
+    n_outputs: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The floating-point type of one batch's contribution and of the posterior."""
+        return getattr(torch, self.dtype)
+
+    def to_json(self) -> dict:
+        """A plain dictionary that :meth:`from_json` turns back into an equal specification."""
+        return {
+            "structure": self.structure,
+            "dtype": self.dtype,
+            "n_outputs": self.n_outputs,
+            "blocks": [_block_to_json(block) for block in self.blocks],
+            "factors": {
+                name: {"shape": list(factor.shape), "symmetric": factor.symmetric}
+                for name, factor in self.factors.items()
+            },
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping) -> SumsSpec:
+        """Inverse of :meth:`to_json`."""
+        blocks = tuple(
+            Block(b["parameter"], tuple(b["shape"]), b["layer"], tuple(b["factors"]), b["reason"], _chosen(b))
+            for b in data["blocks"]
+        )
+        factors = {k: Factor(tuple(v["shape"]), bool(v["symmetric"])) for k, v in data["factors"].items()}
+        return cls(data["structure"], blocks, factors, data["dtype"], int(data["n_outputs"]))
+
+
+class CurvatureSums:
+    """The state of an accumulation: factors, summed loss, number of examples.
+
+    Addition over examples happens in a backend's ``accumulate``; this class is the algebra around it.
+
+    Attributes:
+        spec: What the sums are called and how they are shaped.
+        loss: Summed negative log likelihood, a float64 scalar.
+        n_data: Number of examples added so far.
+    """
+
+    def __init__(self, spec: SumsSpec, tensors: dict[str, Tensor], loss: Tensor, n_data: int):
+        """Wrap existing tensors; use :meth:`zero` or :meth:`from_tensors` instead."""
+        self.spec = spec
+        self._tensors = tensors
+        self._halves: set[str] = set()
+        self.loss = loss
+        self.n_data = n_data
+
+    @classmethod
+    def zero(cls, spec: SumsSpec, device: torch.device | str = "cpu") -> CurvatureSums:
+        """The neutral element.
+
+        Raises:
+            NotEnoughMemoryError: If it is larger than the free memory; says what to use instead.
+        """
+        memory.require(
+            sum(memory.tensor_bytes(*factor.shape, dtype=torch.float64) for factor in spec.factors.values()),
+            device,
+            f"The sums of a {spec.structure!r} posterior over {sum(block.size for block in spec.blocks):,} parameters",
+            _SMALLER.get(spec.structure, ""),
+        )
+        tensors = {
+            name: torch.zeros(factor.shape, dtype=torch.float64, device=device) for name, factor in spec.factors.items()
+        }
+        return cls(spec, tensors, torch.zeros((), dtype=torch.float64, device=device), 0)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every factor by name, float64."""
+        while self._halves:
+            mirror_(self._tensors[self._halves.pop()])
+        return self._tensors
+
+    def running(self, name: str) -> Tensor:
+        """The factor to add to in place; of symmetric ones, only what is on and above the block diagonal has to be added.
+
+        What is below follows when :attr:`tensors` is read next.
+        """
+        if self.spec.factors[name].symmetric:
+            self._halves.add(name)
+        return self._tensors[name]
+
+    def merge(self, other: CurvatureSums) -> CurvatureSums:
+        """Add another sum of the same specification in place.
+
+        Raises:
+            ValueError: If the two were not accumulated for the same model and structure, or hold eigenpairs.
+        """
+        if self.spec.structure == "lowrank":
+            raise ValueError("Low-rank eigenpairs of parts of the data do not add up; fit once over all of it.")
+        if self.spec != other.spec:
+            raise ValueError(
+                "These sums belong to different models, structures or precisions and cannot be added: "
+                + "; ".join(_spec_differences(self.spec, other.spec))
+            )
+        for name, tensor in self.tensors.items():
+            tensor += other.tensors[name].to(tensor.device)
+        self.loss = self.loss + other.loss.to(self.loss.device)
+        self.n_data += other.n_data
+        return self
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Every factor by name plus ``"loss"``; the inverse of :meth:`from_tensors` together with ``n_data``.
+
+        The tensors are those of the sums themselves, float64, not copies.
+        """
+        return {**self.tensors, "loss": self.loss}
+
+    @classmethod
+    def from_tensors(cls, spec: SumsSpec, tensors: Mapping[str, Tensor], n_data: int) -> CurvatureSums:
+        """Rebuild a sum from copies of its tensors, of float64 or of any type that they were stored in.
+
+        Raises:
+            ValueError: If a factor is missing, unknown or of the wrong shape.
+        """
+        wanted = set(spec.factors) | {"loss"}
+        if set(tensors) != wanted:
+            missing, unknown = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
+            raise ValueError(f"The tensors do not fit the specification: missing {missing}, unknown {unknown}.")
+        for name, factor in spec.factors.items():
+            if tuple(tensors[name].shape) != factor.shape:
+                raise ValueError(f"Factor {name!r} has shape {tuple(tensors[name].shape)}, expected {factor.shape}.")
+        factors = {name: tensors[name].to(torch.float64, copy=True) for name in spec.factors}
+        return cls(spec, factors, tensors["loss"].to(torch.float64, copy=True), int(n_data))
+
+    def non_finite(self) -> list[str]:
+        """Names of the factors that hold NaN or Inf."""
+        return [name for name, value in self.to_tensors().items() if not is_finite(value)]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or Inf; looked at in parts, so that no temporary of the tensor's size is made."""
+    return all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(1 << 22))
+
+
+def sum_in_order(tensors: Iterable[Tensor]) -> Tensor:
+    """Sum in float64 in the given order and round once to the widest type among the inputs; that of sums is float64.
+
+    Raises:
+        ValueError: If there is nothing to add.
+    """
+    total: Tensor | None = None
+    dtype = None
+    for tensor in tensors:
+        if total is None:
+            total, dtype = tensor.to(torch.float64, copy=True), tensor.dtype
+        else:
+            total += tensor
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        del tensor  # before the next one is made: it may be large
+    if total is None:
+        raise ValueError("There is nothing to add: the sequence of tensors is empty.")
+    return total.to(dtype)
+
+
+def _block_to_json(block: Block) -> dict:
+    data = {**asdict(block), "shape": list(block.shape), "factors": list(block.factors)}
+    chosen = data.pop("chosen")
+    return data if chosen is None else {**data, "chosen": list(chosen)}
+
+
+def _chosen(data: Mapping) -> tuple[int, ...] | None:
+    return tuple(data["chosen"]) if "chosen" in data else None
+
+
+def _spec_differences(one: SumsSpec, two: SumsSpec) -> list[str]:
+    rows = [
+        f"{field} {getattr(one, field)!r} against {getattr(two, field)!r}"
+        for field in ("structure", "dtype", "n_outputs")
+        if getattr(one, field) != getattr(two, field)
+    ]
+    names = {block.parameter: block for block in one.blocks}
+    others = {block.parameter: block for block in two.blocks}
+    for name in sorted(names.keys() | others.keys()):
+        if names.get(name) != others.get(name):
+            rows.append(f"parameter {name!r} differs")
+    return rows[:8]

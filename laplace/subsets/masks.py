@@ -1,0 +1,305 @@
+"""Which parameters form the subnetwork: strategies that turn a model into indices of its parameter vector.
+
+The parameter vector consists of all parameters with ``requires_grad``, in the order of the model. A strategy of your
+own is a subclass of :class:`SubnetMask` with :meth:`~SubnetMask.get_subnet_mask`, or of :class:`ScoreBasedSubnetMask`
+with :meth:`~ScoreBasedSubnetMask.compute_param_scores`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+from torch.utils.data import DataLoader
+
+from laplace.capture.capture import eval_mode
+from laplace.capture.feature_extractor import FeatureExtractor
+from laplace.data.batches import batches
+from laplace.enums import Likelihood, parse
+from laplace.posterior.diag import DiagLaplace
+from laplace.subsets.swag import fit_diagonal_swag_var
+
+
+class SubnetMask:
+    """A choice of parameters, made once by :meth:`select`.
+
+    Args:
+        model: Trained network.
+
+    Attributes:
+        parameter_vector: All parameters with ``requires_grad`` as one vector.
+    """
+
+    def __init__(self, model: nn.Module):
+        """See the class."""
+        self.model = model
+        self._sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+        if not self._sizes:
+            raise ValueError("The model has no parameter with requires_grad=True, so there is nothing to choose from.")
+        self.parameter_vector = parameters_to_vector(p for p in model.parameters() if p.requires_grad).detach()
+        self._n_params = len(self.parameter_vector)
+        self._indices: Tensor | None = None
+
+    @property
+    def indices(self) -> Tensor:
+        """Sorted indices of the chosen parameters ``(subnetwork parameters,)``.
+
+        Raises:
+            AttributeError: Before :meth:`select`.
+        """
+        if self._indices is None:
+            raise AttributeError("The subnetwork has not been selected yet: call select() first.")
+        return self._indices
+
+    @property
+    def n_params_subnet(self) -> int:
+        """Number of chosen parameters."""
+        return len(self.indices)
+
+    def select(self, train_loader: DataLoader | None = None) -> Tensor:
+        """Choose the subnetwork.
+
+        Args:
+            train_loader: Training data, for strategies that look at it.
+
+        Returns:
+            Sorted indices of the parameter vector, for ``subnetwork_indices``.
+
+        Raises:
+            ValueError: On a second call, or if the strategy needs data and gets none.
+        """
+        if self._indices is not None:
+            raise ValueError("The subnetwork has been selected already; make a new mask for another choice.")
+        self._indices = self.convert_subnet_mask_to_indices(self.get_subnet_mask(train_loader))
+        return self._indices
+
+    def get_subnet_mask(self, train_loader: DataLoader | None) -> Tensor:
+        """The strategy: a mask over the parameter vector, ``(parameters,)`` of booleans or of zeros and ones."""
+        raise NotImplementedError
+
+    def convert_subnet_mask_to_indices(self, subnet_mask: Tensor) -> Tensor:
+        """Indices of the ones of a mask.
+
+        Raises:
+            ValueError: If it is not a mask over the parameter vector, or chooses nothing.
+        """
+        if not isinstance(subnet_mask, Tensor) or subnet_mask.shape != (self._n_params,):
+            shape = tuple(subnet_mask.shape) if isinstance(subnet_mask, Tensor) else type(subnet_mask).__name__
+            raise ValueError(f"The mask has shape {shape}, expected ({self._n_params},).")
+        if not bool(((subnet_mask == 0) | (subnet_mask == 1)).all()):
+            raise ValueError("The mask holds values other than 0 and 1.")
+        indices = subnet_mask.nonzero().flatten()
+        if len(indices) == 0:
+            raise ValueError("The mask is 0 everywhere, so the subnetwork would be empty.")
+        return indices
+
+    def _mask_of(self, chosen: Iterable[str]) -> Tensor:
+        """Ones on the parameters of these names."""
+        chosen = set(chosen)
+        device = self.parameter_vector.device
+        return torch.cat([torch.full((n,), name in chosen, device=device) for name, n in self._sizes.items()])
+
+
+class ScoreBasedSubnetMask(SubnetMask):
+    """The parameters with the largest scores.
+
+    Args:
+        model: Trained network.
+        n_params_subnet: Number of parameters to choose.
+    """
+
+    def __init__(self, model: nn.Module, n_params_subnet: int):
+        """See the class."""
+        super().__init__(model)
+        if n_params_subnet is None or not 0 < n_params_subnet <= self._n_params:
+            raise ValueError(
+                f"n_params_subnet={n_params_subnet} must lie in 1…{self._n_params}, the number of parameters."
+            )
+        self._n_params_subnet = n_params_subnet
+
+    @property
+    def n_params_subnet(self) -> int:
+        """Number of chosen parameters."""
+        return self._n_params_subnet
+
+    def compute_param_scores(self, train_loader: DataLoader | None) -> Tensor:
+        """The strategy: one score per parameter, ``(parameters,)``; the largest win."""
+        raise NotImplementedError
+
+    def get_subnet_mask(self, train_loader: DataLoader | None) -> Tensor:
+        """Ones on the parameters with the largest scores.
+
+        Raises:
+            ValueError: If the scores do not fit the model or are NaN.
+        """
+        scores = self.compute_param_scores(train_loader)
+        if scores.shape != (self._n_params,):
+            raise ValueError(f"The scores have shape {tuple(scores.shape)}, expected ({self._n_params},).")
+        if bool(scores.isnan().any()):
+            raise ValueError(f"{int(scores.isnan().sum())} of the scores are NaN; look at the model's weights.")
+        mask = torch.zeros(self._n_params, dtype=torch.bool, device=scores.device)
+        mask[scores.topk(self._n_params_subnet).indices] = True
+        return mask
+
+
+class RandomSubnetMask(ScoreBasedSubnetMask):
+    """Uniformly at random, from torch's global generator."""
+
+    def compute_param_scores(self, train_loader: DataLoader | None) -> Tensor:
+        """Uniform noise."""
+        return torch.rand(self._n_params, device=self.parameter_vector.device)
+
+
+class LargestMagnitudeSubnetMask(ScoreBasedSubnetMask):
+    """The largest absolute values."""
+
+    def compute_param_scores(self, train_loader: DataLoader | None) -> Tensor:
+        """Absolute values."""
+        return self.parameter_vector.abs()
+
+
+class LargestVarianceDiagLaplaceSubnetMask(ScoreBasedSubnetMask):
+    """The largest posterior variances of a diagonal Laplace approximation over all weights.
+
+    Args:
+        model: Trained network.
+        n_params_subnet: Number of parameters to choose.
+        diag_laplace_model: A :class:`laplace.DiagLaplace` of the same model; :meth:`select` fits it.
+    """
+
+    def __init__(self, model: nn.Module, n_params_subnet: int, diag_laplace_model: DiagLaplace):
+        """See the class."""
+        super().__init__(model, n_params_subnet)
+        self.diag_laplace_model = diag_laplace_model
+
+    def compute_param_scores(self, train_loader: DataLoader | None) -> Tensor:
+        """Posterior variances after a fit to the data."""
+        self.diag_laplace_model.fit(_required(train_loader))
+        return self.diag_laplace_model.posterior_variance.detach()
+
+
+class LargestVarianceSWAGSubnetMask(ScoreBasedSubnetMask):
+    """The largest variances along a run of SGD; see :func:`laplace.utils.fit_diagonal_swag_var`.
+
+    Args:
+        model: Trained network.
+        n_params_subnet: Number of parameters to choose.
+        likelihood: ``'classification'`` (cross entropy) or ``'regression'`` (mean squared error).
+        swag_n_snapshots: Number of snapshots.
+        swag_snapshot_freq: Epochs between two snapshots.
+        swag_lr: Step size of SGD.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        n_params_subnet: int,
+        likelihood: Likelihood | str = Likelihood.CLASSIFICATION,
+        swag_n_snapshots: int = 40,
+        swag_snapshot_freq: int = 1,
+        swag_lr: float = 0.01,
+    ):
+        """See the class."""
+        super().__init__(model, n_params_subnet)
+        self.likelihood = parse(Likelihood, likelihood, "likelihood")
+        self._swag: dict[str, Any] = {
+            "n_snapshots_total": swag_n_snapshots,
+            "snapshot_freq": swag_snapshot_freq,
+            "lr": swag_lr,
+        }
+
+    def compute_param_scores(self, train_loader: DataLoader | None) -> Tensor:
+        """Variances over snapshots."""
+        criterion = nn.MSELoss() if self.likelihood is Likelihood.REGRESSION else nn.CrossEntropyLoss()
+        return fit_diagonal_swag_var(self.model, _required(train_loader), criterion, **self._swag)
+
+
+class ParamNameSubnetMask(SubnetMask):
+    """Whole parameter tensors, by name.
+
+    Args:
+        model: Trained network.
+        parameter_names: Names as in ``model.named_parameters()``.
+    """
+
+    def __init__(self, model: nn.Module, parameter_names: Sequence[str]):
+        """See the class."""
+        super().__init__(model)
+        self._parameter_names = _checked_names("parameter_names", parameter_names, self._sizes)
+
+    def get_subnet_mask(self, train_loader: DataLoader | None) -> Tensor:
+        """Ones on these parameters."""
+        return self._mask_of(self._parameter_names)
+
+
+class ModuleNameSubnetMask(SubnetMask):
+    """All parameters of some modules, by name.
+
+    Args:
+        model: Trained network.
+        module_names: Names as in ``model.named_modules()``; a module's children belong to it.
+    """
+
+    def __init__(self, model: nn.Module, module_names: Sequence[str]):
+        """See the class."""
+        super().__init__(model)
+        self._module_names = _checked_names("module_names", module_names, dict(model.named_modules()))
+        for module in self._module_names:
+            if not self._parameters_of(module):
+                raise ValueError(f"Module {module!r} has no parameter with requires_grad=True.")
+
+    def _parameters_of(self, module: str) -> list[str]:
+        prefix = f"{module}." if module else ""
+        return [name for name in self._sizes if name.startswith(prefix)]
+
+    def get_subnet_mask(self, train_loader: DataLoader | None) -> Tensor:
+        """Ones on the parameters of these modules."""
+        return self._mask_of(name for module in self._module_names for name in self._parameters_of(module))
+
+
+class LastLayerSubnetMask(ModuleNameSubnetMask):
+    """All parameters of the last layer.
+
+    Args:
+        model: Trained network.
+        last_layer_name: Name of the last layer; found by a forward pass on ``train_loader`` if None.
+    """
+
+    def __init__(self, model: nn.Module, last_layer_name: str | None = None):
+        """See the class."""
+        if last_layer_name is None:
+            SubnetMask.__init__(self, model)
+        else:
+            super().__init__(model, [last_layer_name])
+        self._last_layer_name = last_layer_name
+
+    def get_subnet_mask(self, train_loader: DataLoader | None) -> Tensor:
+        """Ones on the last layer's parameters."""
+        if self._last_layer_name is None:
+            self._module_names = [self._find(_required(train_loader))]
+        return super().get_subnet_mask(train_loader)
+
+    def _find(self, train_loader: DataLoader) -> str:
+        extractor = FeatureExtractor(self.model)
+        x, _ = next(batches(train_loader, self.parameter_vector.device))
+        with eval_mode(self.model), torch.no_grad():
+            extractor.find_last_layer(x)
+        return extractor.last_layer_name
+
+
+def _required(train_loader: DataLoader | None) -> DataLoader:
+    if train_loader is None:
+        raise ValueError("This strategy looks at the training data: call select(train_loader).")
+    return train_loader
+
+
+def _checked_names(what: str, names: Sequence[str], known: Iterable[str]) -> list[str]:
+    if isinstance(names, str) or not names:
+        raise ValueError(f"{what}={names!r} must be a non-empty list of names.")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"{what} holds {unknown}; valid names are {[name for name in known if name]}.")
+    return list(names)
