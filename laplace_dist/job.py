@@ -8,17 +8,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from torch import nn
-
 from laplace_dist.config import compatibility
 from laplace_dist.config.settings import Config
-from laplace_dist.data import loader, sources
-from laplace_dist.data.collate import Collate
-from laplace_dist.errors import ExampleError, MissingObjectError, SettingsError
+from laplace_dist.data import sources
+from laplace_dist.errors import MissingObjectError, SettingsError
 from laplace_dist.execution.session import ExecutorType, Session
 from laplace_dist.execution.tasks import Task
-from laplace_dist.plan import identity
-from laplace_dist.plan.plan import Plan, build_plan
+from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import plan_shards
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import (
@@ -30,15 +26,10 @@ from laplace_dist.run import (
     pointer,
     tunings,
     versions,
-    weights,
     windows,
 )
-from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import open_json, open_store
-from laplace_dist.run.probe import make_probe
-from laplace_dist.run.weights import dump_weights, weights_digest
-from laplace_dist.stages import evaluate, first_batch, map, reduce, tune
-from laplace_dist.stages.context import initialized, plain
+from laplace_dist.stages import evaluate, map, opening, reduce, tune
 from laplace_dist.storage.store import Store
 
 
@@ -117,6 +108,7 @@ class Job:
     executor: ExecutorType | None = None
     say: Callable[[str], None] = lambda text: print(text, flush=True)
     _continued: bool = field(default=False, init=False)
+    _checked: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.config = _absolute(self.given)
@@ -174,48 +166,13 @@ class Job:
         config = self.config
         compatibility.check_predictive(config)
         lifecycle.check_place(self.store)
-        train = sources.load_split(config, "train")
-        others = sources.check_splits(config)
-        model = weights.load_model(config)
-        first_batch.check(config, model, {"train": train, **others})
-        try:
-            la = initialized(config.model_dump(), model, train, Collate.of(config))
-        except (ValueError, ImportError, ExampleError) as error:
-            raise error if isinstance(error, SettingsError) else SettingsError(str(error)) from error
-        found = _fingerprint(train, "train")
+        resolved = opening.resolve(config)
+        self._checked = True
         self.store.check_writable()  # before a cluster may be asked for its devices
-        wanted = build_plan(
-            config.bits(device_type=self.device_type),
-            data=found,
-            weights=weights_digest(model),
-            model={"path": config.model, "args": config.model_args},
-            spec=plain(la.sums_spec()),
-            run=new_attempt(),
-        )
-        snapshot = config.model_copy(update={"weights": f"{self.store.url}/{layout.WEIGHTS}"}).to_yaml()
-        self.plan, self._continued = lifecycle.open_run(
-            self.store,
-            wanted,
-            model=model,
-            weights=lambda: dump_weights(model),
-            probe=lambda: self._probe(model, train),
-            config_yaml=snapshot,
-            fresh=config.fresh,
-            say=self.say,
-        )
+        self.plan, self._continued = opening.begin(resolved, config, self.store, self.device_type, self.say)
         self.say(f"{'continuing' if self._continued else 'starting'} the run at {self.store.url}")
         if not self._continued:
-            self.say(str(la.coverage))
-
-    def _probe(self, model: nn.Module, train: Any) -> bytes | None:
-        try:
-            return make_probe(model, lambda n: loader.read_batch(train, 0, n, Collate.of(self.config))[0], len(train))
-        except TypeError as error:
-            self.say(
-                f"the inputs hold {error}, which cannot be stored with the run: whether --model's code is still the same "
-                "will not be checked, only its weights and the data"
-            )
-            return None
+            self.say(str(resolved.la.coverage))
 
     def map(self) -> None:
         """Accumulate the segments that have no committed partial."""
@@ -263,13 +220,14 @@ class Job:
         config = self.config
         compatibility.check_predictive(config)
         grid = config.tuning == "gridsearch"
-        validation = sources.load_split(config, "val") if grid else None
-        chosen = tune.settings(config, _fingerprint(validation, "val") if grid else None, self.device_type)
+        splits = self._splits("val") if grid else {}
+        found = opening.fingerprint(config, splits["val"], "val") if grid else None
+        chosen = tune.settings(config, found, self.device_type)
         key = layout.tuning_key(version, chosen)
         if not ownership.has(self.store, self.plan, key):
             common = self.plan.digest, version, key, chosen
             if grid:
-                shards = plan_shards(len(validation), config.batch_size)
+                shards = plan_shards(len(splits["val"]), config.batch_size)
                 tasks, done = tune.shard_tasks(self.store, self.plan, *common[1:], shards)
                 self._run(tasks, Progress("tune", "shards", len(shards), done))
                 choice = tune.ChooseFromGrid(*common, tuple(shard.id for shard in shards))
@@ -293,8 +251,8 @@ class Job:
         """Evaluate MAP and Laplace on the test and out-of-distribution splits and return the metrics of both."""
         config = self.config
         compatibility.check_predictive(config)
-        splits = {name: sources.load_split(config, name) for name in ("test", *compatibility.ood(config))}
-        found = {name: _fingerprint(split, name) for name, split in splits.items()}
+        splits = self._splits("test", *compatibility.ood(config))
+        found = {name: opening.fingerprint(config, split, name) for name, split in splits.items()}
         chosen = evaluate.settings(config, tuning, found, self.device_type)
         key = layout.evaluation_key(version, chosen)
         if not ownership.has(self.store, self.plan, key):
@@ -309,21 +267,16 @@ class Job:
         self.store.replace(layout.METRICS, evaluations.metrics_json(version, tuning, metrics))
         return metrics
 
+    def _splits(self, *names: str) -> dict[str, Any]:
+        """Load splits; those of a follow-on job are looked at before anything starts, as a fit looks at all of them."""
+        splits = {name: sources.load_split(self.config, name) for name in names}
+        if not self._checked:
+            opening.check_again(self.config, self.store, self.plan, splits)
+        return splits
+
     def _run(self, tasks: Iterable[Task], progress: Progress, **how: bool) -> list[Mapping[str, Any]]:
         """Carry out the tasks of a stage; see `Session.run`."""
         return self.session.run(tasks, self.device_type, progress, **how)
-
-
-def _fingerprint(dataset: Any, split: str) -> dict[str, Any]:
-    """Return a split's fingerprint; an example that this process cannot read is refused as a setting is.
-
-    Raises:
-        SettingsError: Naming the example.
-    """
-    try:
-        return identity.fingerprint(dataset, split)
-    except ExampleError as error:
-        raise SettingsError(str(error)) from error
 
 
 def _absolute(config: Config) -> Config:

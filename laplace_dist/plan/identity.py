@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from laplace_dist.data.loader import read_example
+from laplace_dist.data.collate import Collate
+from laplace_dist.data.loader import DEFAULT, read_example
 from laplace_dist.errors import ExampleError, SettingsError, listed
 from laplace_dist.plan.digests import feed
 
@@ -20,12 +21,13 @@ def sampled(length: int) -> list[int]:
     return sorted({i * (length - 1) // max(count - 1, 1) for i in range(count)})
 
 
-def fingerprint(dataset: Any, split: str = "train") -> dict[str, Any]:
+def fingerprint(dataset: Any, split: str = "train", collate: Collate = DEFAULT) -> dict[str, Any]:
     """Return what a split is told by.
 
     Args:
         dataset: Map-style.
         split: Its name, for messages.
+        collate: What makes a batch of an example that holds something else than plain values, which stands for it then.
 
     Returns:
         `length`; `sha256` over the length and the sampled examples; and under `examples` the beginning of each sampled
@@ -33,14 +35,14 @@ def fingerprint(dataset: Any, split: str = "train") -> dict[str, Any]:
 
     Raises:
         SettingsError: An example differs from one reading to the next, or holds something other than tensors, arrays,
-            numbers, strings and containers of these.
+            numbers, strings and containers of these, also when it is collated.
         ExampleError: An example cannot be read.
     """
     length = len(dataset)
     digest, examples = hashlib.sha256(str(length).encode()), {}
     for index in sampled(length):
-        own = _example_digest(dataset, index)
-        if _example_digest(dataset, index) != own:
+        own = _example_digest(dataset, index, collate)
+        if _example_digest(dataset, index, collate) != own:
             raise SettingsError(
                 f"--data: example {index} of split {split!r} differs between two readings; switch random augmentation off, "
                 "since a run that is resumed must meet the same examples"
@@ -50,7 +52,7 @@ def fingerprint(dataset: Any, split: str = "train") -> dict[str, Any]:
     return {"length": length, "sha256": digest.hexdigest(), "examples": examples}
 
 
-def check_data(dataset: Any, wanted: Mapping[str, Any], split: str, where: str) -> None:
+def check_data(dataset: Any, wanted: Mapping[str, Any], split: str, where: str, collate: Collate = DEFAULT) -> None:
     """Refuse a split that is not the one that the driver saw.
 
     Args:
@@ -58,6 +60,7 @@ def check_data(dataset: Any, wanted: Mapping[str, Any], split: str, where: str) 
         wanted: Its fingerprint as the driver has it.
         split: Its name.
         where: This process, in a person's words, such as `node 10.0.0.3`.
+        collate: As of `fingerprint`.
 
     Raises:
         SettingsError: Naming the split and what differs.
@@ -66,10 +69,12 @@ def check_data(dataset: Any, wanted: Mapping[str, Any], split: str, where: str) 
         differs = f"{len(dataset)} examples, the driver's has {wanted['length']}"
     elif not wanted.get("examples"):  # of a plan of 0.1
         differs = (
-            "" if fingerprint(dataset, split)["sha256"] == wanted["sha256"] else "other contents than the driver's"
+            ""
+            if fingerprint(dataset, split, collate)["sha256"] == wanted["sha256"]
+            else "other contents than the driver's"
         )
     else:
-        different = different_examples(wanted, {"examples": _readable(dataset, wanted["examples"])})
+        different = different_examples(wanted, {"examples": _readable(dataset, wanted["examples"], collate)})
         differs = different and f"other contents than the driver's: {different}"
     if not differs:
         return
@@ -90,21 +95,36 @@ def different_examples(one: Mapping[str, Any], two: Mapping[str, Any]) -> str:
     )
 
 
-def _readable(dataset: Any, indices: Iterable[str]) -> dict[str, str]:
+def _readable(dataset: Any, indices: Iterable[str], collate: Collate) -> dict[str, str]:
     """Return the digests of sampled examples; one that cannot be read is left to its segment, which fails naming it."""
     found = {}
     for index in indices:
         try:
-            found[index] = _example_digest(dataset, int(index)).hex()[:_SHOWN]
+            found[index] = _example_digest(dataset, int(index), collate).hex()[:_SHOWN]
         except ExampleError:
             continue
     return found
 
 
-def _example_digest(dataset: Any, index: int) -> bytes:
-    digest = hashlib.sha256()
+def _example_digest(dataset: Any, index: int, collate: Collate) -> bytes:
+    """Return the digest of an example, or of a batch of it alone where it holds what only the user's collate knows."""
+    example = read_example(dataset, index)
     try:
-        feed(digest, read_example(dataset, index))
+        return _digest_of(example)
     except TypeError as error:
-        raise SettingsError(f"--data: example {index} holds {error}; expected tensors, arrays or numbers") from error
+        if collate.path is None:
+            raise SettingsError(
+                f"--data: example {index} holds {error}; expected tensors, arrays or numbers, or a --collate that makes these"
+            ) from error
+    try:
+        return _digest_of(collate.batch([example], index))
+    except TypeError as error:
+        raise SettingsError(
+            f"--collate: the batch of example {index} holds {error}; expected tensors, arrays, numbers or strings"
+        ) from error
+
+
+def _digest_of(value: Any) -> bytes:
+    digest = hashlib.sha256()
+    feed(digest, value)
     return digest.digest()

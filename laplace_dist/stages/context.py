@@ -117,7 +117,7 @@ class Context:
         """
         if name not in self._splits:
             found = sources.load_split(self.config, name)
-            check_data(found, wanted, name, self.where)
+            check_data(found, wanted, name, self.where, Collate.of(self.config))
             self._splits[name] = found
         return self._splits[name]
 

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import nn
 
-from laplace_dist.run import attempts
-from laplace_dist.run import ownership
-from laplace_dist.run import partials
-from laplace_dist.run import pointer
-from laplace_dist.run import layout
-from laplace_dist.run import versions
-from laplace_dist.run import windows
-from laplace_dist.stages import reduce
-from laplace_dist.run import layout
-from laplace_dist.run import lifecycle
-from laplace_dist.plan.plan import Plan
-from laplace_dist.plan.plan import build_plan
+from laplace_dist.plan.plan import Plan, build_plan
+from laplace_dist.run import attempts, layout, lifecycle, ownership, partials, pointer, versions, windows
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.provenance import environment
+from laplace_dist.stages import reduce
 
 SPEC = {
     "structure": "kron",

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from laplace_dist.config.settings import Config
-from laplace_dist.job import Job
 from laplace_dist.execution.inline import Inline
+from laplace_dist.job import Job
 
 N = 44
 

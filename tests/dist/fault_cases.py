@@ -28,9 +28,8 @@ import torch
 
 import laplace_dist
 from laplace_dist import stages
-from laplace_dist.run import versions
-from laplace_dist.run import lifecycle
 from laplace_dist.report.progress import Progress
+from laplace_dist.run import lifecycle, versions
 from laplace_dist.run.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from laplace_dist.config.settings import Config
-from laplace_dist.execution.session import Session
 from laplace_dist.execution.failures import event_of
 from laplace_dist.execution.raised import Raised, outcome_of
+from laplace_dist.execution.session import Session
 from laplace_dist.execution.tasks import Event
 from laplace_dist.job import Job
 from laplace_dist.plan.plan import Plan, build_plan

@@ -9,10 +9,9 @@ import dist_cases
 import pytest
 import ray  # here, since it reads the environment when it is imported, which a fixture takes away
 
-from laplace_dist.execution import ray_cluster
-from laplace_dist.execution.ray_cluster import Cluster
-from laplace_dist.execution.ray_cluster import find_address
 from laplace_dist.errors import SettingsError
+from laplace_dist.execution import ray_cluster
+from laplace_dist.execution.ray_cluster import Cluster, find_address
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pickle
 import pytest
 import yaml
 
-from laplace_dist.config.settings import Config
 from laplace_dist.config.command_line import load_config
+from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError
 
 DEFAULTS = {"model": "demo:model", "data": "demo:data", "checkpoint": "./runs/test"}

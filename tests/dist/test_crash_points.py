@@ -14,10 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import laplace_dist
-from laplace_dist.run import attempts
-from laplace_dist.run import partials
-from laplace_dist.run import layout
-from laplace_dist.run import lifecycle
+from laplace_dist.run import attempts, layout, lifecycle, partials
 from laplace_dist.run.checkpoint import Checkpoint
 
 PLAN = make_plan()

@@ -16,16 +16,14 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from laplace_dist.config.settings import Config
-from laplace_dist.data.zarr_split import ZarrSplit
-from laplace_dist.data.loader import batches
-from laplace_dist.plan.identity import fingerprint
+from laplace_dist.data.collate import Collate
 from laplace_dist.data.import_path import load_callable
-from laplace_dist.run.weights import load_model
+from laplace_dist.data.loader import batches
 from laplace_dist.data.sources import load_split
+from laplace_dist.data.zarr_split import ZarrSplit
 from laplace_dist.errors import ExampleError, SettingsError
-from laplace_dist.run.weights import dump_weights
-from laplace_dist.run.weights import load_weights
-from laplace_dist.run.weights import weights_digest
+from laplace_dist.plan.identity import check_data, fingerprint
+from laplace_dist.run.weights import dump_weights, load_model, load_weights, weights_digest
 
 MODULE = """
 import torch
@@ -488,6 +486,33 @@ def test_random_augmentation_is_refused():
 def test_examples_of_unknown_types_are_refused():
     with pytest.raises(SettingsError, match=r"--data: example 0 holds a builtins.object; expected tensors"):
         fingerprint(Items([(object(), 1)]))
+
+
+class Picture:
+    """What only the user's collate knows."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+
+def collate_pictures(items):
+    return torch.tensor([[picture.value] for picture, _ in items]), torch.tensor([label for _, label in items])
+
+
+def collate_to_pictures(items):
+    return [picture for picture, _ in items], torch.tensor([label for _, label in items])
+
+
+def test_what_collate_makes_of_an_example_of_another_type_stands_for_it():
+    collate = Collate("test_data:collate_pictures")
+    splits = [Items([(Picture(value + i), 0) for i in range(3)]) for value in (0.5, 0.5, 1.5)]
+    one, same, other = (fingerprint(split, "train", collate) for split in splits)
+    assert one == same and len({*one["examples"].values()}) == 3
+    check_data(splits[0], same, "train", "node a", collate)
+    with pytest.raises(SettingsError, match="other contents than the driver's: 3 of 3 sampled examples differ"):
+        check_data(splits[0], other, "train", "node a", collate)
+    with pytest.raises(SettingsError, match="--collate: the batch of example 0 holds a test_data.Picture"):
+        fingerprint(splits[0], "train", Collate("test_data:collate_to_pictures"))
 
 
 def test_an_example_that_cannot_be_read_is_named_by_the_fingerprint():

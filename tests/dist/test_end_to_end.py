@@ -17,10 +17,10 @@ import pytest
 from laplace_dist import fit, status
 from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.execution.ray_cluster import Cluster
+from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.run.lifecycle import read_plan
 from laplace_dist.run.partials import read_manifest
 from laplace_dist.run.versions import read_version
-from laplace_dist.run.lifecycle import read_plan
-from laplace_dist.run.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SEGMENTS = [f"{i:06d}" for i in range(6)]  # of the 44 examples in segments of 8

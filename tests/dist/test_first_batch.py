@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import calling_cases
 import dist_cases
@@ -14,6 +15,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from laplace_dist import cli
+from laplace_dist.errors import SettingsError
+from laplace_dist.job import evaluate_posterior, tune_posterior
 from laplace_dist.run.weights import load_model
 from laplace_dist.stages import first_batch
 
@@ -214,3 +217,22 @@ def test_a_model_that_is_used_from_now_on_is_left_in_order(tmp_path):
     model = dist_cases.convnet()
     first_batch.check(dist_cases.config(tmp_path), model, {"train": dist_cases.blobs("train")})
     assert all(p.grad is None for p in model.parameters()) and not model.training
+
+
+SPLITS = {}
+
+
+def changing(split: str):
+    """Return splits of which tests change one after the fit."""
+    return SPLITS.get(split) or dist_cases.blobs(split)
+
+
+@pytest.mark.parametrize(("job", "split"), [(tune_posterior, "val"), (evaluate_posterior, "test")])
+def test_a_follow_on_job_looks_at_its_splits_before_anything_starts(tmp_path, monkeypatch, job, split):
+    chosen = dist_cases.config(tmp_path, data="test_first_batch:changing", data_args={})
+    dist_cases.run_inline(chosen)
+    x, y = dist_cases.blobs(split).tensors
+    monkeypatch.setitem(SPLITS, split, TensorDataset(x.double(), y))
+    chosen = chosen.model_copy(update={"tuning": "gridsearch"})
+    with pytest.raises(SettingsError, match=rf"inputs are torch.float64, but .* torch.float32.*\(split '{split}'\)"):
+        job(chosen, executor=lambda *_: SimpleNamespace(device_type=lambda: "cpu", close=lambda: None))

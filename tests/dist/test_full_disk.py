@@ -17,16 +17,14 @@ from test_integrity import facts
 
 import laplace_dist
 from laplace_dist import fit, load_posterior
-from laplace_dist.storage import local
-from laplace_dist.run import lifecycle
-from laplace_dist.storage import store
 from laplace_dist.cli import main
-from laplace_dist.execution.ray_cluster import Cluster
-from laplace_dist.job import evaluate_posterior
-from laplace_dist.job import tune_posterior
 from laplace_dist.errors import RunFailed, SettingsError
-from laplace_dist.stages.map import MapSegment
+from laplace_dist.execution.ray_cluster import Cluster
+from laplace_dist.job import evaluate_posterior, tune_posterior
+from laplace_dist.run import lifecycle
 from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.stages.map import MapSegment
+from laplace_dist.storage import local, store
 
 
 class Disk:

@@ -15,10 +15,9 @@ from test_s3_runs import factor_digests
 import laplace_dist
 from laplace_dist import load_posterior
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
+from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.stages.map import MapSegment
-from laplace_dist.run.checkpoint import open_json
 from laplace_dist.storage.sealed_json import seal_json
-from laplace_dist.run.checkpoint import Checkpoint
 
 OWN = (CheckpointError, SettingsError, RunFailed)
 

@@ -9,17 +9,19 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from laplace_dist.errors import CheckpointError, ExampleError, MissingObjectError, RunFailed, SettingsError, StorageError
-from laplace_dist.execution.timeouts import ENOUGH
-from laplace_dist.execution.timeouts import FLOOR_SECONDS
-from laplace_dist.execution.timeouts import TIMES
-from laplace_dist.execution.timeouts import Limit
-from laplace_dist.execution.timeouts import measured_limit
-from laplace_dist.execution.failures import SET_ASIDE
-from laplace_dist.execution.failures import event_of
+from laplace_dist.errors import (
+    CheckpointError,
+    ExampleError,
+    MissingObjectError,
+    RunFailed,
+    SettingsError,
+    StorageError,
+)
+from laplace_dist.execution.failures import SET_ASIDE, event_of
+from laplace_dist.execution.loop import run_tasks
 from laplace_dist.execution.raised import Raised
 from laplace_dist.execution.tasks import Event
-from laplace_dist.execution.loop import run_tasks
+from laplace_dist.execution.timeouts import ENOUGH, FLOOR_SECONDS, TIMES, Limit, measured_limit
 from laplace_dist.testing.simulated_pool import SimulatedPool
 
 
@@ -221,7 +223,7 @@ def test_preempted_attempts_cost_the_time_that_was_lost_and_no_more(p):
     """100 workers, 4,096 segments, 20 seeds: all finish, in at most 1.1 times the ideal time."""
     for seed in range(20):
         pool, done = SimulatedPool(100, p, seed), []
-        run_tasks(pool, tasks(4096), lambda task, receipt: done.append(task.what))
+        run_tasks(pool, tasks(4096), lambda task, receipt, done=done: done.append(task.what))
         assert len(done) == len(set(done)) == 4096
         assert pool.now <= 1.1 * pool.ideal
         assert pool.attempts.total() > 4096 * (1 + p / 2), "so many were preempted"

@@ -11,7 +11,6 @@ from node_cluster import NodeCluster
 
 from laplace_dist.run.checkpoint import Checkpoint
 
-
 LOSSES = 3  # as many failures of a task on nodes that live on set it aside
 
 

@@ -12,18 +12,14 @@ import pytest
 import torch
 
 from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError
-from laplace_dist.run.partials import commit_partial
-from laplace_dist.run.layout import partial_key
-from laplace_dist.run.attempts import new_attempt
-from laplace_dist.run.partials import read_factors
-from laplace_dist.run.partials import read_manifest
-from laplace_dist.plan.plan import FORMAT_VERSION
-from laplace_dist.plan.plan import build_plan
-from laplace_dist.run.checkpoint import open_json
-from laplace_dist.storage.sealed_json import seal_json
+from laplace_dist.plan.plan import FORMAT_VERSION, build_plan
 from laplace_dist.run import layout, lifecycle
-from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.run.attempts import new_attempt
+from laplace_dist.run.checkpoint import Checkpoint, open_json
+from laplace_dist.run.layout import partial_key
+from laplace_dist.run.partials import commit_partial, read_factors, read_manifest
 from laplace_dist.run.provenance import environment
+from laplace_dist.storage.sealed_json import seal_json
 
 SPEC = {
     "structure": "kron",

@@ -10,14 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laplace_dist.errors import CheckpointError, SettingsError
-from laplace_dist.plan.plan import FORMAT_VERSION
-from laplace_dist.plan.plan import Plan
-from laplace_dist.plan.plan import build_plan
-from laplace_dist.plan.segments import default_segment_size
-from laplace_dist.plan.plan import differences
+from laplace_dist.plan.plan import FORMAT_VERSION, Plan, build_plan, differences
+from laplace_dist.plan.segments import default_segment_size, plan_segments
 from laplace_dist.run import layout
 from laplace_dist.run.checkpoint import open_json
-from laplace_dist.plan.segments import plan_segments
 from laplace_dist.storage.sealed_json import seal_json
 
 SETTINGS = {"batch_size": 8, "segment_size": 20, "seed": 0, "hessian_structure": "kron", "device_type": "cpu"}

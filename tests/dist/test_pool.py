@@ -11,12 +11,11 @@ import pytest
 
 from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.execution import liveness, pool
-from laplace_dist.execution.failures import STARTS_PER_NODE
+from laplace_dist.execution.failures import STARTS_PER_NODE, STARTS_WITHOUT_MEMORY
 from laplace_dist.execution.liveness import SECOND_LOOK
 from laplace_dist.execution.pool import Pool
 from laplace_dist.execution.raised import Raised
 from laplace_dist.execution.scaling import LOOK_SECONDS, Placement, nodes_of
-from laplace_dist.execution.failures import STARTS_PER_NODE, STARTS_WITHOUT_MEMORY
 from laplace_dist.execution.starts import RESTS, Starts
 from laplace_dist.execution.tasks import Answer
 from laplace_dist.execution.timeouts import Limit

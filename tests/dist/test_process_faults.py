@@ -14,14 +14,13 @@ from fault_cases import fault
 
 import laplace_dist
 from laplace_dist import fit, status
-from laplace_dist.execution import timeouts
-from laplace_dist.job import Job
 from laplace_dist.errors import RunFailed
-from laplace_dist.plan.segments import default_segment_size
-from laplace_dist.plan.segments import plan_segments
+from laplace_dist.execution import timeouts
 from laplace_dist.execution.failures import why_it_failed
 from laplace_dist.execution.liveness import why_it_died
 from laplace_dist.execution.raised import Raised
+from laplace_dist.job import Job
+from laplace_dist.plan.segments import default_segment_size, plan_segments
 from laplace_dist.run.checkpoint import Checkpoint
 
 FULL = {"skip_tune": False, "skip_evaluate": False, "ood": ["other"], "grid_size": 5}

@@ -7,8 +7,7 @@ import io
 import pytest
 
 from laplace_dist.report import progress
-from laplace_dist.report.progress import QUIET_SECONDS
-from laplace_dist.report.progress import Progress
+from laplace_dist.report.progress import QUIET_SECONDS, Progress
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from laplace_dist.data.device import to_device
 from laplace_dist.data.loader import batches
 from laplace_dist.data.processes import check_sendable
 from laplace_dist.data.read_ahead import ReadAhead, _Ranges
-from laplace_dist.data.zarr_split import ZarrSplit
 from laplace_dist.data.sources import load_split
+from laplace_dist.data.zarr_split import ZarrSplit
 from laplace_dist.errors import ExampleError, SettingsError
 from laplace_dist.plan.identity import fingerprint
 from laplace_dist.run.checkpoint import Checkpoint

@@ -15,22 +15,13 @@ from storage_cases import SMALL, recorded_run
 
 import laplace_dist
 from laplace_dist import load_posterior
-from laplace_dist.run import layout
-from laplace_dist.run import evaluations
-from laplace_dist.run import partials
-from laplace_dist.run import pointer
-from laplace_dist.run import tunings
-from laplace_dist.run import versions
-from laplace_dist.run import lifecycle
-from laplace_dist.run import tunings
+from laplace_dist.config.command_line import load_config, parse_yaml
 from laplace_dist.config.settings import Config
-from laplace_dist.config.command_line import load_config
-from laplace_dist.config.command_line import parse_yaml
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
 from laplace_dist.plan.plan import Plan
-from laplace_dist.run.checkpoint import open_json
+from laplace_dist.run import evaluations, layout, lifecycle, partials, pointer, tunings, versions
+from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.storage.sealed_json import seal_json
-from laplace_dist.run.checkpoint import Checkpoint
 
 OWN = (CheckpointError, SettingsError, RunFailed)
 FUZZ = settings(

@@ -23,7 +23,6 @@ from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.leases import Lease
 from laplace_dist.run.vector import Vector, complete, write
 from laplace_dist.stages import reduce
-from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.stages.reduce import SumPart
 from laplace_dist.storage import arrays
 

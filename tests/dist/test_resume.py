@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_partials import ORIGIN, PLAN, commit_to_run as commit, make_plan, make_sums
+from test_partials import ORIGIN, PLAN, make_plan, make_sums
+from test_partials import commit_to_run as commit
 from torch import nn
 
 from laplace_dist import status, verify

@@ -11,21 +11,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import laplace_dist
 from laplace import Laplace
 from laplace.curvature import backend_class
-import laplace_dist
-from laplace_dist import load_posterior
-from laplace_dist import cli
-from laplace_dist.execution import timeouts
-from laplace_dist.run import pointer
-from laplace_dist.run import tunings
-from laplace_dist.run import layout
-from laplace_dist.run import versions
-from laplace_dist.stages import reduce
-from laplace_dist.run import lifecycle
+from laplace_dist import cli, load_posterior
 from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError
+from laplace_dist.execution import timeouts
 from laplace_dist.execution.inline import InlinePool
+from laplace_dist.run import layout, lifecycle, pointer, tunings, versions
 from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.stages import reduce
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 

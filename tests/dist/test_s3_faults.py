@@ -17,12 +17,12 @@ from storage_cases import SMALL, Outages, recorded_run
 from test_s3_runs import assert_no_secret, factor_digests
 
 import laplace_dist
-from laplace_dist.storage import retry
-from laplace_dist.job import fit
 from laplace_dist.errors import RunFailed
+from laplace_dist.job import fit
 from laplace_dist.report.progress import Progress
-from laplace_dist.stages.map import MapSegment
 from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.stages.map import MapSegment
+from laplace_dist.storage import retry
 
 SEGMENTS = 2
 
@@ -66,7 +66,7 @@ def assert_exactly_once(store):
 # ------------------------------------------------------------------ the server is gone for a while
 
 POINTS = [
-    ("_put", "partials/000000/.*/c/.*", 7.0),
+    ("_put", "partials/000000/.*/c/.*", 12.0),
     ("create", r"partials/000001\.json", 0.5),
     ("_put", "posteriors/.*/c/.*", 0.5),
     ("create", r"tuning/[^/]+\.json", 0.5),
@@ -75,7 +75,7 @@ POINTS = [
 
 
 def test_a_run_survives_outages_at_every_stage(server, undisturbed, monkeypatch, caplog):
-    """The server is killed in the middle of an array, before a manifest, and in each later stage; first for 7 s."""
+    """The server is killed in the middle of an array, before a manifest, and in each later stage; first for 12 s: tries lie 5 s apart."""
     url = server.url()
     outages = Outages(monkeypatch, server, POINTS)
     _, pool = recorded_run(dist_cases.config(url, storage_options=server.options, **SMALL))

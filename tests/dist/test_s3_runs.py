@@ -15,16 +15,13 @@ from storage_cases import recorded_run
 
 import laplace_dist
 from laplace_dist import load_posterior
-from laplace_dist.run import versions
-from laplace_dist.run import lifecycle
 from laplace_dist.cli import _loading
-from laplace_dist.job import Result
-from laplace_dist.job import evaluate_posterior
-from laplace_dist.job import fit
 from laplace_dist.errors import SettingsError
+from laplace_dist.job import Result, evaluate_posterior, fit
+from laplace_dist.run import lifecycle, versions
+from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.stages.context import Context
 from laplace_dist.stages.map import MapSegment
-from laplace_dist.run.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 

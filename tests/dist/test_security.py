@@ -19,16 +19,14 @@ from fsspec.implementations.local import LocalFileSystem
 from storage_cases import SMALL, recorded_run
 
 import laplace_dist
-from laplace_dist import load_posterior
-from laplace_dist import cli
-from laplace_dist.storage import object_store
+from laplace_dist import cli, load_posterior
 from laplace_dist.config.command_line import load_config
-from laplace_dist.job import fit
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
-from laplace_dist.run.checkpoint import open_json
-from laplace_dist.storage.sealed_json import seal_json
+from laplace_dist.job import fit
+from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.lifecycle import _seal_yaml
-from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.storage import object_store
+from laplace_dist.storage.sealed_json import seal_json
 
 OWN = (CheckpointError, SettingsError, RunFailed)
 SECRETS = {"key": "PLANTEDKEY0123", "secret": "planted/secret+0123", "token": "planted-token-0123"}

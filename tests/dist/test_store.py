@@ -10,28 +10,23 @@ import zipfile
 from itertools import pairwise
 from types import SimpleNamespace
 
+import dist_cases
 import numpy as np
 import pytest
 import tenacity
 import zarr
-import dist_cases
-import laplace_dist
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laplace_dist.storage import arrays
-from laplace_dist.storage import local as local_disk
-from laplace_dist.storage import triangles
-from laplace_dist.storage import retry
-from laplace_dist.storage import object_store
+import laplace_dist
 from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError, StorageError
-from laplace_dist.storage.triangles import mirror
-from laplace_dist.storage.triangles import pack
-from laplace_dist.storage.triangles import unpack
-from laplace_dist.storage.retry import Patient
 from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.storage import arrays, object_store, retry, triangles
+from laplace_dist.storage import local as local_disk
+from laplace_dist.storage.retry import Patient
+from laplace_dist.storage.triangles import mirror, pack, unpack
 
 ARRAYS = {
     "features.0.weight/A": np.array([[2.0, 1.0], [1.0, 3.0]], np.float32),

@@ -7,9 +7,9 @@ import uuid
 
 import pytest
 
-from laplace_dist.testing.store_conformance import StoreConformance
 from laplace_dist.errors import SettingsError
 from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.testing.store_conformance import StoreConformance
 
 
 class TestLocal(StoreConformance):

@@ -12,15 +12,13 @@ import dist_cases
 import pytest
 
 import laplace_dist
-from laplace_dist.run import pointer
 from laplace_dist.cli import verify_main
 from laplace_dist.errors import SettingsError
-from laplace_dist.run.layout import METRICS
-from laplace_dist.run.checkpoint import open_json
-from laplace_dist.storage.sealed_json import seal_json
-from laplace_dist.run.layout import CURRENT
-from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.run import pointer
+from laplace_dist.run.checkpoint import Checkpoint, open_json
+from laplace_dist.run.layout import CURRENT, METRICS
 from laplace_dist.run.weights import dump_weights
+from laplace_dist.storage.sealed_json import seal_json
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"skip_tune": False, "skip_evaluate": False, "ood": ["other"], "segment_size": 24, "batch_size": 8}
