@@ -28,6 +28,7 @@ from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import Plan, build_plan
 from laplace_dist.run import attempts, layout, partials
 from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.run.combination import Window
 from laplace_dist.run.layout import partial_key
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.provenance import environment
@@ -116,7 +117,8 @@ def _carry_out(url: str, task: SumPart) -> float:
     """Sum one part in this process, as a worker does; returns the CPU time."""
     store = Checkpoint(url)
     before = time.process_time()
-    task.run(SimpleNamespace(store=store, plan=read_plan(store), device="cpu"))
+    plan = read_plan(store)
+    task.run(SimpleNamespace(window=Window(store, plan), device="cpu"))
     return time.process_time() - before
 
 

@@ -15,7 +15,7 @@ from laplace_dist.errors import CheckpointError, Interrupted, MissingObjectError
 from laplace_dist.execution import signals
 from laplace_dist.job import Result, evaluate_posterior, fit, tune_posterior
 from laplace_dist.report.metrics import show_result
-from laplace_dist.run import layout, lifecycle
+from laplace_dist.run import layout, settings_file
 from laplace_dist.run.checkpoint import open_store
 from laplace_dist.run.verify import Report, verify
 
@@ -139,7 +139,7 @@ def _given(argv: Sequence[str], flag: str) -> bool:
 def _settings_of_run(config: Config) -> dict[str, Any]:
     """Return the settings that a run keeps under its checkpoint, by field name."""
     try:
-        values = lifecycle.read_config(open_store(config))
+        values = settings_file.read_config(open_store(config))
     except MissingObjectError as error:
         raise SettingsError(
             f"--checkpoint: got {config.checkpoint!r}, where there is no run; expected one that a fit job has started"

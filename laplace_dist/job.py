@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,12 +23,14 @@ from laplace_dist.run import (
     lifecycle,
     ownership,
     partials,
+    place,
     pointer,
     tunings,
     versions,
     windows,
 )
 from laplace_dist.run.checkpoint import open_json, open_store
+from laplace_dist.run.combination import Term, Window, alone
 from laplace_dist.stages import evaluate, map, opening, reduce, tune
 from laplace_dist.storage.store import Store
 
@@ -165,33 +167,30 @@ class Job:
         """Resolve model, data and factors once, and start the run or continue the one that is there."""
         config = self.config
         compatibility.check_predictive(config)
-        lifecycle.check_place(self.store)
+        place.check_place(self.store)
         resolved = opening.resolve(config)
         self._checked = True
         self.store.check_writable()  # before a cluster may be asked for its devices
         self.plan, self._continued = opening.begin(resolved, config, self.store, self.device_type, self.say)
+        self.window = Window(self.store, self.plan)
         self.say(f"{'continuing' if self._continued else 'starting'} the run at {self.store.url}")
         if not self._continued:
             self.say(str(resolved.la.coverage))
 
     def map(self) -> None:
-        """Accumulate the segments that have no committed partial."""
-        done = lifecycle.committed(self.store, self.plan, arrays=False, say=lambda text: self.say(f"map: {text}"))
-        if self._continued and len(done) < len(self.plan.segments):
-            comparisons = map.comparisons(self.plan, done)
+        """Accumulate the segments of the window that have no committed partial."""
+        store, plan = self.window.store, self.window.plan
+        done = lifecycle.committed(store, plan, arrays=False, say=lambda text: self.say(f"map: {text}"))
+        if self._continued and len(done) < len(plan.segments):
+            comparisons = map.comparisons(plan, done)
             self._run(comparisons, Progress("map", "segments compared with the data", len(comparisons)))
-        self._run(map.tasks(self.plan, done), Progress("map", "segments", len(self.plan.segments), len(done)))
+        self._run(map.tasks(plan, done), Progress("map", "segments", len(plan.segments), len(done)))
 
     def reduce(self) -> str:
         """Sum the partials to a posterior version, if that is not done yet, and make it current."""
         if (done := self._version_of_0_1()) is not None:
             return done
-        window = windows.find_window(self.store, self.plan) or self._sum_window()
-        version = versions.version_of(self.plan, window)
-        if not ownership.has(self.store, self.plan, layout.version_key(version)):
-            tasks = reduce.factor_tasks(self.plan, version)
-            receipts = self._run(tasks, Progress("reduce", "groups of factors", len(tasks)), keep=True, alike=False)
-            versions.commit_version(self.store, self.plan, window, [receipt["factors"] for receipt in receipts])
+        version = self.combine(alone(self.store, self.plan, self.sum_window()))
         pointer.write_current(self.store, self.plan, version, None, first=True)
         current = pointer.read_current(self.store)
         tuned = current["tuning"] is None or ownership.has(self.store, self.plan, current["tuning"])
@@ -199,13 +198,24 @@ class Job:
             pointer.write_current(self.store, self.plan, version, None)
         return version
 
-    def _sum_window(self) -> dict[str, Any]:
-        """Sum the parts that are not summed yet and commit the window's sum; returns its manifest."""
-        manifests = list(partials.manifests(self.store, self.plan))
-        tasks = reduce.part_tasks(self.store, self.plan, manifests)
-        done = len(self.plan.parts) - len(tasks)
-        self._run(tasks, Progress("reduce", "parts", len(self.plan.parts), done))
-        return windows.commit_window(self.store, self.plan, manifests)
+    def sum_window(self) -> dict[str, Any]:
+        """Sum the parts of the window that are not summed yet and commit its sum; returns its manifest."""
+        store, plan = self.window.store, self.window.plan
+        if (done := windows.find_window(store, plan)) is not None:
+            return done
+        manifests = list(partials.manifests(store, plan))
+        tasks = reduce.part_tasks(store, plan, manifests)
+        self._run(tasks, Progress("reduce", "parts", len(plan.parts), len(plan.parts) - len(tasks)))
+        return windows.commit_window(store, plan, manifests)
+
+    def combine(self, terms: Sequence[Term]) -> str:
+        """Commit the posterior version that windows make, if that is not done yet; returns its name."""
+        version = versions.version_of(terms)
+        if not ownership.has(self.store, self.plan, layout.version_key(version)):
+            tasks = reduce.factor_tasks(self.plan, terms)
+            receipts = self._run(tasks, Progress("reduce", "groups of factors", len(tasks)), keep=True, alike=False)
+            versions.commit_version(self.store, self.plan, terms, [receipt["factors"] for receipt in receipts])
+        return version
 
     def _version_of_0_1(self) -> str | None:
         """Return the posterior version of a finished run of 0.1, whose sums were not kept apart from it."""

@@ -93,10 +93,10 @@ class CurvatureSums:
     Attributes:
         spec: What the sums are called and how they are shaped.
         loss: Summed negative log likelihood, a float64 scalar.
-        n_data: Number of examples added so far.
+        n_data: Number of examples added so far; of a weighted sum the sum of their weights.
     """
 
-    def __init__(self, spec: SumsSpec, tensors: dict[str, Tensor], loss: Tensor, n_data: int):
+    def __init__(self, spec: SumsSpec, tensors: dict[str, Tensor], loss: Tensor, n_data: float):
         """Wrap existing tensors; use :meth:`zero` or :meth:`from_tensors` instead."""
         self.spec = spec
         self._tensors = tensors
@@ -165,7 +165,7 @@ class CurvatureSums:
         return {**self.tensors, "loss": self.loss}
 
     @classmethod
-    def from_tensors(cls, spec: SumsSpec, tensors: Mapping[str, Tensor], n_data: int) -> CurvatureSums:
+    def from_tensors(cls, spec: SumsSpec, tensors: Mapping[str, Tensor], n_data: float) -> CurvatureSums:
         """Rebuild a sum from copies of its tensors, of float64 or of any type that they were stored in.
 
         Raises:
@@ -179,7 +179,7 @@ class CurvatureSums:
             if tuple(tensors[name].shape) != factor.shape:
                 raise ValueError(f"Factor {name!r} has shape {tuple(tensors[name].shape)}, expected {factor.shape}.")
         factors = {name: tensors[name].to(torch.float64, copy=True) for name in spec.factors}
-        return cls(spec, factors, tensors["loss"].to(torch.float64, copy=True), int(n_data))
+        return cls(spec, factors, tensors["loss"].to(torch.float64, copy=True), n_data)
 
     def non_finite(self) -> list[str]:
         """Names of the factors that hold NaN or Inf."""
@@ -209,6 +209,16 @@ def sum_in_order(tensors: Iterable[Tensor]) -> Tensor:
     if total is None:
         raise ValueError("There is nothing to add: the sequence of tensors is empty.")
     return total.to(dtype)
+
+
+def weighted_sum_in_order(tensors: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
+    r"""Return $\sum_i w_i t_i$ in float64, in the given order; with weights of 1 it is the plain sum, bit for bit.
+
+    Raises:
+        ValueError: If there is nothing to add, or not one weight for each tensor.
+    """
+    weighted = (tensor.double() * weight for tensor, weight in zip(tensors, weights, strict=True))
+    return sum_in_order(weighted)
 
 
 def _block_to_json(block: Block) -> dict:

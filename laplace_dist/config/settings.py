@@ -94,6 +94,15 @@ class Config(BaseModel):
     segment_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="seconds before a segment, or any other task, is given to another worker"
     )
+    window: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][\w.-]*$")] | None = Field(
+        None, description="name of the window of training data; of a new one today's date if not given"
+    )
+    windows: Annotated[str, Field(min_length=1)] = Field(
+        "all", description="which windows the posterior is made of: all, last:K, or names with commas between them"
+    )
+    decay: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
+        1.0, description="weight of a window relative to that of the next one"
+    )
     skip_tune: bool = Field(False, description="do not tune the prior precision")
     skip_evaluate: bool = Field(False, description="do not evaluate the predictive")
     fresh: bool = Field(False, description="delete the run at --checkpoint first")

@@ -33,6 +33,7 @@ class Plan:
         part_entries: Size of a part, the unit of reduction.
         run: Id of the run, drawn when a job begins one: a run that was deleted and begun again with the same settings is
             another one, so that what workers of the first still write is not taken for the second one's. May be None.
+        window: `name` and `number` of the window of data that the plan is of; the first window's number is 0. May be None.
     """
 
     segments: tuple[Segment, ...]
@@ -45,6 +46,7 @@ class Plan:
     probe: str | None = None
     part_entries: int = PART_ENTRIES
     run: str | None = None
+    window: dict[str, Any] | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -54,7 +56,22 @@ class Plan:
     @cached_property
     def content(self) -> str:
         """Return the sha256 of all that decides the result, which two runs may have in common."""
-        return replace(self, run=None).digest
+        return replace(self, run=None, window=None).digest
+
+    @property
+    def window_name(self) -> str:
+        """Name of the window; that of a run of 0.1 is `0`."""
+        return "0" if self.window is None else self.window["name"]
+
+    @property
+    def window_number(self) -> int:
+        """Place of the window in the order in which windows were begun."""
+        return 0 if self.window is None else self.window["number"]
+
+    @property
+    def run_id(self) -> str:
+        """What the plans of the run's other windows name the run by."""
+        return self.run or self.digest[:32]
 
     @cached_property
     def places(self) -> list[Place]:
@@ -73,9 +90,9 @@ class Plan:
 
     def to_values(self) -> dict[str, Any]:
         """Return the plan as plain values, those that its format has."""
-        absent = {"run"} if self.run is None else set()
+        absent = {name for name in ("run", "window") if getattr(self, name) is None}
         if self.format_version == 1:
-            absent |= {"probe", "part_entries", "run"}
+            absent |= {"probe", "part_entries"}
         return {name: value for name, value in asdict(self).items() if name not in absent}
 
     @classmethod
@@ -93,6 +110,7 @@ def build_plan(
     spec: Mapping,
     probe: str | None = None,
     run: str | None = None,
+    window: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Return the plan for these settings and digests; a segment size that is not given gets its default.
 
@@ -103,7 +121,8 @@ def build_plan(
         model: `{"path": config.model, "args": config.model_args}`.
         spec: Plain dictionary of the core library's specification of the sums.
         probe: Sha256 of `probe.safetensors`.
-        run: Id of the run that it begins.
+        run: Id of the run that it begins, or that it is another window of.
+        window: `name` and `number` of the window.
 
     Raises:
         SettingsError: The data set is empty or a size is below 1.
@@ -113,7 +132,13 @@ def build_plan(
     segments = plan_segments(length, default_segment_size(length, batch_size) if size is None else size, batch_size)
     settings["segment_size"] = min(whole_batches(size, batch_size), length) if size else segments[0].stop
     plain = json.loads(canonical({"data": data, "model": model, "spec": spec}))
-    own = {"weights": weights, "probe": probe, "part_entries": PART_ENTRIES, "run": run}
+    own = {
+        "weights": weights,
+        "probe": probe,
+        "part_entries": PART_ENTRIES,
+        "run": run,
+        "window": window and dict(window),
+    }
     return Plan(segments=tuple(segments), settings=settings, **own, **plain)
 
 

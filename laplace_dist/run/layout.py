@@ -30,6 +30,7 @@ CLEARED = (
     "evaluation/",
     "tuning/",
     "posteriors/",
+    "windows/",
     "window.json",
     "parts/",
     "partials/",
@@ -39,6 +40,10 @@ PROBE = re.compile(r"probe-[0-9a-f]{16}\.safetensors")
 METRICS = "evaluation/metrics.json"
 LOSS = "loss"  # in 0.1 an array beside the factors
 WINDOW = "window.json"
+WINDOW_NAME = (
+    r"[\w-][\w.-]*"  # of windows after the first, each of which lies in a folder of its own, laid out like the first
+)
+WINDOWS = "windows"
 
 
 def probe_key(digest: str) -> str:
@@ -94,9 +99,11 @@ ATTEMPT = re.compile(r"((?:partials|parts|posteriors|tuning)/[^/]+/[^/]+|evaluat
 
 
 _DIGEST = r"[0-9a-f]{16}"
+_OF_A_WINDOW = r"plan\.json|window\.json|partials/\d{6,}(\.json|/.+)|parts/\d{5,}(\.json|/.+)|probe-[0-9a-f]{32}"
 _OWNED = re.compile(
-    rf"plan\.json|CURRENT\.json|config\.yaml|weights\.safetensors|{PROBE.pattern}|probe-[0-9a-f]{{32}}|evaluation/metrics\.json"
-    rf"|window\.json|jobs/[0-9a-f]{{32}}\.json|partials/\d{{6,}}(\.json|/.+)|parts/\d{{5,}}(\.json|/.+)|posteriors/{_DIGEST}(\.json|/.+)|(tuning|evaluation)/{_DIGEST}-{_DIGEST}(\.json|/.+)"
+    rf"CURRENT\.json|config\.yaml|weights\.safetensors|{PROBE.pattern}|evaluation/metrics\.json|jobs/[0-9a-f]{{32}}\.json"
+    rf"|({WINDOWS}/{WINDOW_NAME}/)?({_OF_A_WINDOW})"
+    rf"|posteriors/{_DIGEST}(\.json|/.+)|(tuning|evaluation)/{_DIGEST}-{_DIGEST}(\.json|/.+)"
 )
 
 

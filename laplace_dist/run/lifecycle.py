@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from laplace_dist.config.command_line import parse_yaml
-from laplace_dist.config.settings import Config
-from laplace_dist.errors import CheckpointError, SettingsError, StorageError, listed
+from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.plan.plan import Plan, differences
 from laplace_dist.plan.segments import Segment
-from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import Checkpoint, open_json
-from laplace_dist.run.layout import CLEARED, CONFIG, CURRENT, PLAN, PROBE, WEIGHTS, owned, partial_key, probe_key
+from laplace_dist.run.layout import CONFIG, CURRENT, PLAN, WEIGHTS, partial_key, probe_key
 from laplace_dist.run.ownership import confirm, of_another, read_plan
 from laplace_dist.run.partials import check_manifest
+from laplace_dist.run.place import check_place, clear
 from laplace_dist.run.probe import check_probe, probe_digest
-from laplace_dist.storage.local import TEMP
+from laplace_dist.run.settings_file import seal_yaml
 from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
 
@@ -77,6 +73,7 @@ def open_run(
     here = store.exists(PLAN)
     if not here:
         check_place(store)
+        _check_left_weights(store, weights)
     store.check_writable()
     if fresh and here:
         clear(store, say)
@@ -89,7 +86,7 @@ def open_run(
     if created is not None or not store.exists(WEIGHTS):
         _write_weights(store, mine, weights())
     confirm(store, mine)
-    store.replace(CONFIG, _seal_yaml(config_yaml))
+    store.replace(CONFIG, seal_yaml(config_yaml))
     return mine, created is None
 
 
@@ -121,34 +118,13 @@ def _refuse_another_plan(store: Store, stored: Plan, plan: Plan) -> None:
     )
 
 
-_SEAL = "# sha256 of the above: "
-
-
-def _seal_yaml(text: str) -> bytes:
-    """Return YAML with its own sha256 in a comment at the end."""
-    return f"{text}{_SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n".encode()
-
-
-def read_config(store: Store) -> dict[str, Any]:
-    """Return the settings that the run keeps, by the names of the flags.
-
-    Raises:
-        MissingObjectError: They are not there.
-        CheckpointError: They were truncated or altered.
-    """
-    content = store.read(CONFIG)
-    text, mark, _ = content.decode(errors="replace").rpartition(_SEAL)
-    remedy = "Run the fit job again: it writes it anew."
-    if not mark or _seal_yaml(text) != content:
-        raise CheckpointError(f"{CONFIG} is truncated or altered: its content does not have the sha256 in it. {remedy}")
-    try:
-        values = parse_yaml(text)
-    except ValueError as error:
-        raise CheckpointError(f"{CONFIG} was altered: it {error}. {remedy}") from None
-    names = {field.replace("_", "-") for field in Config.model_fields}
-    if not isinstance(values, dict) or not values.keys() <= names:
-        raise CheckpointError(f"{CONFIG} was altered: it does not hold the settings of a run. {remedy}")
-    return values
+def _check_left_weights(store: Store, weights: Callable[[], bytes]) -> None:
+    """Refuse weights of another model where there is no run: a job of a deleted run may have left them, or a person."""
+    if store.exists(WEIGHTS) and store.read(WEIGHTS) != weights():
+        raise SettingsError(
+            f"--checkpoint {store.url!r}: holds no run (no {PLAN}), but the {WEIGHTS} of another one. Nothing was changed. "
+            "Delete them, or give a new or empty place."
+        )
 
 
 def committed(
@@ -208,85 +184,6 @@ def committed_ids(store: Store, plan: Plan) -> set[str]:
 def remaining(plan: Plan, committed: Collection[str] | Mapping[str, Any]) -> list[Segment]:
     """Return the segments of the plan that are not among the committed ids, in plan order."""
     return [segment for segment in plan.segments if segment.id not in committed]
-
-
-def clear(store: Store, say: Callable[[str], None] = lambda text: None) -> None:
-    """Delete the run under a checkpoint URL, and nothing else that lies there.
-
-    Readers follow CURRENT to manifests to arrays, so it is deleted in that order and the plan last: if this is interrupted,
-    what remains is still a run. Before that the plan gets another id, so that the workers of the run stop themselves, and what
-    one of them commits at that very moment counts for nobody: its arrays may be among what is deleted.
-
-    Args:
-        store: The checkpoint, which holds a run.
-        say: Where a line about what is deleted and what is kept goes.
-    """
-    keys = store.list()
-    mine = [key for key in keys if owned(key)]
-    kept = [key for key in keys if not owned(key)]
-    counts = Counter(key.partition("/")[0] + ("/" if "/" in key else "") for key in mine)
-    what = ", ".join(f"{name} ({count})" if name.endswith("/") else name for name, count in sorted(counts.items()))
-    say(f"--fresh: deleting the run at {store.url}: {what}" + (f"; kept: {listed(kept)}" if kept else ""))
-    store.delete_tree(CURRENT)
-    _disown(store)
-    mine = [key for key in store.list() if owned(key)]
-    for stage in CLEARED:
-        manifests = [key for key in mine if key.startswith(stage) and key.endswith(".json")]
-        for key in manifests:
-            store.delete_tree(key)
-        for folder in sorted({"/".join(key.split("/")[:2]) for key in mine if key.startswith(stage)} - set(manifests)):
-            _delete_folder(store, folder, mine, kept)
-    for name in (CONFIG, WEIGHTS, PLAN):
-        store.delete_tree(name)
-    for key in sorted(key for key in mine if PROBE.fullmatch(key)):  # which the plan names
-        store.delete_tree(key)
-
-
-def _disown(store: Store) -> None:
-    """Give the run another id, so that nothing that is committed, or will be by those at work on it, belongs to it."""
-    try:
-        plan = read_plan(store)
-    except StorageError:
-        raise
-    except (CheckpointError, SettingsError):
-        return  # altered, or of a newer version: no worker can go on with it either
-    if plan.format_version > 1:
-        store.replace(PLAN, seal_json(replace(plan, run=new_attempt()).to_values()))
-
-
-def _delete_folder(store: Store, folder: str, mine: Collection[str], kept: Collection[str]) -> None:
-    """Delete a folder at once, or object by object if something lies there that is not the run's."""
-    if not any(key.startswith(f"{folder}/") for key in kept):
-        store.delete_tree(folder)
-        return
-    for key in mine:
-        if key.startswith(f"{folder}/"):
-            store.delete_tree(key)
-
-
-_FOLDERS = ("partials/", "parts/", "posteriors/", "tuning/", "evaluation/")
-
-
-def _left_over(store: Store, folder: str) -> bool:
-    """Say whether a folder holds what workers write and nothing else: without a plan, one has outlived its run's deletion."""
-    keys = store.list(folder.rstrip("/"))
-    return bool(keys) and all(map(owned, keys))
-
-
-def check_place(store: Store) -> None:
-    """Refuse a place that is not empty and holds no run; what a start that was interrupted leaves does not count.
-
-    Raises:
-        SettingsError: Naming what was found.
-    """
-    found = [name for name in store.entries() if not owned(name) or name in (CONFIG, WEIGHTS)]
-    found = [name for name in found if not name.startswith(TEMP) and not (name in _FOLDERS and _left_over(store, name))]
-    found = [name for name in found if name != "lost+found/"]  # of a file system's own root
-    if found and not store.exists(PLAN):
-        raise SettingsError(
-            f"--checkpoint {store.url!r}: holds no run (no {PLAN}), but is not empty: {listed(found)}. Nothing was changed. "
-            "Give a new or empty place, or one that holds a run."
-        )
 
 
 def status(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -78,6 +78,11 @@ class _Model(Strict):
     args: dict[str, Any]
 
 
+class _Window(Strict):
+    name: Name
+    number: Number
+
+
 class PlanFields(Strict):
     """`plan.json`."""
 
@@ -91,6 +96,7 @@ class PlanFields(Strict):
     probe: Sha256 | None = None
     part_entries: Positive | None = None
     run: Name | None = None
+    window: _Window | None = None
 
     @model_validator(mode="after")
     def _covers_the_data(self) -> PlanFields:
@@ -130,15 +136,22 @@ class _Place(Strict):
     entry: Entry
 
 
+class _Term(Strict):
+    window: Name
+    weight: Annotated[Finite, Field(gt=0, le=1)]
+    sum: Sha256
+
+
 class VersionFields(Strict):
     """The manifest of a posterior version."""
 
     format_version: Positive
     plan: str
     version: Name
-    n_data: Positive
+    n_data: Positive | Annotated[Finite, Field(gt=0)]
     loss: Finite | None = None
     environment: Environment | None = None
+    windows: list[_Term] | None = None
     factors: dict[str, _Place]
 
 

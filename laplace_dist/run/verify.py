@@ -14,8 +14,9 @@ import numpy as np
 
 from laplace_dist.errors import CheckpointError, ForeignError, SettingsError, StorageError
 from laplace_dist.plan.plan import Plan
-from laplace_dist.run import layout, leases, lifecycle, orphans, ownership, tunings, versions
+from laplace_dist.run import layout, leases, orphans, ownership, settings_file, tunings, versions
 from laplace_dist.run.checkpoint import Checkpoint, open_json
+from laplace_dist.run.combination import alone
 from laplace_dist.run.pointer import read_current
 from laplace_dist.run.probe import open_probe
 from laplace_dist.run.verify_sums import SumsCheck, compare_data
@@ -151,7 +152,7 @@ class _Check:
         if weights in keys or any(key.startswith("partials/") for key in keys):
             self.attempt(weights, lambda: check_weights(store.read(weights), plan.weights, weights))
         if layout.CONFIG in keys or any(key.startswith("partials/") for key in keys):
-            self.attempt(layout.CONFIG, lambda: lifecycle.read_config(store))
+            self.attempt(layout.CONFIG, lambda: settings_file.read_config(store))
         if plan.probe is not None:
             key = layout.probe_key(plan.probe)
             self.attempt(key, lambda: open_probe(store.read(key), plan.probe, key))
@@ -241,7 +242,7 @@ class _Check:
                 if key is not None and self.missing(key, keys)
             ]
             if current is not None and sums.window is not None:
-                wanted = versions.version_of(plan, sums.window)
+                wanted = versions.version_of(alone(self.store, plan, sums.window))
                 if wanted != current["version"]:
                     text = f"it names version {current['version']}, but the window's sum makes {wanted}"
                     problems.append((layout.CURRENT, f"{layout.CURRENT}: {text}. Run the fit job again."))

@@ -19,6 +19,7 @@ from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run import layout, partials, versions, windows
+from laplace_dist.run.combination import alone
 from laplace_dist.run.ownership import is_foreign
 from laplace_dist.run.vector import Vector, overlaps
 
@@ -117,7 +118,9 @@ class SumsCheck:
         total, key = self._sum(part), layout.part_key(part.id)
         summed = self._part_sum(part, key, total) if key in self.keys else None
         for version, manifest in loaded.items():
-            current = self.window is not None and versions.version_of(self.plan, self.window) == version
+            current = (
+                self.window is not None and versions.version_of(alone(self.store, self.plan, self.window)) == version
+            )
             old = manifest["format_version"] == 1
             truth = total if old else summed if current else None
             where = layout.version_key(version)

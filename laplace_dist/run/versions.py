@@ -1,17 +1,21 @@
-"""Posterior versions: the sums of the partials, committed under one manifest."""
+"""Posterior versions: weighted sums of windows, committed under one manifest."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from math import fsum
 from typing import Any
 
 import numpy as np
+import torch
 
+from laplace.structures.sums import weighted_sum_in_order
 from laplace_dist.errors import CheckpointError, ForeignError
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run.checkpoint import open_json
+from laplace_dist.run.combination import Term
 from laplace_dist.run.layout import LOSS, version_key
 from laplace_dist.run.ownership import commit
 from laplace_dist.run.partials import refuse_emptied
@@ -21,20 +25,22 @@ from laplace_dist.run.windows import SUM
 from laplace_dist.storage.store import Store
 
 
-def version_of(plan: Plan, window: Mapping[str, Any]) -> str:
-    """Return the name of the posterior version that a window's sum makes, a pure function of the plan and the bytes.
+def version_of(terms: Sequence[Term]) -> str:
+    """Return the name of the posterior version that windows make, a pure function of their plans, bytes and weights.
 
-    Args:
-        plan: Plan of the run; which run it is does not matter.
-        window: The manifest of the window's sum.
+    Which run it is, and what the windows are called, does not matter.
     """
-    parts = {name: place["entry"]["sha256"] for name, place in sorted(window["parts"].items())}
-    content = [plan.content, window["n_data"], window["loss"], parts]
+    content = [[term.digest, term.weight] for term in terms]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def factors_of(store: Store, plan: Plan, window: Mapping[str, Any], names: Collection[str]) -> dict[str, np.ndarray]:
-    """Return some factors of a window's sum by name, float64, after verifying every byte that they are made of.
+def factors_of(plan: Plan, terms: Sequence[Term], names: Collection[str]) -> dict[str, np.ndarray]:
+    """Return some factors of a weighted sum of windows by name, float64, after verifying every byte that they are made of.
+
+    Args:
+        plan: Plan of the run.
+        terms: The windows with their weights.
+        names: Of the factors.
 
     Raises:
         CheckpointError: A part is missing, truncated or altered.
@@ -43,37 +49,50 @@ def factors_of(store: Store, plan: Plan, window: Mapping[str, Any], names: Colle
     found = {place.name: np.empty(place.shape) for place in wanted}
     for part in plan.parts:
         if next(overlaps(wanted, part.start, part.stop), None) is not None:
-            place = window["parts"][part.id]
-            write(wanted, found, part.start, store.read_array(place["prefix"], SUM, place["entry"]))
+            sums = (torch.from_numpy(_part(term, part.id)) for term in terms)
+            total = weighted_sum_in_order(sums, [term.weight for term in terms])
+            write(wanted, found, part.start, total.numpy())
     complete(wanted, found)
     return found
 
 
-def commit_version(store: Store, plan: Plan, window: Mapping[str, Any], receipts: Iterable[Mapping[str, Any]]) -> None:
+def _part(term: Term, part: str) -> np.ndarray:
+    place = term.manifest["parts"][part]
+    return term.window.store.read_array(place["prefix"], SUM, place["entry"])
+
+
+def commit_version(store: Store, plan: Plan, terms: Sequence[Term], receipts: Iterable[Mapping[str, Any]]) -> None:
     """Create the manifest that makes the factors a posterior version, unless it exists.
 
     Args:
         store: The checkpoint.
         plan: Plan of the run.
-        window: The manifest of the window's sum.
+        terms: The windows with their weights.
         receipts: `prefix` and `entry` of every factor by name, in several mappings.
     """
     factors = {name: place for receipt in receipts for name, place in receipt.items()}
     assert set(factors) == set(plan.spec["factors"]), "a posterior version needs every factor of the plan"
-    version = version_of(plan, window)
+    version = version_of(terms)
     manifest = {
         "format_version": FORMAT_VERSION,
         "plan": plan.digest,
         "version": version,
-        "n_data": plan.n_examples,
-        "loss": window["loss"],
+        "n_data": weighted(terms, "n_data"),
+        "loss": weighted(terms, "loss"),
         "environment": environment("cpu"),
+        "windows": [{"window": term.window.name, "weight": term.weight, "sum": term.digest} for term in terms],
         "factors": factors,
     }
     if not commit(store, plan, version_key(version), manifest):
         for place in factors.values():  # another driver was first, with the same numbers
             store.delete_tree(place["prefix"])
     read_version(store, plan, version)
+
+
+def weighted(terms: Sequence[Term], field: str) -> float:
+    """Return the weighted sum of a number of the windows; of whole numbers with weights of 1 a whole number."""
+    values = [term.manifest[field] if term.weight == 1 else term.weight * term.manifest[field] for term in terms]
+    return sum(values) if all(isinstance(value, int) for value in values) else fsum(values)
 
 
 def read_version(store: Store, plan: Plan, version: str) -> dict[str, Any]:
@@ -89,8 +108,8 @@ def read_version(store: Store, plan: Plan, version: str) -> dict[str, Any]:
     planned = {name: list(factor["shape"]) for name, factor in plan.spec["factors"].items()}
     if manifest["format_version"] == 1:
         planned[LOSS] = []
-    found = manifest["plan"], manifest["version"], manifest["n_data"], shapes
-    if found != (plan.digest, version, plan.n_examples, planned):
+    whole = manifest.get("windows") is not None or manifest["n_data"] == plan.n_examples
+    if not whole or (manifest["plan"], manifest["version"], shapes) != (plan.digest, version, planned):
         raise (CheckpointError if manifest["plan"] == plan.digest else ForeignError)(
             f"{key} does not belong to this run's plan. Delete it and run the same command again: it reduces the "
             "partials anew."

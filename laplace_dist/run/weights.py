@@ -60,6 +60,15 @@ def check_weights(content: bytes, digest: str, label: str) -> None:
         raise CheckpointError(f"{label} holds the weights of another model than the plan's. Restore it from a copy.")
 
 
+def is_sealed(content: bytes) -> bool:
+    """Say whether these are bytes that `dump_weights` has returned, by their form alone."""
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return header["__metadata__"]["seal"] is not None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
 def load_weights(model: nn.Module, content: bytes, label: str, broken: type[Exception] = SettingsError) -> None:
     """Load a state dict, safetensors or torch.save's format (tensors only), into a model that it must fit exactly.
 

@@ -21,6 +21,7 @@ from laplace_dist.plan.identity import check_data
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run import posterior, provenance, tunings, weights
 from laplace_dist.run.checkpoint import open_store
+from laplace_dist.run.combination import Window, place_of
 from laplace_dist.run.lifecycle import check_model
 from laplace_dist.run.ownership import read_plan, same
 from laplace_dist.run.weights import load_run_weights
@@ -39,6 +40,7 @@ class Context:
         self.config = config
         self.device = torch.device(device)
         self._splits: dict[str, Any] = {}
+        self._window: Window | None = None
         self._posterior: tuple[Any, Any] | None = None
         self._reading: tuple[str, ReadAhead] | None = None
 
@@ -48,7 +50,8 @@ class Context:
         Raises:
             SettingsError: The task is of another run, which was there before.
         """
-        same(self.store, self.plan.digest, task.plan)
+        if task.plan != self.plan.digest:
+            same(self.window.store, self.window.plan.digest, task.plan)
         return task.run(self)
 
     def carry_out(self, task: Any) -> Mapping[str, Any]:
@@ -65,6 +68,14 @@ class Context:
     def plan(self) -> Plan:
         """The plan, as committed by the driver."""
         return read_plan(self.store)
+
+    @property
+    def window(self) -> Window:
+        """The window that the job works on: the first one, which is the run's own, or the one that the settings name."""
+        if self._window is None:
+            store = place_of(self.store, self.plan, self.config.window or self.plan.window_name)
+            self._window = Window(store, self.plan if store is self.store else read_plan(store))
+        return self._window
 
     @cached_property
     def model(self) -> nn.Module:
@@ -87,7 +98,9 @@ class Context:
         Raises:
             SettingsError: Its sums are not those of the plan.
         """
-        la = initialized(self.plan.settings, self.model, self.split("train", self.plan.data), Collate.of(self.config))
+        la = initialized(
+            self.plan.settings, self.model, self.split("train", self.window.plan.data), Collate.of(self.config)
+        )
         if plain(la.sums_spec()) != self.plan.spec:
             raise SettingsError(
                 "this worker finds other factors in the model than the driver did: the same versions of laplace_dist, "

@@ -41,18 +41,18 @@ class MapSegment:
 
     def run(self, context: Context) -> dict[str, Any] | Callable[[], dict[str, Any]]:
         """Do so; the receipt says who won the commit and how many seconds that took. The commit of small sums may wait."""
-        segment = self.segment
+        segment, data = self.segment, context.window.plan.data
         sums, digest = context.la.zero_sums(), hashlib.sha256()
-        for offset, x, y in context.batches("train", context.plan.data, segment.start, segment.stop, digest):
+        for offset, x, y in context.batches("train", data, segment.start, segment.stop, digest):
             context.la.accumulate(sums, x, y, offset=offset)
         tensors = sums.to_tensors()
         commit = partial(self._commit, context, tensors, sums.n_data, digest.hexdigest())
         return commit if sum(tensor.nbytes for tensor in tensors.values()) <= BESIDE else commit()
 
     def _commit(self, context: Context, tensors: Mapping[str, Tensor], n_data: int, data_sha256: str) -> dict[str, Any]:
-        segment = self.segment
+        segment, window = self.segment, context.window
         made = {"data_sha256": data_sha256, "environment": environment(context.device)}
-        receipt = partials.commit_partial(context.store, context.plan, segment, tensors, n_data, new_attempt(), **made)
+        receipt = partials.commit_partial(window.store, window.plan, segment, tensors, n_data, new_attempt(), **made)
         return {"examples": segment.stop - segment.start, "won": receipt.won, "seconds": receipt.seconds}
 
 
@@ -79,10 +79,10 @@ class CompareData:
         Raises:
             RunFailed: The data are not those that the partial was made of.
         """
-        segment, digest = self.segment, hashlib.sha256()
-        for _ in context.batches("train", context.plan.data, segment.start, segment.stop, digest):
+        segment, digest, window = self.segment, hashlib.sha256(), context.window
+        for _ in context.batches("train", window.plan.data, segment.start, segment.stop, digest):
             pass
-        manifest = partials.read_manifest(context.store, context.plan, segment)
+        manifest = partials.read_manifest(window.store, window.plan, segment)
         partials.check_same_data(manifest, digest.hexdigest(), node())
         return {}
 

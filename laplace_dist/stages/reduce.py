@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from laplace_dist.errors import CheckpointError
 from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run import partials, versions, windows
 from laplace_dist.run.attempts import new_attempt
+from laplace_dist.run.combination import Term, terms_of, windows_of
 from laplace_dist.run.provenance import environment
 from laplace_dist.stages.context import Context
 from laplace_dist.storage.store import Store
@@ -39,7 +41,7 @@ class SumPart:
 
     def run(self, context: Context) -> dict[str, Any]:
         """Do so."""
-        store, plan = context.store, context.plan
+        store, plan = context.window.store, context.window.plan
         manifests = [_slim(manifest, self.part) for manifest in partials.manifests(store, plan)]
         total = windows.sum_part(store, plan, manifests, self.part)
         windows.commit_part(store, plan, self.part, total, self.of, environment(context.device))
@@ -48,16 +50,18 @@ class SumPart:
 
 @dataclass(frozen=True)
 class WriteFactors:
-    """Take some factors from the window's sum and write them by name; `versions.commit_version` refers to them.
+    """Write some factors of a weighted sum of windows by name; `versions.commit_version` refers to them.
 
     Attributes:
         plan: Digest of the plan.
         version: Name of the posterior version.
+        weights: The windows' weights by their names, in order.
         names: Of the factors.
     """
 
     plan: str
     version: str
+    weights: dict[str, float]
     names: tuple[str, ...]
 
     @property
@@ -68,7 +72,13 @@ class WriteFactors:
     def run(self, context: Context) -> dict[str, Any]:
         """Do so; the receipt has `prefix` and `entry` of each array by name, under `factors`."""
         store, plan = context.store, context.plan
-        arrays = versions.factors_of(store, plan, windows.read_window(store, plan), self.names)
+        there = {window.name: window for window in windows_of(store, plan)}
+        terms = terms_of([(there[name], weight) for name, weight in self.weights.items()])
+        if versions.version_of(terms) != self.version:
+            raise CheckpointError(
+                f"the sums of the windows {', '.join(self.weights)} are not those that the driver has read."
+            )
+        arrays = versions.factors_of(plan, terms, self.names)
         symmetric = {name for name in self.names if plan.spec["factors"][name]["symmetric"]}
         prefix = f"posteriors/{self.version}/{new_attempt()}"
         entries = store.write_arrays(prefix, arrays, symmetric)
@@ -80,8 +90,9 @@ def part_tasks(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any]])
     return [SumPart(plan.digest, part, of) for part, of in windows.missing_parts(store, plan, manifests)]
 
 
-def factor_tasks(plan: Plan, version: str) -> list[WriteFactors]:
-    """Return tasks that write every factor of the plan: a large one alone, small ones together."""
+def factor_tasks(plan: Plan, terms: Sequence[Term]) -> list[WriteFactors]:
+    """Return tasks that write every factor of a posterior version: a large one alone, small ones together."""
+    version, weights = versions.version_of(terms), {term.window.name: term.weight for term in terms}
     groups: list[list[str]] = []
     held = GROUP_BYTES
     for name, factor in plan.spec["factors"].items():
@@ -91,7 +102,7 @@ def factor_tasks(plan: Plan, version: str) -> list[WriteFactors]:
             held = 0
         groups[-1].append(name)
         held += size
-    return [WriteFactors(plan.digest, version, tuple(names)) for names in groups]
+    return [WriteFactors(plan.digest, version, weights, tuple(names)) for names in groups]
 
 
 def _slim(manifest: dict[str, Any], part: Part) -> dict[str, Any]:

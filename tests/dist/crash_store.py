@@ -12,6 +12,7 @@ from torch import nn
 from laplace_dist.plan.plan import Plan, build_plan
 from laplace_dist.run import attempts, layout, lifecycle, ownership, partials, pointer, versions, windows
 from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.run.combination import Window, alone
 from laplace_dist.run.provenance import environment
 from laplace_dist.stages import reduce
 
@@ -113,17 +114,18 @@ def work(store: Checkpoint, plan: Plan, segment) -> partials.Receipt:
 
 def finish(store: Checkpoint, plan: Plan) -> str:
     """Reduce and promote as the driver does; returns the version."""
-    context = SimpleNamespace(store=store, plan=plan, device="cpu")
+    context = SimpleNamespace(store=store, plan=plan, window=Window(store, plan), device="cpu")
     window = windows.find_window(store, plan)
     if window is None:
         manifests = list(partials.manifests(store, plan))
         for task in reduce.part_tasks(store, plan, manifests):
             task.run(context)
         window = windows.commit_window(store, plan, manifests)
-    version = versions.version_of(plan, window)
+    terms = alone(store, plan, window)
+    version = versions.version_of(terms)
     if not ownership.has(store, plan, layout.version_key(version)):
-        receipts = [task.run(context)["factors"] for task in reduce.factor_tasks(plan, version)]
-        versions.commit_version(store, plan, window, receipts)
+        receipts = [task.run(context)["factors"] for task in reduce.factor_tasks(plan, terms)]
+        versions.commit_version(store, plan, terms, receipts)
     if not store.exists(layout.CURRENT) or pointer.read_current(store)["version"] != version:
         pointer.write_current(store, plan, version, None)
     return version

@@ -20,8 +20,9 @@ from laplace_dist.execution.tasks import Event
 from laplace_dist.job import Job
 from laplace_dist.plan.plan import Plan, build_plan
 from laplace_dist.report.progress import Progress
-from laplace_dist.run import evaluations, layout, lifecycle, ownership, pointer, tunings, versions
+from laplace_dist.run import evaluations, layout, lifecycle, ownership, place, pointer, tunings, versions
 from laplace_dist.run.checkpoint import open_json
+from laplace_dist.run.combination import Window
 from laplace_dist.run.leases import Lease
 from laplace_dist.run.probe import make_probe
 from laplace_dist.run.provenance import environment
@@ -199,7 +200,7 @@ class MiniatureJob(Job):
         self._continued, self.__dict__["device_type"] = False, "cpu"
 
     def open(self) -> None:
-        lifecycle.check_place(self.store)
+        place.check_place(self.store)
         self.plan, self._continued = lifecycle.open_run(
             self.store,
             replace(_plan(self.kind), run=self.run_id),
@@ -210,6 +211,7 @@ class MiniatureJob(Job):
             fresh=self.fresh,
             say=self.say,
         )
+        self.window = Window(self.store, self.plan)
 
     @property
     def at_work_on(self) -> str | None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import laplace_dist
-from laplace_dist.run import attempts, layout, lifecycle, partials
+from laplace_dist.run import attempts, layout, lifecycle, partials, place
 from laplace_dist.run.checkpoint import Checkpoint
 
 PLAN = make_plan()
@@ -91,12 +91,12 @@ def test_a_crash_while_a_run_is_deleted_leaves_a_run_that_can_go_on(undisturbed,
     finished = tmp_path / "finished"
     whole_run(Checkpoint(str(finished)), PLAN)
     probe = CrashingStore(str(shutil.copytree(finished, tmp_path / "probe")))
-    lifecycle.clear(probe)
+    place.clear(probe)
     assert len(probe.operations) > 10
     for at in range(1, len(probe.operations) + 1):
         url = str(shutil.copytree(finished, tmp_path / f"{at}"))
         with pytest.raises(Crash):
-            lifecycle.clear(CrashingStore(url, at, when))
+            place.clear(CrashingStore(url, at, when))
         store = Checkpoint(url)
         plan = lifecycle.read_plan(store) if store.exists(layout.PLAN) else PLAN
         seen = state(store, plan)

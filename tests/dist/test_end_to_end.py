@@ -18,7 +18,7 @@ from laplace_dist import fit, status
 from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.execution.ray_cluster import Cluster
 from laplace_dist.run.checkpoint import Checkpoint
-from laplace_dist.run.lifecycle import read_plan
+from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.partials import read_manifest
 from laplace_dist.run.versions import read_version
 

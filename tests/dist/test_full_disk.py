@@ -21,7 +21,7 @@ from laplace_dist.cli import main
 from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.execution.ray_cluster import Cluster
 from laplace_dist.job import evaluate_posterior, tune_posterior
-from laplace_dist.run import lifecycle
+from laplace_dist.run import settings_file
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.stages.map import MapSegment
 from laplace_dist.storage import local, store
@@ -225,5 +225,5 @@ def test_loading_needs_no_write(tmp_path, monkeypatch):
     attempt(url)
     disk = Disk(monkeypatch)
     load_posterior(str(url), dist_cases.convnet())
-    lifecycle.read_config(Checkpoint(str(url)))
+    settings_file.read_config(Checkpoint(str(url)))
     assert disk.writes == []

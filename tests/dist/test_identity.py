@@ -137,10 +137,10 @@ def test_two_attempts_that_have_read_other_data_stop_the_run_and_name_both_nodes
     with dist_cases.inline_job(chosen) as job:
         job.open()
         task = MapSegment(job.plan.digest, job.plan.segments[3])
-        assert task.run(Context(chosen))["won"]
+        assert Context(chosen).carry_out(task)["won"]
         CHANGED.extend(range(193, 200))
         with pytest.raises(RunFailed, match=r"segment 000003 \(examples 192 to 255\): node .*has read other data than node"):
-            task.run(Context(chosen))
+            Context(chosen).carry_out(task)
     manifest = partials.read_manifest(Checkpoint(str(tmp_path)), job.plan, job.plan.segments[3])
     assert manifest["environment"]["torch"] == torch.__version__ and manifest["environment"]["threads"] == 1
 
@@ -150,7 +150,7 @@ def test_a_resumed_run_compares_three_committed_segments_with_the_data(tmp_path)
     with dist_cases.inline_job(chosen) as job:
         job.open()
         for segment in job.plan.segments[:5]:
-            MapSegment(job.plan.digest, segment).run(Context(chosen))
+            Context(chosen).carry_out(MapSegment(job.plan.digest, segment))
     CHANGED.append(130)  # of the third segment, between the sampled ones
     with pytest.raises(RunFailed, match=r"segment 000002 \(examples 128 to 191\).*other data"):
         dist_cases.run_inline(chosen)
@@ -165,10 +165,10 @@ def test_edited_model_code_is_refused_wherever_the_run_is_met(tmp_path):
     chosen = dist_cases.config(tmp_path, model="test_identity:activated", skip_tune=False, skip_evaluate=False)
     with dist_cases.inline_job(chosen) as job:
         job.open()
-        MapSegment(job.plan.digest, job.plan.segments[0]).run(Context(chosen))
+        Context(chosen).carry_out(MapSegment(job.plan.digest, job.plan.segments[0]))
         ACTIVATION[0] = nn.ReLU
         with pytest.raises(SettingsError, match="what --model builds on node .* is not the model of the run"):
-            MapSegment(job.plan.digest, job.plan.segments[1]).run(Context(chosen))
+            Context(chosen).carry_out(MapSegment(job.plan.digest, job.plan.segments[1]))
     with pytest.raises(SettingsError, match="what --model builds here is not the model of the run.*outputs on the same inputs"):
         dist_cases.run_inline(chosen)
     ACTIVATION[0] = nn.Tanh

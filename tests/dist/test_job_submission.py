@@ -17,7 +17,7 @@ from s3server import free_ports
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from laplace_dist.run.checkpoint import Checkpoint
-from laplace_dist.run.lifecycle import read_plan
+from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.pointer import read_current
 from laplace_dist.run.versions import read_version
 

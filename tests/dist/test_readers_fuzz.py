@@ -19,7 +19,7 @@ from laplace_dist.config.command_line import load_config, parse_yaml
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
 from laplace_dist.plan.plan import Plan
-from laplace_dist.run import evaluations, layout, lifecycle, partials, pointer, tunings, versions
+from laplace_dist.run import evaluations, layout, lifecycle, partials, pointer, settings_file, tunings, versions
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.storage.sealed_json import seal_json
 
@@ -278,9 +278,9 @@ def test_any_command_line_is_settings_or_a_settings_error(argv):
 @given(st.binary(max_size=80) | st.text(max_size=60).map(lambda text: text.encode(errors="surrogatepass")))
 def test_any_snapshot_of_the_settings_is_refused_unless_it_is_one(tmp_path_factory, content):
     store = Checkpoint(str(tmp_path_factory.getbasetemp() / "snapshot"))
-    for written in (content, lifecycle._seal_yaml(content.decode(errors="replace"))):
+    for written in (content, settings_file.seal_yaml(content.decode(errors="replace"))):
         store.replace("config.yaml", written)
         try:
-            assert isinstance(lifecycle.read_config(store), dict)
+            assert isinstance(settings_file.read_config(store), dict)
         except CheckpointError as error:
             assert "config.yaml" in str(error)

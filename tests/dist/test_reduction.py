@@ -20,6 +20,7 @@ from laplace_dist.errors import CheckpointError
 from laplace_dist.plan.parts import PART_ENTRIES, Place, places, plan_parts
 from laplace_dist.run import layout, partials, windows
 from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.run.combination import Window
 from laplace_dist.run.leases import Lease
 from laplace_dist.run.vector import Vector, complete, write
 from laplace_dist.stages import reduce
@@ -95,7 +96,7 @@ def test_a_part_of_partials_that_were_computed_again_is_summed_again(tmp_path):
     start(store, plan)
     for segment in plan.segments:
         work(store, plan, segment)
-    context = SimpleNamespace(store=store, plan=plan, device="cpu")
+    context = SimpleNamespace(store=store, plan=plan, window=Window(store, plan), device="cpu")
     (task,) = reduce.part_tasks(store, plan, list(partials.manifests(store, plan)))
     task.run(context)
     assert reduce.part_tasks(store, plan, list(partials.manifests(store, plan))) == []

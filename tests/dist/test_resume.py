@@ -18,8 +18,9 @@ from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsErr
 from laplace_dist.plan.plan import FORMAT_VERSION
 from laplace_dist.run import evaluations
 from laplace_dist.run.checkpoint import Checkpoint, open_json
-from laplace_dist.run.lifecycle import clear, committed, open_run, read_plan, remaining
-from laplace_dist.run.ownership import has
+from laplace_dist.run.lifecycle import committed, open_run, remaining
+from laplace_dist.run.ownership import has, read_plan
+from laplace_dist.run.place import clear
 from laplace_dist.run.weights import dump_weights, load_run_weights, weights_digest
 from laplace_dist.storage.sealed_json import seal_json
 
@@ -274,6 +275,20 @@ def test_a_place_that_is_not_empty_and_holds_no_run_is_refused_and_left_alone(st
     with pytest.raises(SettingsError, match=rf"holds no run.*but is not empty: {name.split('/')[0]}"):
         start(store, fresh=fresh)
     assert store.list() == [name] and store.read(name) == b"mine"
+
+
+def test_what_a_job_of_a_deleted_run_leaves_at_that_moment_does_not_count(store):
+    """Its weights and settings, sealed, with no plan; weights of another model are not overwritten."""
+    model = nn.Linear(3, 2)
+    start(store, weights=dump_weights(model))
+    kept = {name: store.read(name) for name in ("config.yaml", "weights.safetensors")}
+    clear(store)
+    for name, content in kept.items():
+        store.create(name, content)
+    with pytest.raises(SettingsError, match="holds no run.*but the weights.safetensors of another one. Nothing was changed"):
+        start(store, weights=dump_weights(nn.Linear(3, 2)))
+    assert {name: store.read(name) for name in store.list()} == kept
+    assert start(store, weights=dump_weights(model)) == (PLAN, False)
 
 
 def test_what_an_interrupted_start_leaves_does_not_count(store):

@@ -64,7 +64,7 @@ def test_a_run_on_s3_is_the_run_on_a_directory(s3, local, caplog, capsys):
     with dist_cases.inline_job(config) as job:
         job.open()
         for segment in job.plan.segments[:2]:
-            MapSegment(job.plan.digest, segment).run(Context(job.config))
+            Context(job.config).carry_out(MapSegment(job.plan.digest, segment))
     before = everything(store)
     assert {key for key in before if key.startswith("partials/") and key.count("/") == 1} == {
         "partials/000000.json",

@@ -24,7 +24,7 @@ from laplace_dist.config.command_line import load_config
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
 from laplace_dist.job import fit
 from laplace_dist.run.checkpoint import Checkpoint, open_json
-from laplace_dist.run.lifecycle import _seal_yaml
+from laplace_dist.run.settings_file import seal_yaml
 from laplace_dist.storage import object_store
 from laplace_dist.storage.sealed_json import seal_json
 
@@ -144,7 +144,7 @@ def test_yaml_runs_nothing(run, tmp_path, text):
     for flag in ("--model-args", "--data-args", "--storage-options"):
         with pytest.raises(SettingsError, match=flag):
             load_config([flag, f"{{a: {text}}}", "--model=m:f", "--data=d:f", "--checkpoint=c"])
-    Checkpoint(str(run)).replace("config.yaml", _seal_yaml(f"seed: {text}\n"))
+    Checkpoint(str(run)).replace("config.yaml", seal_yaml(f"seed: {text}\n"))
     with pytest.raises(CheckpointError, match="config.yaml was altered"):
         cli._settings_of_run(dist_cases.config(run))
     assert "config.yaml" in dict(laplace_dist.verify(str(run)).problems)

@@ -1,0 +1,146 @@
+r"""Which windows make a posterior version, and with which weights.
+
+A posterior version is $\sum_w \gamma_w S_w$ over the committed sums $S_w$ of some windows, in the order in which the windows
+were begun: with weights of 1 it is a fit of all their data, of the last $K$ a sliding window, with $\gamma^{\mathrm{age}}$ old
+data are forgotten, and what is left out is unlearned exactly.
+
+The first window lies at the checkpoint itself, every other one under `windows/<name>/`, laid out like the first: a plan,
+partials, parts, a sum. Its plan names the run by its id, so that what a deleted run has left there does not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from laplace_dist.errors import MissingObjectError, SettingsError, listed
+from laplace_dist.plan.plan import Plan
+from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.run.layout import WINDOWS
+from laplace_dist.run.ownership import read_plan
+from laplace_dist.run.windows import read_window
+from laplace_dist.storage.store import Store
+
+_LAST = re.compile(r"last:([1-9][0-9]*)")
+
+
+@dataclass(frozen=True)
+class Window:
+    """One window of a run.
+
+    Attributes:
+        store: Where it lies.
+        plan: Its plan.
+    """
+
+    store: Store
+    plan: Plan
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.plan.window_name
+
+
+@dataclass(frozen=True)
+class Term:
+    """One window in a posterior version.
+
+    Attributes:
+        window: The window.
+        weight: Of its sum.
+        manifest: Of its sum.
+    """
+
+    window: Window
+    weight: float
+    manifest: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Sha256 of what the window's sum is of, and of its bytes."""
+        parts = {name: place["entry"]["sha256"] for name, place in sorted(self.manifest["parts"].items())}
+        content = [self.window.plan.content, self.manifest["n_data"], self.manifest["loss"], parts]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def place_of(store: Store, plan: Plan, name: str) -> Store:
+    """Return the store of a window.
+
+    Args:
+        store: The checkpoint.
+        plan: Of the run, which is that of its first window.
+        name: Of the window.
+    """
+    return (
+        store if name == plan.window_name else Checkpoint(f"{store.url.rstrip('/')}/{WINDOWS}/{name}", store._options)
+    )
+
+
+def windows_of(store: Store, plan: Plan) -> list[Window]:
+    """Return the windows of a run in the order in which they were begun."""
+    names = {key.split("/")[1] for key in store.list(WINDOWS) if key.count("/") > 1}
+    found = [Window(store, plan)]
+    for name in sorted(names):
+        place = place_of(store, plan, name)
+        try:
+            own = read_plan(place)
+        except MissingObjectError:  # what a deleted run has left
+            continue
+        if own.run == plan.run_id and own.window_name == name:
+            found.append(Window(place, own))
+    return sorted(found, key=lambda window: (window.plan.window_number, window.name))
+
+
+def choose(windows: Sequence[Window], chosen: str, decay: float) -> list[tuple[Window, float]]:
+    """Return the windows that a posterior version is made of, each with its weight, in order.
+
+    Args:
+        windows: All of the run, in order.
+        chosen: `all`, `last:K`, or names with commas between them.
+        decay: γ: the weight of the last of the chosen windows is 1, of the one before γ, and so on.
+
+    Raises:
+        SettingsError: `chosen` is none of these, or names a window that is not there.
+    """
+    if last := _LAST.fullmatch(chosen):
+        some = list(windows[-int(last[1]) :])
+    elif chosen == "all":
+        some = list(windows)
+    else:
+        names = chosen.split(",")
+        there = [window.name for window in windows]
+        if unknown := [name for name in names if name not in there]:
+            raise SettingsError(
+                f"--windows: got {chosen!r}, but the run has no window {listed(unknown)}; it has {', '.join(there)}. Expected "
+                "all, last:K, or names with commas between them"
+            )
+        some = [window for window in windows if window.name in names]
+    return [(window, decay**age) for age, window in zip(range(len(some) - 1, -1, -1), some, strict=True)]
+
+
+def terms_of(chosen: Sequence[tuple[Window, float]]) -> list[Term]:
+    """Read the sums of the chosen windows.
+
+    Raises:
+        SettingsError: A window has no committed sum.
+    """
+    found = []
+    for window, weight in chosen:
+        try:
+            found.append(Term(window, weight, read_window(window.store, window.plan)))
+        except MissingObjectError as error:
+            raise SettingsError(
+                f"--windows: window {window.name} is not finished, so it has no sum yet. Run its job to the end, or leave it "
+                "out."
+            ) from error
+    return found
+
+
+def alone(store: Store, plan: Plan, manifest: Mapping[str, Any]) -> list[Term]:
+    """Return a window alone, with weight 1, as a fit takes it."""
+    return [Term(Window(store, plan), 1.0, manifest)]
