@@ -1,0 +1,444 @@
+"""Whether the library is right about a random model: against dense float64 Jacobians, one example at a time.
+
+The reference is :mod:`tests.core.naive` for any inputs and outputs. It knows a model as a function and its parameters; of
+modules it asks one thing, for Kronecker factors: what went into a linear layer or convolution, and the gradient of what
+came out. Factors exist where these give the layer's Jacobian on every example.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from laplace import Laplace
+
+from . import naive
+from .random_features import REFUSE, RIGHT, Block
+from .random_models import CONTEXTS, TOLERANCES, Case, Plan, part
+
+PRIOR, NOISE = 0.7, 0.8
+FACTORED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+# How the messages of torch and of Python begin; an error of the library's own says what it means in its own words.
+RAW = (
+    "vmap: ", "Only Tensors created explicitly", "element 0 of tensors", "mat1 and mat2", "expected scalar type",
+    "Expected ", "The size of tensor", "shape '", "one of the variables needed", "not implemented for", "Cannot access",
+    "Sizes of tensors", "index out of", "object has no attribute", "must be Tensor, not", "unsupported operand",
+    "not subscriptable", "unexpected keyword", "missing 1 required", "a view of a leaf", "a leaf Variable", "Trying to ",
+    "You are trying", "You're trying", "not iterable", "inplace operation", "in-place operation", "batching rule",
+    "Inplace ", "Inference tensors", "derivative ", "grad can be", "requires grad", "too many values", "split_with_sizes",
+    "unflatten: ", "not broadcastable", "Dimension out of range", "list index", "linear(): ", "grad_outputs", "In order to",
+    "can't be cast", "isDifferentiableType", "INTERNAL ASSERT", "einsum(): ", "stack expects", "each element in list",
+    "invalid index", "tuple indices", "NoneType", "expand(", "Index tensor", "index_select", "scatter",
+)  # fmt: skip
+ARGUMENTS = (
+    "likelihood", "hessian_structure", "subset_of_weights", "last_layer_name", "subnetwork_indices", "feature_reduction",
+    "backend", "prior_precision", "sigma_noise", "dict_key_x", "dict_key_y", "train_loader", "requires_grad", "batch",
+    "targets", "Targets", "labels", "Labels", "outputs", "output", "inputs",
+)  # fmt: skip
+
+
+@dataclass
+class Verdict:
+    """What came of one model.
+
+    Attributes:
+        kind: ``right``, ``refused``, ``wrong``, ``not refused``, ``needlessly refused``, ``raw error`` or ``silent``.
+        what: The quantity or message.
+        error: Relative error of the worst quantity.
+    """
+
+    kind: str
+    what: str = ""
+    error: float = 0.0
+
+    @property
+    def good(self) -> bool:
+        return self.kind in ("right", "refused")
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.what}" + (f" (relative error {self.error:.2g})" if self.error else "")
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def outputs(model: nn.Module, x: Any) -> torch.Tensor:
+    """The first tensor that a model returns."""
+    f = model(x)
+    return f["logits"] if isinstance(f, dict) else f[0] if isinstance(f, tuple) else f
+
+
+class Reference:
+    """Dense curvature of one case in float64.
+
+    Attributes:
+        names: Parameters with a distribution, in order.
+        f: Outputs ``(batch, …)``.
+        js: Jacobians ``(batch, outputs, parameters)``.
+        hessians: Hessians of the examples' losses in the flattened outputs.
+        factors: For every parameter, ``[B, A]``, ``[B]``, or None where there are none by definition.
+    """
+
+    def __init__(self, plan: Plan, case: Case):
+        self.plan, self.model = plan, case.model.double().eval()
+        _make_exact(self.model)
+        self.likelihood = "regression" if plan.likelihood == "regression" else "classification"
+        trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        inside = f"{case.head}."
+        self.names = [n for n in trainable if plan.subset != "last_layer" or n.startswith(inside)]
+        self.params = [trainable[n] for n in self.names]
+        self.x = [_double(part(case.x, slice(i, i + 1))) for i in range(len(case.y))]
+        self.y = case.y.double() if self.likelihood == "regression" else case.y
+        self.calls = {n: m for n, m in self.model.named_modules() if is_factored(m)}
+        self.calls = self.calls if plan.structure == "kron" else {}
+        self._sums: dict[str, list[Any]] = {}
+        self._broken: set[str] = set()
+        found = [self._example(x) for x in self.x]
+        self.f, self.js = torch.stack([f for f, _ in found]), torch.stack([j for _, j in found])
+        self.hessians = [naive.output_hessian(f if f.ndim else f[None], self.likelihood) for f in self.f]
+        terms = zip(self.f, self.y, strict=True)
+        self.loss = float(sum(naive.example_loss(f, y, self.likelihood) for f, y in terms))
+        self.ggn = sum(j.T @ h @ j for j, h in zip(self.js, self.hessians, strict=True))
+        self.theta = torch.cat([p.detach().flatten() for p in self.params])
+
+    def _example(self, x: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        calls: dict[str, list] = {}
+        handles = []
+        for name, module in self.calls.items():
+
+            def hook(m, args, kwargs, z, name=name):
+                a = args[0] if args else kwargs["input"]
+                calls.setdefault(name, []).append((a.detach().clone(), torch.zeros_like(z, requires_grad=True)))
+                return z + calls[name][-1][1]
+
+            handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+        f = outputs(self.model, _clone(x))[0]
+        for handle in handles:
+            handle.remove()
+        probes = [probe for made in calls.values() for _, probe in made]
+        rows, slopes = [], []
+        for value in f.flatten():
+            grads = torch.autograd.grad(value, self.params + probes, retain_graph=True, allow_unused=True)
+            flat = [_flat(g, p) for g, p in zip(grads, self.params, strict=False)]
+            rows.append(torch.cat(flat).detach())
+            slopes.append(grads[len(self.params) :])
+        js = torch.stack(rows)
+        if calls:
+            self._add_calls(f.detach(), js, calls, slopes)
+        return f.detach(), js
+
+    def _add_calls(self, f, js, calls, slopes) -> None:
+        hessian = naive.output_hessian(f if f.ndim else f[None], self.likelihood)
+        start = 0
+        for name, made in calls.items():
+            inputs, gradients = [], []
+            for number, (a, _) in enumerate(made):
+                g = [row[start + number] for row in slopes]
+                if all(value is None for value in g):
+                    continue  # a call that reaches no output
+                zero = torch.zeros_like(made[number][1])
+                gradients.append(torch.stack([_positions(self.calls[name], zero if v is None else v) for v in g]))
+                inputs.append(_rows(self.calls[name], a))
+            start += len(made)
+            if inputs:
+                self._add_factors(name, inputs, torch.cat(gradients, 1), hessian, js)
+
+    def _add_factors(self, name, inputs, g, hessian, js) -> None:
+        """Add one example's factors, or note that they are not the layer's."""
+        spans, stop = {}, 0
+        for parameter, p in zip(self.names, self.params, strict=True):
+            spans[parameter], stop = slice(stop, stop + p.numel()), stop + p.numel()
+        self._check(f"{name}.bias", g.sum(1), js, spans)
+        left, right = torch.einsum("cro,cd,drp->op", g, hessian, g).contiguous(), 0.0
+        if any(a is None for a in inputs):
+            self._broken.add(f"{name}.weight")
+        else:
+            a = torch.cat(inputs)
+            self._check(f"{name}.weight", torch.einsum("cro,ri->coi", g, a).flatten(1), js, spans)
+            right = (a.T @ a / len(a)).contiguous()
+        known = self._sums.setdefault(name, [0.0, 0.0, 0])
+        self._sums[name] = [known[0] + left, known[1] + right, known[2] + 1]
+
+    def _check(self, parameter, rows, js, spans) -> None:
+        if parameter in spans:
+            truth = js[:, spans[parameter]]
+            if rows.shape != truth.shape or (rows - truth).norm() > 1e-9 * (rows.norm() + truth.norm()):
+                self._broken.add(parameter)
+
+    def factors(self, parameter: str) -> list[torch.Tensor] | None:
+        """``[B, A]`` or ``[B]`` of one parameter, None where it has none."""
+        name, _, kind = parameter.rpartition(".")
+        if parameter in self._broken or name not in self._sums or kind not in ("weight", "bias"):
+            return None
+        left, right, n = self._sums[name]
+        return [left, right / n] if kind == "weight" and n == len(self.x) else [left] if kind == "bias" else None
+
+    def log_evidence(self, curvature: torch.Tensor, chosen: torch.Tensor, temper: float) -> float:
+        """Laplace's approximation at the prior precision ``PRIOR``."""
+        precision = temper * curvature + PRIOR * torch.eye(len(curvature), dtype=torch.float64)
+        ratio = torch.linalg.slogdet(precision)[1] - len(curvature) * math.log(PRIOR)
+        fit = -temper * self.loss
+        if self.likelihood == "regression":
+            fit = fit - self.f.numel() * 0.5 * math.log(NOISE**2 * 2 * math.pi)
+        return float(fit - 0.5 * (ratio + PRIOR * self.theta[chosen].square().sum()))
+
+
+def is_factored(module: nn.Module) -> bool:
+    """Whether a module is of a kind that has Kronecker factors."""
+    return isinstance(module, FACTORED) and getattr(module, "groups", 1) == 1
+
+
+def _double(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {key: _double(value) for key, value in x.items()}
+    if isinstance(x, tuple):
+        return tuple(_double(value) for value in x)
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def _clone(x: Any) -> Any:
+    return part(x, slice(None))
+
+
+def _flat(g: torch.Tensor | None, p: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(p.numel(), dtype=p.dtype) if g is None else (g.to_dense() if g.is_sparse else g).flatten()
+
+
+def _positions(module: nn.Module, g: torch.Tensor) -> torch.Tensor:
+    """The gradient of what came out of a layer, ``(positions, out)``."""
+    return g.reshape(-1, g.shape[-1]) if isinstance(module, nn.Linear) else g.movedim(1, -1).flatten(0, -2)
+
+
+def _rows(module: nn.Module, a: torch.Tensor) -> torch.Tensor | None:
+    """What multiplies the flattened weight, ``(positions, in)``; of a convolution, the derivative of its first channel."""
+    if isinstance(module, nn.Linear):
+        return a.reshape(-1, a.shape[-1])
+    if "weight" not in dict(module.named_parameters(recurse=False)):
+        return None
+    with torch.enable_grad():
+        weight = module.weight.detach().clone().requires_grad_()
+        parameters = {**{n: p.detach() for n, p in module.named_parameters()}, "weight": weight}
+        z = torch.func.functional_call(_Bare(module), {f"module.{n}": p for n, p in parameters.items()}, (a,))
+        channel = z.movedim(1, -1).flatten(0, -2)[:, 0]
+        eye = torch.eye(len(channel), dtype=a.dtype)
+        rows = [torch.autograd.grad(channel, weight, e, retain_graph=True)[0][0].flatten() for e in eye]
+        return torch.stack(rows).detach()
+
+
+class _Bare(nn.Module):
+    """A module without its hooks."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module.forward(x)
+
+
+# --- the library against it -------------------------------------------------------------------------------------------
+
+
+def examine(plan: Plan) -> Verdict:
+    """Fit one model with the library and compare."""
+    case = plan.build()
+    before = _state(case.model)
+    torch.manual_seed(plan.seed)
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            la, prediction = _fit(plan, case)
+    except Exception as error:  # noqa: BLE001
+        return judge(plan, case, error)
+    if plan.outcome == REFUSE:
+        return Verdict("not refused", "numbers that no definition gives")
+    if "embedding_max_norm" not in plan.names and (changed := _changed(before, _state(case.model))):
+        return Verdict("wrong", f"the model is left with {changed} changed")
+    reference = Reference(plan, plan.build())
+    tolerance = max(plan.tolerance, 10 * _rounding(plan, reference))
+    return _compare(plan, la, prediction, reference, [str(w.message) for w in warned], tolerance)
+
+
+def _rounding(plan: Plan, reference: Reference) -> float:
+    """Relative error that the precision alone leaves in outputs and Jacobians: more where a norm divides by little."""
+    case = plan.build()
+    _make_exact(case.model.eval())
+    parameters = dict(case.model.named_parameters())
+    low = plan.tolerance >= TOLERANCES["bfloat16"]
+    found, rows = [], []
+    for i in range(len(case.y)):
+        with torch.set_grad_enabled(low), _precision(plan):
+            found.append(outputs(case.model, part(case.x, slice(i, i + 1)))[0])
+        for value in found[-1].flatten() if low else ():
+            chosen = [parameters[name] for name in reference.names]
+            grads = torch.autograd.grad(value, chosen, retain_graph=True, allow_unused=True)
+            rows.append(torch.cat([_flat(g, p) for g, p in zip(grads, chosen, strict=True)]))
+    error = _relative(torch.stack(found), reference.f)
+    return max(error, _relative(torch.stack(rows), reference.js.flatten(0, 1))) if low else error
+
+
+def _make_exact(model: nn.Module) -> None:
+    """Ask features for what plain autograd differentiates."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.exact = True
+        if isinstance(module, nn.Embedding):
+            module.scale_grad_by_freq = False  # of a derivative that is none
+
+
+def _precision(plan: Plan) -> Any:
+    return torch.autocast("cpu", torch.bfloat16) if plan.precision == "bfloat16" else nullcontext()
+
+
+def _fit(plan: Plan, case: Case) -> tuple[Any, torch.Tensor | tuple]:
+    options = {"prior_precision": PRIOR}
+    if plan.likelihood == "regression":
+        options["sigma_noise"] = NOISE
+    if plan.subset == "subnetwork":
+        options["subnetwork_indices"] = chosen_indices(plan, sum(_sizes(case.model)))
+    around = {CONTEXTS[0]: torch.no_grad, CONTEXTS[1]: torch.inference_mode}.get(plan.context, nullcontext)
+    with _precision(plan):
+        la = Laplace(case.model, plan.likelihood, plan.subset, plan.structure, **options)
+        la.fit(case.batches(plan.batch_size))
+        x = _clone(case.x)
+        with around():
+            return la, la(x)
+
+
+def chosen_indices(plan: Plan, size: int) -> torch.Tensor:
+    """About a third of the parameters, in order."""
+    generator = torch.Generator().manual_seed(plan.seed)
+    return torch.randperm(size, generator=generator)[: 1 + size // 3].sort().values
+
+
+def _sizes(model: nn.Module) -> list[int]:
+    return [p.numel() for p in model.parameters() if p.requires_grad]
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    """All that a fit has to leave as it is."""
+    found: dict[str, Any] = {f"{n} in state_dict": v.clone() for n, v in model.state_dict().items()}
+    for name, m in model.named_modules():
+        hooks = len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)
+        found[f"module {name!r}"] = (m.training, hooks, type(m), frozenset(m.__dict__) - {"seen"})
+    return found
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
+    names = [n for n in before.keys() | after.keys() if n not in before or n not in after]
+    for name in before.keys() & after.keys():
+        one, two = before[name], after[name]
+        if not (torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two):
+            names.append(name)
+    return ", ".join(sorted(names))
+
+
+def judge(plan: Plan, case: Case, error: Exception) -> Verdict:
+    """Whether an error is a refusal in the library's own words that names something."""
+    text = f"{type(error).__name__}: {error}"
+    names = {n for n, _ in case.model.named_parameters()} | {n for n, _ in case.model.named_modules()} - {""}
+    names |= {type(m).__name__ for m in case.model.modules()} | set(ARGUMENTS)
+    named = any(re.search(rf"(?<![\w.]){re.escape(name)}(?![\w])", str(error)) for name in names)
+    raw = any(phrase in str(error)[:80] for phrase in RAW)
+    known = isinstance(error, (ValueError, TypeError, RuntimeError)) and "laplace" in _raised_in(error)
+    if raw or not named or not known:
+        return Verdict("raw error", text[:160].replace("\n", " "))
+    return Verdict("needlessly refused" if plan.outcome == RIGHT else "refused", text[:160].replace("\n", " "))
+
+
+def _raised_in(error: Exception) -> str:
+    frame = error.__traceback__
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame.tb_frame.f_globals.get("__name__", "")
+
+
+def _dense(la: Any) -> torch.Tensor:
+    if la.structure == "kron":
+        return la.H_facs.to_matrix().double()
+    return torch.diag(la.H.double()) if la.structure == "diag" else la.H.double()
+
+
+def _compare(plan: Plan, la: Any, prediction: Any, ref: Reference, warned: list[str], tolerance: float) -> Verdict:
+    ours = _dense(la)
+    size = len(ref.theta)
+    chosen = chosen_indices(plan, size) if plan.subset == "subnetwork" else torch.arange(size)
+    if len(ours) != len(chosen):
+        return Verdict("wrong", f"H is over {len(ours)} parameters, not {len(chosen)}", float("inf"))
+    truth = ref.ggn[chosen][:, chosen]
+    if plan.structure == "diag":
+        truth = torch.diag(truth.diagonal())
+    silent = ""
+    if plan.outer == "classes_first" and not any("class" in text for text in warned):
+        silent = "as many positions as classes, no warning"
+    if plan.structure == "kron":
+        truth, foreign, unsaid = _kron_truth(la, ours, ref, warned)
+        silent = silent or unsaid
+        if foreign:
+            return Verdict("wrong", foreign, 1.0)
+    errors = {"H": _relative(ours, truth), "loss": _relative(torch.as_tensor(la.loss), _scalar(ref.loss))}
+    temper = 1 / NOISE**2 if ref.likelihood == "regression" else 1.0
+    evidence = ref.log_evidence(truth, chosen, temper)
+    errors["evidence"] = _relative(la.log_marginal_likelihood(), _scalar(evidence))
+    precision = temper * truth + PRIOR * torch.eye(len(truth), dtype=torch.float64)
+    covariance = naive.glm_covariance(ref.js[..., chosen], precision)
+    errors |= _prediction_errors(plan, prediction, ref, covariance)
+    what = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
+    if not errors[what] <= tolerance:
+        return Verdict("wrong", what, errors[what])
+    return Verdict("silent", silent) if silent else Verdict("right", what, errors[what])
+
+
+def _kron_truth(la: Any, ours: torch.Tensor, ref: Reference, warned: list[str]) -> tuple[torch.Tensor, str, str]:
+    """Blocks by definition, diagonal ones where the library says so; what has factors it should not, and what no warning."""
+    blocks, start, foreign, silent = [], 0, "", ""
+    for parameter, p, (_, kind, reason) in zip(ref.names, ref.params, la.coverage, strict=True):
+        rows = slice(start, start + p.numel())
+        start += p.numel()
+        factors = ref.factors(parameter)
+        if kind == "diag":
+            blocks.append(torch.diag(ref.ggn[rows, rows].diagonal()))
+            if factors is not None and not any(parameter in text for text in warned):
+                silent = f"diagonal block for {parameter}, no warning ({reason})"
+        elif factors is not None:
+            blocks.append(torch.kron(*factors) if len(factors) == 2 else factors[0])
+        else:  # of a kind whose factors the reference does not know
+            blocks.append(ours[rows, rows])
+            if is_factored(ref.model.get_submodule(parameter.rpartition(".")[0])):
+                foreign = f"{parameter} has Kronecker factors that are not its own"
+    return torch.block_diag(*blocks), foreign, silent
+
+
+def _prediction_errors(plan: Plan, prediction: Any, ref: Reference, covariance: torch.Tensor) -> dict[str, float]:
+    f = ref.f if ref.f.ndim > 1 else ref.f[:, None]
+    if plan.likelihood != "classification":
+        mean, variance = prediction
+        return {
+            "mean": _relative(mean.flatten(), f.flatten()),
+            "variance": _relative(variance.flatten(), covariance.flatten()),
+        }
+    spread = covariance.diagonal(dim1=1, dim2=2).reshape(f.shape)
+    moved = (f / (1 + math.pi / 8 * spread).sqrt()).softmax(-1)
+    if prediction.shape != moved.shape:
+        return {"probabilities": float("inf")}
+    effect = (moved - f.softmax(-1)).norm().clamp(min=0.05)  # what the variance makes of them
+    return {"probabilities": float((prediction.double() - moved).norm() / effect)}
+
+
+def _scalar(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _relative(value: torch.Tensor, truth: torch.Tensor) -> float:
+    if value.shape != truth.shape:
+        return float("inf")
+    value, truth = value.detach().double(), truth.double()
+    return float((value - truth).norm() / truth.norm().clamp(min=1e-3))
