@@ -14,7 +14,8 @@ from laplace_dist.data.sources import load_split
 from laplace_dist.errors import CheckpointError, Interrupted, MissingObjectError, RunFailed, SettingsError
 from laplace_dist.execution import signals
 from laplace_dist.job import Result, evaluate_posterior, fit, tune_posterior
-from laplace_dist.report.metrics import show_result
+from laplace_dist.recalibration import recalibrate, rollback
+from laplace_dist.report.metrics import show_recalibration, show_result
 from laplace_dist.run import layout, settings_file
 from laplace_dist.run.checkpoint import open_store
 from laplace_dist.run.verify import Report, verify
@@ -40,6 +41,39 @@ def main(job: str, argv: Sequence[str] | None = None, **defaults: Any) -> int:
         result = JOBS[job](config)
         show_result(result, _loading(config, result))
         return 0
+
+    return _status(carry_out, "Everything committed so far is kept: run the same command again to go on.")
+
+
+def recalibrate_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
+    """Add a window of data to a run from the command line, or drop one, and promote the result if it is no worse.
+
+    Args:
+        argv: Arguments without the program's name; those of this process if not given.
+        **defaults: The job's own settings, by field name.
+
+    Returns:
+        The exit status: 0 promoted, or nothing to do; 3 the current posterior stays; 2 the settings or the state refuse; 1 the
+        run failed; 130 and 143 interrupted.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--drop-window", metavar="NAME", help="add nothing, and leave this window out")
+    parser.add_argument("--dry-run", action="store_true", help="decide, and promote nothing")
+    parser.add_argument("--rollback", metavar="VERSION", help="make a version current again that was so before")
+    given, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
+    if "--help" in rest or "-h" in rest:
+        parser.print_help()
+
+    def carry_out() -> int:
+        config = _settings("recalibrate", rest, defaults)
+        if given.rollback is not None:
+            rollback(config.checkpoint, given.rollback, storage_options=config.storage_options)
+            print(f"{config.checkpoint}: version {given.rollback} is current again")
+            return 0
+        found = recalibrate(config, drop_window=given.drop_window, dry_run=given.dry_run)
+        if found is not None:
+            show_recalibration(found)
+        return 0 if found is None or found.promoted else 3
 
     return _status(carry_out, "Everything committed so far is kept: run the same command again to go on.")
 
@@ -145,7 +179,7 @@ def _settings_of_run(config: Config) -> dict[str, Any]:
             f"--checkpoint: got {config.checkpoint!r}, where there is no run; expected one that a fit job has started"
         ) from error
     kept = {name.replace("-", "_"): value for name, value in values.items()}
-    return {**kept, "weights": None, "checkpoint": config.checkpoint}
+    return {**kept, "weights": None, "checkpoint": config.checkpoint, "window": None}
 
 
 def _loading(config: Config, result: Result) -> str:

@@ -193,6 +193,11 @@ class Job:
         version = self.combine(alone(self.store, self.plan, self.sum_window()))
         pointer.write_current(self.store, self.plan, version, None, first=True)
         current = pointer.read_current(self.store)
+        if current.get("history"):
+            self.say(
+                f"reduce: version {current['version']} is current, which a recalibration has promoted, and stays so"
+            )
+            return current["version"]
         tuned = current["tuning"] is None or ownership.has(self.store, self.plan, current["tuning"])
         if current["version"] != version or not tuned:
             pointer.write_current(self.store, self.plan, version, None)
@@ -227,6 +232,12 @@ class Job:
 
     def tune(self, version: str) -> str:
         """Tune the prior precision of a posterior version, put it in force, and return the key of the tuning."""
+        key = self.choose_prior(version)
+        pointer.write_current(self.store, self.plan, version, key)
+        return key
+
+    def choose_prior(self, version: str) -> str:
+        """Tune the prior precision of a posterior version and return the key of the tuning."""
         config = self.config
         compatibility.check_predictive(config)
         grid = config.tuning == "gridsearch"
@@ -246,7 +257,6 @@ class Job:
             (receipt,) = self._run([choice], Progress("tune", "results", 1), keep=True)
             for warning in receipt.get("warnings", []):
                 self.say(f"tune: warning: {warning}")
-        pointer.write_current(self.store, self.plan, version, key)
         manifest, value = tunings.read_tuning(self.store, key)
         shown = (
             f"{value.item():.4g}"
@@ -258,7 +268,14 @@ class Job:
         return key
 
     def evaluate(self, version: str, tuning: str | None) -> dict[str, dict[str, float]]:
-        """Evaluate MAP and Laplace on the test and out-of-distribution splits and return the metrics of both."""
+        """Evaluate MAP and Laplace, put the metrics where people look for them, and return those of both."""
+        metrics = open_json(self.store.read(key := self.score(version, tuning)), key)["metrics"]
+        ownership.confirm(self.store, self.plan)
+        self.store.replace(layout.METRICS, evaluations.metrics_json(version, tuning, metrics))
+        return metrics
+
+    def score(self, version: str, tuning: str | None) -> str:
+        """Score MAP and Laplace on the test and out-of-distribution splits and return the key of the evaluation."""
         config = self.config
         compatibility.check_predictive(config)
         splits = self._splits("test", *compatibility.ood(config))
@@ -272,10 +289,7 @@ class Job:
             ids = {name: [s.id for other, s in shards if other == name] for name in splits}
             summary = evaluate.Summarize(self.plan.digest, key, chosen, ids)
             self._run([summary], Progress("evaluate", "results", 1))
-        metrics = open_json(self.store.read(key), key)["metrics"]
-        ownership.confirm(self.store, self.plan)
-        self.store.replace(layout.METRICS, evaluations.metrics_json(version, tuning, metrics))
-        return metrics
+        return key
 
     def _splits(self, *names: str) -> dict[str, Any]:
         """Load splits; those of a follow-on job are looked at before anything starts, as a fit looks at all of them."""

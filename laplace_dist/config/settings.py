@@ -103,6 +103,17 @@ class Config(BaseModel):
     decay: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
         1.0, description="weight of a window relative to that of the next one"
     )
+    keep_partials: bool = Field(
+        False, description="keep the partials of a window after the first once its sum is committed"
+    )
+    margin_nll: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.01, description="nats by which a candidate's NLL may be higher and still count as no worse"
+    )
+    margin_ece: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.01, description="by which a candidate's calibration error may be higher and still count as no worse"
+    )
+    level: Annotated[float, Field(gt=0.5, lt=1)] = Field(0.95, description="one-sided level of the comparison")
+    draws: Annotated[int, Field(ge=100)] = Field(2000, description="of the bootstrap of the comparison")
     skip_tune: bool = Field(False, description="do not tune the prior precision")
     skip_evaluate: bool = Field(False, description="do not evaluate the predictive")
     fresh: bool = Field(False, description="delete the run at --checkpoint first")

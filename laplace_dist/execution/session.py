@@ -46,7 +46,7 @@ class Session:
         self.executor: Executor = (executor or (Inline if inline else Cluster))(config, say)
         self.pool: Workers | None = None
         self._config, self._say = config, say
-        self._lease = Lease(store)
+        self.lease = Lease(store)
 
     def run(
         self, tasks: Iterable[Task], device: str, progress: Shown, *, keep: bool = False, alike: bool = True
@@ -67,7 +67,7 @@ class Session:
         if first is None:
             return kept
         self.pool = self.pool or self.executor.pool(device)
-        self._lease.show()
+        self.lease.show()
 
         def on_done(_: Task, receipt: Mapping[str, Any]) -> None:
             progress.done(receipt.get("examples", 0))
@@ -76,7 +76,7 @@ class Session:
 
         def tick(busy: int, oldest: str) -> None:
             progress.tick(busy, oldest)
-            self._lease.show()
+            self.lease.show()
 
         given = self._config.segment_timeout
         limit = Limit(given if alike or given is not None else float("inf"))
@@ -101,6 +101,6 @@ class Session:
 
     def _end_lease(self) -> None:
         try:
-            self._lease.end()
+            self.lease.end()
         except StorageError as error:  # which is no reason to lose the job's own error, or its success
             self._say(f"the sign that this job is at work stays behind, and counts for another hour ({error})")

@@ -95,6 +95,18 @@ def different_examples(one: Mapping[str, Any], two: Mapping[str, Any]) -> str:
     )
 
 
+def shared_examples(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Say which examples two data sets have in common, as far as their fingerprints tell; empty where they tell of none.
+
+    Two sampled examples may be equal by chance, as blank ones are: it takes two different ones, or all that are sampled.
+    """
+    first, second = set(one.get("examples", {}).values()), set(other.get("examples", {}).values())
+    common = first & second
+    if one["sha256"] == other["sha256"]:
+        return "all of them are the same"
+    return f"{len(common)} of {len(second)} sampled ones" if len(common) > 1 or common == second else ""
+
+
 def _readable(dataset: Any, indices: Iterable[str], collate: Collate) -> dict[str, str]:
     """Return the digests of sampled examples; one that cannot be read is left to its segment, which fails naming it."""
     found = {}

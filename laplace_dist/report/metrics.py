@@ -20,19 +20,19 @@ NAMES = {
 
 
 def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
-    """Return the table MAP | Laplace; an arrow says which direction is better.
+    """Return the table MAP | Laplace, or MAP | current | candidate; an arrow says which direction is better.
 
     Args:
-        metrics: For `map` and `laplace`, the numbers by name.
+        metrics: The numbers by name, for each column.
     """
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("metric")
-    for heading in ("MAP", "Laplace"):
-        table.add_column(heading, justify="right")
+    for method in metrics:
+        table.add_column({"map": "MAP", "laplace": "Laplace"}.get(method, method), justify="right")
     for name in metrics["map"]:
         text, higher = NAMES.get(name, (name.replace("ood_auroc/", "OOD AUROC, "), True))
         arrow = {True: " ↑", False: " ↓", None: ""}[higher]
-        table.add_row(text + arrow, *(f"{metrics[method][name]:.4f}" for method in ("map", "laplace")))
+        table.add_row(text + arrow, *(f"{metrics[method][name]:.4f}" for method in metrics))
     return table
 
 
@@ -53,3 +53,16 @@ def show_result(result: Any, loading: str, out: TextIO | None = None) -> None:
         print(file=out)
         Console(file=out, width=80, highlight=False, soft_wrap=True).print(metrics_table(result.metrics))
     out.flush()
+
+
+def show_recalibration(found: Any, out: TextIO | None = None) -> None:
+    """Print what a recalibration has found: the table, and the decision with the figure that decided as the last line.
+
+    Args:
+        found: A `recalibration.Recalibration`.
+        out: Where to print.
+    """
+    out = out or sys.stdout
+    print(f"\ncheckpoint: {found.checkpoint}\ncandidate:  {found.version}\n", file=out)
+    Console(file=out, width=80, highlight=False, soft_wrap=True).print(metrics_table(found.metrics))
+    print(f"\n{'promoted' if found.promoted else 'kept the current posterior'}: {found.why}", file=out, flush=True)

@@ -107,20 +107,24 @@ def choose(windows: Sequence[Window], chosen: str, decay: float) -> list[tuple[W
     Raises:
         SettingsError: `chosen` is none of these, or names a window that is not there.
     """
-    if last := _LAST.fullmatch(chosen):
-        some = list(windows[-int(last[1]) :])
-    elif chosen == "all":
-        some = list(windows)
-    else:
-        names = chosen.split(",")
-        there = [window.name for window in windows]
-        if unknown := [name for name in names if name not in there]:
-            raise SettingsError(
-                f"--windows: got {chosen!r}, but the run has no window {listed(unknown)}; it has {', '.join(there)}. Expected "
-                "all, last:K, or names with commas between them"
-            )
-        some = [window for window in windows if window.name in names]
+    names = chosen_names([window.name for window in windows], chosen)
+    some = [window for window in windows if window.name in names]
     return [(window, decay**age) for age, window in zip(range(len(some) - 1, -1, -1), some, strict=True)]
+
+
+def chosen_names(there: Sequence[str], chosen: str) -> list[str]:
+    """Return which of some windows are chosen, by name; arguments and errors as of `choose`."""
+    if last := _LAST.fullmatch(chosen):
+        return list(there[-int(last[1]) :])
+    if chosen == "all":
+        return list(there)
+    names = chosen.split(",")
+    if unknown := [name for name in names if name not in there]:
+        raise SettingsError(
+            f"--windows: got {chosen!r}, but the run has no window {listed(unknown)}; it has {', '.join(there)}. Expected "
+            "all, last:K, or names with commas between them"
+        )
+    return names
 
 
 def terms_of(chosen: Sequence[tuple[Window, float]]) -> list[Term]:

@@ -17,6 +17,8 @@ from laplace_dist.run.schemas import (
     PartFields,
     PartialFields,
     PlanFields,
+    RecalibrationFields,
+    RecalibrationLeaseFields,
     Strict,
     TuningFields,
     TuningShardFields,
@@ -27,6 +29,7 @@ from laplace_dist.run.schemas import (
 PLAN, WEIGHTS, CONFIG, CURRENT = "plan.json", "weights.safetensors", "config.yaml", "CURRENT.json"
 CLEARED = (
     CURRENT,
+    "recalibration/",
     "evaluation/",
     "tuning/",
     "posteriors/",
@@ -38,6 +41,7 @@ CLEARED = (
 )  # in the order in which a run is deleted
 PROBE = re.compile(r"probe-[0-9a-f]{16}\.safetensors")
 METRICS = "evaluation/metrics.json"
+RECALIBRATION_LEASE = "recalibration/lease.json"
 LOSS = "loss"  # in 0.1 an array beside the factors
 WINDOW = "window.json"
 WINDOW_NAME = (
@@ -54,6 +58,11 @@ def probe_key(digest: str) -> str:
 def partial_key(segment_id: str) -> str:
     """Return the key of a segment's manifest."""
     return f"partials/{segment_id}.json"
+
+
+def recalibration_key(window: str) -> str:
+    """Return the key of what the recalibration with a window has found."""
+    return f"recalibration/{window}/decision.json"
 
 
 def part_key(part: str) -> str:
@@ -101,7 +110,7 @@ ATTEMPT = re.compile(r"((?:partials|parts|posteriors|tuning)/[^/]+/[^/]+|evaluat
 _DIGEST = r"[0-9a-f]{16}"
 _OF_A_WINDOW = r"plan\.json|window\.json|partials/\d{6,}(\.json|/.+)|parts/\d{5,}(\.json|/.+)|probe-[0-9a-f]{32}"
 _OWNED = re.compile(
-    rf"CURRENT\.json|config\.yaml|weights\.safetensors|{PROBE.pattern}|evaluation/metrics\.json|jobs/[0-9a-f]{{32}}\.json"
+    rf"CURRENT\.json|recalibration/(lease|{WINDOW_NAME}/decision)\.json|config\.yaml|weights\.safetensors|{PROBE.pattern}|evaluation/metrics\.json|jobs/[0-9a-f]{{32}}\.json"
     rf"|({WINDOWS}/{WINDOW_NAME}/)?({_OF_A_WINDOW})"
     rf"|posteriors/{_DIGEST}(\.json|/.+)|(tuning|evaluation)/{_DIGEST}-{_DIGEST}(\.json|/.+)"
 )
@@ -116,6 +125,8 @@ _KINDS: dict[str, type[Strict]] = {
     r"plan\.json": PlanFields,
     r"CURRENT\.json": CurrentFields,
     r"jobs/[^/]+\.json": LeaseFields,
+    r"recalibration/lease\.json": RecalibrationLeaseFields,
+    r"recalibration/[^/]+/decision\.json": RecalibrationFields,
     r"partials/[^/]+\.json": PartialFields,
     r"parts/[^/]+\.json": PartFields,
     r"window\.json": WindowFields,

@@ -30,11 +30,15 @@ class Lease:
     Args:
         store: The checkpoint.
         clock: Returns seconds.
+
+    Attributes:
+        job: Id of the job.
     """
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._store, self._key = store, lease_key(uuid.uuid4().hex)
+        self.job = uuid.uuid4().hex
+        self._store, self._key = store, lease_key(self.job)
         self._begun: float | None = None
         self._shown = 0.0
 

@@ -110,12 +110,51 @@ def _refuse_another_plan(store: Store, stored: Plan, plan: Plan) -> None:
     """Compare plans but for the run's id and the probe, whose last bits depend on the machine; see `check_model` for it."""
     older = stored.format_version < plan.format_version
     changed = differences(stored, plan)
-    if not changed and (older or stored.digest == replace(plan, probe=stored.probe, run=stored.run).digest):
+    same = replace(plan, probe=stored.probe, run=stored.run, window=stored.window)
+    if not changed and (older or stored.digest == same.digest):
         return
     raise SettingsError(
         f"--checkpoint {store.url!r} holds a run with another plan:\n  " + "\n  ".join(changed) + "\n"
         "Restore these, give another --checkpoint, or delete that run with --fresh."
     )
+
+
+def refuse_another_run(store: Store, run: Plan, window: Plan) -> None:
+    """Refuse a window whose plan differs from the run's in more than the data and what follows from their length.
+
+    Raises:
+        SettingsError: Every field that differs is named with both values.
+    """
+    settings = {**window.settings, "segment_size": run.settings["segment_size"]}
+    changed = differences(run, replace(window, data=run.data, segments=run.segments, settings=settings))
+    if changed:
+        raise SettingsError(
+            f"--checkpoint {store.url!r} holds a run with another plan than this window would have:\n  "
+            + "\n  ".join(changed)
+            + "\nGive these as they are in the run, or begin another run."
+        )
+
+
+def open_window(store: Store, plan: Plan) -> Plan:
+    """Begin a window, or continue the one that is there if it has the same plan; returns its plan.
+
+    Raises:
+        SettingsError: It was begun with other data.
+    """
+    if store.create(PLAN, seal_json(plan.to_values())):
+        return plan
+    stored = read_plan(store)
+    if stored.run != plan.run:  # a deleted run has left it
+        store.replace(PLAN, seal_json(plan.to_values()))
+        return plan
+    changed = differences(stored, plan)
+    if changed:
+        raise SettingsError(
+            f"--window {plan.window_name}: it was begun with other data or settings:\n  "
+            + "\n  ".join(changed)
+            + "\nGive the new data another name."
+        )
+    return stored
 
 
 def _check_left_weights(store: Store, weights: Callable[[], bytes]) -> None:

@@ -1,4 +1,4 @@
-"""Which posterior version is current, and which tuning is in force."""
+"""Which posterior version is current, which tuning is in force, and how it came to that."""
 
 from __future__ import annotations
 
@@ -47,9 +47,43 @@ def write_current(store: Store, plan: Plan, version: str, tuning: str | None, *,
     Raises:
         SettingsError: The run was deleted meanwhile, or is another one.
     """
-    content = seal_json({"format_version": FORMAT_VERSION, "version": version, "tuning": tuning})
+    content = {"format_version": FORMAT_VERSION, "version": version, "tuning": tuning}
     confirm(store, plan)
     if first:
-        store.create(CURRENT, content)
-    else:
-        store.replace(CURRENT, content)
+        store.create(CURRENT, seal_json(content))
+        return
+    if history := _history(store):
+        content["history"] = [*history, {"version": version, "tuning": tuning, "why": "tuned"}]
+    store.replace(CURRENT, seal_json(content))
+
+
+def _history(store: Store) -> list[dict[str, Any]]:
+    try:
+        return read_current(store).get("history") or []
+    except MissingObjectError:
+        return []
+
+
+def promote(store: Store, plan: Plan, before: bytes, version: str, tuning: str | None, why: str) -> bool:
+    """Make a posterior version current if nobody has changed what is current meanwhile, and keep the history.
+
+    Args:
+        store: The checkpoint.
+        plan: Plan of the run.
+        before: The bytes of `CURRENT.json` on which the decision rests.
+        version: Name of the posterior version.
+        tuning: Key of its tuning, or None.
+        why: In a person's words.
+
+    Returns:
+        Whether it was done; False if another job was first.
+
+    Raises:
+        SettingsError: The run was deleted meanwhile, or is another one; or the storage cannot compare and set.
+    """
+    old = open_json(before, CURRENT)
+    first = {"version": old["version"], "tuning": old["tuning"], "why": "the first"}
+    history = [*(old.get("history") or [first]), {"version": version, "tuning": tuning, "why": why}]
+    content = {"format_version": FORMAT_VERSION, "version": version, "tuning": tuning, "history": history}
+    confirm(store, plan)
+    return store.swap(CURRENT, before, seal_json(content))

@@ -191,12 +191,60 @@ class LeaseFields(Strict):
     hours: Annotated[Finite, Field(ge=0)]
 
 
+TuningKey = Annotated[str, Field(pattern=r"^tuning/[^/]+\.json$")]
+
+
+class _Promotion(Strict):
+    version: Name
+    tuning: TuningKey | None
+    why: str
+
+
 class CurrentFields(Strict):
     """`CURRENT.json`."""
 
     format_version: Positive
     version: Name
-    tuning: Annotated[str, Field(pattern=r"^tuning/[^/]+\.json$")] | None
+    tuning: TuningKey | None
+    history: list[_Promotion] | None = None
+
+
+class _Side(Strict):
+    version: Name
+    tuning: TuningKey | None
+    evaluation: Annotated[str, Field(pattern=r"^evaluation/[^/]+\.json$")]
+
+
+class _Compared(Strict):
+    value: Finite
+    low: Finite
+    high: Finite
+    margin: Annotated[Finite, Field(ge=0)]
+
+
+class RecalibrationFields(Strict):
+    """What a recalibration has found, and whether it promoted the candidate."""
+
+    format_version: Positive
+    plan: str
+    window: Name
+    windows: list[_Term]
+    candidate: _Side
+    current: _Side
+    settings: dict[str, Any]
+    differences: dict[Literal["nll", "ece"], _Compared]
+    metrics: dict[Literal["map", "current", "candidate"], dict[str, Finite]]
+    promoted: bool
+    why: str
+    environment: Environment
+
+
+class RecalibrationLeaseFields(Strict):
+    """Which job recalibrates: the one whose sign of life is this."""
+
+    format_version: Positive
+    job: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    node: str
 
 
 class TuningFields(_Owned):

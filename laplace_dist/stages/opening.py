@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from torch import nn
@@ -13,9 +14,12 @@ from laplace_dist.data import loader, sources
 from laplace_dist.data.collate import Collate
 from laplace_dist.errors import ExampleError, SettingsError
 from laplace_dist.plan import identity
+from laplace_dist.plan.identity import shared_examples
 from laplace_dist.plan.plan import Plan, build_plan
 from laplace_dist.run import layout, lifecycle, weights
 from laplace_dist.run.attempts import new_attempt
+from laplace_dist.run.combination import Window, place_of
+from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.probe import make_probe
 from laplace_dist.stages import first_batch
 from laplace_dist.stages.context import initialized, plain
@@ -80,8 +84,10 @@ def begin(
         model={"path": config.model, "args": config.model_args},
         spec=plain(resolved.la.sums_spec()),
         run=new_attempt(),
+        window={"name": config.window or datetime.now(UTC).date().isoformat(), "number": 0},
     )
     snapshot = config.model_copy(update={"weights": f"{store.url}/{layout.WEIGHTS}"}).to_yaml()
+    _check_first_window(config, store)
     return lifecycle.open_run(
         store,
         wanted,
@@ -92,6 +98,62 @@ def begin(
         fresh=config.fresh,
         say=say,
     )
+
+
+def _check_first_window(config: Config, store: Store) -> None:
+    """Refuse another name for the first window of the run that is there."""
+    if config.window is None or config.fresh or not store.exists(layout.PLAN):
+        return
+    name = read_plan(store).window_name
+    if config.window != name:
+        raise SettingsError(
+            f"--window: got {config.window!r}, but the fit at {store.url!r} is that of window {name!r}. Add another window "
+            "with jobs/recalibrate.py, or give another --checkpoint."
+        )
+
+
+def begin_window(config: Config, store: Store, there: Sequence[Window], device_type: str) -> tuple[Window, bool]:
+    """Begin a window of new data, or continue it; returns it and whether it was there.
+
+    Args:
+        config: The settings, with the window's name; the data's `train` split is the window.
+        store: The checkpoint.
+        there: The windows of the run, the first one, whose plan is the run's, among them.
+        device_type: Where the workers compute, `cpu` or `cuda`.
+
+    Raises:
+        SettingsError: The settings, the model or the weights are not the run's; the data are another window's, or this one was
+            begun with other data.
+    """
+    run = next(window.plan for window in there if window.store is store)
+    known = {window.name: window for window in there}
+    if config.window == run.window_name:
+        raise SettingsError(
+            f"--window: got {config.window!r}, which is that of the fit itself. Give the new window another name."
+        )
+    train = sources.load_split(config, "train")
+    check_again(config, store, run, {"train": train, **sources.check_splits(config)})
+    data = fingerprint(config, train, "train")
+    number = max(window.plan.window_number for window in there) + 1
+    wanted = build_plan(
+        config.bits(device_type=device_type),
+        data=data,
+        weights=run.weights,
+        model={"path": config.model, "args": config.model_args},
+        spec=run.spec,
+        probe=run.probe,
+        run=run.run_id,
+        window={"name": config.window, "number": number},
+    )
+    lifecycle.refuse_another_run(store, run, wanted)
+    for window in there:
+        if window.name != config.window and (same := shared_examples(window.plan.data, data)):
+            raise SettingsError(
+                f"--data: window {config.window} shares examples with window {window.name} ({same}), which would count twice. "
+                "Give data that no window has, or leave that one out with --windows and begin another run."
+            )
+    place = place_of(store, run, config.window)
+    return Window(place, lifecycle.open_window(place, wanted)), config.window in known
 
 
 def check_again(config: Config, store: Store, plan: Plan, splits: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import uuid
 from collections.abc import Iterator
@@ -74,6 +75,24 @@ def link_new(path: str, data: bytes) -> bool:
                 raise NoHardLinks(error.errno, error.strerror, path) from error
             raise
     return True
+
+
+def swap(path: str, expected: bytes, data: bytes) -> bool:
+    """Overwrite `path` atomically if it holds the expected bytes; those who swap at the same time wait for each other.
+
+    Raises:
+        OSError: It cannot be read or written, or the file system has no locks.
+    """
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        with open(path, "rb") as file:
+            if file.read() != expected:
+                return False
+        replace(path, data)
+        return True
+    finally:
+        os.close(folder)
 
 
 def replace(path: str, data: bytes) -> None:

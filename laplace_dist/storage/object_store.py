@@ -15,7 +15,7 @@ from laplace_dist.config.secrets import scrub
 from laplace_dist.errors import SettingsError
 from laplace_dist.storage.retry import FAILURES, Patient, lost_upload, no_bucket, patiently, refuses
 
-__all__ = ["FAILURES", "create", "no_bucket", "open_url", "refuses", "scrub"]
+__all__ = ["FAILURES", "create", "no_bucket", "open_url", "refuses", "scrub", "swap", "swaps"]
 
 # Of one request: three quick tries by botocore. What outlasts them is tried again by `patience`, with longer waits.
 # Ten connections, botocore's default, would make 10,000 manifests wait for each other.
@@ -73,6 +73,36 @@ def create(fs: Patient, path: str, data: bytes) -> bool:
             raise failure from failure.__cause__  # which says whether to try again
 
     return patiently(attempt, f"creating {path}", fs.scrub)
+
+
+def swaps(fs: Patient) -> bool:
+    """Say whether a file system can replace an object on the condition that it has not changed: S3's `If-Match`."""
+    return hasattr(fs.fs, "_call_s3")
+
+
+def swap(fs: Patient, path: str, expected: bytes, data: bytes) -> bool:
+    """Replace an object if it holds the expected bytes; whatever a request answered, what is stored decides."""
+
+    def attempt() -> bool:
+        etag = fs.fs.info(path)["ETag"]
+        found = fs.fs.cat_file(path)
+        if found != expected:
+            return found == data
+        try:
+            fs.fs.pipe_file(path, data, IfMatch=etag)
+            return True
+        except (
+            FAILURES
+        ) as error:  # another one was first; or a conflict with a write in progress; or the answer was lost
+            if refuses(error):
+                raise
+            failure = error
+        found = fs.fs.cat_file(path)
+        if found == expected:
+            raise failure
+        return found == data
+
+    return patiently(attempt, f"replacing {path}", fs.scrub)
 
 
 def _check_creates(fs: Any, url: str) -> None:

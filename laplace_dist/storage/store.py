@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
@@ -97,6 +98,26 @@ class Store(Arrays):
                 local.replace(path, data)
             else:
                 self._fs.pipe_file(path, data)
+
+    def swap(self, key: str, expected: bytes, data: bytes) -> bool:
+        """Write an object over the old one if that has the expected bytes: compare and set.
+
+        Returns:
+            Whether the object has the new bytes now. As with `create`, data that must tell two writers apart carries an id.
+
+        Raises:
+            SettingsError: The storage cannot do that: it is neither a local directory nor S3.
+            MissingObjectError: There is no such object.
+        """
+        path = self._path(key)
+        if not self.is_local and not object_store.swaps(self._fs):
+            raise SettingsError(
+                f"--checkpoint {self.url!r}: {type(self.file_system).__name__} cannot replace an object on the condition that "
+                "it has not changed, which promotions need. Use a local directory, or s3://"
+            )
+        with self._reporting(key, "swap"):
+            swap = local.swap if self.is_local else partial(object_store.swap, self._fs)
+            return swap(path, expected, data)
 
     def exists(self, key: str) -> bool:
         """Say whether there is an object with this key."""

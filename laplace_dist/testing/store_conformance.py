@@ -23,7 +23,7 @@ import zarr
 import zarr.storage
 
 from laplace_dist.config.secrets import leaves
-from laplace_dist.errors import CheckpointError, MissingObjectError
+from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan, build_plan
 from laplace_dist.run.layout import PLAN, partial_key
 from laplace_dist.run.partials import commit_partial, read_factors, read_manifest
@@ -112,6 +112,19 @@ class StoreConformance:
             key = f"m{race}.json"
             answers = _at_once(4, lambda n, key=key: (store.create(key, b"attempt %d" % n), b"attempt %d" % n))
             assert [data for created, data in answers if created] == [store.read(key)]
+
+    def test_exactly_one_of_several_swaps_wins(self, store: Store) -> None:
+        """Of those who have read the same bytes; or the storage says that it cannot do this."""
+        store.create("s.json", b"old")
+        try:
+            assert not store.swap("s.json", b"another", b"new") and store.read("s.json") == b"old"
+        except SettingsError as error:
+            assert "cannot replace an object on the condition that it has not changed" in str(error)  # noqa: PT017
+            return
+        answers = _at_once(4, lambda n: (store.swap("s.json", b"old", b"swap %d" % n), b"swap %d" % n))
+        assert [data for swapped, data in answers if swapped] == [store.read("s.json")]
+        with pytest.raises(MissingObjectError):
+            store.swap("missing.json", b"old", b"new")
 
     def test_exactly_one_of_two_attempts_at_a_segment_wins(self, store: Store) -> None:
         """The attempt id in the manifest says which, both are told, and the loser's arrays are gone."""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
+from laplace_dist import stages
 from laplace_dist.config.settings import Config
 from laplace_dist.execution.inline import Inline
 from laplace_dist.job import Job
@@ -115,9 +116,14 @@ def only_compared() -> bool:
 
 
 class Watched(Dataset):
-    """Notes which examples workers read, and calls `at_trap` when they read the example `trap`."""
+    """Notes which examples workers read, and calls `at_trap` when they read the example `trap`.
 
-    def __init__(self, split: str, folder: str, trap: int = -1) -> None:
+    Unless asked to, a worker commits a segment before it begins the next, so that a fault concerns one segment.
+    """
+
+    def __init__(self, split: str, folder: str, trap: int = -1, beside: bool = False) -> None:
+        if not beside:
+            stages.map.BESIDE = 0
         self.folder, self.trap = Path(folder), trap
         self.x, self.y = tensors(split)
         self.watch = split == "train"

@@ -27,7 +27,6 @@ import dist_cases
 import torch
 
 import laplace_dist
-from laplace_dist import stages
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import lifecycle, versions
 from laplace_dist.run.checkpoint import Checkpoint
@@ -41,15 +40,10 @@ _installed = False
 
 
 class Faulty(dist_cases.Watched):
-    """The examples of `dist_cases.blobs`; notes which ones workers read, of every split, and installs the faults.
-
-    Unless asked to, a worker commits a segment before it begins the next, so that a fault concerns one segment.
-    """
+    """The examples of `dist_cases.blobs`; notes which ones workers read, of every split, and installs the faults."""
 
     def __init__(self, split: str, folder: str, faults: list[dict[str, Any]] = (), beside: bool = False) -> None:
-        super().__init__(split, folder)
-        if not beside:
-            stages.map.BESIDE = 0
+        super().__init__(split, folder, beside=beside)
         self.watch, self.prefix = True, "reads" if split == "train" else f"{split}-reads"
         install(Path(folder), faults)
 

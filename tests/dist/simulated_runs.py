@@ -195,7 +195,7 @@ class MiniatureJob(Job):
         self.config, self.store, self.say = CONFIG, store, say
         executor = SimpleNamespace(pool=lambda device: pool(), close=lambda: None)
         self.session = Session(CONFIG, store, lambda config, say: executor, say)
-        self.session._lease = Lease(store, clock)
+        self.session.lease = Lease(store, clock)
         self.kind, self.run_id, self.fresh = kind, run, fresh
         self._continued, self.__dict__["device_type"] = False, "cpu"
 
@@ -216,7 +216,7 @@ class MiniatureJob(Job):
     @property
     def at_work_on(self) -> str | None:
         """Digest of the plan that it works on, once it says that it is at work."""
-        return self.plan.digest if self.session._lease._begun is not None else None
+        return self.plan.digest if self.session.lease._begun is not None else None
 
     def _stage(self, name: str, version: str, key: str, shard_key: Any) -> None:
         if ownership.has(self.store, self.plan, key):

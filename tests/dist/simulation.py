@@ -187,7 +187,7 @@ class Simulation:
         plan = ownership.read_plan(self.client()).digest if self.client().exists(layout.PLAN) else None
         for key in self.objects.under(prefix):
             job = self.at_work.get(self.objects.writers.get(key, ""))
-            if job and job.at_work_on == plan and self.schedule.now - job.session._lease._shown < 3600 * GONE:
+            if job and job.at_work_on == plan and self.schedule.now - job.session.lease._shown < 3600 * GONE:
                 self.schedule.fail(f"{prefix} is collected, and the job that wrote it is at work")
         SimulatedStore.delete_tree(store, prefix)
 

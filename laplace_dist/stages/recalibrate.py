@@ -1,0 +1,75 @@
+"""Recalibrate: is a candidate worse than the current posterior on the same fresh examples?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from laplace.likelihoods.comparison import paired_differences
+from laplace_dist.config.settings import Config
+from laplace_dist.run.evaluations import joined_scores
+from laplace_dist.run.provenance import environment
+from laplace_dist.stages.context import Context
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare the scores of two committed evaluations of the same split, by paired bootstrap.
+
+    Attributes:
+        plan: Digest of the plan.
+        candidate: Key of the candidate's evaluation.
+        current: Key of the current posterior's.
+        shards: Ids of the test split's shards in order.
+        draws: Of the bootstrap.
+        level: One-sided level of each end of the interval.
+        seed: Of the draws.
+    """
+
+    plan: str
+    candidate: str
+    current: str
+    shards: tuple[str, ...]
+    draws: int
+    level: float
+    seed: int
+    what = "comparison of candidate and current"
+
+    def run(self, context: Context) -> dict[str, Any]:
+        """Do so; the receipt has the differences by name, and where they were made."""
+        one, other = (
+            joined_scores(context.store, key, "test", list(self.shards), "laplace")
+            for key in (self.candidate, self.current)
+        )
+        found = paired_differences(one, other, draws=self.draws, level=self.level, seed=self.seed)
+        made = environment(context.device)
+        return {"differences": {name: asdict(difference) for name, difference in found.items()}, "environment": made}
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """Return what a decision depends on beside the two evaluations."""
+    return {name: getattr(config, name) for name in ("draws", "level", "margin_nll", "margin_ece", "seed")}
+
+
+def decide(differences: Mapping[str, Mapping[str, float]], margins: Mapping[str, float]) -> tuple[bool, str]:
+    """Say whether a candidate is promoted, and which figure decides.
+
+    It is if it is shown to be no worse: of every figure the upper end of the interval of candidate minus current is at most the
+    margin. A candidate of which that cannot be said stays a candidate, whether it is worse or the examples are too few.
+
+    Args:
+        differences: `value`, `low` and `high` by figure.
+        margins: How much worse is not worse, by figure.
+    """
+    over = {name: found for name, found in differences.items() if not found["high"] <= margins[name]}
+    name = min(over or differences, key=lambda name: margins[name] - differences[name]["high"])
+    found = differences[name]
+    change = f"{name.upper()} of the candidate minus that of the current one: {found['value']:+.4f}, interval "
+    text = f"{change}{found['low']:+.4f} to {found['high']:+.4f}, margin {margins[name]:.4g}"
+    return not over, text if not over else f"{text}: it is not shown to be no worse"
+
+
+def weights_of(terms: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return which windows a posterior version is made of, as plain values."""
+    return [{"window": term.window.name, "weight": term.weight, "sum": term.digest} for term in terms]

@@ -1,0 +1,341 @@
+"""Windows of data: their weighted sums, what a recalibration promotes and keeps, and what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import dist_cases
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import laplace_dist
+from laplace_dist import cli
+from laplace_dist.errors import RunFailed, SettingsError
+from laplace_dist.execution.inline import InlinePool
+from laplace_dist.job import Job, fit
+from laplace_dist.recalibration import RecalibrationJob, recalibrate, rollback
+from laplace_dist.run import layout, pointer, recalibrations, versions
+from laplace_dist.run.checkpoint import Checkpoint, open_json
+from laplace_dist.run.combination import choose, windows_of
+from laplace_dist.run.ownership import read_plan
+
+SIZES = {"monday": 44, "tuesday": 20, "wednesday": 27}
+
+
+def days(split: str, day: str, kind: str = "float32") -> TensorDataset:
+    """Return one day's data; what is fresh is the same every day. `a+b` is two days."""
+    if split != "train":
+        return dist_cases.blobs(split)
+    parts = []
+    for name in day.split("+"):
+        if name == "none":
+            return TensorDataset(torch.zeros(0, 1, 6, 6), torch.zeros(0, dtype=torch.int64))
+        generator = torch.Generator().manual_seed(100 + list(SIZES).index(name))
+        x = torch.randn(SIZES[name], 1, 6, 6, generator=generator, dtype=torch.float64)
+        parts.append((x.to(getattr(torch, kind)), (x.mean((1, 2, 3)) * 8 + 1.5).long().clamp(0, 2)))
+    return TensorDataset(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def config(checkpoint, day="monday", **changes):
+    given = {"data": "test_windows:days", "data_args": {"day": day}, "margin_nll": 10.0, "margin_ece": 1.0, "grid_size": 5}
+    return dist_cases.config(checkpoint, **{**given, "skip_tune": False, "skip_evaluate": False, **changes})
+
+
+def fit_inline(chosen):
+    return fit(chosen, executor=laplace_dist.Inline)
+
+
+def add(checkpoint, day, **changes):
+    extra = {name: changes.pop(name) for name in ("dry_run", "drop_window") if name in changes}
+    chosen = config(checkpoint, day, **{"window": day, **changes})
+    return recalibrate(chosen, laplace_dist.Inline, **extra)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A run with two windows; tests copy it."""
+    place = tmp_path_factory.mktemp("windows") / "run"
+    fit_inline(config(place, window="monday"))
+    add(place, "tuesday")
+    return place
+
+
+@pytest.fixture
+def run(kept, tmp_path):
+    shutil.copytree(kept, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def factors(place, version=None):
+    store = Checkpoint(str(place))
+    version = version or pointer.read_current(store)["version"]
+    manifest = versions.read_version(store, read_plan(store), version)
+    found = {n: store.read_array(p["prefix"], n, p["entry"]) for n, p in manifest["factors"].items()}
+    return {**found, "loss": manifest["loss"], "n": manifest["n_data"]}
+
+
+def same(one, other):
+    return all(np.asarray(one[name]).tobytes() == np.asarray(other[name]).tobytes() for name in one)
+
+
+# ------------------------------------------------------------------ sums
+
+
+def test_two_windows_are_one_fit_over_the_union(run, tmp_path):
+    fit_inline(config(tmp_path / "union", "monday+tuesday", skip_tune=True, skip_evaluate=True))
+    found, wanted = factors(run), factors(tmp_path / "union")
+    assert found["n"] == wanted["n"] == 64
+    for name, value in wanted.items():
+        # The convolution's products are float32, and where batches are cut differs.
+        assert np.allclose(found[name], value, rtol=1e-5, atol=1e-6 * np.abs(value).max()), name
+
+
+def test_the_same_windows_from_scratch_have_the_same_bits_whatever_they_are_called(run, tmp_path):
+    fit_inline(config(tmp_path / "again", window="first", skip_tune=True, skip_evaluate=True))
+    found = add(tmp_path / "again", "tuesday", window="second", segment_size=8)
+    assert found.version == pointer.read_current(Checkpoint(str(run)))["version"]
+    assert same(factors(run), factors(tmp_path / "again"))
+
+
+def test_a_window_that_is_left_out_is_unlearned_exactly(run, tmp_path):
+    found = add(run, "tuesday", drop_window="tuesday")
+    fit_inline(config(tmp_path / "alone", skip_tune=True, skip_evaluate=True))
+    assert found.promoted and same(factors(run), factors(tmp_path / "alone"))
+    assert found.version == pointer.read_current(Checkpoint(str(tmp_path / "alone")))["version"]
+
+
+def test_old_windows_are_forgotten_by_their_age(run):
+    add(run, "wednesday", decay=0.5)
+    store = Checkpoint(str(run))
+    manifest = versions.read_version(store, read_plan(store), pointer.read_current(store)["version"])
+    weights = {term["window"]: term["weight"] for term in manifest["windows"]}
+    assert weights == {"monday": 0.25, "tuesday": 0.5, "wednesday": 1.0}
+    parts = [factors(run, add(run, "wednesday", windows=day, dry_run=True).version) for day in weights]
+    found = factors(run)
+    assert found["n"] == 0.25 * 44 + 0.5 * 20 + 27
+    for name in found:
+        wanted = sum(weight * part[name] for weight, part in zip(weights.values(), parts, strict=True))
+        assert np.allclose(found[name], wanted, rtol=1e-14, atol=0), name
+    la = laplace_dist.load_posterior(str(run), dist_cases.convnet())
+    assert la.n_data == found["n"] and torch.isfinite(la.log_marginal_likelihood())
+
+
+def test_which_windows_count(run):
+    add(run, "wednesday")
+    store = Checkpoint(str(run))
+    there = windows_of(store, read_plan(store))
+    assert [w.name for w in there] == ["monday", "tuesday", "wednesday"]
+    chosen = {text: [(w.name, x) for w, x in choose(there, text, 0.5)] for text in ("all", "last:2", "wednesday,monday")}
+    assert chosen == {
+        "all": [("monday", 0.25), ("tuesday", 0.5), ("wednesday", 1.0)],
+        "last:2": [("tuesday", 0.5), ("wednesday", 1.0)],
+        "wednesday,monday": [("monday", 0.5), ("wednesday", 1.0)],
+    }
+    assert choose(there, "last:9", 1.0) == [(w, 1.0) for w in there]
+
+
+# ------------------------------------------------------------------ promotion
+
+
+def test_a_candidate_that_is_no_worse_is_promoted_and_the_history_kept(run):
+    store = Checkpoint(str(run))
+    before, found = pointer.read_current(store), add(run, "wednesday")
+    now = pointer.read_current(store)
+    assert found.promoted and now["version"] == found.version != before["version"]
+    assert [entry["version"] for entry in now["history"]] == [e["version"] for e in before["history"]] + [found.version]
+    assert now["history"][0]["why"] == "the first" and "interval" in now["history"][-1]["why"]
+    decision = recalibrations.read_decision(store, read_plan(store), "wednesday")
+    assert set(decision["metrics"]) == {"map", "current", "candidate"} == set(found.metrics)
+    assert laplace_dist.verify(str(run), shallow=True).url == str(run)
+
+
+def test_one_that_is_not_shown_to_be_no_worse_is_kept_a_candidate(run):
+    store = Checkpoint(str(run))
+    before = store.read(layout.CURRENT)
+    found = add(run, "wednesday", margin_nll=0.0, margin_ece=0.0, windows="wednesday")
+    assert not found.promoted and "not shown to be no worse" in found.why and "margin 0" in found.why
+    assert store.read(layout.CURRENT) == before
+
+
+def test_a_dry_run_decides_and_changes_nothing_that_counts(run):
+    store = Checkpoint(str(run))
+    before = store.read(layout.CURRENT)
+    found = add(run, "wednesday", dry_run=True)
+    assert not found.promoted and "dry run" in found.why and store.read(layout.CURRENT) == before
+    assert recalibrations.read_decision(store, read_plan(store), "wednesday") is None
+    assert add(run, "wednesday").promoted
+
+
+def test_the_same_window_twice_is_nothing_to_do(run, monkeypatch, capsys):
+    first = add(run, "wednesday")
+    before = Checkpoint(str(run)).read(layout.CURRENT)
+    monkeypatch.setattr(InlinePool, "submit", lambda *_: pytest.fail("a task was submitted"))
+    again = add(run, "wednesday")
+    assert again == first and Checkpoint(str(run)).read(layout.CURRENT) == before
+    assert "wednesday was decided before: nothing to do" in capsys.readouterr().out
+
+
+def test_another_fit_job_leaves_what_was_promoted(run, capsys):
+    before = pointer.read_current(Checkpoint(str(run)))
+    result = fit_inline(config(run, window="monday"))
+    assert result.version == before["version"] == pointer.read_current(Checkpoint(str(run)))["version"]
+    assert "which a recalibration has promoted, and stays so" in capsys.readouterr().out
+
+
+def test_a_rollback_is_a_promotion_of_what_was_current_before(run):
+    store = Checkpoint(str(run))
+    history = pointer.read_current(store)["history"]
+    rollback(str(run), history[0]["version"])
+    now = pointer.read_current(store)
+    assert (now["version"], now["tuning"]) == (history[0]["version"], history[0]["tuning"])
+    assert [entry["why"] for entry in now["history"]][-1] == "rolled back" and len(now["history"]) == 3
+    with pytest.raises(SettingsError, match="got 'none', which was never current"):
+        rollback(str(run), "none")
+
+
+def test_partials_of_a_window_are_dropped_once_its_sum_is_there(run):
+    store = Checkpoint(str(run))
+    assert not store.list("windows/tuesday/partials") and store.exists("windows/tuesday/window.json")
+    assert store.list("partials"), "the fit's own stay"
+    add(run, "wednesday", keep_partials=True)
+    assert store.list("windows/wednesday/partials")
+
+
+# ------------------------------------------------------------------ two jobs, and what dies
+
+
+def test_of_two_at_once_one_works_and_the_other_says_so(run, capsys):
+    with RecalibrationJob(config(run, "wednesday", window="wednesday"), laplace_dist.Inline) as job:
+        assert job.take()
+        assert add(run, "wednesday") is None
+        assert "another recalibration of" in capsys.readouterr().out
+    assert add(run, "wednesday").promoted
+
+
+def test_a_job_that_gave_no_sign_of_life_is_taken_over_from_and_promotes_nothing(run, monkeypatch):
+    store = Checkpoint(str(run))
+    job = RecalibrationJob(config(run, "wednesday", window="wednesday"), laplace_dist.Inline)
+    assert job.take()
+    monkeypatch.setattr(recalibrations, "SILENT_SECONDS", 0.0)
+    assert add(run, "wednesday").promoted
+    before = store.read(layout.CURRENT)
+    with pytest.raises(SettingsError, match="another recalibration of .* has taken over.*Nothing was promoted"):
+        job._promote("0" * 16, None, "late")
+    assert store.read(layout.CURRENT) == before
+    job.session.close()
+
+
+def test_what_another_has_made_current_meanwhile_is_not_overwritten(run, monkeypatch):
+    store, real = Checkpoint(str(run)), RecalibrationJob.score
+    history = pointer.read_current(store)["history"]
+
+    def meanwhile(self, version, tuning):
+        if pointer.read_current(store)["history"] == history:
+            rollback(str(run), history[0]["version"])
+        return real(self, version, tuning)
+
+    monkeypatch.setattr(RecalibrationJob, "score", meanwhile)
+    with pytest.raises(SettingsError, match=f"another job has made version {history[0]['version']} current"):
+        add(run, "wednesday")
+    assert pointer.read_current(store)["version"] == history[0]["version"]
+    assert add(run, "wednesday").promoted
+
+
+def test_killed_after_any_task_the_same_command_goes_on(run, kept, tmp_path, monkeypatch):
+    submitted, real = [], InlinePool.submit
+    monkeypatch.setattr(InlinePool, "submit", lambda self, task: submitted.append(task.what) or real(self, task))
+    wanted = add(run, "wednesday")
+    again, total, left = tmp_path / "again", len(submitted), [0]
+    shutil.copytree(kept, again)
+
+    def deadly(self, task):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        real(self, task)
+
+    monkeypatch.setattr(InlinePool, "submit", deadly)
+    found, deaths = None, 0
+    while found is None:
+        left[0] = deaths  # so many tasks are carried out, the next one kills
+        try:
+            found = add(again, "wednesday")
+        except KeyboardInterrupt:
+            deaths += 1
+    assert 5 < deaths < total and found == replace(wanted, checkpoint=str(again))
+    assert same(factors(run), factors(again))
+
+
+# ------------------------------------------------------------------ refusals
+
+REFUSED = {
+    "the window of the fit": ({"window": "monday"}, "--window: got 'monday', which is that of the fit itself"),
+    "shared data": ({"window": "copy", "day": "tuesday"}, "window copy shares examples with window tuesday"),
+    "partly shared data": ({"window": "copy", "day": "tuesday+wednesday"}, "copy shares examples with window tuesday"),
+    "other data under a name": ({"window": "tuesday"}, r"--window tuesday: it was begun with other data"),
+    "no data": ({"day": "none"}, "--data"),
+    "unknown windows": ({"windows": "monday,sunday"}, "--windows: got 'monday,sunday', but the run has no window sunday"),
+    "nonsense": ({"windows": "last:0"}, "--windows: got 'last:0'"),
+    "another backend": ({"backend": "curvlinops"}, "--backend: stored 'native', now 'curvlinops'"),
+    "another batch size": ({"batch_size": 5}, "--batch-size: stored 4, now 5"),
+    "another model": ({"model": "dist_cases:tiny", "model_args": {"name": "one unit"}}, "--model|weights"),
+    "fresh": ({"fresh": True}, "--fresh"),
+    "another drop": ({"drop_window": "sunday"}, "--drop-window: got 'sunday'; expected one of several windows"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refusal_leaves_the_current_posterior_as_it_is(run, case):
+    changes, message = REFUSED[case]
+    store = Checkpoint(str(run))
+    before = store.read(layout.CURRENT)
+    with pytest.raises((SettingsError, RunFailed), match=message):
+        add(run, changes.get("day", "wednesday"), **{k: v for k, v in changes.items() if k != "day"})
+    assert store.read(layout.CURRENT) == before
+    assert add(run, "wednesday", window="after").promoted
+
+
+def test_a_run_without_a_posterior_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match="this run has no posterior yet|where there is no run"):
+        add(tmp_path / "nothing", "monday")
+
+
+def test_a_fit_under_another_name_is_refused(run):
+    with pytest.raises(SettingsError, match="--window: got 'sunday', but the fit at .* is that of window 'monday'"):
+        fit_inline(config(run, window="sunday"))
+
+
+def test_fresh_deletes_the_windows_too(run):
+    with Job(config(run, fresh=True), laplace_dist.Inline, say=lambda text: None) as job:
+        job.open()
+    assert Checkpoint(str(run)).list("windows") == []
+
+
+def test_a_window_that_a_deleted_run_has_left_does_not_count(run):
+    store = Checkpoint(str(run))
+    left = store.read("windows/tuesday/plan.json")
+    with Job(config(run, fresh=True), laplace_dist.Inline, say=lambda text: None) as job:
+        job.open()
+        store.create("windows/tuesday/plan.json", left)
+        assert [window.name for window in windows_of(store, job.plan)] == [job.plan.window_name]
+
+
+# ------------------------------------------------------------------ command line
+
+
+def test_the_command_line_says_what_was_decided_and_by_which_figure(run, capsys):
+    given = ["--checkpoint", str(run), "--ray-address", "inline", "--window", "wednesday", "--data-args", "{day: wednesday}"]
+    given += ["--model", "dist_cases:convnet", "--data", "test_windows:days", "--batch-size=4", "--segment-size=8"]
+    given += ["--gpus-per-worker=0", "--grid-size=5"]
+    assert cli.recalibrate_main([*given, "--margin-nll=0", "--margin-ece=0", "--windows=wednesday"]) == 3
+    assert capsys.readouterr().out.splitlines()[-1].startswith("kept the current posterior: ")
+    assert cli.recalibrate_main([*given, "--margin-nll=10", "--margin-ece=1"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].startswith("promoted: ") and all(name in out for name in ("MAP", "current", "candidate"))
+    version = open_json(Checkpoint(str(run)).read(layout.CURRENT), layout.CURRENT)["history"][0]["version"]
+    assert cli.recalibrate_main([*given, "--rollback", version]) == 0
+    assert cli.recalibrate_main([*given, "--windows", "x"]) == 2
+    assert "error: --windows: got 'x'" in capsys.readouterr().err
