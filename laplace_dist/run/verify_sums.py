@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
-from laplace.curvature.sums import sum_in_order
 from laplace_dist.data import loader
 from laplace_dist.data.collate import Collate
 from laplace_dist.errors import ExampleError
@@ -92,23 +90,18 @@ class SumsCheck:
 
     def _sum(self, part: Part) -> np.ndarray | None:
         """Read one part of every partial; return their sum in plan order if all are there and good."""
-        before, ordered = len(self.check.report.problems), [*self.manifests.values()]
+        before = len(self.check.report.problems)
+        ordered = [self.manifests[segment.id] for segment in self.plan.segments if segment.id in self.manifests]
         if self.check.shallow:
             for manifest in ordered:
                 if manifest["format_version"] > 1:
                     self.check.array(manifest["prefix"], part.id, manifest["arrays"][part.id])
             return None
-        total = sum_in_order([torch.zeros(part.stop - part.start, dtype=torch.float64), *self._good(part)])
+        total = np.full(part.stop - part.start, -0.0)
+        for manifest, pieces in zip(ordered, partials.read_parts(self.store, self.plan, ordered, part), strict=True):
+            self.check.attempt(f"{manifest['prefix']}/{part.id}", lambda p=pieces: partials.add(total, p))
         whole = self._all is not None and len(self.check.report.problems) == before
-        return total.numpy() if whole else None
-
-    def _good(self, part: Part) -> Iterator[torch.Tensor]:
-        ordered = [self.manifests[segment.id] for segment in self.plan.segments if segment.id in self.manifests]
-        reads = partials.read_parts(self.store, self.plan, ordered, part)
-        for manifest, read in zip(ordered, reads, strict=True):
-            value = self.check.attempt(f"{manifest['prefix']}/{part.id}", read)
-            if value is not None:
-                yield torch.from_numpy(value)
+        return total if whole else None
 
     # -------------------------------------------------------------- parts, window, versions
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tenacity
 import zarr
+import zarr.storage
 import dist_cases
 import laplace_dist
 from fsspec.asyn import AsyncFileSystem
@@ -21,7 +22,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laplace_dist.storage import arrays
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec
+
+from laplace_dist.storage import arrays, chunks
 from laplace_dist.storage import local as local_disk
 from laplace_dist.storage import triangles
 from laplace_dist.storage import retry
@@ -611,3 +614,24 @@ def test_a_crash_at_any_moment_of_a_commit_shows_nothing_or_all(tmp_path_factory
     assert not finished or store.list() == ["a/m.json"]
     assert store.list() in ([], ["a/m.json"])
     assert all(store.read(key) == b"whole" for key in store.list())
+
+
+@pytest.mark.parametrize("how", ["as written here", "big-endian", "other codecs"])
+def test_chunks_are_decoded_as_zarr_decodes_them(how):
+    """What this package writes without zarr's copies, and whatever else the metadata describe by zarr itself."""
+    codecs = {
+        "as written here": {"compressors": [BloscCodec(cname="zstd", shuffle="bitshuffle"), Crc32cCodec()]},
+        "big-endian": {"serializer": BytesCodec(endian="big"), "compressors": [BloscCodec(), Crc32cCodec()]},
+        "other codecs": {"compressors": [GzipCodec()]},
+    }
+    for shape, chunk in (((100, 3), (32, 3)), ((), ())):
+        memory = {}
+        value = np.random.default_rng(0).standard_normal(shape)
+        array = zarr.create_array(zarr.storage.MemoryStore(memory), shape=shape, chunks=chunk, dtype="f8", **codecs[how])
+        array[...] = value
+        stored = {key: data.to_bytes() for key, data in memory.items()}
+        opened = {"zarr.json": memory["zarr.json"]}
+        array = zarr.open_array(zarr.storage.MemoryStore(opened), mode="r")
+        for number, rows in chunks.chunks(array):
+            assert np.array_equal(chunks.decode(array, opened, number, rows, stored[number]), value[rows])
+        assert list(opened) == ["zarr.json"] and chunks._written_here(array) == (how == "as written here")
