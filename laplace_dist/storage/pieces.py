@@ -56,7 +56,7 @@ def in_order(opens: Iterable[Open], ahead: Ahead) -> Iterator[Loaded]:
         ahead: How much is read ahead.
     """
     if not ahead.threads:
-        yield from (((piece.rows, piece.load()) for piece in open_()) for open_ in opens)
+        yield from map(_when_asked, opens)
         return
     pool = ThreadPoolExecutor(ahead.threads)
     try:
@@ -65,6 +65,12 @@ def in_order(opens: Iterable[Open], ahead: Ahead) -> Iterator[Loaded]:
             yield loaded
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _when_asked(open_: Open) -> Loaded:
+    """Open and read one array as its pieces are taken."""
+    for piece in open_():
+        yield piece.rows, piece.load()
 
 
 class _Array:

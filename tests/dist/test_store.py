@@ -7,6 +7,7 @@ import os
 import pickle
 import uuid
 import zipfile
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ from laplace_dist.storage import triangles
 from laplace_dist.storage import retry
 from laplace_dist.storage import object_store
 from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError, StorageError
+from laplace_dist.storage.pieces import Ahead, Piece, in_order
 from laplace_dist.storage.triangles import mirror
 from laplace_dist.storage.triangles import pack
 from laplace_dist.storage.triangles import unpack
@@ -635,3 +637,27 @@ def test_chunks_are_decoded_as_zarr_decodes_them(how):
         for number, rows in chunks.chunks(array):
             assert np.array_equal(chunks.decode(array, opened, number, rows, stored[number]), value[rows])
         assert list(opened) == ["zarr.json"] and chunks._written_here(array) == (how == "as written here")
+
+
+@pytest.mark.parametrize("ahead", [Ahead(0, 0, 0), Ahead(1, 2, 8), Ahead(4, 4, 24)], ids=["none", "one", "several"])
+def test_what_is_wrong_with_an_array_is_raised_by_its_own_pieces(ahead):
+    """Neither when it is taken nor by those of another, whether it cannot be opened or a piece of it not be read."""
+
+    def opened(number):
+        if number == 1:
+            raise CheckpointError("array 1")
+        return [Piece(slice(i, i + 1), 8, partial(loaded, number, i)) for i in range(3)]
+
+    def loaded(number, i):
+        if (number, i) == (3, 1):
+            raise CheckpointError("piece 1 of array 3")
+        return np.array([10.0 * number + i])
+
+    found = []
+    for pieces in in_order([partial(opened, number) for number in range(5)], ahead):
+        found.append([])
+        try:
+            found[-1] += [piece.item() for _, piece in pieces]
+        except CheckpointError as error:
+            found[-1].append(str(error))
+    assert found == [[0, 1, 2], ["array 1"], [20, 21, 22], ["piece 1 of array 3"], [40, 41, 42]]
