@@ -14,7 +14,7 @@ _LAZY = {
     "fit": "job",
     "load_posterior": "run.posterior",
     "status": "run.lifecycle",
-    "verify": "run.verify",
+    "verify": "report.verification",
 }
 
 

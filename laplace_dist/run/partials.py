@@ -212,6 +212,13 @@ def manifests(store: Store, plan: Plan) -> Iterator[dict[str, Any]]:
         yield parse_manifest(data, plan, segment)
 
 
+def of_part(manifest: dict[str, Any], part: Part) -> dict[str, Any]:
+    """Return a manifest without the entries that a part does not need: there may be many."""
+    if manifest["format_version"] == 1:
+        return manifest
+    return {**manifest, "arrays": {part.id: manifest["arrays"][part.id]}}
+
+
 def entries_of(manifest: Mapping[str, Any], part: Part) -> Any:
     """Return what says of which bytes a part of a partial is made: digests of its arrays."""
     if manifest["format_version"] > 1:
