@@ -149,7 +149,7 @@ def reading_ahead(places: dict[str, tuple[str, dict]], arrays: int = 200, latenc
 
     store._fs.cat_file = late
     alone, _ = timed(lambda: [store.read_array(*one) for one in wanted])
-    ahead, _ = timed(lambda: [read() for read in store.read_arrays(wanted)])
+    ahead, _ = timed(lambda: [list(pieces) for pieces in store.read_pieces(wanted)])
     del store._fs.cat_file
     print(
         f"ahead, S3: {arrays} arrays of 16 kB at {1000 * latency:.0f} ms per request: {alone:.1f} s one at a time, "

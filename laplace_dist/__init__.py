@@ -16,7 +16,7 @@ _LAZY = {
     "recalibrate": "recalibration",
     "rollback": "recalibration",
     "status": "run.lifecycle",
-    "verify": "run.verify",
+    "verify": "report.verification",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from laplace_dist.config.command_line import load_config
@@ -16,9 +16,9 @@ from laplace_dist.execution import signals
 from laplace_dist.job import Result, evaluate_posterior, fit, tune_posterior
 from laplace_dist.recalibration import recalibrate, rollback
 from laplace_dist.report.metrics import show_recalibration, show_result
+from laplace_dist.report.verification import lines, verify
 from laplace_dist.run import layout, settings_file
 from laplace_dist.run.checkpoint import open_store
-from laplace_dist.run.verify import Report, verify
 
 JOBS = {"fit": fit, "tune": tune_posterior, "evaluate": evaluate_posterior}
 
@@ -79,7 +79,7 @@ def recalibrate_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
 
 
 def verify_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
-    """Verify a run from the command line.
+    """Verify a run from the command line: in this process, or on a pool of workers if `ray-address` is among the settings.
 
     Args:
         argv: Arguments without the program's name; those of this process if not given.
@@ -89,7 +89,8 @@ def verify_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
         The exit status: 0 everything is whole; 1 something is bad; 2 the settings or the state refuse; 130 and 143
         interrupted.
     """
-    parser = argparse.ArgumentParser(description="Check every object of a run.", allow_abbrev=False)
+    text = "Check every object of a run, on a pool of workers with --ray-address, in this process without."
+    parser = argparse.ArgumentParser(description=text, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="the settings of the run's jobs; flags win")
     parser.add_argument("--checkpoint", help=f"directory or URL of the run ({defaults.get('checkpoint')})")
     parser.add_argument("--storage-options", help="endpoint and credentials, as JSON or YAML")
@@ -109,14 +110,17 @@ def verify_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
         config = load_config([*typed, *rest], defaults={"model": "-", "data": "-", **defaults})
         if hours is not None and not 0 <= hours < float("inf"):
             raise SettingsError(f"--collect-orphans-older-than: got {hours}; expected hours, at least 0")
+        pool = "ray_address" in config.model_fields_set and not shallow
+        of_run = _settings_for_data(config) if data else config
         report = verify(
             config.checkpoint,
             config.storage_options,
             collect_orphans_older_than=hours,
             shallow=shallow,
-            data=_training_data(config) if data else None,
+            data=None if not data else True if pool else load_split(of_run, "train"),
+            workers=of_run if pool else None,
         )
-        print("\n".join(_lines(report)))
+        print("\n".join(lines(report)))
         return 0 if report.ok else 1
 
     return _status(check, "Nothing was changed, but for orphans that were collected.")
@@ -146,10 +150,17 @@ def _status(carry_out: Callable[[], int], interrupted: str) -> int:
         return signals.status(error.number)
 
 
-def _training_data(config: Config) -> Any:
-    """Return the training split of the run at a checkpoint, as the run's own settings name it."""
-    given = {"storage_options": config.storage_options, "data_storage_options": config.data_storage_options}
-    return load_split(Config(**{**_settings_of_run(config), **given}), "train")
+def _settings_for_data(config: Config) -> Config:
+    """Return the settings with which a run's data are read again: its own, and those of the workers as given now."""
+    names = (
+        "storage_options",
+        "data_storage_options",
+        "ray_address",
+        "num_workers",
+        "cpus_per_worker",
+        "segment_timeout",
+    )
+    return Config(**{**_settings_of_run(config), **{name: getattr(config, name) for name in names}})
 
 
 def _settings(job: str, argv: Sequence[str], defaults: Mapping[str, Any]) -> Config:
@@ -201,19 +212,4 @@ def _loading(config: Config, result: Result) -> str:
         f"model = {attribute}({arguments})\n"
         f"model.load_state_dict(load_file({result.checkpoint + '/' + layout.WEIGHTS!r}))\n"
         f"la = load_posterior({result.checkpoint!r}, model.eval())"
-    )
-
-
-def _lines(report: Report) -> Iterator[str]:
-    """Yield the lines of a report for people, one per bad object and orphan."""
-    yield from (f"bad     {key}: {text}" for key, text in report.problems)
-    yield from (f"note    {key}: {text}" for key, text in report.notes)
-    for place, age in report.orphans.items():
-        done = "deleted" if place in report.collected else "orphan "
-        yield f"{done} {place}: no manifest names it; last written {age:.1f} hours ago"
-    yield from (f"made    {count} results with {kind}" for kind, count in report.environments.most_common())
-    state = "every one of them is whole" if report.ok else f"{len(report.problems)} problem(s)"
-    yield (
-        f"{report.url}: {report.objects} objects, {state}; {report.committed} of {report.segments} segments committed, "
-        f"{len(report.versions)} posterior version(s), {len(report.orphans)} orphan(s), {len(report.collected)} deleted"
     )

@@ -39,14 +39,23 @@ class Session:
         store: The checkpoint.
         executor: Where the tasks are carried out, such as `Inline`; what `--ray-address` says if not given.
         say: Where lines for people go.
+        commits: The tasks write to the checkpoint, where a sign says so meanwhile that a job is at work.
     """
 
-    def __init__(self, config: Config, store: Store, executor: ExecutorType | None, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        executor: ExecutorType | None,
+        say: Callable[[str], None],
+        *,
+        commits: bool = True,
+    ) -> None:
         inline = config.ray_address == "inline"
         self.executor: Executor = (executor or (Inline if inline else Cluster))(config, say)
         self.pool: Workers | None = None
         self._config, self._say = config, say
-        self.lease = Lease(store)
+        self.lease = Lease(store) if commits else None
 
     def run(
         self, tasks: Iterable[Task], device: str, progress: Shown, *, keep: bool = False, alike: bool = True
@@ -67,7 +76,7 @@ class Session:
         if first is None:
             return kept
         self.pool = self.pool or self.executor.pool(device)
-        self.lease.show()
+        self._show_lease()
 
         def on_done(_: Task, receipt: Mapping[str, Any]) -> None:
             progress.done(receipt.get("examples", 0))
@@ -76,7 +85,7 @@ class Session:
 
         def tick(busy: int, oldest: str) -> None:
             progress.tick(busy, oldest)
-            self.lease.show()
+            self._show_lease()
 
         given = self._config.segment_timeout
         limit = Limit(given if alike or given is not None else float("inf"))
@@ -99,8 +108,13 @@ class Session:
         finally:
             self.executor.close()
 
+    def _show_lease(self) -> None:
+        if self.lease is not None:
+            self.lease.show()
+
     def _end_lease(self) -> None:
         try:
-            self.lease.end()
+            if self.lease is not None:
+                self.lease.end()
         except StorageError as error:  # which is no reason to lose the job's own error, or its success
             self._say(f"the sign that this job is at work stays behind, and counts for another hour ({error})")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from laplace_dist.run.layout import LOSS, partial_key
 from laplace_dist.run.ownership import commit
 from laplace_dist.run.vector import Vector, complete, overlaps, write
 from laplace_dist.storage.keys import check_key
+from laplace_dist.storage.pieces import Loaded
 from laplace_dist.storage.store import Store
 
 
@@ -212,6 +212,13 @@ def manifests(store: Store, plan: Plan) -> Iterator[dict[str, Any]]:
         yield parse_manifest(data, plan, segment)
 
 
+def of_part(manifest: dict[str, Any], part: Part) -> dict[str, Any]:
+    """Return a manifest without the entries that a part does not need: there may be many."""
+    if manifest["format_version"] == 1:
+        return manifest
+    return {**manifest, "arrays": {part.id: manifest["arrays"][part.id]}}
+
+
 def entries_of(manifest: Mapping[str, Any], part: Part) -> Any:
     """Return what says of which bytes a part of a partial is made: digests of its arrays."""
     if manifest["format_version"] > 1:
@@ -226,15 +233,20 @@ def loss_of(store: Store, manifest: Mapping[str, Any]) -> float:
     return float(store.read_array(manifest["prefix"], LOSS, manifest["arrays"][LOSS]))
 
 
-def read_parts(
-    store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any]], part: Part
-) -> Iterator[Callable[[], np.ndarray]]:
-    """Yield, for every partial in order, a call that returns one part of it or raises as `Store.read_array` does."""
+def read_parts(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any]], part: Part) -> Iterator[Loaded]:
+    """Yield, for every partial in order, an iterator over the `(rows, piece)` of one part, as `Store.read_pieces` does."""
     if all(manifest["format_version"] > 1 for manifest in manifests):
-        yield from store.read_arrays((m["prefix"], part.id, m["arrays"][part.id]) for m in manifests)
+        yield from store.read_pieces((m["prefix"], part.id, m["arrays"][part.id]) for m in manifests)
     else:
         for manifest in manifests:
-            yield partial(read_part, store, plan, manifest, part)
+            yield ((slice(None), read_part(store, plan, m, part)) for m in [manifest])
+
+
+def add(total: np.ndarray, pieces: Loaded) -> None:
+    """Add the pieces of one array to a sum, in place; where that raises, the sum is worth nothing any more."""
+    for rows, piece in pieces:
+        total[rows] += piece
+        del piece  # before the next one is waited for
 
 
 def read_part(store: Store, plan: Plan, manifest: Mapping[str, Any], part: Part) -> np.ndarray:

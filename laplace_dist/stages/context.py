@@ -134,6 +134,11 @@ class Context:
             self._splits[name] = found
         return self._splits[name]
 
+    @cached_property
+    def unchecked_training_data(self) -> Any:
+        """The training split as the settings name it, compared with nothing: whoever asks for it does that."""
+        return sources.load_split(self.config, "train")
+
     def batches(self, split: str, data: Mapping[str, Any], start: int, stop: int, digest: Any = None) -> Any:
         """Yield `(offset, x, y)` for a contiguous range of a split, on the device.
 

@@ -42,7 +42,7 @@ class SumPart:
     def run(self, context: Context) -> dict[str, Any]:
         """Do so."""
         store, plan = context.window.store, context.window.plan
-        manifests = [_slim(manifest, self.part) for manifest in partials.manifests(store, plan)]
+        manifests = [partials.of_part(manifest, self.part) for manifest in partials.manifests(store, plan)]
         total = windows.sum_part(store, plan, manifests, self.part)
         windows.commit_part(store, plan, self.part, total, self.of, environment(context.device))
         return {}
@@ -103,10 +103,3 @@ def factor_tasks(plan: Plan, terms: Sequence[Term]) -> list[WriteFactors]:
         groups[-1].append(name)
         held += size
     return [WriteFactors(plan.digest, version, weights, tuple(names)) for names in groups]
-
-
-def _slim(manifest: dict[str, Any], part: Part) -> dict[str, Any]:
-    """Return a manifest without the entries that a part does not need: there may be many."""
-    if manifest["format_version"] == 1:
-        return manifest
-    return {**manifest, "arrays": {part.id: manifest["arrays"][part.id]}}

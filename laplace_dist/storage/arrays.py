@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import tee
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,9 @@ import zarr.storage
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from laplace_dist.errors import CheckpointError
+from laplace_dist.storage.chunks import chunks, decode
 from laplace_dist.storage.keys import check_names
+from laplace_dist.storage.pieces import Ahead, Loaded, Piece, in_order
 from laplace_dist.storage.triangles import mirror, pack, triangle, unpack
 
 # Compressing, sending and reading back hold about four chunks for each array in progress, and each chunk is a request: with
@@ -25,7 +27,6 @@ from laplace_dist.storage.triangles import mirror, pack, triangle, unpack
 CHUNK_BYTES = 16 * 2**20
 _REQUESTS = 32  # at once to an object store, where each waits for the network; fewer where chunks are large,
 _IN_FLIGHT = 256 * 2**20  # so that they hold no more bytes than these
-_AHEAD = 32 * 2**20  # bytes of arrays that are read before they are asked for
 _GROUP = json.dumps({"attributes": {}, "zarr_format": 3, "node_type": "group"}).encode()
 
 
@@ -84,38 +85,58 @@ class Arrays:
         Raises:
             CheckpointError: Something is missing, truncated or altered; the message names the object.
         """
-        check_names([name])
-        key = f"{prefix}/{name}"
-        memory, array = self._open_array(key, entry)
-        value, digest = np.empty(entry["shape"], array.dtype), hashlib.sha256()
-        for number, rows in _chunks(array):
-            part = np.asarray(self._load_chunk(key, memory, number, array, rows), order="C")
-            digest.update(part)
-            _set_rows(value, rows, part, entry["packed"])
-        if digest.hexdigest() != entry["sha256"]:
-            raise self._altered(key, "its numbers do not have the sha256 in the manifest")
+        value = None
+        for pieces in self.read_pieces([(prefix, name, entry)]):
+            for rows, piece in pieces:
+                value = np.empty(entry["shape"], piece.dtype) if value is None else value
+                _set_rows(value, rows, piece, entry["packed"])
+        value = np.empty(entry["shape"], entry["dtype"]) if value is None else value
         for matrix in _matrices(value) if entry["packed"] else ():
             mirror(matrix)
         return value
 
-    def read_arrays(self, wanted: Iterable[tuple[str, str, Mapping[str, Any]]]) -> Iterator[Callable[[], np.ndarray]]:
-        """Yield, for every `(prefix, name, entry)` in order, a call that returns its array or raises as `read_array` does.
+    def read_pieces(self, wanted: Iterable[tuple[str, str, Mapping[str, Any]]]) -> Iterator[Loaded]:
+        """Yield, for every `(prefix, name, entry)` in order, an iterator over the `(rows, piece)` that are stored of it.
 
-        Small arrays of an object store are read ahead, several at once, since each of their requests waits for the
-        network; a large one is read when the ones before it have been taken, so that there is one at a time.
+        It raises as `read_array` does; that the sha256 of all pieces is not the entry's can be said after the last one only, so
+        that nothing made of them counts before the iterator has ended. A bad array raises when its turn comes, and the others
+        are read. A packed array's pieces are rows of its triangles.
+
+        Memory: a piece is a stored chunk, 16 MiB or less. One is in hand; behind it, of a directory one more is being read and
+        decoded, of an object store up to three are, or as many small ones. One that is being decoded is there twice.
         """
-        if self.is_local:
-            yield from (partial(self.read_array, *one) for one in wanted)
-            return
-        waiting: deque[tuple[Future, int]] = deque()
-        with ThreadPoolExecutor(_REQUESTS) as pool:
-            for prefix, name, entry in wanted:
-                size = math.prod(entry["shape"]) * np.dtype(entry["dtype"]).itemsize
-                while waiting and (len(waiting) >= _REQUESTS or size + sum(held for _, held in waiting) > _AHEAD):
-                    yield waiting.popleft()[0].result
-                waiting.append((pool.submit(self.read_array, prefix, name, entry), size))
-            while waiting:
-                yield waiting.popleft()[0].result
+        opened, given = tee(wanted)
+        opens = (partial(self._pieces, *one) for one in opened)
+        for pieces in in_order(opens, self.ahead):
+            prefix, name, entry = next(given)
+            yield self._verified(f"{prefix}/{name}", entry, pieces)
+
+    @property
+    def ahead(self) -> Ahead:
+        """How much of arrays is read ahead: one thread keeps up with a disk; at an object store each request waits."""
+        return Ahead(1, 2, CHUNK_BYTES) if self.is_local else Ahead(_REQUESTS, _REQUESTS, 3 * CHUNK_BYTES)
+
+    def _pieces(self, prefix: str, name: str, entry: Mapping[str, Any]) -> list[Piece]:
+        """Open an array, which checks its metadata, shape and dtype, and return the pieces that it is stored in."""
+        check_names([name])
+        key = f"{prefix}/{name}"
+        memory, array = self._open_array(key, entry)
+        row = math.prod(array.shape[1:]) * array.dtype.itemsize
+        found = []
+        for number, rows in chunks(array):
+            size = row * (rows.stop - rows.start) if array.ndim else row
+            found.append(Piece(rows, size, partial(self._load_chunk, key, memory, number, array, rows)))
+        return found
+
+    def _verified(self, key: str, entry: Mapping[str, Any], pieces: Loaded) -> Loaded:
+        """Yield pieces; raise at their end if they have not the sha256 in the manifest."""
+        digest = hashlib.sha256()
+        for rows, piece in pieces:
+            digest.update(piece)
+            yield rows, piece
+            del piece  # before the next one is waited for
+        if digest.hexdigest() != entry["sha256"]:
+            raise self._altered(key, "its numbers do not have the sha256 in the manifest")
 
     def _write_array(self, key: str, value: np.ndarray, packed: bool) -> dict[str, Any]:
         value = np.asarray(value) if isinstance(value, np.generic) else value
@@ -127,14 +148,14 @@ class Arrays:
         metadata = memory.pop("zarr.json").to_bytes()
         self._put(f"{key}/zarr.json", metadata)
         size, digest, back = len(metadata), hashlib.sha256(), hashlib.sha256()
-        for number, rows in _chunks(array):
+        for number, rows in chunks(array):
             part = _rows(value, rows, packed)
             digest.update(part)
             array[rows] = part
             data = memory.pop(number).to_bytes()
             self._put(f"{key}/{number}", data)
             size += len(data)
-            back.update(np.ascontiguousarray(self._load_chunk(key, memory, number, array, rows)))
+            back.update(self._load_chunk(key, memory, number, array, rows))
         if self.read(f"{key}/zarr.json") != metadata or back.digest() != digest.digest():
             raise self._altered(key, "what was read back is not what was written")
         return {
@@ -165,13 +186,11 @@ class Arrays:
 
     def _load_chunk(self, key: str, memory: dict, number: str, array: zarr.Array, rows: Any) -> np.ndarray:
         """Read one stored chunk and decode it, which checks its crc32c."""
-        memory[number] = zarr.core.buffer.cpu.Buffer.from_bytes(self.read(f"{key}/{number}"))
+        data = self.read(f"{key}/{number}")
         try:
-            return np.asarray(array[rows])
+            return decode(array, memory, number, rows, data)
         except (ValueError, RuntimeError, TypeError) as error:
             raise self._altered(f"{key}/{number}", f"it does not decode ({error})") from error
-        finally:
-            del memory[number]
 
 
 def _threads(arrays: Mapping[str, np.ndarray]) -> int:
@@ -231,14 +250,3 @@ def _new_array(
         zarr_format=3,
     )
     return memory, array
-
-
-def _chunks(array: zarr.Array) -> Iterator[tuple[str, Any]]:
-    """Yield the key of every chunk with the rows that it holds; chunks split the first axis only."""
-    if array.ndim == 0:
-        yield "c", ()
-    elif array.size:
-        step = array.chunks[0]
-        for number, start in enumerate(range(0, array.shape[0], step)):
-            rows = slice(start, min(start + step, array.shape[0]))
-            yield "/".join(["c", str(number), *["0"] * (array.ndim - 1)]), rows

@@ -16,6 +16,7 @@ from typing import Any
 from laplace_dist.errors import StorageError
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.storage.keys import check_key
+from laplace_dist.storage.pieces import Ahead
 from laplace_dist.testing.schedule import Actor
 
 BEGIN = datetime(2020, 1, 1, tzinfo=UTC)
@@ -65,7 +66,8 @@ class SimulatedStore(Checkpoint):
         job: For which it works.
     """
 
-    is_local = True  # no read-ahead in threads, whose order nobody could draw
+    is_local = True
+    ahead = Ahead(0, 0, 0)  # in no threads, whose order nobody could draw
 
     def __init__(
         self, objects: Objects, actor: Actor | None = None, faults: Mapping[str, float] | None = None, job: str = ""

@@ -28,6 +28,7 @@ from laplace_dist.plan.plan import Plan, build_plan
 from laplace_dist.run.layout import PLAN, partial_key
 from laplace_dist.run.partials import commit_partial, read_factors, read_manifest
 from laplace_dist.run.provenance import environment
+from laplace_dist.storage import arrays
 from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
 
@@ -278,13 +279,41 @@ class StoreConformance:
             factors[f"f{number}"] = rng.standard_normal(shape, np.float32)
         entries = store.write_arrays("group", factors)
         store.delete_tree("group/f7/zarr.json")
-        reads = store.read_arrays(("group", name, entry) for name, entry in entries.items())
-        for (name, value), read in zip(factors.items(), reads, strict=True):
-            if name == "f7":
-                with pytest.raises(CheckpointError, match="group/f7/zarr.json is missing"):
-                    read()
+        entries["f9"] = {**entries["f9"], "sha256": "0" * 64}
+        bad = {"f7": "group/f7/zarr.json is missing", "f9": "group/f9 is truncated or altered.*sha256"}
+        reads = store.read_pieces(("group", name, entry) for name, entry in entries.items())
+        for (name, value), pieces in zip(factors.items(), reads, strict=True):
+            if name in bad:
+                with pytest.raises(CheckpointError, match=bad[name]):
+                    list(pieces)
             else:
-                assert np.array_equal(read(), value)
+                assert np.array_equal(np.concatenate([piece for _, piece in pieces]), value)
+
+    def test_the_pieces_of_large_arrays_come_in_order_and_a_bad_one_ends_its_array_alone(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of several chunks each, more than are read ahead: every row once, whatever is taken, left or missing before it."""
+        monkeypatch.setattr(arrays, "CHUNK_BYTES", 4096)
+        values = {f"f{number}": np.arange(3000.0) + number for number in range(6)}
+        entries = store.write_arrays("group", values)
+        assert len(store.list("group/f0/c")) == 6
+        store.delete_tree("group/f2/c/1")
+        reads = store.read_pieces(("group", name, entry) for name, entry in entries.items())
+        for (name, value), pieces in zip(values.items(), reads, strict=True):
+            if name == "f4":
+                assert next(pieces)[0] == slice(0, 512)  # and no more of it
+                continue
+            found, seen = np.full(3000, np.nan), []
+            try:
+                for rows, piece in pieces:
+                    found[rows] = piece
+                    seen.append(rows.start)
+            except MissingObjectError as error:
+                assert name == "f2" and "group/f2/c/1 is missing" in str(error) and seen == [0]
+            else:
+                assert name != "f2" and seen == [*range(0, 3000, 512)] and np.array_equal(found, value)
+        whole = store.read_array("group", "f5", entries["f5"])
+        assert np.array_equal(whole, values["f5"])
 
     def test_arrays_are_plain_zarr(self, store: Store) -> None:
         """`zarr.open_group` alone reads them, whatever the store."""

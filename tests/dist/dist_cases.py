@@ -173,6 +173,17 @@ class Deadly(Watched):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class DeadlyOnce(Watched):
+    """Kills the first process that reads the trap; later ones pass."""
+
+    def at_trap(self) -> None:
+        try:
+            (self.folder / "killed").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Failing(Watched):
     """Raises an error at the trap, until it is mended."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tracemalloc
 from types import SimpleNamespace
 
 import crash_store
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from storage_cases import Recording
 
 import laplace_dist
+from laplace.structures.sums import sum_in_order
 from laplace_dist.errors import CheckpointError
 from laplace_dist.plan.parts import PART_ENTRIES, Place, places, plan_parts
 from laplace_dist.run import layout, partials, windows
@@ -190,3 +192,80 @@ def test_small_factors_share_their_requests(tmp_path):
     sums = {name: torch.eye(8) for name in spec["factors"]} | {"loss": torch.tensor(1.0)}
     partials.commit_partial(store, plan, plan.segments[0], sums, 4, "a", **crash_store.ORIGIN)
     assert len(store.operations) - before < 10
+
+
+# ------------------------------------------------------------------ piece by piece
+
+
+def committed_run(tmp_path, monkeypatch, entries, segments=4, chunk=2**13):
+    """Return a store and a plan of one part of several chunks, with what each segment has committed."""
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", chunk)
+    spec = {"factors": {"w": {"shape": [entries], "symmetric": False}}, "dtype": "float32"}
+    settings = {"batch_size": 1, "segment_size": 1}
+    plan = crash_store.build_plan(
+        settings, data={"length": segments, "sha256": "d"}, weights="w", model={"path": "m:f", "args": {}}, spec=spec
+    )
+    store, sums = Checkpoint(str(tmp_path / "run")), []
+    start(store, plan)
+    for segment in plan.segments:
+        generator = torch.Generator().manual_seed(segment.start)
+        values = torch.randn(entries, generator=generator, dtype=torch.float64) * 10.0**segment.start
+        values[:2] = torch.tensor([-0.0, 0.0 if segment.start else -0.0])
+        tensors = {"w": values, "loss": torch.tensor(1.0)}
+        partials.commit_partial(store, plan, segment, tensors, 1, "a", **crash_store.ORIGIN)
+        sums.append(values)
+    return store, plan, sums
+
+
+def test_adding_piece_by_piece_gives_the_bits_of_adding_whole_parts(tmp_path, monkeypatch):
+    """Signs of zeros too: the sum of negative zeros is one."""
+    store, plan, sums = committed_run(tmp_path, monkeypatch, 5000)
+    manifests = list(partials.manifests(store, plan))
+    (part,) = plan.parts
+    assert len(store.list(f"{manifests[0]['prefix']}/{part.id}/c")) == 5
+    wanted = sum_in_order(sums).numpy()
+    assert windows.sum_part(store, plan, manifests, part).tobytes() == wanted.tobytes()
+    assert np.signbit(wanted[0]) and not np.signbit(wanted[1])
+    assert windows.sum_part(store, plan, manifests[::-1], part).tobytes() != wanted.tobytes()
+
+
+@pytest.mark.parametrize("bad", ["c/3", "c/0", "zarr.json"])
+def test_a_bad_part_ends_the_sum_and_is_named_and_verify_names_each(tmp_path, monkeypatch, bad):
+    store, plan, _ = committed_run(tmp_path, monkeypatch, 5000)
+    manifests = list(partials.manifests(store, plan))
+    (part,) = plan.parts
+    keys = [f"{manifests[number]['prefix']}/{part.id}/{bad}" for number in (1, 3)]
+    for key in keys:
+        store.replace(key, store.read(key)[:-1])
+    with pytest.raises(CheckpointError, match=f"{keys[0]} is truncated or altered.*recomputes that segment"):
+        windows.sum_part(store, plan, manifests, part)
+    found = [text for key, text in laplace_dist.verify(store.url).problems if key.startswith("partials/")]
+    assert [key for key in keys for text in found if key in text] == keys and len(found) == 2
+
+
+def test_numbers_that_were_exchanged_between_partials_are_no_sum(tmp_path, monkeypatch):
+    """Every chunk is whole by its own crc32c; the sha256 over all of them says that they are another's."""
+    store, plan, _ = committed_run(tmp_path, monkeypatch, 5000)
+    manifests = list(partials.manifests(store, plan))
+    (part,) = plan.parts
+    one, other = (f"{manifests[number]['prefix']}/{part.id}/c/4" for number in (0, 2))
+    store.replace(one, store.read(other))
+    with pytest.raises(CheckpointError, match=f"{manifests[0]['prefix']}/{part.id} is .*sha256"):
+        windows.sum_part(store, plan, manifests, part)
+
+
+def test_memory_of_a_sum_is_the_part_and_a_few_chunks_however_many_partials_there_are(tmp_path, monkeypatch):
+    chunk = 2**18
+    store, plan, sums = committed_run(tmp_path, monkeypatch, 8 * chunk // 8, segments=12, chunk=chunk)
+    manifests = list(partials.manifests(store, plan))
+    (part,) = plan.parts
+    windows.sum_part(store, plan, manifests, part)
+    for ahead, chunks in ((store.ahead, 3), (arrays.Ahead(32, 32, 3 * chunk), 7)):
+        monkeypatch.setattr(Checkpoint, "ahead", ahead)
+        tracemalloc.start()
+        try:
+            windows.sum_part(store, plan, manifests, part)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert 8 * chunk < peak < (8 + chunks + 0.5) * chunk, peak / chunk

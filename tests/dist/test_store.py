@@ -7,6 +7,7 @@ import os
 import pickle
 import uuid
 import zipfile
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -19,12 +20,14 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec
 
 import laplace_dist
 from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError, StorageError
 from laplace_dist.run.checkpoint import Checkpoint
-from laplace_dist.storage import arrays, object_store, retry, triangles
+from laplace_dist.storage import arrays, chunks, object_store, retry, triangles
 from laplace_dist.storage import local as local_disk
+from laplace_dist.storage.pieces import Ahead, Piece, in_order
 from laplace_dist.storage.retry import Patient
 from laplace_dist.storage.triangles import mirror, pack, unpack
 
@@ -606,3 +609,48 @@ def test_a_crash_at_any_moment_of_a_commit_shows_nothing_or_all(tmp_path_factory
     assert not finished or store.list() == ["a/m.json"]
     assert store.list() in ([], ["a/m.json"])
     assert all(store.read(key) == b"whole" for key in store.list())
+
+
+@pytest.mark.parametrize("how", ["as written here", "big-endian", "other codecs"])
+def test_chunks_are_decoded_as_zarr_decodes_them(how):
+    """What this package writes without zarr's copies, and whatever else the metadata describe by zarr itself."""
+    codecs = {
+        "as written here": {"compressors": [BloscCodec(cname="zstd", shuffle="bitshuffle"), Crc32cCodec()]},
+        "big-endian": {"serializer": BytesCodec(endian="big"), "compressors": [BloscCodec(), Crc32cCodec()]},
+        "other codecs": {"compressors": [GzipCodec()]},
+    }
+    for shape, chunk in (((100, 3), (32, 3)), ((), ())):
+        memory = {}
+        value = np.random.default_rng(0).standard_normal(shape)
+        array = zarr.create_array(zarr.storage.MemoryStore(memory), shape=shape, chunks=chunk, dtype="f8", **codecs[how])
+        array[...] = value
+        stored = {key: data.to_bytes() for key, data in memory.items()}
+        opened = {"zarr.json": memory["zarr.json"]}
+        array = zarr.open_array(zarr.storage.MemoryStore(opened), mode="r")
+        for number, rows in chunks.chunks(array):
+            assert np.array_equal(chunks.decode(array, opened, number, rows, stored[number]), value[rows])
+        assert list(opened) == ["zarr.json"] and chunks._written_here(array) == (how == "as written here")
+
+
+@pytest.mark.parametrize("ahead", [Ahead(0, 0, 0), Ahead(1, 2, 8), Ahead(4, 4, 24)], ids=["none", "one", "several"])
+def test_what_is_wrong_with_an_array_is_raised_by_its_own_pieces(ahead):
+    """Neither when it is taken nor by those of another, whether it cannot be opened or a piece of it not be read."""
+
+    def opened(number):
+        if number == 1:
+            raise CheckpointError("array 1")
+        return [Piece(slice(i, i + 1), 8, partial(loaded, number, i)) for i in range(3)]
+
+    def loaded(number, i):
+        if (number, i) == (3, 1):
+            raise CheckpointError("piece 1 of array 3")
+        return np.array([10.0 * number + i])
+
+    found = []
+    for pieces in in_order([partial(opened, number) for number in range(5)], ahead):
+        found.append([])
+        try:
+            found[-1] += [piece.item() for _, piece in pieces]
+        except CheckpointError as error:
+            found[-1].append(str(error))
+    assert found == [[0, 1, 2], ["array 1"], [20, 21, 22], ["piece 1 of array 3"], [40, 41, 42]]

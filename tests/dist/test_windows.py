@@ -21,6 +21,7 @@ from laplace_dist.run import layout, pointer, recalibrations, versions
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.combination import choose, windows_of
 from laplace_dist.run.ownership import read_plan
+from laplace_dist.storage.sealed_json import seal_json
 
 SIZES = {"monday": 44, "tuesday": 20, "wednesday": 27}
 
@@ -202,6 +203,47 @@ def test_partials_of_a_window_are_dropped_once_its_sum_is_there(run):
     assert store.list("partials"), "the fit's own stay"
     add(run, "wednesday", keep_partials=True)
     assert store.list("windows/wednesday/partials")
+
+
+# ------------------------------------------------------------------ verification
+
+
+def test_a_run_of_several_windows_is_whole(run):
+    add(run, "wednesday", decay=0.5)
+    report = laplace_dist.verify(str(run))
+    assert (report.problems, report.orphans) == ([], {}) and len(report.versions) == 3
+
+
+def damaged(store, key):
+    content = bytearray(store.read(key))
+    content[len(content) // 2] ^= 1
+    store.replace(key, bytes(content))
+
+
+@pytest.mark.parametrize("pattern", ["windows/tuesday/parts/*/*/sum/c/0", "windows/tuesday/window.json", "windows/tuesday/plan.json",
+                                     "recalibration/tuesday/decision.json"])  # fmt: skip
+def test_damage_in_a_window_is_named(run, pattern):
+    store = Checkpoint(str(run))
+    (path,) = run.glob(pattern)
+    key = str(path.relative_to(run))
+    damaged(store, key)
+    report = laplace_dist.verify(str(run))
+    assert any(named == key or key.startswith(named) for named, _ in report.problems), report.problems
+
+
+def test_a_version_that_is_not_the_sum_of_its_windows_is_named(run):
+    store = Checkpoint(str(run))
+    version = pointer.read_current(store)["version"]
+    key = layout.version_key(version)
+    manifest = open_json(store.read(key), key)
+    values = {n: 2 * store.read_array(p["prefix"], n, p["entry"]) for n, p in manifest["factors"].items()}
+    plan = read_plan(store)
+    symmetric = {name for name, factor in plan.spec["factors"].items() if factor["symmetric"]}
+    prefix = f"posteriors/{version}/forged"
+    entries = store.write_arrays(prefix, values, symmetric)
+    manifest["factors"] = {name: {"prefix": prefix, "entry": entry} for name, entry in entries.items()}
+    store.replace(key, seal_json(manifest))
+    assert key in {key for key, text in laplace_dist.verify(str(run)).problems if "not the weighted sum of its windows" in text}
 
 
 # ------------------------------------------------------------------ two jobs, and what dies
