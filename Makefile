@@ -10,10 +10,18 @@ INPUTS := pyproject.toml cluster/constraints.txt
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: fit test lint clean
+.PHONY: fit demo-recalibrate test lint clean
 
 fit: $(VENV)/.installed
 	$(BIN)/python jobs/fit_kron.py
+
+# A month on the demo: a fit of the first week, then a recalibration for each of the others; status 3 says that the old one stays.
+demo-recalibrate: $(VENV)/.installed
+	$(BIN)/python jobs/fit_kron.py --checkpoint runs/month --window week-1 --data-args '{week: 1}' --ray-address inline
+	for week in 2 3 4; do \
+	  $(BIN)/python jobs/recalibrate.py --checkpoint runs/month --window week-$$week --data-args "{week: $$week}" \
+	    --margin-ece 0.05 --ray-address inline || test $$? = 3 || exit 1; \
+	done
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

@@ -34,22 +34,25 @@ def settings() -> dict[str, Any]:
     }
 
 
-def digits(split: str) -> TensorDataset:
+def digits(split: str, week: int | None = None) -> TensorDataset:
     """Return a split of the digits, the same on every call.
 
     Args:
         split: `train`, `val`, `test`; or `inverted`, `shuffled`, which are made from the test images.
+        week: 1 to 4: of the training split a quarter, as if its data had come week by week.
 
     Returns:
         Images `(1, 8, 8)`, ink 1 and paper 0 plus noise, and labels from 0 to 9.
 
     Raises:
-        ValueError: For another name.
+        ValueError: For another name or week.
     """
     from sklearn.datasets import load_digits
 
     if split not in (*SIZES, "inverted", "shuffled"):
         raise ValueError(f"split={split!r} is unknown; valid are {', '.join(SIZES)}, inverted and shuffled")
+    if week not in (None, 1, 2, 3, 4):
+        raise ValueError(f"week={week!r} is unknown; valid are 1 to 4")
     bunch = load_digits()
     images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(bunch.target, dtype=torch.int64)
@@ -63,6 +66,8 @@ def digits(split: str) -> TensorDataset:
     if split == "shuffled":
         places = torch.stack([torch.randperm(64, generator=generator) for _ in range(len(x))])
         x = x.flatten(1).gather(1, places).reshape(x.shape)
+    if split == "train" and week is not None:
+        x, y = x.tensor_split(4)[week - 1], y.tensor_split(4)[week - 1]
     return TensorDataset(x, y)
 
 

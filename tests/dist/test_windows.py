@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 import laplace_dist
 from laplace_dist import cli
+from laplace_dist.demo import digits
 from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.execution.inline import InlinePool
 from laplace_dist.job import Job, fit
@@ -381,3 +382,12 @@ def test_the_command_line_says_what_was_decided_and_by_which_figure(run, capsys)
     assert cli.recalibrate_main([*given, "--rollback", version]) == 0
     assert cli.recalibrate_main([*given, "--windows", "x"]) == 2
     assert "error: --windows: got 'x'" in capsys.readouterr().err
+
+
+def test_the_weeks_of_the_demo_are_its_training_split():
+    weeks = [digits("train", week=week).tensors for week in (1, 2, 3, 4)]
+    for whole, parts in zip(digits("train").tensors, zip(*weeks, strict=True), strict=True):
+        assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(digits("val", week=2).tensors[0], digits("val").tensors[0])
+    with pytest.raises(ValueError, match="week=5 is unknown"):
+        digits("train", week=5)
