@@ -56,6 +56,7 @@ def predict(
         ValueError: On an unknown or impossible combination of arguments.
     """
     la._check_fitted()
+    la._check_weights()
     pred_type = parse(PredType, pred_type, "pred_type")
     link_approx = parse(LinkApprox, link_approx, "link_approx")
     if model_kwargs:
@@ -138,7 +139,11 @@ def link(
 
 
 def _bridge(f: Tensor, covariance: Tensor, normalise: bool) -> Tensor:
-    """Mean of the Dirichlet that the Laplace bridge maps the Gaussian to, after moving it to zero-sum logits."""
+    """Mean of the Dirichlet that the Laplace bridge maps the Gaussian to, after moving it to zero-sum logits.
+
+    In float64: variance that all logits share cancels, and may be much larger than what is left.
+    """
+    dtype, f, covariance = f.dtype, f.double(), covariance.double()
     total = covariance.sum((1, 2))
     f = f - covariance.sum(-1) * (f.sum(-1) / total)[:, None]
     covariance = covariance - covariance.sum(-1)[:, :, None] * covariance.sum(-2)[:, None] / total[:, None, None]
@@ -151,7 +156,7 @@ def _bridge(f: Tensor, covariance: Tensor, normalise: bool) -> Tensor:
         torch.full_like(f, 1 - 2 / classes).clamp(min=0).log(),
         f + torch.logsumexp(-f, 1, keepdim=True) - 2 * math.log(classes),
     )
-    return (log_bracket - variance.log()).softmax(1)
+    return (log_bracket - variance.log()).softmax(1).to(dtype)
 
 
 def gaussian_samples(
@@ -211,6 +216,7 @@ def function_samples(
         generator: Source of the draws.
     """
     la._check_fitted()
+    la._check_weights()
     pred_type = parse(PredType, pred_type, "pred_type")
     check_combination(la, pred_type, LinkApprox.MC)
     if pred_type is PredType.NN:

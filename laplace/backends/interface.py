@@ -51,6 +51,7 @@ class CurvatureInterface:
     """
 
     stochastic = False
+    exact_products = False  # whether dense sums are of products in float64, so that they have the rank of the rows
 
     def __init__(
         self,
@@ -63,19 +64,32 @@ class CurvatureInterface:
         low_rank: int = 10,
     ):
         """See the class."""
-        likelihood = parse(Likelihood, likelihood, "likelihood")
-        regression = likelihood is Likelihood.REGRESSION
-        self.likelihood = Likelihood.REGRESSION if regression else Likelihood.CLASSIFICATION
+        self.likelihood = likelihood
         self.model = model
         self.last_layer = last_layer
         self.subnetwork_indices = subnetwork_indices
         self.dict_key_x = dict_key_x
         self.dict_key_y = dict_key_y
         self.low_rank = low_rank
-        self.lossfunc = nn.MSELoss(reduction="sum") if regression else nn.CrossEntropyLoss(reduction="sum")
-        self.factor = 0.5 if regression else 1.0
         self.spec: SumsSpec | None = None
         self._offset = 0  # index in the data set of the first example of the batch that is being added
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """``CLASSIFICATION`` or ``REGRESSION``; set by name or member, loss and factor follow."""
+        return self._likelihood
+
+    @likelihood.setter
+    def likelihood(self, value: Likelihood | str) -> None:
+        regression = parse(Likelihood, value, "likelihood") is Likelihood.REGRESSION
+        self._likelihood = Likelihood.REGRESSION if regression else Likelihood.CLASSIFICATION
+        self.lossfunc = nn.MSELoss(reduction="sum") if regression else nn.CrossEntropyLoss(reduction="sum")
+        self.factor = 0.5 if regression else 1.0
+
+    @property
+    def estimator(self) -> str:
+        """What is estimated, as a name; curvature of different ones is not added up."""
+        return type(self).__name__
 
     @property
     def named_params(self) -> dict[str, nn.Parameter]:

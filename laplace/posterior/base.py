@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from math import log, pi, sqrt
+from math import inf, log, pi, sqrt
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class BaseLaplace:
         asdl_fisher_kwargs: dict[str, Any] | None = None,
     ):
         """See the class."""
-        self.likelihood = parse(Likelihood, likelihood, "likelihood")
+        self.likelihood = likelihood
         self.model = model
         self.temperature = temperature
         self.enable_backprop = enable_backprop
@@ -124,7 +124,31 @@ class BaseLaplace:
             cls = self._backend_cls or NativeGGN
             likelihood = "classification" if self.likelihood is Likelihood.REWARD_MODELING else self.likelihood.value
             self._backend = cls(self.model, likelihood, **self._backend_arguments())
+        self._backend.dict_key_x, self._backend.dict_key_y = self.dict_key_x, self.dict_key_y
         return self._backend
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """Likelihood of the targets; set by name or member, before ``fit``."""
+        return self._likelihood
+
+    @likelihood.setter
+    def likelihood(self, value: Likelihood | str) -> None:
+        value = parse(Likelihood, value, "likelihood")
+        before = getattr(self, "_likelihood", value)
+        self._check_likelihood(value)
+        self._likelihood = value
+        if value is before:
+            return
+        try:
+            self.sigma_noise = self.sigma_noise
+        except ValueError:
+            self._likelihood = before
+            raise
+        self._backend = None
+
+    def _check_likelihood(self, value: Likelihood) -> None:
+        """Posteriors that do not take every likelihood, or no other one any more, refuse it here."""
 
     @property
     def prior_precision(self) -> Tensor:
@@ -179,6 +203,10 @@ class BaseLaplace:
         if self.params and (value.ndim > 1 or value.numel() not in {1, *sizes}):
             valid = " or ".join(f"({size},)" for size in sorted(sizes))
             raise ValueError(f"prior_mean has shape {tuple(value.shape)}; valid are a scalar or {valid}.")
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"prior_mean must be finite, but holds {value[~torch.isfinite(value)].flatten()[0].item()}."
+            )
         self._prior_mean_argument = value
         self._prior_mean = value
 
@@ -193,8 +221,8 @@ class BaseLaplace:
         if value.numel() != 1:
             raise ValueError(f"sigma_noise must be a scalar, but has shape {tuple(value.shape)}.")
         value = value.reshape(())
-        if not bool(value > 0):
-            raise ValueError(f"sigma_noise must be positive, but is {value.item()}.")
+        if not bool((value > 0) & torch.isfinite(value)):
+            raise ValueError(f"sigma_noise must be positive and finite, but is {value.item()}.")
         if self.likelihood is not Likelihood.REGRESSION and float(value.detach()) != 1:
             raise ValueError(
                 f"sigma_noise={float(value.detach())} has no meaning for {self.likelihood.value}; it must be 1 "
@@ -210,8 +238,8 @@ class BaseLaplace:
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        if not value > 0:
-            raise ValueError(f"temperature={value} must be positive.")
+        if not 0 < value < inf:
+            raise ValueError(f"temperature={value} must be positive and finite.")
         self._temperature = value
         self._prior_changed()
 
@@ -222,13 +250,14 @@ class BaseLaplace:
 
     @property
     def log_likelihood(self) -> Tensor:
-        """Log likelihood of the training data at the MAP, differentiable in ``sigma_noise``."""
+        """Log likelihood of the training data at the MAP in float64, differentiable in ``sigma_noise``."""
         self._check_fitted()
-        factor = -self._H_factor
-        loss = torch.as_tensor(self.loss, dtype=self._dtype, device=self._device)
+        noise = self.sigma_noise.double()
+        factor = -1 / noise.square() / self.temperature
+        loss = torch.as_tensor(self.loss, dtype=torch.float64, device=self._device)
         if self.likelihood is not Likelihood.REGRESSION:
             return factor * loss
-        constant = self.n_data * self.n_outputs * (self.sigma_noise.log() + _LOG_SQRT_2PI)
+        constant = self.n_data * self.n_outputs * (noise.log() + _LOG_SQRT_2PI)
         return factor * loss - constant
 
     @property

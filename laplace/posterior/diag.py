@@ -46,13 +46,13 @@ class DiagLaplace(ParametricLaplace):
     @property
     def log_det_posterior_precision(self) -> Tensor:
         r"""Log determinant :math:`\log\det P`."""
-        return self.posterior_precision.double().log().sum().to(self._dtype)
+        return self.posterior_precision.double().log().sum()
 
     @property
     def log_det_ratio(self) -> Tensor:
         r""":math:`\log\det P - \log\det P_0`, as one sum: the two may be large where this is small."""
         prior = self.prior_precision_diag.double()
-        return (self.posterior_precision.double() / prior).log().sum().to(self._dtype)
+        return (self.posterior_precision.double() / prior).log().sum()
 
     def square_norm(self, value: Tensor) -> Tensor:
         r""":math:`\Delta^\top P \Delta` with :math:`\Delta` = ``value - mean``."""

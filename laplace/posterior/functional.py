@@ -32,6 +32,7 @@ from laplace.enums import PredType
 from laplace.errors import NotFittedError
 from laplace.likelihoods import base as lik
 from laplace.linalg import memory
+from laplace.linalg.eigen import eigh
 from laplace.posterior.arguments import before, by_name
 from laplace.posterior.base import BaseLaplace
 from laplace.posterior.parametric import ParametricLaplace
@@ -176,11 +177,13 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
             start += len(y)
         rows = gp.concatenate(parts)
         gram = self._gram(rows, rows)
-        values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+        values, vectors = (
+            torch.stack(parts) for parts in zip(*(eigh(g, "training kernel") for g in gram), strict=True)
+        )
         self.spectrum, self._vectors = values.clamp(min=0), vectors
         self._rows, self._subset = rows, subset
         self.loss, self.n_data = loss, n_data
-        self.mean = torch.nn.utils.parameters_to_vector(self.params).detach()
+        self._remember_weights()
 
     def _roots(self, f: Tensor, y: Tensor, offset: int) -> list[Tensor]:
         """Directions whose rows span the curvature; of independent outputs, one per output."""
@@ -226,7 +229,7 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
     def log_det_ratio(self) -> Tensor:
         r""":math:`\log\det P - \log\det P_0`."""
         self._check_fitted()
-        return (1 + self._curvature_factor * self.spectrum / self.prior_precision.double()).log().sum().to(self._dtype)
+        return (1 + self._curvature_factor * self.spectrum / self.prior_precision.double()).log().sum()
 
     @property
     def log_det_posterior_precision(self) -> Tensor:
@@ -316,11 +319,18 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
             "loss": self.loss,
             "subset": subset,
             "independent": self.independent_outputs,
+            "estimator": self.backend.estimator,
         }
 
     def _read_state(self, state: dict[str, Any]) -> dict[str, Any]:
         if state["independent"] != self.independent_outputs:
             raise ValueError(f"The state has independent_outputs={state['independent']}, but this posterior has not.")
+        estimator = state.get("estimator", self.backend.estimator)
+        if estimator != self.backend.estimator:
+            raise ValueError(
+                f"The state was fitted with the estimator {estimator!r}, but this posterior's backend is "
+                f"{type(self.backend).__name__} ({self.backend.estimator!r}), and a GP is conditioned again when it is loaded."
+            )
         return state
 
     def _take_state(self, state: dict[str, Any]) -> None:

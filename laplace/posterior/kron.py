@@ -43,6 +43,21 @@ class KronLaplace(ParametricLaplace):
         self._decomposed: KronDecomposed | None = None
         super().__init__(**kwargs)
 
+    @property
+    def damping(self) -> bool:
+        """Whether the root of the prior precision is added to each factor's eigenvalues."""
+        return self._damping
+
+    @damping.setter
+    def damping(self, value: bool) -> None:
+        self._damping = bool(value)
+        known = getattr(self, "_decomposed", None)
+        if known is not None:
+            self._decomposed = KronDecomposed(known.eigenvectors, known.eigenvalues, known.deltas, self._damping)
+
+    def _settings(self) -> tuple[str, ...]:
+        return (*super()._settings(), "damping")
+
     def _finalize(self, sums: CurvatureSums) -> None:
         self.H_facs = Kron.from_sums(sums, sums.n_data)
         self._decomposed = None

@@ -85,7 +85,9 @@ class LowRankLaplace(NotASum, ParametricLaplace):
             factors = {"vectors": Factor(tuple(vectors.shape)), "values": Factor(tuple(values.shape))}
             tensors = {"vectors": vectors.double(), "values": values.double()}
             loss = torch.as_tensor(loss, dtype=torch.float64, device=self._device)
-            self.set_sums(CurvatureSums(replace(spec, factors=factors), tensors, loss, n_data))
+            sums = CurvatureSums(replace(spec, factors=factors), tensors, loss, n_data)
+            sums.estimator = self.backend.estimator
+            self.set_sums(sums)
 
     def _first_inputs(self, loader: Iterable) -> tuple[Any, int]:
         """Inputs of the first batch, and the number of examples in all."""
@@ -143,7 +145,7 @@ class LowRankLaplace(NotASum, ParametricLaplace):
     def log_det_ratio(self) -> Tensor:
         r""":math:`\log\det P - \log\det P_0`, which is :math:`\log\det(I + G)`."""
         _, factor = self._core(self.prior_precision_diag)
-        return (2 * factor.diagonal().log().sum()).to(self._dtype)
+        return 2 * factor.diagonal().log().sum()
 
     def square_norm(self, value: Tensor) -> Tensor:
         r""":math:`\Delta^\top P \Delta` with :math:`\Delta` = ``value - mean``."""

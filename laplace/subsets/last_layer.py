@@ -52,12 +52,34 @@ class LLLaplace(ParametricLaplace):
         extractor = FeatureExtractor(model, last_layer_name, enable_backprop, feature_reduction=feature_reduction)
         super().__init__(model=extractor, enable_backprop=enable_backprop, **kwargs)
 
+    @property
+    def enable_backprop(self) -> bool:
+        """Whether the graph from the inputs to the predictive is kept."""
+        return self.model.enable_backprop
+
+    @enable_backprop.setter
+    def enable_backprop(self, value: bool) -> None:
+        self.model.enable_backprop = value
+
+    @property
+    def feature_reduction(self) -> FeatureReduction | None:
+        """How features with a position dimension are reduced."""
+        return self.model.feature_reduction
+
+    @feature_reduction.setter
+    def feature_reduction(self, value: FeatureReduction | str | None) -> None:
+        self.model.feature_reduction = value
+
+    def _settings(self) -> tuple[str, ...]:
+        return (*super()._settings(), "feature_reduction")
+
     def functional_variance_fast(self, X: Tensor | MutableMapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Mean and variances of every output by itself, ``(batch, outputs)`` each, without covariances between outputs.
 
         The documentation names the variances alone; laplace-torch 0.3 returns both, and so does this.
         """
         self._check_fitted()
+        self._check_weights()
         return glm_distribution(self, X, diagonal=True)
 
     def _find_params(self) -> None:

@@ -84,8 +84,8 @@ class SubnetLaplace(ParametricLaplace):
     @property
     def scatter(self) -> Tensor:
         r""":math:`(\theta - \mu_0)^\top P_0 (\theta - \mu_0)` over the subnetwork."""
-        delta = self.mean_subnet - self._of_subnet(self.prior_mean)
-        return (delta * self.prior_precision_diag * delta).sum()
+        delta = self.mean_subnet.double() - self._of_subnet(self.prior_mean).double()
+        return (delta * self.prior_precision_diag.double() * delta).sum()
 
     def square_norm(self, value: Tensor) -> Tensor:
         r""":math:`\Delta^\top P \Delta`; ``value`` holds the subnetwork's parameters, or all of them."""

@@ -205,7 +205,7 @@ def test_last_layer_checks_a_prior_given_before_the_layer_is_known():
 @pytest.mark.parametrize(
     "value, message",
     [
-        (0.0, "sigma_noise must be positive, but is 0.0"),
+        (0.0, "sigma_noise must be positive and finite, but is 0.0"),
         (-1.0, "must be positive"),
         (NAN, "must be positive"),
         (torch.ones(2), r"sigma_noise must be a scalar, but has shape \(2,\)"),
