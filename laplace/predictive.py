@@ -30,6 +30,7 @@ def predict(
     diagonal_output: bool = False,
     generator: torch.Generator | None = None,
     fitting: bool = False,
+    log_probs: bool = False,
     **model_kwargs: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Posterior predictive for one batch.
@@ -44,6 +45,7 @@ def predict(
         diagonal_output: Ignore covariances between outputs.
         generator: Source of the samples.
         fitting: Reward models only: predict as the classifier that was fitted.
+        log_probs: Return the logarithms of class probabilities, finite where probabilities underflow.
         **model_kwargs: Refused; the model is called with ``x`` alone.
 
     Returns:
@@ -71,14 +73,18 @@ def predict(
         )
     if pred_type is PredType.NN:
         outputs = sampled_outputs(la, x, n_samples, generator)
-        return (outputs.mean(0), outputs.var(0)) if regression else outputs.softmax(-1).mean(0)
+        return (outputs.mean(0), outputs.var(0)) if regression else _as_asked(log_mean_softmax(outputs), log_probs)
     if joint:
         return _joint(la, x)
     if regression:
         return glm_distribution(la, x, diagonal_output)
     need_covariance = link_approx is not LinkApprox.PROBIT and not diagonal_output
     f, variance = glm_distribution(la, x, diagonal=not need_covariance)
-    return link(f, variance, link_approx, n_samples, generator)
+    return _as_asked(log_link(f, variance, link_approx, n_samples, generator), log_probs)
+
+
+def _as_asked(values: Tensor, log_probs: bool) -> Tensor:
+    return values if log_probs else values.exp()
 
 
 def check_combination(la: Fitted, pred_type: PredType, link_approx: LinkApprox) -> None:
@@ -109,13 +115,16 @@ def glm_distribution(la: Fitted, x: Any, diagonal: bool = False) -> tuple[Tensor
 
 def _joint(la: Fitted, x: Any) -> tuple[Tensor, Tensor]:
     js, f = la.backend.jacobians(x, enable_backprop=la.enable_backprop)
-    return f.flatten(), la.functional_covariance(js.flatten(0, 1))
+    covariance = la.functional_covariance(js.flatten(0, 1))
+    return f.flatten(), covariance if la.enable_backprop else covariance.detach()
 
 
-def link(
+def log_link(
     f: Tensor, variance: Tensor, link_approx: LinkApprox, n_samples: int = 100, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Class probabilities from a Gaussian over logits.
+    """Log class probabilities from a Gaussian over logits.
+
+    Their logarithms, not they themselves: a probability of e⁻¹²⁰ is zero in float32, and scores would be those of that zero.
 
     Args:
         f: Means ``(batch, …, classes)``.
@@ -128,10 +137,10 @@ def link(
     diagonal = variance if variance.ndim == 2 else variance.diagonal(dim1=1, dim2=2)
     if link_approx is LinkApprox.PROBIT:
         kappa = (1 + torch.pi / 8 * diagonal.reshape(f.shape)).rsqrt()
-        return (kappa * f).softmax(-1)
+        return (kappa * f).log_softmax(-1)
     if link_approx is LinkApprox.MC:
         draws = gaussian_samples(f.flatten(1), variance, n_samples, generator)
-        return draws.reshape(n_samples, *f.shape).softmax(-1).mean(0)
+        return log_mean_softmax(draws.reshape(n_samples, *f.shape))
     if f.ndim != 2:
         raise ValueError(f"link_approx={link_approx.value!r} needs outputs (batch, classes), got {tuple(f.shape)}.")
     covariance = variance if variance.ndim == 3 else torch.diag_embed(variance)
@@ -139,7 +148,7 @@ def link(
 
 
 def _bridge(f: Tensor, covariance: Tensor, normalise: bool) -> Tensor:
-    """Mean of the Dirichlet that the Laplace bridge maps the Gaussian to, after moving it to zero-sum logits.
+    """Logarithms of the mean of the Dirichlet that the Laplace bridge maps the Gaussian to, after moving it to zero-sum logits.
 
     In float64: variance that all logits share cancels, and may be much larger than what is left.
     """
@@ -156,7 +165,19 @@ def _bridge(f: Tensor, covariance: Tensor, normalise: bool) -> Tensor:
         torch.full_like(f, 1 - 2 / classes).clamp(min=0).log(),
         f + torch.logsumexp(-f, 1, keepdim=True) - 2 * math.log(classes),
     )
-    return (log_bracket - variance.log()).softmax(1).to(dtype)
+    return (log_bracket - variance.log()).log_softmax(1).to(dtype)
+
+
+def log_mean_softmax(draws: Tensor) -> Tensor:
+    """Logarithm of the mean of the softmax of draws ``(n_samples, …, classes)``."""
+    return draws.log_softmax(-1).logsumexp(0) - math.log(len(draws))
+
+
+def link(
+    f: Tensor, variance: Tensor, link_approx: LinkApprox, n_samples: int = 100, generator: torch.Generator | None = None
+) -> Tensor:
+    """Class probabilities from a Gaussian over logits; arguments as of :func:`log_link`."""
+    return log_link(f, variance, link_approx, n_samples, generator).exp()
 
 
 def gaussian_samples(

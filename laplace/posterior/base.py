@@ -85,6 +85,13 @@ class BaseLaplace:
         self._find_params()
         self.sigma_noise = sigma_noise
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickle: without the graphs that evidence at a tensor with gradients leaves behind."""
+        return {
+            name: value.detach() if isinstance(value, Tensor) and value.grad_fn is not None else value
+            for name, value in self.__dict__.items()
+        }
+
     def _find_params(self) -> None:
         """Take over the parameters and, now that their number is known, the prior."""
         self.params = [p for p in self.model.parameters() if p.requires_grad]

@@ -67,6 +67,7 @@ class DiagLaplace(ParametricLaplace):
         r""":math:`J P^{-1} J^\top` jointly, ``(batch · outputs, batch · outputs)``."""
         return (Js * self.posterior_variance) @ Js.T
 
+    @torch.no_grad()
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Draw parameter vectors ``(n_samples, parameters)``."""
         self._check_fitted()

@@ -163,6 +163,7 @@ class FullLaplace(ParametricLaplace):
         r""":math:`J P^{-1} J^\top` jointly, ``(batch · outputs, batch · outputs)``."""
         return self.functional_variance(Js)
 
+    @torch.no_grad()
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Draw parameter vectors ``(n_samples, parameters)``."""
         scale = self._double_scale()

@@ -108,6 +108,7 @@ class KronLaplace(ParametricLaplace):
         r""":math:`J P^{-1} J^\top` jointly, ``(batch · outputs, batch · outputs)``."""
         return self.posterior_precision.bmm(Js, exponent=-1) @ Js.T
 
+    @torch.no_grad()
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Draw parameter vectors ``(n_samples, parameters)``."""
         precision = self.posterior_precision

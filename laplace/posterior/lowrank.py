@@ -169,6 +169,7 @@ class LowRankLaplace(NotASum, ParametricLaplace):
         root, factor = self._core(prior)
         return torch.linalg.solve_triangular(factor, (projected * root).mT, upper=False).mT
 
+    @torch.no_grad()
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Draw parameter vectors ``(n_samples, parameters)``."""
         prior = self.prior_precision_diag.double()
