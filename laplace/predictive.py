@@ -18,6 +18,7 @@ from laplace.capture.capture import eval_mode
 from laplace.data.batches import joined
 from laplace.enums import Likelihood, LinkApprox, PredType, parse
 from laplace.fitted import Fitted
+from laplace.noise import check_samples
 
 
 def predict(
@@ -39,7 +40,7 @@ def predict(
         la: A fitted posterior.
         x: Inputs ``(batch, …)`` or a dict-like batch.
         pred_type: ``'glm'`` or ``'nn'``; functional (GP) posteriors take ``'gp'`` alone.
-        joint: Regression only: one covariance over all examples and outputs of the batch.
+        joint: Regression only: one covariance over all examples and outputs of the batch, whatever ``diagonal_output`` says.
         link_approx: ``'probit'``, ``'mc'``, ``'bridge'`` or ``'bridge_norm'``; ``'nn'`` takes ``'mc'`` only.
         n_samples: Number of samples, where samples are drawn.
         diagonal_output: Ignore covariances between outputs.
@@ -59,6 +60,8 @@ def predict(
     """
     la._check_fitted()
     la._check_weights()
+    la._check_inputs(x)
+    check_samples(n_samples)
     pred_type = parse(PredType, pred_type, "pred_type")
     link_approx = parse(LinkApprox, link_approx, "link_approx")
     if model_kwargs:
@@ -67,10 +70,8 @@ def predict(
     regression = la.likelihood is Likelihood.REGRESSION or (la.likelihood is Likelihood.REWARD_MODELING and not fitting)
     if joint and not regression:
         raise ValueError("joint=True is for regression; class probabilities have no joint Gaussian.")
-    if joint and (pred_type is PredType.NN or diagonal_output):
-        raise ValueError(
-            "joint=True is the covariance of a Gaussian over all outputs: give it pred_type='glm' and diagonal_output=False."
-        )
+    if joint and pred_type is PredType.NN:
+        raise ValueError("joint=True is the covariance of a Gaussian over all outputs: give it pred_type='glm'.")
     if pred_type is PredType.NN:
         outputs = sampled_outputs(la, x, n_samples, generator)
         return (outputs.mean(0), outputs.var(0)) if regression else _as_asked(log_mean_softmax(outputs), log_probs)
@@ -111,6 +112,28 @@ def glm_distribution(la: Fitted, x: Any, diagonal: bool = False) -> tuple[Tensor
         found.append((capture.f, la._glm_variance(capture, [la.prior_precision], diagonal)[0].detach()))
     f, variance = joined(found)
     return f, variance
+
+
+def glm_predictive_distribution(
+    la: Fitted, X: Any, joint: bool = False, diagonal_output: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The Gaussian over the linearised network's outputs, whatever the likelihood; a name that public scripts call.
+
+    Args:
+        la: A fitted posterior.
+        X: Inputs ``(batch, …)`` or a dict-like batch.
+        joint: One covariance over all examples and outputs.
+        diagonal_output: Variances instead of covariances between outputs; without effect on a joint one.
+    """
+    la._check_fitted()
+    la._check_weights()
+    la._check_inputs(X)
+    return _joint(la, X) if joint else glm_distribution(la, X, diagonal_output)
+
+
+def nn_predictive_samples(la: Fitted, X: Any, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+    """Draws from the predictive of sampled networks, as :func:`samples` with ``'nn'``; a name that public scripts call."""
+    return samples(la, X, PredType.NN, n_samples, generator=generator)
 
 
 def _joint(la: Fitted, x: Any) -> tuple[Tensor, Tensor]:
@@ -238,6 +261,8 @@ def function_samples(
     """
     la._check_fitted()
     la._check_weights()
+    la._check_inputs(x)
+    check_samples(n_samples)
     pred_type = parse(PredType, pred_type, "pred_type")
     check_combination(la, pred_type, LinkApprox.MC)
     if pred_type is PredType.NN:

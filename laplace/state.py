@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -39,7 +40,13 @@ def load_state_dict(la: Fitted, state: dict[str, Any]) -> None:
     Raises:
         ValueError: If it is of a newer schema, of another class or likelihood, or was fitted at other parameters.
     """
-    version = state.get("schema_version")
+    if not isinstance(state, Mapping) or "schema_version" not in state:
+        what = "a state dict of something else, such as a model" if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(
+            f"This is {what}, not the state of a posterior; give what la.state_dict() returned. A whole posterior or model "
+            "that torch.save wrote is used as it is."
+        )
+    version = state["schema_version"]
     if version not in _READABLE:
         raise ValueError(f"The state has schema version {version!r}; this version of laplace reads {SCHEMA_VERSION}.")
     for key, ours in (("cls_name", type(la).__name__), ("likelihood", la.likelihood.value)):

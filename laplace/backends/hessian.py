@@ -22,6 +22,11 @@ class HessianInterface(CurvatureInterface):
 
     estimator = "hessian"
 
+    @classmethod
+    def has_structure(cls, structure: str) -> bool:
+        """Dense curvature and its eigenpairs alone."""
+        return structure in ("full", "lowrank")
+
     def curvature_product(self, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
         """Summed loss of one batch, and its Hessian times ``vectors`` ``(parameters, k)``."""
         raise NotImplementedError(f"{type(self).__name__} has no products with vectors.")

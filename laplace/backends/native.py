@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -18,11 +19,14 @@ from laplace.structures.diag import diag_vector
 from laplace.structures.registry import add_curvature_
 from laplace.structures.sums import CurvatureSums
 
+_PASSES = 64  # backward passes for one batch that need no word
+
 
 class _Native:
     """Contractions in place of dense Jacobians; the estimator's directions come from the sibling class."""
 
     exact_products = True
+    _has_warned = False
 
     kfac_approx = "expand"
 
@@ -48,10 +52,23 @@ class _Native:
         capture = self.capture(x)
         y = y.to(capture.f.device)
         lik.check_targets(self.likelihood, capture.f, y, offset)
+        self._warn_of_passes(capture.f)
         f = capture.f.double()  # in float32, 1 - p of a sure example has no digits
         add_curvature_(sums, capture, self.directions(f, y, offset), reduce=self.kfac_approx == "reduce")
         sums.loss = sums.loss + lik.loss_sum(self.likelihood, f, y)
         sums.n_data += len(y)
+
+    def _warn_of_passes(self, f: Tensor) -> None:
+        """Say once that exact curvature of many outputs takes many backward passes."""
+        outputs = f[0].numel()
+        exact = isinstance(self, GGNInterface) and not self.stochastic and not self.last_layer
+        if exact and outputs > _PASSES and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"The exact GGN of {outputs} outputs per example takes about as many backward passes for every batch. "
+                "backend_kwargs={'stochastic': True, 'num_samples': 1} samples it in one pass per draw.",
+                stacklevel=2,
+            )
 
     def _sums(self, structure: str, x: Any, y: Tensor) -> CurvatureSums:
         if self.spec is None or self.spec.structure != structure:
@@ -74,13 +91,14 @@ class _Native:
             capture = self.capture(inputs)
             found.append((torch.cat(list(contractions.jacobian_chunks(capture, blocks))), capture.f))
         js, f = joined(found)
-        return js, f
+        return self._in_given_order(js), f
 
     @honours("mc_samples")
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Dense curvature of one batch ``(parameters, parameters)``."""
         sums = self._sums("full", x, y)
-        return sums.loss, sums.tensors["full"].to(sums.spec.torch_dtype)
+        half = self._in_given_order(sums.tensors["full"].to(sums.spec.torch_dtype))
+        return sums.loss, self._in_given_order(half.mT)
 
     @honours("mc_samples", "kfac_approx")
     def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
@@ -92,7 +110,7 @@ class _Native:
     def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Diagonal curvature of one batch ``(parameters,)``."""
         sums = self._sums("diag", x, y)
-        return sums.loss, diag_vector(sums)
+        return sums.loss, self._in_given_order(diag_vector(sums))
 
 
 class NativeGGN(_Native, GGNInterface):

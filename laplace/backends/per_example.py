@@ -96,7 +96,7 @@ class PerExampleInterface(CurvatureInterface):
     def _module(self, x: Any) -> tuple[nn.Module, Any]:
         """A copy of what is to be differentiated, and its inputs: the last layer and its features where that is all."""
         if not self.last_layer:
-            return isolated_copy(self.model), x
+            return isolated_copy(self.model), _without_graph(x)
         with torch.no_grad(), eval_mode(self.model):
             _, features = self.model.forward_with_features(x)
         return isolated_copy(self.model.last_layer), features.detach()
@@ -151,3 +151,8 @@ class PerExampleInterface(CurvatureInterface):
             "its weight, is of a kind or in a mode that the package does not know, or does not have the batch dimension first. "
             "Use the native backend."
         )
+
+
+def _without_graph(x: Any) -> Any:
+    """Inputs that do not require gradients: packages ask layers for derivatives in inputs that do, and lack some of them."""
+    return x.detach() if isinstance(x, Tensor) else x

@@ -134,7 +134,8 @@ class FeatureExtractor(nn.Module):
                 f"The layer that ran last is {last}, not nn.Linear. Models for last-layer Laplace end in a linear layer "
                 "and return logits; if the last layer is elsewhere, pass last_layer_name."
             )
-        self._check(name, layer, inputs[0], logits, out)
+        if not (out.shape == logits.shape and torch.equal(out, logits)):  # else unreduced: only the features will be
+            self._check(name, layer, inputs[0], logits, out)
         self.set_last_layer(name)
         return out
 

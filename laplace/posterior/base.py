@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
 from laplace import tuning
 from laplace.backends.interface import CurvatureInterface
 from laplace.backends.native import NativeGGN
 from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, parse
-from laplace.posterior.arguments import ORDER, by_name, signature
-from laplace.prior import spread
+from laplace.posterior.arguments import ORDER, by_name, check_model, signature
+from laplace.prior import as_value, spread
 
 _LOG_SQRT_2PI = log(sqrt(2 * pi))
 
@@ -68,7 +67,7 @@ class BaseLaplace:
     ):
         """See the class."""
         self.likelihood = likelihood
-        self.model = model
+        self.model = check_model(model)
         self.temperature = temperature
         self.enable_backprop = enable_backprop
         self.dict_key_x = dict_key_x
@@ -80,6 +79,7 @@ class BaseLaplace:
         self.loss: Tensor | float = 0.0
         self.n_data = 0
         self.n_outputs: int | None = None
+        self._mean: Tensor | None = None
         self._prior_precision_argument = prior_precision
         self._prior_mean_argument = prior_mean
         self._find_params()
@@ -102,7 +102,6 @@ class BaseLaplace:
     def _set_sizes(self) -> None:
         self.n_params = sum(p.numel() for p in self.params)
         self.n_layers = len(self.params)
-        self.mean = parameters_to_vector(self.params).detach()
         self.prior_precision = self._prior_precision_argument
         self.prior_mean = self._prior_mean_argument
 
@@ -164,7 +163,7 @@ class BaseLaplace:
 
     @prior_precision.setter
     def prior_precision(self, value: float | Tensor) -> None:
-        value = torch.as_tensor(value, dtype=self._dtype, device=self._device)
+        value = as_value("prior_precision", value, self._dtype, self._device)
         value = value.reshape(1) if value.ndim == 0 else value
         if self.params and (value.ndim != 1 or len(value) not in self._prior_sizes.values()):
             kinds = {PriorStructure.LAYERWISE: "(one per parameter tensor)", PriorStructure.DIAG: "(one per parameter)"}
@@ -188,6 +187,30 @@ class BaseLaplace:
         return {PriorStructure.SCALAR: 1, PriorStructure.LAYERWISE: self.n_layers, PriorStructure.DIAG: self.n_params}
 
     @property
+    def mean(self) -> Tensor | None:
+        """MAP estimate ``(parameters,)`` after ``fit``, the prior's mean before; None while a last layer is not known."""
+        if self._mean is None and self.params:
+            return self._prior_mean_vector()
+        return self._mean
+
+    @mean.setter
+    def mean(self, value: Tensor) -> None:
+        self._mean = value
+
+    def _prior_mean_vector(self) -> Tensor:
+        """Mean of the prior, one value per parameter."""
+        return self.prior_mean.expand(self.n_params)
+
+    @property
+    def _n_inferred(self) -> int:
+        """Number of parameters that have a distribution."""
+        return self._prior_sizes[PriorStructure.DIAG]
+
+    def _inferred(self, value: Tensor) -> Tensor:
+        """The entries of parameter vectors that have a distribution."""
+        return value
+
+    @property
     def _mean_inferred(self) -> Tensor:
         """MAP estimate of the parameters that have a distribution; subnetworks keep the others fixed."""
         return self.mean
@@ -205,7 +228,7 @@ class BaseLaplace:
 
     @prior_mean.setter
     def prior_mean(self, value: float | Tensor) -> None:
-        value = torch.as_tensor(value, dtype=self._dtype, device=self._device)
+        value = as_value("prior_mean", value, self._dtype, self._device)
         sizes = {self.n_params, self._prior_sizes[PriorStructure.DIAG]} if self.params else set()
         if self.params and (value.ndim > 1 or value.numel() not in {1, *sizes}):
             valid = " or ".join(f"({size},)" for size in sorted(sizes))
@@ -224,7 +247,7 @@ class BaseLaplace:
 
     @sigma_noise.setter
     def sigma_noise(self, value: float | Tensor) -> None:
-        value = torch.as_tensor(value, dtype=self._dtype, device=self._device)
+        value = as_value("sigma_noise", value, self._dtype, self._device)
         if value.numel() != 1:
             raise ValueError(f"sigma_noise must be a scalar, but has shape {tuple(value.shape)}.")
         value = value.reshape(())
@@ -245,8 +268,8 @@ class BaseLaplace:
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        if not 0 < value < inf:
-            raise ValueError(f"temperature={value} must be positive and finite.")
+        if not isinstance(value, (int, float, Tensor)) or not 0 < value < inf:
+            raise ValueError(f"temperature={value!r} must be positive and finite.")
         self._temperature = value
         self._prior_changed()
 
@@ -275,7 +298,7 @@ class BaseLaplace:
     def initial_prior_precision(self, value: float | Tensor, structure: PriorStructure | str) -> Tensor:
         """A prior precision of the given structure, filled with ``value`` where that is a scalar."""
         structure = parse(PriorStructure, structure, "prior_structure")
-        value = torch.as_tensor(value, dtype=self._dtype, device=self._device)
+        value = as_value("prior precision", value, self._dtype, self._device)
         if value.numel() > 1:
             return value.clone()
         if structure not in self._prior_sizes:

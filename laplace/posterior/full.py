@@ -15,6 +15,7 @@ from laplace.capture.variance import dense_variance
 from laplace.linalg import memory
 from laplace.linalg.dense import invsqrt_precision, not_positive_definite
 from laplace.linalg.eigen import eigh_double, shifted
+from laplace.noise import check_samples
 from laplace.posterior.arguments import by_name
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.structures.sums import CurvatureSums
@@ -44,13 +45,20 @@ class FullLaplace(ParametricLaplace):
 
     @property
     def H(self) -> Tensor | None:
-        """Summed curvature ``(parameters, parameters)``, rounded to the posterior's type; None before ``fit``."""
-        return None if self.sums is None else self._curvature.to(self.sums.spec.torch_dtype)
+        """Summed curvature ``(parameters, parameters)``, rounded to the posterior's type; zero before ``fit``."""
+        if self.sums is not None:
+            return self._curvature.to(self.sums.spec.torch_dtype)
+        n = self._n_inferred if self.params else None
+        return None if n is None else torch.zeros(n, n, dtype=self._dtype, device=self._device)
 
     @property
     def _curvature(self) -> Tensor:
         """The same in float64, as it was summed."""
         return self.sums.tensors["full"]
+
+    def _in_own_order(self, values: Tensor) -> Tensor:
+        """Subnetworks bring the last dimension from the order of the sums to their own here."""
+        return values
 
     def _prior_changed(self) -> None:
         self._scale = None
@@ -166,6 +174,7 @@ class FullLaplace(ParametricLaplace):
     @torch.no_grad()
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Draw parameter vectors ``(n_samples, parameters)``."""
+        check_samples(n_samples)
         scale = self._double_scale()
         noise = torch.randn(n_samples, len(scale), device=self._device, dtype=self._dtype, generator=generator)
         return self._mean_inferred + (noise.double() @ scale.T).to(self._dtype)
@@ -180,7 +189,9 @@ class FullLaplace(ParametricLaplace):
         else:
             basis, weights = self._spectrum[2], [self._shifted(p).reciprocal() for p in prior_precisions]
         parts = contractions.jacobian_chunks(capture, blocks)
-        found = [dense_variance(rows.double(), basis, weights, diagonal).to(rows.dtype) for rows in parts]
+        found = [
+            dense_variance(self._in_own_order(rows.double()), basis, weights, diagonal).to(rows.dtype) for rows in parts
+        ]
         return torch.cat(found, 1)
 
     def _scale_is_cheaper(self, prior_precision: Tensor) -> bool:

@@ -120,6 +120,7 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
                 f"A functional (GP) posterior needs a GGN or EF backend, not {type(self.backend).__name__}; the true Hessian "
                 "is no Gaussian process."
             )
+        self._check_parameters(x)
         spec = self.backend.initialize(x, "diag")
         blocks = tuple(replace(block, factors=()) for block in spec.blocks)
         self._spec = replace(spec, structure=self.structure, blocks=blocks, factors={})
@@ -299,12 +300,12 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
         return super().__call__(x, pred_type, *args, **kwargs)
 
     def predictive_samples(self, x: Any, pred_type: PredType | str = PredType.GP, *args: Any, **kwargs: Any) -> Tensor:
-        """Draws from the predictive; see :func:`laplace.predictive.samples`. ``pred_type`` is ``'gp'``."""
-        return super().predictive_samples(x, pred_type, *args, **kwargs)
+        """Draws; see :func:`laplace.predictive.samples`. ``pred_type`` is ``'gp'``, and ``'glm'`` means it."""
+        return super().predictive_samples(x, _as_gp(pred_type), *args, **kwargs)
 
     def functional_samples(self, x: Any, pred_type: PredType | str = PredType.GP, *args: Any, **kwargs: Any) -> Tensor:
-        """Draws of functions; see :func:`laplace.predictive.function_samples`. ``pred_type`` is ``'gp'``."""
-        return super().functional_samples(x, pred_type, *args, **kwargs)
+        """Draws; see :func:`laplace.predictive.function_samples`. ``pred_type`` is ``'gp'``, and ``'glm'`` means it."""
+        return super().functional_samples(x, _as_gp(pred_type), *args, **kwargs)
 
     def optimize_prior_precision(self, pred_type: PredType | str = PredType.GP, *args: Any, **kwargs: Any) -> None:
         """Choose the scalar prior precision after the fit; see :func:`laplace.tuning.optimize_prior_precision`."""
@@ -338,3 +339,8 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
         self.n_outputs = self._spec.n_outputs
         subset = [(x.to(self._device) if isinstance(x, Tensor) else x, y.to(self._device)) for x, y in state["subset"]]
         self._condition(subset, state["loss"].to(self._device), state["n_data"])
+
+
+def _as_gp(pred_type: PredType | str) -> PredType | str:
+    """Of a functional posterior, draws of the linearised network are draws of the process."""
+    return PredType.GP if pred_type == PredType.GLM else pred_type

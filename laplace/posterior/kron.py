@@ -9,6 +9,7 @@ from torch import Tensor
 
 from laplace.capture.variance import Basis, block_variance
 from laplace.linalg.kronecker import Kron, KronDecomposed
+from laplace.noise import check_samples
 from laplace.posterior.arguments import before, by_name
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.structures.sums import CurvatureSums
@@ -64,9 +65,12 @@ class KronLaplace(ParametricLaplace):
 
     @property
     def H(self) -> KronDecomposed | None:
-        """Eigendecomposition of the summed curvature; None before ``fit``."""
+        """Eigendecomposition of the summed curvature; zero before ``fit``."""
         if self._decomposed is None and self.H_facs is not None:
             self._decomposed = self.H_facs.decompose(damping=self.damping)
+        if self._decomposed is None and self.params:
+            parameters = [p if p.ndim else p[None] for p in self.params]
+            return Kron.init_from_model(parameters, self._device, self._dtype).decompose(damping=self.damping)
         return self._decomposed
 
     def _check_prior_structure(self, value: Tensor) -> None:
@@ -111,6 +115,7 @@ class KronLaplace(ParametricLaplace):
     @torch.no_grad()
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Draw parameter vectors ``(n_samples, parameters)``."""
+        check_samples(n_samples)
         precision = self.posterior_precision
         noise = torch.randn(n_samples, self.n_params, device=self._device, dtype=self._dtype, generator=generator)
         return self.mean + precision.bmm(noise, exponent=-0.5)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from laplace import evidence, predictive, state
 from laplace.data.batches import batches
+from laplace.data.mistakes import check_inputs
 from laplace.enums import Likelihood, PredType
 from laplace.errors import NotFittedError
 from laplace.posterior import weights
@@ -26,8 +27,8 @@ class ParametricLaplace(BaseLaplace):
     """Base of the structures full, kron and diag; each adds how its sums become a precision, and that precision's algebra.
 
     Attributes:
-        mean: MAP estimate ``(parameters,)``.
-        H: Curvature of the summed loss in the structure's own form; None before ``fit``.
+        mean: MAP estimate ``(parameters,)``; the prior's mean before ``fit``.
+        H: Curvature of the summed loss in the structure's own form; zero before ``fit``, None while a last layer is not known.
         loss: Summed loss at the MAP.
         n_data: Number of examples that were added up.
         sums: The raw sums behind ``H``; what a further ``fit(override=False)`` adds to.
@@ -43,6 +44,7 @@ class ParametricLaplace(BaseLaplace):
         self.sums: CurvatureSums | None = None
         self._spec: SumsSpec | None = None
         self._fingerprint: weights.Fingerprint | None = None
+        self._input_ndim: int | None = None
         super().__init__(**kwargs)
 
     def _check_likelihood(self, value: Likelihood) -> None:
@@ -68,9 +70,28 @@ class ParametricLaplace(BaseLaplace):
 
         ``fit`` does this with its first batch; call it directly only to use :meth:`accumulate`.
         """
+        self._check_parameters(x)
         self._spec = self.backend.initialize(x, self.structure)
         self.n_outputs = self._spec.n_outputs
         return self._spec
+
+    def _check_parameters(self, x: Any) -> None:
+        """Refuse a model whose ``requires_grad`` flags have changed; remember what a batch of inputs looks like."""
+        known, now = {id(p) for p in self.params}, self.backend.named_params
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        changed = [name for name, p in now.items() if id(p) not in known]
+        changed += [names.get(i, "one that was replaced") for i in known - {id(p) for p in now.values()}]
+        if changed:
+            raise ValueError(
+                f"requires_grad of {sorted(changed)} has changed since this {type(self).__name__} was made. Set it first, then "
+                "make the posterior."
+            )
+        self._input_ndim = x.ndim if isinstance(x, Tensor) else None
+
+    def _check_inputs(self, x: Any) -> None:
+        """Refuse inputs of a prediction that are no batch, or not like those of the fit."""
+        rewards = self.likelihood is Likelihood.REWARD_MODELING  # fitted on pairs, predicted for single items
+        check_inputs(x, "this prediction", None if rewards else self._input_ndim)
 
     def sums_spec(self) -> SumsSpec:
         """Names, shapes and precision of the raw sums.
@@ -281,19 +302,32 @@ class ParametricLaplace(BaseLaplace):
     log_marginal_likelihood = evidence.log_marginal_likelihood
 
     def log_prob(self, value: Tensor, normalized: bool = True) -> Tensor:
-        """Log density of the posterior at ``value``; without its constant if not ``normalized``."""
-        result = -self.square_norm(value) / 2
-        if normalized:
-            result = (
-                result - len(self._mean_inferred) / 2 * math.log(2 * math.pi) + self.log_det_posterior_precision / 2
-            )
-        return result
+        """Log density of the posterior (before ``fit`` of the prior) at ``value``; without its constant if not ``normalized``.
+
+        Raises:
+            NotFittedError: While a last layer is not known.
+        """
+        if self._mean is None:
+            square_norm, log_det = self._prior_square_norm(value), lambda: self.log_det_prior_precision
+        else:
+            square_norm, log_det = self.square_norm(value), lambda: self.log_det_posterior_precision
+        if not normalized:
+            return -square_norm / 2
+        return (log_det() - square_norm - self._n_inferred * math.log(2 * math.pi)) / 2
+
+    def _prior_square_norm(self, value: Tensor) -> Tensor:
+        if not self.params:
+            self._check_fitted()
+        delta = self._inferred(value).double() - self._mean_inferred.double()
+        return (delta.square() * self.prior_precision_diag.double()).sum(-1)
 
     # --- predictive ----------------------------------------------------------------------------------------------
 
     __call__ = predictive.predict
     predictive_samples = predictive.samples
     functional_samples = predictive.function_samples
+    _glm_predictive_distribution = predictive.glm_predictive_distribution
+    _nn_predictive_samples = predictive.nn_predictive_samples
 
     # --- state ---------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from laplace.capture.capture import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor, FeatureReduction
-from laplace.posterior.arguments import before, by_name
+from laplace.posterior.arguments import before, by_name, check_model
 from laplace.posterior.diag import DiagLaplace
 from laplace.posterior.full import FullLaplace
 from laplace.posterior.functional import OWN_ARGUMENTS, FunctionalLaplace
@@ -46,6 +46,7 @@ class LLLaplace(ParametricLaplace):
         **kwargs: Any,
     ):
         """See the class."""
+        check_model(model)
         if isinstance(model, FeatureExtractor):
             last_layer_name = last_layer_name or model.last_layer_name
             model, feature_reduction = model.model, feature_reduction or model.feature_reduction
@@ -105,8 +106,7 @@ class LLLaplace(ParametricLaplace):
             if self.model.last_layer_name is None:
                 self.model.find_last_layer(x)
                 self._find_params()
-            else:
-                self.model.check_last_layer(x)
+            self.model.check_last_layer(x)
         return super().initialize(x)
 
     def _adopt_parameters(self, spec: SumsSpec) -> Callable[[], None]:
