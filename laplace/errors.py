@@ -36,6 +36,14 @@ def _rebuild_non_finite(message: str, examples: list[int]) -> NonFiniteError:
     return error
 
 
+class MissingKeyError(KeyError, ValueError):
+    """A dict-like batch lacks the key of its inputs or targets."""
+
+    def __str__(self) -> str:
+        """The message itself; a KeyError would show it in quotes."""
+        return str(self.args[0])
+
+
 class NotEnoughMemoryError(MemoryError, ValueError):
     """A request that cannot fit into the free memory; raised before anything is allocated."""
 

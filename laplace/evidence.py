@@ -14,7 +14,7 @@ from laplace.fitted import Fitted
 def log_marginal_likelihood(
     la: Fitted, prior_precision: Tensor | None = None, sigma_noise: Tensor | None = None
 ) -> Tensor:
-    r"""Laplace approximation of the evidence, differentiable in both arguments.
+    r"""Laplace approximation of the evidence in float64, differentiable in both arguments.
 
     .. math:: \log p(\mathcal D) \approx \log p(\mathcal D \mid \theta)
         - \tfrac12 \left(\log\tfrac{\det P}{\det P_0} + (\theta - \mu_0)^\top P_0 (\theta - \mu_0)\right)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from laplace.backends.interface import CurvatureInterface
 from laplace.backends.native import NativeGGN
@@ -62,7 +62,8 @@ def marglik_training(
 
     Args:
         model: Network that returns logits or regression means; trained in place.
-        train_loader: Training batches. Without ``len(train_loader.dataset)``, examples are counted in one pass.
+        train_loader: Training batches. The examples that an epoch uses are counted, whatever the length of the data set: in
+            one pass where the loader does not tell.
         likelihood: ``'classification'`` or ``'regression'``.
         hessian_structure: ``'kron'``, ``'diag'`` or ``'full'``, over all weights.
         backend: Curvature backend. The default is the native exact GGN: the same quantity as the GGN of the ASDL
@@ -128,7 +129,8 @@ def marglik_training(
     margliks: list[float] = []
     losses: list[float] = []
     for epoch in _epochs(n_epochs, progress_bar):
-        losses.append(_train_epoch(la, train_loader, optimizer, scheduler, n_data))
+        loss, n_data = _train_epoch(la, train_loader, optimizer, scheduler, n_data)
+        losses.append(loss)
         if epoch <= n_epochs_burnin or epoch % marglik_frequency:
             continue
         la.fit(train_loader)
@@ -199,8 +201,8 @@ class _Best:
 
 def _train_epoch(
     la: ParametricLaplace, loader: Iterable, optimizer: Optimizer, scheduler: LRScheduler | None, n_data: int
-) -> float:
-    r"""One epoch on the mean loss plus :math:`\tfrac{1}{2N c}\,\theta^\top P_0\,\theta`; returns its mean per example.
+) -> tuple[float, int]:
+    r"""One epoch on the mean loss plus :math:`\tfrac{1}{2N c}\,\theta^\top P_0\,\theta`; its mean, and the number of examples.
 
     :math:`c` turns the mean of torch's loss into the mean negative log likelihood: :math:`1/T` for cross entropy,
     :math:`1/(2\sigma^2T)` for the squared error. Torch's means are over outputs and positions too; of several, the prior then
@@ -210,7 +212,7 @@ def _train_epoch(
     criterion = nn.MSELoss() if regression else nn.CrossEntropyLoss()
     scale = float(la._H_factor) / (2 if regression else 1)
     precision, mean = la.prior_precision_diag, la.prior_mean
-    total = 0.0
+    total, seen = 0.0, 0
     la.model.train()
     for x, y in batches(loader, la._device, la.dict_key_y):
         optimizer.zero_grad()
@@ -221,15 +223,27 @@ def _train_epoch(
         loss = criterion(f, y) + 0.5 * (precision * delta * delta).sum() / n_data / scale
         loss.backward()
         optimizer.step()
-        total += loss.item() * examples
+        total, seen = total + loss.item() * examples, seen + examples
         if scheduler is not None:
             scheduler.step()
-    return total / n_data
+    if seen == 0:
+        raise ValueError(
+            "The data loader gives no batch in this epoch; an iterator is used up after one pass, give a DataLoader."
+        )
+    return total / seen, seen
 
 
 def _count(loader: Iterable, dict_key_y: str) -> int:
-    dataset = getattr(loader, "dataset", None)
-    n = len(dataset) if hasattr(dataset, "__len__") else sum(len(y) for _, y in batches(loader, None, dict_key_y))
+    """Number of examples of an epoch: by the sampler's length where torch makes the batches of it, else by a pass."""
+    if (
+        isinstance(loader, DataLoader)
+        and type(loader.batch_sampler) is BatchSampler
+        and hasattr(loader.sampler, "__len__")
+    ):
+        n = len(loader.sampler)
+        n = n // loader.batch_size * loader.batch_size if loader.drop_last else n
+    else:
+        n = sum(len(y) for _, y in batches(loader, None, dict_key_y))
     if n == 0:
         raise ValueError("The data loader is empty, so there is nothing to train on.")
     return n

@@ -68,3 +68,14 @@ def fixed_directions(like: Tensor, shape: Sequence[int] | None = None) -> Tensor
 def fresh_seed(bits: int = 60) -> int:
     """Draw a seed from torch's global generator, which ``torch.manual_seed`` controls."""
     return int(torch.randint(1 << bits, (), device="cpu"))
+
+
+def check_samples(n_samples: int) -> int:
+    """Refuse a number of samples that is none.
+
+    Raises:
+        ValueError: If it is not a whole number of at least 1.
+    """
+    if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
+        raise ValueError(f"n_samples={n_samples!r} must be a whole number of at least 1.")
+    return n_samples

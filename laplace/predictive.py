@@ -18,6 +18,7 @@ from laplace.capture.capture import eval_mode
 from laplace.data.batches import joined
 from laplace.enums import Likelihood, LinkApprox, PredType, parse
 from laplace.fitted import Fitted
+from laplace.noise import check_samples
 
 
 def predict(
@@ -30,6 +31,7 @@ def predict(
     diagonal_output: bool = False,
     generator: torch.Generator | None = None,
     fitting: bool = False,
+    log_probs: bool = False,
     **model_kwargs: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Posterior predictive for one batch.
@@ -38,12 +40,13 @@ def predict(
         la: A fitted posterior.
         x: Inputs ``(batch, …)`` or a dict-like batch.
         pred_type: ``'glm'`` or ``'nn'``; functional (GP) posteriors take ``'gp'`` alone.
-        joint: Regression only: one covariance over all examples and outputs of the batch.
+        joint: Regression only: one covariance over all examples and outputs of the batch, whatever ``diagonal_output`` says.
         link_approx: ``'probit'``, ``'mc'``, ``'bridge'`` or ``'bridge_norm'``; ``'nn'`` takes ``'mc'`` only.
         n_samples: Number of samples, where samples are drawn.
         diagonal_output: Ignore covariances between outputs.
         generator: Source of the samples.
         fitting: Reward models only: predict as the classifier that was fitted.
+        log_probs: Return the logarithms of class probabilities, finite where probabilities underflow.
         **model_kwargs: Refused; the model is called with ``x`` alone.
 
     Returns:
@@ -56,6 +59,9 @@ def predict(
         ValueError: On an unknown or impossible combination of arguments.
     """
     la._check_fitted()
+    la._check_weights()
+    la._check_inputs(x)
+    check_samples(n_samples)
     pred_type = parse(PredType, pred_type, "pred_type")
     link_approx = parse(LinkApprox, link_approx, "link_approx")
     if model_kwargs:
@@ -64,20 +70,22 @@ def predict(
     regression = la.likelihood is Likelihood.REGRESSION or (la.likelihood is Likelihood.REWARD_MODELING and not fitting)
     if joint and not regression:
         raise ValueError("joint=True is for regression; class probabilities have no joint Gaussian.")
-    if joint and (pred_type is PredType.NN or diagonal_output):
-        raise ValueError(
-            "joint=True is the covariance of a Gaussian over all outputs: give it pred_type='glm' and diagonal_output=False."
-        )
+    if joint and pred_type is PredType.NN:
+        raise ValueError("joint=True is the covariance of a Gaussian over all outputs: give it pred_type='glm'.")
     if pred_type is PredType.NN:
         outputs = sampled_outputs(la, x, n_samples, generator)
-        return (outputs.mean(0), outputs.var(0)) if regression else outputs.softmax(-1).mean(0)
+        return (outputs.mean(0), outputs.var(0)) if regression else _as_asked(log_mean_softmax(outputs), log_probs)
     if joint:
         return _joint(la, x)
     if regression:
         return glm_distribution(la, x, diagonal_output)
     need_covariance = link_approx is not LinkApprox.PROBIT and not diagonal_output
     f, variance = glm_distribution(la, x, diagonal=not need_covariance)
-    return link(f, variance, link_approx, n_samples, generator)
+    return _as_asked(log_link(f, variance, link_approx, n_samples, generator), log_probs)
+
+
+def _as_asked(values: Tensor, log_probs: bool) -> Tensor:
+    return values if log_probs else values.exp()
 
 
 def check_combination(la: Fitted, pred_type: PredType, link_approx: LinkApprox) -> None:
@@ -106,15 +114,40 @@ def glm_distribution(la: Fitted, x: Any, diagonal: bool = False) -> tuple[Tensor
     return f, variance
 
 
+def glm_predictive_distribution(
+    la: Fitted, X: Any, joint: bool = False, diagonal_output: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The Gaussian over the linearised network's outputs, whatever the likelihood; a name that public scripts call.
+
+    Args:
+        la: A fitted posterior.
+        X: Inputs ``(batch, …)`` or a dict-like batch.
+        joint: One covariance over all examples and outputs.
+        diagonal_output: Variances instead of covariances between outputs; without effect on a joint one.
+    """
+    la._check_fitted()
+    la._check_weights()
+    la._check_inputs(X)
+    return _joint(la, X) if joint else glm_distribution(la, X, diagonal_output)
+
+
+def nn_predictive_samples(la: Fitted, X: Any, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+    """Draws from the predictive of sampled networks, as :func:`samples` with ``'nn'``; a name that public scripts call."""
+    return samples(la, X, PredType.NN, n_samples, generator=generator)
+
+
 def _joint(la: Fitted, x: Any) -> tuple[Tensor, Tensor]:
     js, f = la.backend.jacobians(x, enable_backprop=la.enable_backprop)
-    return f.flatten(), la.functional_covariance(js.flatten(0, 1))
+    covariance = la.functional_covariance(js.flatten(0, 1))
+    return f.flatten(), covariance if la.enable_backprop else covariance.detach()
 
 
-def link(
+def log_link(
     f: Tensor, variance: Tensor, link_approx: LinkApprox, n_samples: int = 100, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Class probabilities from a Gaussian over logits.
+    """Log class probabilities from a Gaussian over logits.
+
+    Their logarithms, not they themselves: a probability of e⁻¹²⁰ is zero in float32, and scores would be those of that zero.
 
     Args:
         f: Means ``(batch, …, classes)``.
@@ -127,10 +160,10 @@ def link(
     diagonal = variance if variance.ndim == 2 else variance.diagonal(dim1=1, dim2=2)
     if link_approx is LinkApprox.PROBIT:
         kappa = (1 + torch.pi / 8 * diagonal.reshape(f.shape)).rsqrt()
-        return (kappa * f).softmax(-1)
+        return (kappa * f).log_softmax(-1)
     if link_approx is LinkApprox.MC:
         draws = gaussian_samples(f.flatten(1), variance, n_samples, generator)
-        return draws.reshape(n_samples, *f.shape).softmax(-1).mean(0)
+        return log_mean_softmax(draws.reshape(n_samples, *f.shape))
     if f.ndim != 2:
         raise ValueError(f"link_approx={link_approx.value!r} needs outputs (batch, classes), got {tuple(f.shape)}.")
     covariance = variance if variance.ndim == 3 else torch.diag_embed(variance)
@@ -138,7 +171,11 @@ def link(
 
 
 def _bridge(f: Tensor, covariance: Tensor, normalise: bool) -> Tensor:
-    """Mean of the Dirichlet that the Laplace bridge maps the Gaussian to, after moving it to zero-sum logits."""
+    """Logarithms of the mean of the Dirichlet that the Laplace bridge maps the Gaussian to, after moving it to zero-sum logits.
+
+    In float64: variance that all logits share cancels, and may be much larger than what is left.
+    """
+    dtype, f, covariance = f.dtype, f.double(), covariance.double()
     total = covariance.sum((1, 2))
     f = f - covariance.sum(-1) * (f.sum(-1) / total)[:, None]
     covariance = covariance - covariance.sum(-1)[:, :, None] * covariance.sum(-2)[:, None] / total[:, None, None]
@@ -151,7 +188,19 @@ def _bridge(f: Tensor, covariance: Tensor, normalise: bool) -> Tensor:
         torch.full_like(f, 1 - 2 / classes).clamp(min=0).log(),
         f + torch.logsumexp(-f, 1, keepdim=True) - 2 * math.log(classes),
     )
-    return (log_bracket - variance.log()).softmax(1)
+    return (log_bracket - variance.log()).log_softmax(1).to(dtype)
+
+
+def log_mean_softmax(draws: Tensor) -> Tensor:
+    """Logarithm of the mean of the softmax of draws ``(n_samples, …, classes)``."""
+    return draws.log_softmax(-1).logsumexp(0) - math.log(len(draws))
+
+
+def link(
+    f: Tensor, variance: Tensor, link_approx: LinkApprox, n_samples: int = 100, generator: torch.Generator | None = None
+) -> Tensor:
+    """Class probabilities from a Gaussian over logits; arguments as of :func:`log_link`."""
+    return log_link(f, variance, link_approx, n_samples, generator).exp()
 
 
 def gaussian_samples(
@@ -211,6 +260,9 @@ def function_samples(
         generator: Source of the draws.
     """
     la._check_fitted()
+    la._check_weights()
+    la._check_inputs(x)
+    check_samples(n_samples)
     pred_type = parse(PredType, pred_type, "pred_type")
     check_combination(la, pred_type, LinkApprox.MC)
     if pred_type is PredType.NN:

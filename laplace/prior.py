@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from laplace.enums import PriorStructure, parse
+
+
+def as_value(name: str, value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number, or numbers, as a tensor.
+
+    Raises:
+        ValueError: If it is none; names the argument.
+    """
+    try:
+        return torch.as_tensor(value, dtype=dtype, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}={value!r} must be a number, or a tensor or list of numbers.") from error
 
 
 def spread(prior_precision: Tensor, sizes: Sequence[int]) -> Tensor:

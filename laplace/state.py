@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
 import torch
@@ -9,7 +11,8 @@ import torch
 from laplace.fitted import Fitted
 from laplace.structures.sums import SumsSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READABLE = (1, 2)  # 1 lacks the estimator and the settings of the structure and the subset
 
 
 def state_dict(la: Fitted) -> dict[str, Any]:
@@ -26,6 +29,7 @@ def state_dict(la: Fitted) -> dict[str, Any]:
         "sigma_noise": la.sigma_noise.detach(),
         "n_data": la.n_data,
         "n_outputs": la.n_outputs,
+        **{name: _plain(getattr(la, name)) for name in la._settings()},
         **la._state(),
     }
 
@@ -36,15 +40,22 @@ def load_state_dict(la: Fitted, state: dict[str, Any]) -> None:
     Raises:
         ValueError: If it is of a newer schema, of another class or likelihood, or was fitted at other parameters.
     """
-    version = state.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if not isinstance(state, Mapping) or "schema_version" not in state:
+        what = "a state dict of something else, such as a model" if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(
+            f"This is {what}, not the state of a posterior; give what la.state_dict() returned. A whole posterior or model "
+            "that torch.save wrote is used as it is."
+        )
+    version = state["schema_version"]
+    if version not in _READABLE:
         raise ValueError(f"The state has schema version {version!r}; this version of laplace reads {SCHEMA_VERSION}.")
     for key, ours in (("cls_name", type(la).__name__), ("likelihood", la.likelihood.value)):
         if state[key] != ours:
             raise ValueError(f"The state's {key} is {state[key]!r}, but this is {ours!r}.")
     spec = SumsSpec.from_json(state["spec"])
     content = la._read_state(state)
-    names = ("temperature", "sigma_noise", "prior_mean", "prior_precision")
+    settings = [name for name in la._settings() if name in state]
+    names = (*settings, "temperature", "sigma_noise", "prior_mean", "prior_precision")
     before = {name: getattr(la, name) for name in names}
     forget = la._adopt_parameters(spec)
     try:
@@ -62,3 +73,8 @@ def load_state_dict(la: Fitted, state: dict[str, Any]) -> None:
         for name, value in before.items():
             setattr(la, name, value)
         raise
+
+
+def _plain(value: Any) -> Any:
+    """What ``torch.load(weights_only=True)`` reads: the value of an enumeration's member."""
+    return value.value if isinstance(value, Enum) else value

@@ -54,8 +54,8 @@ def optimize_prior_precision(
         val_loader: Validation batches for the grid.
         loss: A function of all predictions at once, called with what :func:`laplace.utils.validate` gives it: probabilities
             and targets, or for regression means, variances and targets. Or a torchmetrics metric of probabilities or means
-            and targets, of which each value of the grid gets its own. None: negative log likelihood for classification,
-            mean squared error for regression.
+            and targets, of which each value of the grid gets its own. None: negative log likelihood, for regression that of
+            the Gaussian whose variance is the predictive one plus the observation noise's.
         log_prior_prec_min: Lower end of the grid, as an exponent.
         log_prior_prec_max: Upper end of the grid, as an exponent.
         grid_size: Number of values on the grid.
@@ -123,19 +123,22 @@ def score_grid(
         progress_bar: Show progress over batches.
 
     Returns:
-        Negative log likelihoods (squared errors for regression) summed over examples, ``(len(grid),)`` float64, and the
-        number of terms (examples, or examples times outputs for regression). Both add up over shards of the data.
+        Negative log likelihoods summed over examples, ``(len(grid),)`` float64, and the number of terms (examples, or
+        examples times outputs for regression). Both add up over shards of the data.
 
     Raises:
         ValueError: If the loader is empty, or targets do not fit the predictions.
     """
+    la._check_weights()
     total, n = torch.zeros(len(grid), dtype=torch.float64, device="cpu"), 0
     examples = 0
     for x, y in _parts(la, loader, progress_bar):
-        for index, prediction in _sweep(la, x, grid, link_approx, pred_type, n_samples, seed):
+        for index, prediction in _sweep(
+            la, x, grid, link_approx, pred_type, n_samples, seed, spread=True, diagonal=True
+        ):
             if index == 0:
                 lik.check_shapes(la.backend.likelihood, prediction[0], y, examples)
-            total[index] += _summed_loss(la, prediction[0], y)
+            total[index] += _summed_nll(la, prediction, y)
         n, examples = n + y.numel(), examples + len(y)
     if n == 0:
         raise ValueError("The validation data is empty.")
@@ -147,17 +150,31 @@ def _parts(la: Fitted, loader: Iterable, progress_bar: bool) -> Iterator[tuple[A
         yield from ((inputs, targets) for _, inputs, targets in la._parts(x, y))
 
 
-def _summed_loss(la: Fitted, prediction: Tensor, y: Tensor) -> float:
+def _summed_nll(la: Fitted, prediction: tuple[Tensor, ...], y: Tensor) -> float:
+    """From log probabilities, or from means and variances of a regression's outputs."""
     if la.likelihood is Likelihood.REGRESSION:
-        return float((prediction.double() - y.double()).square().sum())
-    picked = prediction.double().gather(-1, y.long()[..., None])
-    return float(-picked.clamp(min=torch.finfo(torch.float64).tiny).log().sum())
+        mean, variance = (t.double().reshape(y.shape) for t in prediction)
+        variance = variance + la.sigma_noise.detach().double().square()
+        terms = (y.double() - mean).square() / variance + (2 * math.pi * variance).log()
+        return float(terms.sum() / 2)
+    return -float(prediction[0].double().gather(-1, y.long()[..., None]).sum())
 
 
-def _sweep(la, x: Any, grid: Tensor, link_approx, pred_type, n_samples: int, seed: int, spread: bool = False):
+def _sweep(
+    la,
+    x: Any,
+    grid: Tensor,
+    link_approx,
+    pred_type,
+    n_samples: int,
+    seed: int,
+    spread: bool = False,
+    diagonal: bool = False,
+):
     """Predictions for every value of the grid, one forward and backward pass in all.
 
-    Yields indices with ``(probabilities,)``, or ``(means,)`` for regression, and with ``spread`` ``(means, variances)``.
+    Yields indices with ``(log probabilities,)``, or ``(means,)`` for regression, and with ``spread`` ``(means, variances)``:
+    covariances of the linearised network's outputs, but for ``diagonal``.
     """
     pred_type, link_approx = parse(PredType, pred_type, "pred_type"), parse(LinkApprox, link_approx, "link_approx")
     predictive.check_combination(la, pred_type, link_approx)
@@ -170,7 +187,7 @@ def _sweep(la, x: Any, grid: Tensor, link_approx, pred_type, n_samples: int, see
     if regression and not spread:  # the mean of the linearised network does not depend on the prior
         yield from ((index, (capture.f,)) for index in range(len(grid)))
         return
-    diagonal = link_approx is LinkApprox.PROBIT and not regression
+    diagonal = diagonal if regression else link_approx is LinkApprox.PROBIT
     outputs = capture.f[0].numel()
     step = max(1, _SWEEP // (len(capture.f) * outputs * (1 if diagonal else outputs)))
     for start in range(0, len(priors), step):
@@ -180,7 +197,7 @@ def _sweep(la, x: Any, grid: Tensor, link_approx, pred_type, n_samples: int, see
                 yield index, (capture.f, variance)
                 continue
             generator = torch.Generator(la._device).manual_seed(seed)
-            yield index, (predictive.link(capture.f, variance, link_approx, n_samples, generator),)
+            yield index, (predictive.log_link(capture.f, variance, link_approx, n_samples, generator),)
 
 
 def _sweep_networks(la, x: Any, priors: list[Tensor], n_samples: int, seed: int, spread: bool):
@@ -190,8 +207,10 @@ def _sweep_networks(la, x: Any, priors: list[Tensor], n_samples: int, seed: int,
             la.prior_precision = prior
             generator = torch.Generator(la._device).manual_seed(seed)
             outputs = predictive.sampled_outputs(la, x, n_samples, generator)
-            mean = (outputs if regression else outputs.softmax(-1)).mean(0)
-            yield index, (mean, outputs.var(0)) if regression and spread else (mean,)
+            if regression:
+                yield index, (outputs.mean(0), outputs.var(0)) if spread else (outputs.mean(0),)
+            else:
+                yield index, (predictive.log_mean_softmax(outputs),)
     finally:
         la.prior_precision = before
 
@@ -205,10 +224,13 @@ def _score_with(
     for metric in metrics:
         metric.reset()
     rows: list[list[tuple[Tensor, ...]]] = [[] for _ in grid]
+    la._check_weights()
     seen = False
     for x, y in _parts(la, loader, progress_bar):
         seen = True
-        for index, prediction in _sweep(la, x, grid, link_approx, pred_type, n_samples, seed=0, spread=not running):
+        sweep = _sweep(la, x, grid, link_approx, pred_type, n_samples, seed=0, spread=not running)
+        for index, prediction in sweep:
+            prediction = prediction if la.likelihood is Likelihood.REGRESSION else (prediction[0].exp(),)
             if running:
                 metrics[index].update(prediction[0], y)
             else:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from laplace.backends.gauss_newton import EFInterface, GGNInterface
 from laplace.backends.hessian import HessianInterface
 from laplace.backends.optional import import_optional
+from laplace.backends.options import honours
 from laplace.backends.per_example import Gradients, PerExampleInterface
 from laplace.enums import Likelihood
 from laplace.likelihoods import base as lik
@@ -39,6 +40,7 @@ class AsdlInterface(PerExampleInterface):
         """ASDL's name of the loss, ``'mse'`` or ``'cross_entropy'``."""
         return asdl.LOSS_MSE if self.likelihood is Likelihood.REGRESSION else asdl.LOSS_CROSS_ENTROPY
 
+    @honours("mc_samples")
     def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """Kronecker factors of one batch (KFAC-expand), their input side divided by ``N``.
 

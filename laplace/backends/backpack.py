@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from laplace.backends.gauss_newton import EFInterface, GGNInterface
 from laplace.backends.optional import import_optional
+from laplace.backends.options import honours
 from laplace.backends.per_example import Gradients, PerExampleInterface
 from laplace.enums import Likelihood
 from laplace.likelihoods import base as lik
@@ -69,6 +70,7 @@ class BackPackGGN(BackPackInterface, GGNInterface):
     seed and the index of its first example, not to the example.
     """
 
+    @honours("mc_samples")
     def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """Kronecker factors of one batch (KFLR, or KFAC if stochastic), their input side divided by ``N``.
 

@@ -14,6 +14,7 @@ from laplace.backends.gauss_newton import EFInterface, GGNInterface
 from laplace.backends.hessian import HessianInterface
 from laplace.backends.interface import CurvatureInterface
 from laplace.backends.optional import import_optional
+from laplace.backends.options import honours
 from laplace.capture.capture import eval_mode
 from laplace.enums import Likelihood
 from laplace.likelihoods import base as lik
@@ -29,6 +30,7 @@ class CurvlinopsInterface(CurvatureInterface):
     """Kronecker factors and dense matrices from curvlinops' linear operators; the diagonal from dense Jacobians."""
 
     _kfac_type: str
+    kfac_approx = "expand"
 
     def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
         """Add one batch to raw sums in place; see :meth:`CurvatureInterface.accumulate`.
@@ -42,8 +44,9 @@ class CurvlinopsInterface(CurvatureInterface):
             lik.check_targets(self.likelihood, self.model(x), y, offset)
         super().accumulate(sums, x, y, offset)
 
+    @honours("mc_samples", "kfac_approx")
     def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
-        """Kronecker factors of one batch (KFAC-expand), their input side divided by ``N``.
+        """Kronecker factors of one batch, their input side divided by ``N``; options ``kfac_approx`` and ``mc_samples``.
 
         Raises:
             ValueError: If a parameter belongs to no Linear or Conv2d layer, or curvlinops does not take a layer's use.
@@ -60,6 +63,7 @@ class CurvlinopsInterface(CurvatureInterface):
                 [(inputs, self._targets(y))],
                 check_deterministic=False,
                 fisher_type=self._kfac_type,
+                kfac_approx=self.kfac_approx,
                 mc_samples=getattr(self, "num_samples", 1),
                 seed=self._operator_seed(),
                 separate_weight_and_bias=True,
@@ -78,6 +82,7 @@ class CurvlinopsInterface(CurvatureInterface):
             kfacs.append(block_factors)
         return lik.loss_sum(self.likelihood, f, y), Kron(kfacs)
 
+    @honours("mc_samples")
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Dense curvature of one batch by applying the operator to the identity."""
         f, model, inputs = self._outputs(x)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace.backends.interface import CurvatureInterface
+from laplace.backends.options import honours
 from laplace.enums import Likelihood
 from laplace.likelihoods import base as lik
 from laplace.linalg.gram import gram, sum_of_squares
@@ -22,11 +23,13 @@ from laplace.structures import lowrank
 class _Directional(CurvatureInterface):
     r"""Curvature :math:`\sum_n \sum_k J_n^\top v_{nk} v_{nk}^\top J_n` along the ``directions`` :math:`v` of a subclass."""
 
+    @honours("mc_samples")
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Dense curvature of one batch ``(parameters, parameters)``, from dense Jacobians."""
         loss, rows = self._rows(x, y)
         return loss, gram(rows)
 
+    @honours("mc_samples")
     def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Its diagonal ``(parameters,)``."""
         loss, rows = self._rows(x, y)
@@ -82,6 +85,11 @@ class GGNInterface(_Directional):
         self.seed = seed
         super().__init__(model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, low_rank)
 
+    @property
+    def estimator(self) -> str:
+        """``'ggn'``, or ``'mc'`` where it is sampled."""
+        return "mc" if self.stochastic else "ggn"
+
     def directions(self, f: Tensor, y: Tensor, offset: int = 0):
         """Output directions whose outer products sum to the output Hessian or its estimate."""
         if not self.stochastic:
@@ -96,6 +104,8 @@ class EFInterface(_Directional):
     The gradients are those at unit noise and temperature; posteriors scale their sum by :math:`1/(\sigma^2 T)` as they scale
     the GGN, as laplace-torch does. The empirical Fisher of the scaled likelihood itself would have the square of that.
     """
+
+    estimator = "ef"
 
     def directions(self, f: Tensor, y: Tensor, offset: int = 0):
         """The one gradient per example."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from laplace.backends.interface import CurvatureInterface
+from laplace.backends.options import honours
 from laplace.linalg.kronecker import Kron
 from laplace.structures import lowrank
 
@@ -19,10 +20,18 @@ class HessianInterface(CurvatureInterface):
     not exist; a low-rank posterior keeps its positive eigenvalues.
     """
 
+    estimator = "hessian"
+
+    @classmethod
+    def has_structure(cls, structure: str) -> bool:
+        """Dense curvature and its eigenpairs alone."""
+        return structure in ("full", "lowrank")
+
     def curvature_product(self, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
         """Summed loss of one batch, and its Hessian times ``vectors`` ``(parameters, k)``."""
         raise NotImplementedError(f"{type(self).__name__} has no products with vectors.")
 
+    @honours()
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Dense Hessian of one batch ``(parameters, parameters)``."""
         loss, dense = self._dense(x, y)

@@ -18,13 +18,14 @@ from laplace.capture.fallback import calls_layer_norm, input_tensors, plain_jaco
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.capture.last_layer import LastLayerCapture
 from laplace.capture.verify import find_layers
-from laplace.data.batches import length_of, part_of
+from laplace.data.batches import is_divisible, length_of, part_of
+from laplace.data.mistakes import check_outputs
 from laplace.enums import Likelihood, parse
 from laplace.likelihoods import base as lik
 from laplace.linalg.kronecker import Kron
 from laplace.structures import lowrank
 from laplace.structures.registry import sums_spec
-from laplace.structures.subnetwork import check_subnetwork_indices, split_indices
+from laplace.structures.subnetwork import check_subnetwork_indices, given_order, split_indices
 from laplace.structures.sums import CurvatureSums, SumsSpec
 
 _FEW = 8  # examples that are enough to compare captured gradients with automatic differentiation
@@ -51,6 +52,7 @@ class CurvatureInterface:
     """
 
     stochastic = False
+    exact_products = False  # whether dense sums are of products in float64, so that they have the rank of the rows
 
     def __init__(
         self,
@@ -63,19 +65,40 @@ class CurvatureInterface:
         low_rank: int = 10,
     ):
         """See the class."""
-        likelihood = parse(Likelihood, likelihood, "likelihood")
-        regression = likelihood is Likelihood.REGRESSION
-        self.likelihood = Likelihood.REGRESSION if regression else Likelihood.CLASSIFICATION
+        self.likelihood = likelihood
         self.model = model
         self.last_layer = last_layer
         self.subnetwork_indices = subnetwork_indices
         self.dict_key_x = dict_key_x
         self.dict_key_y = dict_key_y
         self.low_rank = low_rank
-        self.lossfunc = nn.MSELoss(reduction="sum") if regression else nn.CrossEntropyLoss(reduction="sum")
-        self.factor = 0.5 if regression else 1.0
         self.spec: SumsSpec | None = None
         self._offset = 0  # index in the data set of the first example of the batch that is being added
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """``CLASSIFICATION`` or ``REGRESSION``; set by name or member, loss and factor follow."""
+        return self._likelihood
+
+    @likelihood.setter
+    def likelihood(self, value: Likelihood | str) -> None:
+        regression = parse(Likelihood, value, "likelihood") is Likelihood.REGRESSION
+        self._likelihood = Likelihood.REGRESSION if regression else Likelihood.CLASSIFICATION
+        self.lossfunc = nn.MSELoss(reduction="sum") if regression else nn.CrossEntropyLoss(reduction="sum")
+        self.factor = 0.5 if regression else 1.0
+
+    @classmethod
+    def has_structure(cls, structure: str) -> bool:
+        """Whether curvature of this structure can be added up: by a method of that name, or by ``accumulate`` itself."""
+        base = CurvatureInterface
+        return (
+            getattr(cls, structure, None) is not getattr(base, structure, None) or cls.accumulate is not base.accumulate
+        )
+
+    @property
+    def estimator(self) -> str:
+        """What is estimated, as a name; curvature of different ones is not added up."""
+        return type(self).__name__
 
     @property
     def named_params(self) -> dict[str, nn.Parameter]:
@@ -126,6 +149,7 @@ class CurvatureInterface:
                 found = find_layers(self.model, list(shapes), x)
             with torch.no_grad():
                 f = self.model(x)
+        check_outputs(x, f)
         n_outputs = f[0].numel() if self.likelihood is Likelihood.REGRESSION else f.shape[-1]
         self.spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs, kept)
         return self.spec
@@ -165,9 +189,10 @@ class CurvatureInterface:
             NotEnoughMemoryError: If those of one example are larger than the free memory.
         """
         assert self.spec is not None, "initialize() comes first"
-        n, others = length_of(x), [block for block in self.spec.blocks if block.layer is None]
-        if not others:
-            return [(slice(0, n), x)]
+        others = [block for block in self.spec.blocks if block.layer is None]
+        if not others or not is_divisible(x):
+            return [(slice(0, None), x)]
+        n = length_of(x)
         outputs, size = self._outputs_per_example(x), sum(torch.Size(block.shape).numel() for block in others)
         names = ", ".join(block.parameter for block in others)
         require_jacobians(1, outputs, size, self.spec.torch_dtype, self.params[0].device, f" ({names})")
@@ -223,6 +248,10 @@ class CurvatureInterface:
         if structure == "kron":
             self._add_kron(sums, curvature, n)
         else:
+            order = given_order(self.subnetwork_indices)
+            if order is not None:
+                curvature = curvature[order.argsort()]
+                curvature = curvature[:, order.argsort()] if structure == "full" else curvature
             flat = curvature if structure == "full" else curvature.split([block.size for block in sums.spec.blocks])
             for factor, value in zip(sums.spec.factors, [flat] if structure == "full" else flat, strict=True):
                 sums.tensors[factor] += value.detach().view(sums.spec.factors[factor].shape)
@@ -276,8 +305,13 @@ class CurvatureInterface:
                 js, f = plain_jacobians(self.model, x, kept)
         rows = [js[name].reshape(len(f), f[0].numel(), -1) for name in kept]
         rows = [r if own is None else r[..., list(own)] for r, own in zip(rows, kept.values(), strict=True)]
-        flat = torch.cat(rows, -1).to(self.sums_dtype)
+        flat = self._in_given_order(torch.cat(rows, -1).to(self.sums_dtype))
         return (flat, f) if enable_backprop else (flat.detach(), f.detach())
+
+    def _in_given_order(self, rows: Tensor) -> Tensor:
+        """Bring the last dimension from the order of the tensors to that of ``subnetwork_indices``."""
+        order = given_order(self.subnetwork_indices)
+        return rows if order is None else rows[..., order]
 
     def _outputs_per_example(self, x: Any) -> int:
         """Number of outputs of an example, over all its positions."""
@@ -342,4 +376,6 @@ def _few(x: Any) -> Any:
         if sizes != {1}:
             return x
         return {key: torch.cat([value, value]) if isinstance(value, Tensor) else value for key, value in x.items()}
+    if not isinstance(x, Tensor):
+        return x
     return torch.cat([x, x]) if len(x) == 1 else x[:_FEW]

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace.backends.gauss_newton import EFInterface, GGNInterface
+from laplace.backends.options import check_kfac_approx, honours
 from laplace.capture import contractions
 from laplace.data.batches import joined, length_of
+from laplace.enums import Likelihood
 from laplace.likelihoods import base as lik
 from laplace.linalg.kronecker import Kron
 from laplace.structures.diag import diag_vector
 from laplace.structures.registry import add_curvature_
 from laplace.structures.sums import CurvatureSums
 
+_PASSES = 64  # backward passes for one batch that need no word
+
 
 class _Native:
     """Contractions in place of dense Jacobians; the estimator's directions come from the sibling class."""
+
+    exact_products = True
+    _has_warned = False
+
+    kfac_approx = "expand"
+
+    @property
+    def estimator(self) -> str:
+        """As of the sibling class, and the approximation of weight sharing where it is not the default."""
+        return super().estimator + ("" if self.kfac_approx == "expand" else " with KFAC-reduce")
 
     def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
         """Add one batch to raw sums in place.
@@ -37,10 +52,23 @@ class _Native:
         capture = self.capture(x)
         y = y.to(capture.f.device)
         lik.check_targets(self.likelihood, capture.f, y, offset)
+        self._warn_of_passes(capture.f)
         f = capture.f.double()  # in float32, 1 - p of a sure example has no digits
-        add_curvature_(sums, capture, self.directions(f, y, offset))
+        add_curvature_(sums, capture, self.directions(f, y, offset), reduce=self.kfac_approx == "reduce")
         sums.loss = sums.loss + lik.loss_sum(self.likelihood, f, y)
         sums.n_data += len(y)
+
+    def _warn_of_passes(self, f: Tensor) -> None:
+        """Say once that exact curvature of many outputs takes many backward passes."""
+        outputs = f[0].numel()
+        exact = isinstance(self, GGNInterface) and not self.stochastic and not self.last_layer
+        if exact and outputs > _PASSES and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"The exact GGN of {outputs} outputs per example takes about as many backward passes for every batch. "
+                "backend_kwargs={'stochastic': True, 'num_samples': 1} samples it in one pass per draw.",
+                stacklevel=2,
+            )
 
     def _sums(self, structure: str, x: Any, y: Tensor) -> CurvatureSums:
         if self.spec is None or self.spec.structure != structure:
@@ -63,27 +91,83 @@ class _Native:
             capture = self.capture(inputs)
             found.append((torch.cat(list(contractions.jacobian_chunks(capture, blocks))), capture.f))
         js, f = joined(found)
-        return js, f
+        return self._in_given_order(js), f
 
+    @honours("mc_samples")
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Dense curvature of one batch ``(parameters, parameters)``."""
         sums = self._sums("full", x, y)
-        return sums.loss, sums.tensors["full"].to(sums.spec.torch_dtype)
+        half = self._in_given_order(sums.tensors["full"].to(sums.spec.torch_dtype))
+        return sums.loss, self._in_given_order(half.mT)
 
+    @honours("mc_samples", "kfac_approx")
     def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
-        """Kronecker factors of one batch, their input side divided by ``N``."""
+        """Kronecker factors of one batch, their input side divided by ``N``; options ``kfac_approx`` and ``mc_samples``."""
         sums = self._sums("kron", x, y)
         return sums.loss, Kron.from_sums(sums, N)
 
+    @honours("mc_samples")
     def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Diagonal curvature of one batch ``(parameters,)``."""
         sums = self._sums("diag", x, y)
-        return sums.loss, diag_vector(sums)
+        return sums.loss, self._in_given_order(diag_vector(sums))
 
 
 class NativeGGN(_Native, GGNInterface):
-    """Exact GGN, or with ``stochastic=True`` its Monte-Carlo Fisher estimate."""
+    """Exact GGN, or with ``stochastic=True`` its Monte-Carlo Fisher estimate.
+
+    Args:
+        model: As for :class:`laplace.curvature.GGNInterface`, like all further arguments but the last.
+        likelihood: See there.
+        last_layer: See there.
+        subnetwork_indices: See there.
+        dict_key_x: See there.
+        dict_key_y: See there.
+        stochastic: See there.
+        num_samples: See there.
+        seed: See there.
+        low_rank: See there.
+        kfac_approx: ``'expand'`` or ``'reduce'``: how Kronecker factors treat weights that are shared over positions.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        last_layer: bool = False,
+        subnetwork_indices: torch.LongTensor | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        stochastic: bool = False,
+        num_samples: int = 1,
+        seed: int | None = None,
+        low_rank: int = 10,
+        *,
+        kfac_approx: str = "expand",
+    ):
+        """See the class."""
+        keys = (dict_key_x, dict_key_y)
+        super().__init__(
+            model, likelihood, last_layer, subnetwork_indices, *keys, stochastic, num_samples, seed, low_rank
+        )
+        self.kfac_approx = check_kfac_approx(kfac_approx)
 
 
 class NativeEF(_Native, EFInterface):
-    """Empirical Fisher."""
+    """Empirical Fisher; arguments as of :class:`NativeGGN`, but for those of sampling."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        last_layer: bool = False,
+        subnetwork_indices: torch.LongTensor | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        low_rank: int = 10,
+        *,
+        kfac_approx: str = "expand",
+    ):
+        """See the class."""
+        super().__init__(model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, low_rank)
+        self.kfac_approx = check_kfac_approx(kfac_approx)

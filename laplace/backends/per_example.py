@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from laplace.backends.interface import CurvatureInterface
 from laplace.backends.isolated import isolated_copy
+from laplace.backends.options import honours
 from laplace.capture.capture import eval_mode
 from laplace.capture.contractions import output_directions
 from laplace.likelihoods import base as lik
@@ -65,6 +66,7 @@ class PerExampleInterface(CurvatureInterface):
         gradients = rows[0] if self.subnetwork_indices is None else rows[0][:, self.subnetwork_indices]
         return gradients, lik.loss_sum(self.likelihood, f, y)
 
+    @honours("mc_samples")
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Dense curvature of one batch ``(parameters, parameters)``."""
         size = self._size
@@ -73,6 +75,7 @@ class PerExampleInterface(CurvatureInterface):
         mirror_(total)
         return loss, total.to(self.sums_dtype)
 
+    @honours("mc_samples")
     def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Diagonal curvature of one batch ``(parameters,)``."""
         total = torch.zeros(self._size, dtype=torch.float64, device=self.params[0].device)
@@ -93,7 +96,7 @@ class PerExampleInterface(CurvatureInterface):
     def _module(self, x: Any) -> tuple[nn.Module, Any]:
         """A copy of what is to be differentiated, and its inputs: the last layer and its features where that is all."""
         if not self.last_layer:
-            return isolated_copy(self.model), x
+            return isolated_copy(self.model), _without_graph(x)
         with torch.no_grad(), eval_mode(self.model):
             _, features = self.model.forward_with_features(x)
         return isolated_copy(self.model.last_layer), features.detach()
@@ -148,3 +151,8 @@ class PerExampleInterface(CurvatureInterface):
             "its weight, is of a kind or in a mode that the package does not know, or does not have the batch dimension first. "
             "Use the native backend."
         )
+
+
+def _without_graph(x: Any) -> Any:
+    """Inputs that do not require gradients: packages ask layers for derivatives in inputs that do, and lack some of them."""
+    return x.detach() if isinstance(x, Tensor) else x

@@ -1,8 +1,9 @@
 """Jacobians whose own derivative with respect to the inputs is right where :mod:`torch.func` gets it wrong.
 
-The batching rule of ``torch.func`` for the backward pass of ``layer_norm`` takes the saved mean and deviation for
-constants (see pytorch/functorch issue 534): the Jacobian is right, its derivative is not, and nothing says so. Networks
-that call ``layer_norm`` are therefore differentiated by ordinary autograd, one example and one output at a time.
+The batching rules of ``torch.func`` for the backward passes of ``layer_norm``, and of batch and instance norm by the batch's
+own statistics, take the saved mean and deviation for constants (see pytorch/functorch issue 534): the Jacobian is right, its
+derivative is not, and nothing says so. Networks that call these are therefore differentiated by ordinary autograd, one example
+and one output at a time.
 """
 
 from __future__ import annotations
@@ -16,19 +17,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from laplace.data.batches import length_of, part_of
 
+_NORMS = (  # normalisations by running statistics are linear, and right under torch.func; their outputs 1 and 2 are empty
+    torch.ops.aten.native_layer_norm.default,
+    torch.ops.aten.native_batch_norm.default,
+    torch.ops.aten._native_batch_norm_legit.no_stats,
+    torch.ops.aten._native_batch_norm_legit.default,
+    torch.ops.aten.cudnn_batch_norm.default,
+)
+
 
 class _LayerNormSeen(TorchDispatchMode):
-    """Notices calls of ``layer_norm``, by modules or by functions."""
+    """Notices normalisation by statistics of the inputs themselves, by modules or by functions."""
 
     seen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self.seen = self.seen or func is torch.ops.aten.native_layer_norm.default
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        self.seen = self.seen or (func in _NORMS and out[1].numel() > 0)
+        return out
 
 
 def calls_layer_norm(model: nn.Module, x: Any) -> bool:
-    """Whether a forward pass runs ``layer_norm``."""
+    """Whether a forward pass normalises by statistics of its inputs, as ``layer_norm`` does."""
     with torch.no_grad(), _LayerNormSeen() as mode:
         model(part_of(x, slice(0, 1)))
     return mode.seen

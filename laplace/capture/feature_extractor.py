@@ -45,12 +45,19 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         self.model = model
         self.enable_backprop = enable_backprop
-        self.feature_reduction = (
-            None if feature_reduction is None else parse(FeatureReduction, feature_reduction, "feature_reduction")
-        )
+        self.feature_reduction = feature_reduction
         self.last_layer_name: str | None = None
         if last_layer_name is not None:
             self.set_last_layer(last_layer_name)
+
+    @property
+    def feature_reduction(self) -> FeatureReduction | None:
+        """How features with a position dimension are reduced; set by name or member."""
+        return self._feature_reduction
+
+    @feature_reduction.setter
+    def feature_reduction(self, value: FeatureReduction | str | None) -> None:
+        self._feature_reduction = None if value is None else parse(FeatureReduction, value, "feature_reduction")
 
     @property
     def last_layer(self) -> nn.Linear:
@@ -127,7 +134,8 @@ class FeatureExtractor(nn.Module):
                 f"The layer that ran last is {last}, not nn.Linear. Models for last-layer Laplace end in a linear layer "
                 "and return logits; if the last layer is elsewhere, pass last_layer_name."
             )
-        self._check(name, layer, inputs[0], logits, out)
+        if not (out.shape == logits.shape and torch.equal(out, logits)):  # else unreduced: only the features will be
+            self._check(name, layer, inputs[0], logits, out)
         self.set_last_layer(name)
         return out
 

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace.data import mistakes
+from laplace.data.mistakes import check_loader
+
 
 def batches(
     loader: Iterable, device: torch.device | str | None = None, dict_key_y: str = "labels"
@@ -16,20 +19,18 @@ def batches(
 
     Args:
         loader: Batches ``(x, y)``, or dict-like batches, which are themselves the inputs.
-        device: Where to put tensors; dict-like inputs stay where they are, models move them.
+        device: Where to put tensors and whatever else has ``.to``; dict-like inputs stay where they are, models move them.
         dict_key_y: Key of the targets in dict-like batches.
 
     Raises:
-        ValueError: If a dict-like batch does not have the key.
+        MissingKeyError: If a dict-like batch does not have the key.
+        ValueError: If the loader gives no batches of tensors; says what it gives instead.
     """
-    for batch in loader:
-        if isinstance(batch, MutableMapping):
-            if dict_key_y not in batch:
-                raise ValueError(f"Dict-like batches need the key {dict_key_y!r} (dict_key_y), got {sorted(batch)}.")
-            yield batch, batch[dict_key_y].to(device)
-        else:
-            x, y = batch
-            yield (x.to(device) if isinstance(x, Tensor) else x), y.to(device)
+    check_loader(loader)
+    for number, batch in enumerate(loader):
+        x, y = mistakes.inputs_and_targets(batch, dict_key_y, number)
+        moves = hasattr(x, "to") and not isinstance(x, MutableMapping)
+        yield (x.to(device) if moves else x), y.to(device)
 
 
 def length_of(x: Any) -> int:
@@ -37,8 +38,22 @@ def length_of(x: Any) -> int:
     return len(next(v for v in x.values() if isinstance(v, Tensor) and v.ndim) if isinstance(x, MutableMapping) else x)
 
 
+def is_divisible(x: Any) -> bool:
+    """Whether a batch of inputs can be cut into examples; graphs and other objects go to the model as they are."""
+    return isinstance(x, (Tensor, MutableMapping, Sequence))
+
+
 def part_of(x: Any, part: slice | Tensor) -> Any:
-    """Some examples of a batch of inputs, by a range or by indices: of a tensor, or of every tensor of a dict-like batch."""
+    """Some examples of a batch of inputs, by a range or by indices: of a tensor, or of every tensor of a dict-like batch.
+
+    Raises:
+        ValueError: If it is of another kind.
+    """
+    if not is_divisible(x):
+        raise ValueError(
+            f"Inputs of type {type(x).__name__} cannot be cut into examples, which is needed here. Give tensors or dict-like "
+            "batches, or use the native backend with layers that la.coverage gives a contraction of their own."
+        )
     if isinstance(x, MutableMapping):
         rows = {key: value[part] for key, value in x.items() if isinstance(value, Tensor) and value.ndim}
         return {**x, **rows}

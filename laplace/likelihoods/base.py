@@ -15,6 +15,7 @@ from torch import Tensor
 from laplace import noise
 from laplace.enums import Likelihood
 from laplace.errors import NonFiniteError
+from laplace.likelihoods.mistakes import check_classes
 
 
 def check_targets(likelihood: Likelihood, f: Tensor, y: Tensor, offset: int = 0) -> None:
@@ -38,6 +39,7 @@ def check_shapes(likelihood: Likelihood, f: Tensor, y: Tensor, offset: int = 0) 
             )
         check_finite("The regression target", y, offset)
         return
+    check_classes(f, y)
     if y.is_floating_point() or y.dtype is torch.bool:
         raise ValueError(
             f"Classification needs integer class labels, but the targets are {y.dtype}. "

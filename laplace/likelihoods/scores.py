@@ -14,12 +14,13 @@ from torch import Tensor, nn
 _Z90 = 1.6448536269514722  # 95 % quantile of the standard normal: a central 90 % interval
 
 
-def classification_scores(probs: Tensor, y: Tensor) -> dict[str, Tensor]:
+def classification_scores(probs: Tensor, y: Tensor, log_probs: Tensor | None = None) -> dict[str, Tensor]:
     """Scores of class probabilities, each ``(terms,)`` float64.
 
     Args:
         probs: ``(batch, …, classes)``.
         y: Labels ``(batch, …)``.
+        log_probs: Their logarithms, from ``la(x, log_probs=True)``: where probabilities underflow, the ``nll`` needs them.
 
     Returns:
         ``confidence`` (largest probability), ``correct`` (0 or 1), ``nll`` (nats), ``brier`` (summed over classes; Brier,
@@ -31,6 +32,8 @@ def classification_scores(probs: Tensor, y: Tensor) -> dict[str, Tensor]:
     confidence, label = probs.max(1)
     brier = probs.square().sum(1) - 2 * picked + 1
     nll = -picked.clamp(min=torch.finfo(torch.float64).tiny).log()
+    if log_probs is not None:
+        nll = -log_probs.detach().double().reshape(probs.shape).gather(1, y[:, None])[:, 0]
     return {"confidence": confidence, "correct": (label == y).double(), "nll": nll, "brier": brier}
 
 

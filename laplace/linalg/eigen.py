@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
 
-def eigh(M: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues in float64, ascending, and eigenvectors in the type of ``M``; of its symmetric part, found in float64."""
-    values, vectors = torch.linalg.eigh((M.double() + M.double().mT) / 2)
+def eigh(M: Tensor, what: str = "matrix") -> tuple[Tensor, Tensor]:
+    """Eigenvalues in float64, ascending, and eigenvectors in the type of ``M``; of its symmetric part, found in float64.
+
+    Rows and columns of zeros, as of inputs that never fire, are eigenvectors by themselves and are left out of the search:
+    with many of them, divide and conquer takes minutes where the rest takes a moment, or does not converge.
+
+    Args:
+        M: The matrix ``(n, n)``.
+        what: What it is, for the error.
+
+    Raises:
+        ValueError: If no algorithm converges; names the matrix.
+    """
+    values, vectors = eigh_double(M, what)
     return values, vectors.to(M.dtype)
+
+
+def eigh_double(M: Tensor, what: str = "matrix") -> tuple[Tensor, Tensor]:
+    """As :func:`eigh`, with eigenvectors in float64 too."""
+    symmetric = (M.double() + M.double().mT) / 2
+    used = symmetric.any(1).nonzero().flatten()
+    if len(used) == len(M):
+        return _eigh_of_used(symmetric, what)
+    unused = (~symmetric.any(1)).nonzero().flatten()
+    some, parts = _eigh_of_used(symmetric[used][:, used], what) if len(used) else (symmetric.new_zeros(0), None)
+    values, order = torch.cat([some, some.new_zeros(len(unused))]).sort(stable=True)
+    vectors = torch.zeros_like(symmetric)
+    if parts is not None:
+        vectors[used, : len(used)] = parts
+    vectors[unused, torch.arange(len(used), len(M), device=M.device)] = 1
+    return values, vectors[:, order]
+
+
+def _eigh_of_used(M: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """By divide and conquer; where that does not converge, by QR iteration on the host, slower but without its failures."""
+    try:
+        return torch.linalg.eigh(M)
+    except torch.linalg.LinAlgError as first:
+        try:
+            values, vectors = scipy.linalg.eigh(M.cpu().numpy(), driver="ev")
+        except (scipy.linalg.LinAlgError, ValueError) as second:
+            raise ValueError(
+                f"The {what} has no eigendecomposition: divide and conquer fails with {first}, QR iteration with {second}. "
+                "Look at the scale of the data and of the model's weights, or use hessian_structure='diag'."
+            ) from second
+        return torch.from_numpy(values).to(M.device), torch.from_numpy(vectors).to(M.device)
 
 
 def symeig(M: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,20 +24,22 @@ _SCRATCH = 1 << 19  # elements of the products of short runs that are held at on
 _POSITIONS = 64  # width up to which per-example Gram matrices are cheaper than a transposed copy
 
 
-def add_gram_(total: Tensor, rows: Sequence[Tensor], scale: float = 1.0) -> None:
+def add_gram_(total: Tensor, rows: Sequence[Tensor], scale: float = 1.0, exact: bool = False) -> None:
     """Add ``scale · Σ rowsᵀ rows`` to a symmetric float64 sum; beyond one block, only on and above the block diagonal.
 
     Args:
         total: The sum ``(width, width)``.
         rows: Matrices ``(n, width)``; a few with some thousand rows in all cost less than one after the other.
         scale: Factor of all of them.
+        exact: Multiply in float64: the sum then has the rank of the rows, where rounded products have full rank.
     """
     if total.numel() <= _SMALL:
         for r in rows:
+            r = r.double() if exact else r
             _add_to_small_(total, r, r, scale)
         return
     for start, stop in _blocks(len(total)):
-        _add_to_block_(total[start:stop, start:], [(r[:, start:stop], r[:, start:]) for r in rows], scale)
+        _add_to_block_(total[start:stop, start:], [(r[:, start:stop], r[:, start:]) for r in rows], scale, exact)
 
 
 def gram(rows: Iterable[Tensor]) -> Tensor:
@@ -100,9 +102,15 @@ def _blocks(n: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + _BLOCK, n)) for start in range(0, n, _BLOCK))
 
 
-def _add_to_block_(block: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], scale: float = 1.0) -> None:
+def _add_to_block_(
+    block: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], scale: float = 1.0, exact: bool = False
+) -> None:
     """Add ``Σ leftᵀ right`` to a block of a sum, by runs of rows in a buffer of the block's size."""
     runs = [run for left, right in pairs for run in zip(left.split(_RUN), right.split(_RUN), strict=True)]
+    if exact:
+        for left, right in runs:
+            block.addmm_(left.double().T, right.double(), alpha=scale)
+        return
     for first in range(0, len(runs), _RUNS):
         left, right = runs[first]
         product = left.T @ right

@@ -1,7 +1,7 @@
-r"""Kronecker-factored block-diagonal matrices and their eigendecompositions.
+r"""Kronecker-factored block-diagonal matrices.
 
 A block is a list of factors: two for a weight, :math:`B \otimes A` over its row-major flattening; one for a bias, the
-matrix :math:`B`; a one-dimensional tensor for a block that is diagonal.
+matrix :math:`B`. A one-dimensional tensor stands for a factor that is diagonal, alone or in a pair.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from laplace.linalg import memory
-from laplace.linalg.eigen import eigh, shifted
+from laplace.linalg.decomposed import KronDecomposed, check_not_negative, dense_block
+from laplace.linalg.eigen import eigh
 
 
 class Kron:
@@ -20,15 +21,37 @@ class Kron:
 
     Attributes:
         kfacs: For each parameter, its factors.
+        names: For each parameter, the names of its factors, for errors; None where they have none.
+
+    Raises:
+        ValueError: If a block has other than one or two factors, or one is neither square nor one-dimensional.
     """
 
-    def __init__(self, kfacs: Sequence[Sequence[Tensor]]):
+    def __init__(self, kfacs: Sequence[Sequence[Tensor]], names: Sequence[Sequence[str]] | None = None):
         """Wrap factors; nothing is copied."""
         self.kfacs = [list(factors) for factors in kfacs]
+        self.names = names
+        for number, factors in enumerate(self.kfacs):
+            square = all(f.ndim == 1 or (f.ndim == 2 and f.shape[0] == f.shape[1]) for f in factors)
+            if len(factors) not in (1, 2) or not square:
+                raise ValueError(
+                    f"Block {number} has factors of shapes {[tuple(f.shape) for f in factors]}; a block is one or two square "
+                    "matrices, or one-dimensional tensors in place of diagonal ones."
+                )
 
     @classmethod
-    def init_from_model(cls, model: nn.Module | Iterable[nn.Parameter], device: torch.device | str) -> Kron:
+    def init_from_model(
+        cls,
+        model: nn.Module | Iterable[nn.Parameter],
+        device: torch.device | str,
+        dtype: torch.dtype | None = None,
+    ) -> Kron:
         """Zero factors for a model's parameters: two for a weight, one for a vector.
+
+        Args:
+            model: The model, or its parameters.
+            device: Where to put them.
+            dtype: Their type; that of each parameter if None.
 
         Raises:
             ValueError: If a parameter has no dimension.
@@ -39,7 +62,7 @@ class Kron:
             if p.ndim == 0:
                 raise ValueError("A parameter without dimensions has no Kronecker factors; give it shape (1,).")
             sizes = (p.shape[0],) if p.ndim == 1 else weight_shape_2d(p.shape)
-            kfacs.append([torch.zeros(s, s, dtype=p.dtype, device=device) for s in sizes])
+            kfacs.append([torch.zeros(s, s, dtype=dtype or p.dtype, device=device) for s in sizes])
         return cls(kfacs)
 
     @classmethod
@@ -57,7 +80,7 @@ class Kron:
         for block in sums.spec.blocks:
             factors = [rounded[name] for name in block.factors]
             kfacs.append(factors if block.has_factors else [factors[0].flatten()])
-        return cls(kfacs)
+        return cls(kfacs, [block.factors for block in sums.spec.blocks])
 
     def __add__(self, other: Kron) -> Kron:
         """Add factor by factor.
@@ -69,13 +92,15 @@ class Kron:
             raise ValueError(f"Only Kron can be added to Kron, not {type(other).__name__}.")
         if [[f.shape for f in fs] for fs in self.kfacs] != [[f.shape for f in fs] for fs in other.kfacs]:
             raise ValueError("The two Kron have factors of different shapes.")
-        return Kron([[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(self.kfacs, other.kfacs, strict=True)])
+        pairs = zip(self.kfacs, other.kfacs, strict=True)
+        return Kron([[a + b for a, b in zip(x, y, strict=True)] for x, y in pairs], self.names)
 
     def __mul__(self, scalar: float | Tensor) -> Kron:
         """Scale the matrix: each of ``k`` factors by the ``k``-th root."""
         if not isinstance(scalar, (int, float)) and not (isinstance(scalar, Tensor) and scalar.numel() == 1):
             raise ValueError(f"Kron can be multiplied by a scalar, not by {scalar!r}.")
-        return Kron([[scalar ** (1 / len(fs)) * f for f in fs] for fs in self.kfacs])
+        check_not_negative(scalar)
+        return Kron([[scalar ** (1 / len(fs)) * f for f in fs] for fs in self.kfacs], self.names)
 
     __radd__ = __add__
     __rmul__ = __mul__
@@ -88,7 +113,7 @@ class Kron:
         """Eigendecompose every factor once, in float64; factors shared between blocks are decomposed once.
 
         Raises:
-            ValueError: If a factor holds NaN or Inf.
+            ValueError: If a factor holds NaN or Inf, or has no eigendecomposition; the message names it.
             NotEnoughMemoryError: If the widest factor's eigenvectors do not fit into the free memory.
         """
         widest = max((f for fs in self.kfacs for f in fs if f.ndim == 2), key=len, default=None)
@@ -101,11 +126,13 @@ class Kron:
             )
         done: dict[int, tuple[Tensor, Tensor | None]] = {}
         for number, factors in enumerate(self.kfacs):
-            for factor in factors:
+            for place, factor in enumerate(factors):
                 if id(factor) not in done:
+                    name = f" {self.names[number][place]!r}" if self.names else ""
+                    what = f"Kronecker factor{name} {tuple(factor.shape)} of block {number}"
                     if not bool(torch.isfinite(factor).all()):
-                        raise ValueError(f"A Kronecker factor of block {number} holds NaN or Inf.")
-                    values, vectors = eigh(factor) if factor.ndim == 2 else (factor.clamp(min=0), None)
+                        raise ValueError(f"The {what} holds NaN or Inf.")
+                    values, vectors = eigh(factor, what) if factor.ndim == 2 else (factor.clamp(min=0), None)
                     done[id(factor)] = values.to(factor.dtype), vectors
         values = [[done[id(f)][0] for f in fs] for fs in self.kfacs]
         vectors = [[done[id(f)][1] for f in fs] for fs in self.kfacs]
@@ -121,7 +148,7 @@ class Kron:
 
     def to_matrix(self) -> Tensor:
         """The dense matrix ``(parameters, parameters)``; for tests and small models."""
-        return torch.block_diag(*[_dense(factors) for factors in self.kfacs])
+        return torch.block_diag(*[dense_block(factors) for factors in self.kfacs])
 
     def bmm(self, W: Tensor, exponent: float = 1) -> Tensor:
         """``W`` times a power of the matrix; see :meth:`KronDecomposed.bmm`."""
@@ -130,150 +157,6 @@ class Kron:
     def logdet(self) -> Tensor:
         """Log determinant of the matrix."""
         return self.decompose().logdet()
-
-
-class KronDecomposed:
-    r"""Blocks :math:`(Q_B \otimes Q_A)\,\mathrm{diag}(l_B \otimes l_A + \delta)\,(Q_B \otimes Q_A)^\top`.
-
-    Attributes:
-        eigenvectors: For each block, one orthonormal matrix per factor (None for the identity).
-        eigenvalues: For each block, one vector per factor. Those that are zero but for rounding may be slightly negative;
-            see :func:`shifted`.
-        deltas: One additive constant per block, ``(blocks,)``.
-        damping: Add :math:`\sqrt\delta` to the eigenvalues of each factor instead of :math:`\delta` to their product.
-    """
-
-    def __init__(
-        self,
-        eigenvectors: list[list[Tensor | None]],
-        eigenvalues: list[list[Tensor]],
-        deltas: Tensor | None = None,
-        damping: bool = False,
-    ):
-        """Wrap a decomposition; see :meth:`Kron.decompose`."""
-        self.eigenvectors = eigenvectors
-        self.eigenvalues = eigenvalues
-        first = eigenvalues[0][0]
-        self.deltas = torch.zeros(len(self), dtype=first.dtype, device=first.device) if deltas is None else deltas
-        self.damping = damping
-
-    def __len__(self) -> int:
-        """Number of blocks."""
-        return len(self.eigenvalues)
-
-    def __add__(self, deltas: Tensor | float) -> KronDecomposed:
-        """Add a multiple of the identity to all blocks (scalar) or to each (one value per block).
-
-        Raises:
-            ValueError: If there are neither one nor as many values as blocks.
-        """
-        deltas = torch.as_tensor(deltas, dtype=self.deltas.dtype, device=self.deltas.device)
-        if deltas.numel() not in (1, len(self)) or deltas.ndim > 1:
-            raise ValueError(
-                f"Expected a scalar or {len(self)} values, one per block; got shape {tuple(deltas.shape)}."
-            )
-        return KronDecomposed(self.eigenvectors, self.eigenvalues, self.deltas + deltas, self.damping)
-
-    def __mul__(self, scalar: Tensor | float) -> KronDecomposed:
-        """Scale the decomposed matrix, not the deltas.
-
-        Raises:
-            ValueError: If ``scalar`` is not one number.
-        """
-        if isinstance(scalar, Tensor) and scalar.numel() != 1:
-            raise ValueError(f"Expected a scalar, got a tensor of shape {tuple(scalar.shape)}.")
-        scalar = scalar.squeeze() if isinstance(scalar, Tensor) else scalar
-        values = [[scalar ** (1 / len(ls)) * v for v in ls] for ls in self.eigenvalues]
-        return KronDecomposed(self.eigenvectors, values, self.deltas, self.damping)
-
-    __radd__ = __add__
-    __rmul__ = __mul__
-
-    def spectrum(self, block: int) -> Tensor:
-        """Eigenvalues of one block including its delta, ``(out, in)`` or ``(out,)``."""
-        values, delta = self.eigenvalues[block], self.deltas[block]
-        if len(values) == 1:
-            return shifted(values[0], delta)
-        if self.damping:
-            return torch.outer(shifted(values[0], delta.sqrt()), shifted(values[1], delta.sqrt()))
-        return shifted(torch.outer(values[0], values[1]), delta)
-
-    def logdet(self) -> Tensor:
-        """Log determinant, differentiable in the deltas and in a scalar factor; logarithms are added up in float64."""
-        total = torch.stack([self.spectrum(i).double().log().sum() for i in range(len(self))]).sum()
-        return total.to(self.deltas.dtype)
-
-    def logdet_ratio(self) -> Tensor:
-        """Log determinant minus that of the deltas alone, as one sum: the two may be large where this is small."""
-        terms = [(self.spectrum(i).double() / self.deltas[i].double()).log().sum() for i in range(len(self))]
-        return torch.stack(terms).sum().to(self.deltas.dtype)
-
-    def bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
-        """Rows of ``W`` times the matrix raised to ``exponent``.
-
-        Args:
-            W: ``(parameters,)``, ``(batch, parameters)`` or ``(batch, k, parameters)``.
-            exponent: Power of the spectrum; -1 for the inverse, -½ for its symmetric root.
-
-        Returns:
-            A tensor shaped like ``W``.
-        """
-        rows = W.reshape(-1, W.shape[-1])
-        sizes = [self._size(i) for i in range(len(self))]
-        if W.shape[-1] != sum(sizes):
-            raise ValueError(f"The last dimension of W is {W.shape[-1]}, but there are {sum(sizes)} parameters.")
-        parts = [self._apply(i, part, exponent) for i, part in enumerate(rows.split(sizes, 1))]
-        return torch.cat(parts, 1).reshape(W.shape)
-
-    def inv_square_form(self, W: Tensor) -> Tensor:
-        """``W P⁻¹ Wᵀ`` for ``W`` of shape ``(batch, k, parameters)``."""
-        return self.bmm(W, -1) @ W.transpose(-1, -2)
-
-    def diag(self, exponent: float = 1) -> Tensor:
-        """Diagonal of the matrix raised to ``exponent``, ``(parameters,)``."""
-        parts = []
-        for i, vectors in enumerate(self.eigenvectors):
-            spectrum = self.spectrum(i) ** exponent
-            squares = [None if q is None else q.square() for q in vectors]
-            if len(vectors) == 2:
-                spectrum = (squares[0] @ spectrum @ squares[1].T).flatten()
-            elif squares[0] is not None:
-                spectrum = squares[0] @ spectrum
-            parts.append(spectrum)
-        return torch.cat(parts)
-
-    def to_matrix(self, exponent: float = 1) -> Tensor:
-        """The dense matrix raised to ``exponent``; for tests and small models."""
-        blocks = []
-        for i, vectors in enumerate(self.eigenvectors):
-            spectrum = (self.spectrum(i) ** exponent).flatten()
-            if vectors[0] is None:
-                blocks.append(torch.diag(spectrum))
-            else:
-                q = _dense(vectors)
-                blocks.append((q * spectrum) @ q.T)
-        return torch.block_diag(*blocks)
-
-    def _size(self, block: int) -> int:
-        size = 1
-        for values in self.eigenvalues[block]:
-            size *= len(values)
-        return size
-
-    def _apply(self, block: int, rows: Tensor, exponent: float) -> Tensor:
-        vectors, spectrum = self.eigenvectors[block], self.spectrum(block) ** exponent
-        if len(vectors) == 1:
-            q = vectors[0]
-            return rows * spectrum if q is None else ((rows @ q) * spectrum) @ q.T
-        left, right = vectors
-        matrix = rows.reshape(-1, len(left), len(right))
-        return (left @ ((left.T @ matrix @ right) * spectrum) @ right.T).flatten(1)
-
-
-def _dense(factors: Sequence[Tensor]) -> Tensor:
-    if len(factors) == 2:
-        return torch.kron(factors[0].contiguous(), factors[1].contiguous())
-    return factors[0] if factors[0].ndim == 2 else torch.diag(factors[0])
 
 
 def weight_shape_2d(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from torch import nn
 
 ORDER = (
     "model",
@@ -61,3 +64,23 @@ def signature(cls: type) -> inspect.Signature:
     by_position = [known[name].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in cls.order]
     others = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, p in known.items() if name not in cls.order]
     return inspect.Signature(by_position + others)
+
+
+def check_model(model: Any) -> nn.Module:
+    """Refuse what is no network.
+
+    Raises:
+        ValueError: If it is a path, a state dict or something else; says how to get the network.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        raise ValueError(
+            f"model={os.fspath(model)!r} is a path. Load the network first: torch.load(path, weights_only=False) of a file "
+            "that you trust and that holds a whole model, or model.load_state_dict(torch.load(path)) of its weights."
+        )
+    if isinstance(model, Mapping):
+        raise ValueError(
+            "model is a state dict, not a network: build the network and call its load_state_dict with it."
+        )
+    raise ValueError(f"model is {type(model).__name__}, but has to be a torch.nn.Module.")

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from math import log, pi, sqrt
+from math import inf, log, pi, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
 from laplace import tuning
 from laplace.backends.interface import CurvatureInterface
 from laplace.backends.native import NativeGGN
 from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, parse
-from laplace.posterior.arguments import ORDER, by_name, signature
-from laplace.prior import spread
+from laplace.posterior.arguments import ORDER, by_name, check_model, signature
+from laplace.prior import as_value, spread
 
 _LOG_SQRT_2PI = log(sqrt(2 * pi))
 
@@ -67,8 +66,8 @@ class BaseLaplace:
         asdl_fisher_kwargs: dict[str, Any] | None = None,
     ):
         """See the class."""
-        self.likelihood = parse(Likelihood, likelihood, "likelihood")
-        self.model = model
+        self.likelihood = likelihood
+        self.model = check_model(model)
         self.temperature = temperature
         self.enable_backprop = enable_backprop
         self.dict_key_x = dict_key_x
@@ -80,10 +79,18 @@ class BaseLaplace:
         self.loss: Tensor | float = 0.0
         self.n_data = 0
         self.n_outputs: int | None = None
+        self._mean: Tensor | None = None
         self._prior_precision_argument = prior_precision
         self._prior_mean_argument = prior_mean
         self._find_params()
         self.sigma_noise = sigma_noise
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickle: without the graphs that evidence at a tensor with gradients leaves behind."""
+        return {
+            name: value.detach() if isinstance(value, Tensor) and value.grad_fn is not None else value
+            for name, value in self.__dict__.items()
+        }
 
     def _find_params(self) -> None:
         """Take over the parameters and, now that their number is known, the prior."""
@@ -95,7 +102,6 @@ class BaseLaplace:
     def _set_sizes(self) -> None:
         self.n_params = sum(p.numel() for p in self.params)
         self.n_layers = len(self.params)
-        self.mean = parameters_to_vector(self.params).detach()
         self.prior_precision = self._prior_precision_argument
         self.prior_mean = self._prior_mean_argument
 
@@ -124,7 +130,31 @@ class BaseLaplace:
             cls = self._backend_cls or NativeGGN
             likelihood = "classification" if self.likelihood is Likelihood.REWARD_MODELING else self.likelihood.value
             self._backend = cls(self.model, likelihood, **self._backend_arguments())
+        self._backend.dict_key_x, self._backend.dict_key_y = self.dict_key_x, self.dict_key_y
         return self._backend
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """Likelihood of the targets; set by name or member, before ``fit``."""
+        return self._likelihood
+
+    @likelihood.setter
+    def likelihood(self, value: Likelihood | str) -> None:
+        value = parse(Likelihood, value, "likelihood")
+        before = getattr(self, "_likelihood", value)
+        self._check_likelihood(value)
+        self._likelihood = value
+        if value is before:
+            return
+        try:
+            self.sigma_noise = self.sigma_noise
+        except ValueError:
+            self._likelihood = before
+            raise
+        self._backend = None
+
+    def _check_likelihood(self, value: Likelihood) -> None:
+        """Posteriors that do not take every likelihood, or no other one any more, refuse it here."""
 
     @property
     def prior_precision(self) -> Tensor:
@@ -133,7 +163,7 @@ class BaseLaplace:
 
     @prior_precision.setter
     def prior_precision(self, value: float | Tensor) -> None:
-        value = torch.as_tensor(value, dtype=self._dtype, device=self._device)
+        value = as_value("prior_precision", value, self._dtype, self._device)
         value = value.reshape(1) if value.ndim == 0 else value
         if self.params and (value.ndim != 1 or len(value) not in self._prior_sizes.values()):
             kinds = {PriorStructure.LAYERWISE: "(one per parameter tensor)", PriorStructure.DIAG: "(one per parameter)"}
@@ -157,6 +187,30 @@ class BaseLaplace:
         return {PriorStructure.SCALAR: 1, PriorStructure.LAYERWISE: self.n_layers, PriorStructure.DIAG: self.n_params}
 
     @property
+    def mean(self) -> Tensor | None:
+        """MAP estimate ``(parameters,)`` after ``fit``, the prior's mean before; None while a last layer is not known."""
+        if self._mean is None and self.params:
+            return self._prior_mean_vector()
+        return self._mean
+
+    @mean.setter
+    def mean(self, value: Tensor) -> None:
+        self._mean = value
+
+    def _prior_mean_vector(self) -> Tensor:
+        """Mean of the prior, one value per parameter."""
+        return self.prior_mean.expand(self.n_params)
+
+    @property
+    def _n_inferred(self) -> int:
+        """Number of parameters that have a distribution."""
+        return self._prior_sizes[PriorStructure.DIAG]
+
+    def _inferred(self, value: Tensor) -> Tensor:
+        """The entries of parameter vectors that have a distribution."""
+        return value
+
+    @property
     def _mean_inferred(self) -> Tensor:
         """MAP estimate of the parameters that have a distribution; subnetworks keep the others fixed."""
         return self.mean
@@ -174,11 +228,15 @@ class BaseLaplace:
 
     @prior_mean.setter
     def prior_mean(self, value: float | Tensor) -> None:
-        value = torch.as_tensor(value, dtype=self._dtype, device=self._device)
+        value = as_value("prior_mean", value, self._dtype, self._device)
         sizes = {self.n_params, self._prior_sizes[PriorStructure.DIAG]} if self.params else set()
         if self.params and (value.ndim > 1 or value.numel() not in {1, *sizes}):
             valid = " or ".join(f"({size},)" for size in sorted(sizes))
             raise ValueError(f"prior_mean has shape {tuple(value.shape)}; valid are a scalar or {valid}.")
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"prior_mean must be finite, but holds {value[~torch.isfinite(value)].flatten()[0].item()}."
+            )
         self._prior_mean_argument = value
         self._prior_mean = value
 
@@ -189,12 +247,12 @@ class BaseLaplace:
 
     @sigma_noise.setter
     def sigma_noise(self, value: float | Tensor) -> None:
-        value = torch.as_tensor(value, dtype=self._dtype, device=self._device)
+        value = as_value("sigma_noise", value, self._dtype, self._device)
         if value.numel() != 1:
             raise ValueError(f"sigma_noise must be a scalar, but has shape {tuple(value.shape)}.")
         value = value.reshape(())
-        if not bool(value > 0):
-            raise ValueError(f"sigma_noise must be positive, but is {value.item()}.")
+        if not bool((value > 0) & torch.isfinite(value)):
+            raise ValueError(f"sigma_noise must be positive and finite, but is {value.item()}.")
         if self.likelihood is not Likelihood.REGRESSION and float(value.detach()) != 1:
             raise ValueError(
                 f"sigma_noise={float(value.detach())} has no meaning for {self.likelihood.value}; it must be 1 "
@@ -210,8 +268,8 @@ class BaseLaplace:
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        if not value > 0:
-            raise ValueError(f"temperature={value} must be positive.")
+        if not isinstance(value, (int, float, Tensor)) or not 0 < value < inf:
+            raise ValueError(f"temperature={value!r} must be positive and finite.")
         self._temperature = value
         self._prior_changed()
 
@@ -222,13 +280,14 @@ class BaseLaplace:
 
     @property
     def log_likelihood(self) -> Tensor:
-        """Log likelihood of the training data at the MAP, differentiable in ``sigma_noise``."""
+        """Log likelihood of the training data at the MAP in float64, differentiable in ``sigma_noise``."""
         self._check_fitted()
-        factor = -self._H_factor
-        loss = torch.as_tensor(self.loss, dtype=self._dtype, device=self._device)
+        noise = self.sigma_noise.double()
+        factor = -1 / noise.square() / self.temperature
+        loss = torch.as_tensor(self.loss, dtype=torch.float64, device=self._device)
         if self.likelihood is not Likelihood.REGRESSION:
             return factor * loss
-        constant = self.n_data * self.n_outputs * (self.sigma_noise.log() + _LOG_SQRT_2PI)
+        constant = self.n_data * self.n_outputs * (noise.log() + _LOG_SQRT_2PI)
         return factor * loss - constant
 
     @property
@@ -239,7 +298,7 @@ class BaseLaplace:
     def initial_prior_precision(self, value: float | Tensor, structure: PriorStructure | str) -> Tensor:
         """A prior precision of the given structure, filled with ``value`` where that is a scalar."""
         structure = parse(PriorStructure, structure, "prior_structure")
-        value = torch.as_tensor(value, dtype=self._dtype, device=self._device)
+        value = as_value("prior precision", value, self._dtype, self._device)
         if value.numel() > 1:
             return value.clone()
         if structure not in self._prior_sizes:

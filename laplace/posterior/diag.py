@@ -9,6 +9,7 @@ from torch import Tensor
 
 from laplace.capture.blocks import Block
 from laplace.capture.variance import Basis, block_variance
+from laplace.noise import check_samples
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.prior import spread
 from laplace.structures.diag import diag_vector
@@ -16,16 +17,24 @@ from laplace.structures.sums import CurvatureSums
 
 
 class DiagLaplace(ParametricLaplace):
-    """Laplace approximation with diagonal curvature.
-
-    Attributes:
-        H: Diagonal of the summed curvature ``(parameters,)``.
-    """
+    """Laplace approximation with diagonal curvature."""
 
     structure = "diag"
+    _diagonal: Tensor | None = None
 
     def _finalize(self, sums: CurvatureSums) -> None:
-        self.H = diag_vector(sums)
+        self._diagonal = diag_vector(sums)
+
+    @property
+    def H(self) -> Tensor | None:
+        """Diagonal of the summed curvature ``(parameters,)``; zero before ``fit``."""
+        if self._diagonal is None and self.params:
+            return torch.zeros(self._n_inferred, dtype=self._dtype, device=self._device)
+        return self._diagonal
+
+    def _in_order_of_sums(self, values: Tensor) -> Tensor:
+        """Subnetworks bring values from their own order to that of the sums here."""
+        return values
 
     @property
     def posterior_precision(self) -> Tensor:
@@ -46,13 +55,13 @@ class DiagLaplace(ParametricLaplace):
     @property
     def log_det_posterior_precision(self) -> Tensor:
         r"""Log determinant :math:`\log\det P`."""
-        return self.posterior_precision.double().log().sum().to(self._dtype)
+        return self.posterior_precision.double().log().sum()
 
     @property
     def log_det_ratio(self) -> Tensor:
         r""":math:`\log\det P - \log\det P_0`, as one sum: the two may be large where this is small."""
         prior = self.prior_precision_diag.double()
-        return (self.posterior_precision.double() / prior).log().sum().to(self._dtype)
+        return (self.posterior_precision.double() / prior).log().sum()
 
     def square_norm(self, value: Tensor) -> Tensor:
         r""":math:`\Delta^\top P \Delta` with :math:`\Delta` = ``value - mean``."""
@@ -67,8 +76,10 @@ class DiagLaplace(ParametricLaplace):
         r""":math:`J P^{-1} J^\top` jointly, ``(batch · outputs, batch · outputs)``."""
         return (Js * self.posterior_variance) @ Js.T
 
+    @torch.no_grad()
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Draw parameter vectors ``(n_samples, parameters)``."""
+        check_samples(n_samples)
         self._check_fitted()
         scale = self.posterior_scale
         noise = torch.randn(n_samples, len(scale), device=self._device, dtype=self._dtype, generator=generator)
@@ -77,8 +88,8 @@ class DiagLaplace(ParametricLaplace):
     def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor:
         blocks = self.sums_spec().blocks
         sizes = [block.size for block in blocks]
-        curvature = (self._H_factor * self.H).split(sizes)
-        priors = [spread(value, sizes).split(sizes) for value in prior_precisions]
+        curvature = self._in_order_of_sums(self._H_factor * self.H).split(sizes)
+        priors = [self._in_order_of_sums(spread(value, sizes)).split(sizes) for value in prior_precisions]
 
         def weight(index: int):
             return lambda t: _whole(blocks[index], (curvature[index] + priors[t][index]).reciprocal())

@@ -32,6 +32,7 @@ from laplace.enums import PredType
 from laplace.errors import NotFittedError
 from laplace.likelihoods import base as lik
 from laplace.linalg import memory
+from laplace.linalg.eigen import eigh
 from laplace.posterior.arguments import before, by_name
 from laplace.posterior.base import BaseLaplace
 from laplace.posterior.parametric import ParametricLaplace
@@ -119,6 +120,7 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
                 f"A functional (GP) posterior needs a GGN or EF backend, not {type(self.backend).__name__}; the true Hessian "
                 "is no Gaussian process."
             )
+        self._check_parameters(x)
         spec = self.backend.initialize(x, "diag")
         blocks = tuple(replace(block, factors=()) for block in spec.blocks)
         self._spec = replace(spec, structure=self.structure, blocks=blocks, factors={})
@@ -176,11 +178,13 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
             start += len(y)
         rows = gp.concatenate(parts)
         gram = self._gram(rows, rows)
-        values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+        values, vectors = (
+            torch.stack(parts) for parts in zip(*(eigh(g, "training kernel") for g in gram), strict=True)
+        )
         self.spectrum, self._vectors = values.clamp(min=0), vectors
         self._rows, self._subset = rows, subset
         self.loss, self.n_data = loss, n_data
-        self.mean = torch.nn.utils.parameters_to_vector(self.params).detach()
+        self._remember_weights()
 
     def _roots(self, f: Tensor, y: Tensor, offset: int) -> list[Tensor]:
         """Directions whose rows span the curvature; of independent outputs, one per output."""
@@ -226,7 +230,7 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
     def log_det_ratio(self) -> Tensor:
         r""":math:`\log\det P - \log\det P_0`."""
         self._check_fitted()
-        return (1 + self._curvature_factor * self.spectrum / self.prior_precision.double()).log().sum().to(self._dtype)
+        return (1 + self._curvature_factor * self.spectrum / self.prior_precision.double()).log().sum()
 
     @property
     def log_det_posterior_precision(self) -> Tensor:
@@ -296,12 +300,12 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
         return super().__call__(x, pred_type, *args, **kwargs)
 
     def predictive_samples(self, x: Any, pred_type: PredType | str = PredType.GP, *args: Any, **kwargs: Any) -> Tensor:
-        """Draws from the predictive; see :func:`laplace.predictive.samples`. ``pred_type`` is ``'gp'``."""
-        return super().predictive_samples(x, pred_type, *args, **kwargs)
+        """Draws; see :func:`laplace.predictive.samples`. ``pred_type`` is ``'gp'``, and ``'glm'`` means it."""
+        return super().predictive_samples(x, _as_gp(pred_type), *args, **kwargs)
 
     def functional_samples(self, x: Any, pred_type: PredType | str = PredType.GP, *args: Any, **kwargs: Any) -> Tensor:
-        """Draws of functions; see :func:`laplace.predictive.function_samples`. ``pred_type`` is ``'gp'``."""
-        return super().functional_samples(x, pred_type, *args, **kwargs)
+        """Draws; see :func:`laplace.predictive.function_samples`. ``pred_type`` is ``'gp'``, and ``'glm'`` means it."""
+        return super().functional_samples(x, _as_gp(pred_type), *args, **kwargs)
 
     def optimize_prior_precision(self, pred_type: PredType | str = PredType.GP, *args: Any, **kwargs: Any) -> None:
         """Choose the scalar prior precision after the fit; see :func:`laplace.tuning.optimize_prior_precision`."""
@@ -316,11 +320,18 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
             "loss": self.loss,
             "subset": subset,
             "independent": self.independent_outputs,
+            "estimator": self.backend.estimator,
         }
 
     def _read_state(self, state: dict[str, Any]) -> dict[str, Any]:
         if state["independent"] != self.independent_outputs:
             raise ValueError(f"The state has independent_outputs={state['independent']}, but this posterior has not.")
+        estimator = state.get("estimator", self.backend.estimator)
+        if estimator != self.backend.estimator:
+            raise ValueError(
+                f"The state was fitted with the estimator {estimator!r}, but this posterior's backend is "
+                f"{type(self.backend).__name__} ({self.backend.estimator!r}), and a GP is conditioned again when it is loaded."
+            )
         return state
 
     def _take_state(self, state: dict[str, Any]) -> None:
@@ -328,3 +339,8 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
         self.n_outputs = self._spec.n_outputs
         subset = [(x.to(self._device) if isinstance(x, Tensor) else x, y.to(self._device)) for x, y in state["subset"]]
         self._condition(subset, state["loss"].to(self._device), state["n_data"])
+
+
+def _as_gp(pred_type: PredType | str) -> PredType | str:
+    """Of a functional posterior, draws of the linearised network are draws of the process."""
+    return PredType.GP if pred_type == PredType.GLM else pred_type

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from laplace.capture.variance import Basis, block_variance
 from laplace.linalg.kronecker import Kron, KronDecomposed
+from laplace.noise import check_samples
 from laplace.posterior.arguments import before, by_name
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.structures.sums import CurvatureSums
@@ -43,15 +44,33 @@ class KronLaplace(ParametricLaplace):
         self._decomposed: KronDecomposed | None = None
         super().__init__(**kwargs)
 
+    @property
+    def damping(self) -> bool:
+        """Whether the root of the prior precision is added to each factor's eigenvalues."""
+        return self._damping
+
+    @damping.setter
+    def damping(self, value: bool) -> None:
+        self._damping = bool(value)
+        known = getattr(self, "_decomposed", None)
+        if known is not None:
+            self._decomposed = KronDecomposed(known.eigenvectors, known.eigenvalues, known.deltas, self._damping)
+
+    def _settings(self) -> tuple[str, ...]:
+        return (*super()._settings(), "damping")
+
     def _finalize(self, sums: CurvatureSums) -> None:
         self.H_facs = Kron.from_sums(sums, sums.n_data)
         self._decomposed = None
 
     @property
     def H(self) -> KronDecomposed | None:
-        """Eigendecomposition of the summed curvature; None before ``fit``."""
+        """Eigendecomposition of the summed curvature; zero before ``fit``."""
         if self._decomposed is None and self.H_facs is not None:
             self._decomposed = self.H_facs.decompose(damping=self.damping)
+        if self._decomposed is None and self.params:
+            parameters = [p if p.ndim else p[None] for p in self.params]
+            return Kron.init_from_model(parameters, self._device, self._dtype).decompose(damping=self.damping)
         return self._decomposed
 
     def _check_prior_structure(self, value: Tensor) -> None:
@@ -93,8 +112,10 @@ class KronLaplace(ParametricLaplace):
         r""":math:`J P^{-1} J^\top` jointly, ``(batch · outputs, batch · outputs)``."""
         return self.posterior_precision.bmm(Js, exponent=-1) @ Js.T
 
+    @torch.no_grad()
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Draw parameter vectors ``(n_samples, parameters)``."""
+        check_samples(n_samples)
         precision = self.posterior_precision
         noise = torch.randn(n_samples, self.n_params, device=self._device, dtype=self._dtype, generator=generator)
         return self.mean + precision.bmm(noise, exponent=-0.5)

@@ -21,6 +21,7 @@ from laplace.backends.hessian import NativeHessian
 from laplace.backends.interface import CurvatureInterface
 from laplace.capture import contractions
 from laplace.capture.variance import Basis, block_variance
+from laplace.noise import check_samples
 from laplace.posterior.arguments import by_name
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.posterior.refusals import NotASum
@@ -39,7 +40,8 @@ class LowRankLaplace(NotASum, ParametricLaplace):
     Eigenpairs of parts of the data do not add up, so ``fit(override=False)`` and raw sums of batches are refused.
 
     Attributes:
-        H: Eigenvectors ``(parameters, rank)`` and positive eigenvalues ``(rank,)`` of the summed curvature.
+        H: Eigenvectors ``(parameters, rank)`` and positive eigenvalues ``(rank,)`` of the summed curvature; of rank 0 before
+            ``fit``.
     """
 
     structure = "lowrank"
@@ -52,11 +54,14 @@ class LowRankLaplace(NotASum, ParametricLaplace):
     def __init__(self, *, backend: type[CurvatureInterface] | None = NativeHessian, **kwargs: Any):
         """See :class:`laplace.BaseLaplace`."""
         super().__init__(backend=backend or NativeHessian, **kwargs)
+        nothing = torch.zeros(self.n_params, 0, dtype=self._dtype, device=self._device)
+        self.H = nothing, nothing[0]
 
     # --- fitting -------------------------------------------------------------------------------------------------
 
     def initialize(self, x: Any) -> SumsSpec:
         """Decide from one batch of inputs how every parameter's Jacobian is obtained."""
+        self._check_parameters(x)
         spec = self.backend.initialize(x, "diag")
         blocks = tuple(replace(block, factors=("vectors", "values")) for block in spec.blocks)
         factors = {"vectors": Factor((self.n_params, 0)), "values": Factor((0,))}
@@ -85,7 +90,9 @@ class LowRankLaplace(NotASum, ParametricLaplace):
             factors = {"vectors": Factor(tuple(vectors.shape)), "values": Factor(tuple(values.shape))}
             tensors = {"vectors": vectors.double(), "values": values.double()}
             loss = torch.as_tensor(loss, dtype=torch.float64, device=self._device)
-            self.set_sums(CurvatureSums(replace(spec, factors=factors), tensors, loss, n_data))
+            sums = CurvatureSums(replace(spec, factors=factors), tensors, loss, n_data)
+            sums.estimator = self.backend.estimator
+            self.set_sums(sums)
 
     def _first_inputs(self, loader: Iterable) -> tuple[Any, int]:
         """Inputs of the first batch, and the number of examples in all."""
@@ -143,7 +150,7 @@ class LowRankLaplace(NotASum, ParametricLaplace):
     def log_det_ratio(self) -> Tensor:
         r""":math:`\log\det P - \log\det P_0`, which is :math:`\log\det(I + G)`."""
         _, factor = self._core(self.prior_precision_diag)
-        return (2 * factor.diagonal().log().sum()).to(self._dtype)
+        return 2 * factor.diagonal().log().sum()
 
     def square_norm(self, value: Tensor) -> Tensor:
         r""":math:`\Delta^\top P \Delta` with :math:`\Delta` = ``value - mean``."""
@@ -167,8 +174,10 @@ class LowRankLaplace(NotASum, ParametricLaplace):
         root, factor = self._core(prior)
         return torch.linalg.solve_triangular(factor, (projected * root).mT, upper=False).mT
 
+    @torch.no_grad()
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Draw parameter vectors ``(n_samples, parameters)``."""
+        check_samples(n_samples)
         prior = self.prior_precision_diag.double()
         root, factor = self._core(prior)
         noise = torch.randn(

@@ -13,20 +13,22 @@ from torch.utils.data import DataLoader
 
 from laplace import evidence, predictive, state
 from laplace.data.batches import batches
+from laplace.data.mistakes import check_inputs
 from laplace.enums import Likelihood, PredType
 from laplace.errors import NotFittedError
+from laplace.posterior import weights
 from laplace.posterior.arguments import by_name
 from laplace.posterior.base import BaseLaplace
 from laplace.structures.registry import CoverageReport, coverage_report
-from laplace.structures.sums import CurvatureSums, SumsSpec
+from laplace.structures.sums import CurvatureSums, SumsSpec, check_same_estimator
 
 
 class ParametricLaplace(BaseLaplace):
     """Base of the structures full, kron and diag; each adds how its sums become a precision, and that precision's algebra.
 
     Attributes:
-        mean: MAP estimate ``(parameters,)``.
-        H: Curvature of the summed loss in the structure's own form; None before ``fit``.
+        mean: MAP estimate ``(parameters,)``; the prior's mean before ``fit``.
+        H: Curvature of the summed loss in the structure's own form; zero before ``fit``, None while a last layer is not known.
         loss: Summed loss at the MAP.
         n_data: Number of examples that were added up.
         sums: The raw sums behind ``H``; what a further ``fit(override=False)`` adds to.
@@ -41,11 +43,20 @@ class ParametricLaplace(BaseLaplace):
         """See :class:`BaseLaplace`."""
         self.sums: CurvatureSums | None = None
         self._spec: SumsSpec | None = None
+        self._fingerprint: weights.Fingerprint | None = None
+        self._input_ndim: int | None = None
         super().__init__(**kwargs)
-        if self.likelihood is Likelihood.REWARD_MODELING and self.structure not in ("kron", "diag"):
+
+    def _check_likelihood(self, value: Likelihood) -> None:
+        if value is Likelihood.REWARD_MODELING and self.structure not in ("kron", "diag"):
             raise ValueError(
                 f"likelihood='reward_modeling' has no {self.structure!r} posterior; valid hessian_structures are 'kron' and "
                 "'diag'."
+            )
+        if self._fingerprint is not None and value is not self.likelihood:
+            raise ValueError(
+                f"This posterior was fitted under likelihood={self.likelihood.value!r}; its loss and curvature are not those "
+                f"of {value.value!r}. Make a new posterior and fit it (rewards: likelihood='reward_modeling' from the start)."
             )
 
     def _check_fitted(self) -> None:
@@ -59,9 +70,28 @@ class ParametricLaplace(BaseLaplace):
 
         ``fit`` does this with its first batch; call it directly only to use :meth:`accumulate`.
         """
+        self._check_parameters(x)
         self._spec = self.backend.initialize(x, self.structure)
         self.n_outputs = self._spec.n_outputs
         return self._spec
+
+    def _check_parameters(self, x: Any) -> None:
+        """Refuse a model whose ``requires_grad`` flags have changed; remember what a batch of inputs looks like."""
+        known, now = {id(p) for p in self.params}, self.backend.named_params
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        changed = [name for name, p in now.items() if id(p) not in known]
+        changed += [names.get(i, "one that was replaced") for i in known - {id(p) for p in now.values()}]
+        if changed:
+            raise ValueError(
+                f"requires_grad of {sorted(changed)} has changed since this {type(self).__name__} was made. Set it first, then "
+                "make the posterior."
+            )
+        self._input_ndim = x.ndim if isinstance(x, Tensor) else None
+
+    def _check_inputs(self, x: Any) -> None:
+        """Refuse inputs of a prediction that are no batch, or not like those of the fit."""
+        rewards = self.likelihood is Likelihood.REWARD_MODELING  # fitted on pairs, predicted for single items
+        check_inputs(x, "this prediction", None if rewards else self._input_ndim)
 
     def sums_spec(self) -> SumsSpec:
         """Names, shapes and precision of the raw sums.
@@ -80,7 +110,9 @@ class ParametricLaplace(BaseLaplace):
 
     def zero_sums(self) -> CurvatureSums:
         """Raw sums over no example."""
-        return CurvatureSums.zero(self.sums_spec(), self._device)
+        sums = CurvatureSums.zero(self.sums_spec(), self._device)
+        sums.estimator = self.backend.estimator
+        return sums
 
     def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
         """Add one batch to raw sums in place; ``offset`` is the index of its first example in the data set.
@@ -132,8 +164,15 @@ class ParametricLaplace(BaseLaplace):
         self._finalize(sums)
         self.sums = sums
         self.loss, self.n_data, self.n_outputs = sums.loss, sums.n_data, sums.spec.n_outputs
-        self.mean = torch.nn.utils.parameters_to_vector(self.params).detach()
+        self._remember_weights()
         self._prior_changed()
+
+    def _remember_weights(self) -> None:
+        self.mean = torch.nn.utils.parameters_to_vector(self.params).detach()
+        self._fingerprint = weights.Fingerprint(self.model, self.params)
+
+    def _check_weights(self) -> None:
+        weights.check_unchanged(self)
 
     def fit(self, train_loader: DataLoader, override: bool = True, progress_bar: bool = False) -> None:
         """Add up curvature over a data loader and finalise it.
@@ -147,9 +186,13 @@ class ParametricLaplace(BaseLaplace):
             NonFiniteError: On NaN or Inf; names the examples. An earlier fit stays as it was.
             ValueError: On an empty loader or targets that do not fit. An earlier fit stays as it was.
         """
+        adds = not override and self.sums is not None
+        if adds:
+            check_same_estimator(self.sums.estimator, self.backend.estimator)
+            weights.warn_of_addition(self)
         with self._or_as_before():
             sums = self._sum_over(train_loader, progress_bar)
-            if not override and self.sums is not None:
+            if adds:
                 sums.merge(self.sums)
             self.set_sums(sums)
 
@@ -243,13 +286,13 @@ class ParametricLaplace(BaseLaplace):
     @property
     def scatter(self) -> Tensor:
         r""":math:`(\theta_{\mathrm{MAP}} - \mu_0)^\top P_0 (\theta_{\mathrm{MAP}} - \mu_0)`."""
-        delta = self.mean - self.prior_mean
-        return (delta * self.prior_precision_diag * delta).sum()
+        delta = self.mean.double() - self.prior_mean.double()
+        return (delta * self.prior_precision_diag.double() * delta).sum()
 
     @property
     def log_det_prior_precision(self) -> Tensor:
         r"""Log determinant :math:`\log\det P_0`."""
-        return self.prior_precision_diag.log().sum()
+        return self.prior_precision_diag.double().log().sum()
 
     @property
     def log_det_ratio(self) -> Tensor:
@@ -259,19 +302,32 @@ class ParametricLaplace(BaseLaplace):
     log_marginal_likelihood = evidence.log_marginal_likelihood
 
     def log_prob(self, value: Tensor, normalized: bool = True) -> Tensor:
-        """Log density of the posterior at ``value``; without its constant if not ``normalized``."""
-        result = -self.square_norm(value) / 2
-        if normalized:
-            result = (
-                result - len(self._mean_inferred) / 2 * math.log(2 * math.pi) + self.log_det_posterior_precision / 2
-            )
-        return result
+        """Log density of the posterior (before ``fit`` of the prior) at ``value``; without its constant if not ``normalized``.
+
+        Raises:
+            NotFittedError: While a last layer is not known.
+        """
+        if self._mean is None:
+            square_norm, log_det = self._prior_square_norm(value), lambda: self.log_det_prior_precision
+        else:
+            square_norm, log_det = self.square_norm(value), lambda: self.log_det_posterior_precision
+        if not normalized:
+            return -square_norm / 2
+        return (log_det() - square_norm - self._n_inferred * math.log(2 * math.pi)) / 2
+
+    def _prior_square_norm(self, value: Tensor) -> Tensor:
+        if not self.params:
+            self._check_fitted()
+        delta = self._inferred(value).double() - self._mean_inferred.double()
+        return (delta.square() * self.prior_precision_diag.double()).sum(-1)
 
     # --- predictive ----------------------------------------------------------------------------------------------
 
     __call__ = predictive.predict
     predictive_samples = predictive.samples
     functional_samples = predictive.function_samples
+    _glm_predictive_distribution = predictive.glm_predictive_distribution
+    _nn_predictive_samples = predictive.nn_predictive_samples
 
     # --- state ---------------------------------------------------------------------------------------------------
 
@@ -281,12 +337,18 @@ class ParametricLaplace(BaseLaplace):
 
     def _state(self) -> dict[str, Any]:
         """The structure's own part of the state: ``spec`` and what it describes."""
-        return {"spec": self.sums.spec.to_json(), "sums": self.sums.to_tensors()}
+        return {"spec": self.sums.spec.to_json(), "sums": self.sums.to_tensors(), "estimator": self.sums.estimator}
+
+    def _settings(self) -> tuple[str, ...]:
+        """Attributes that the structure or the subset adds to the state."""
+        return ()
 
     def _read_state(self, state: dict[str, Any]) -> Any:
         """Check the structure's own part of a state, and prepare it for :meth:`_take_state`."""
         tensors = {name: tensor.to(self._device) for name, tensor in state["sums"].items()}
-        return CurvatureSums.from_tensors(SumsSpec.from_json(state["spec"]), tensors, state["n_data"])
+        sums = CurvatureSums.from_tensors(SumsSpec.from_json(state["spec"]), tensors, state["n_data"])
+        sums.estimator = state.get("estimator")
+        return sums
 
     def _take_state(self, content: Any) -> None:
         self.set_sums(content)

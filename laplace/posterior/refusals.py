@@ -47,6 +47,10 @@ class NoWeights(NotASum):
         """Refused: there is no distribution over weights."""
         self._refuse("posterior_precision")
 
+    def log_prob(self, value: Tensor, normalized: bool = True) -> Tensor:
+        """Refused: there is no distribution over weights."""
+        self._refuse("log_prob()")
+
     def square_norm(self, value: Tensor) -> Tensor:
         """Refused: there is no distribution over weights."""
         self._refuse("square_norm()")

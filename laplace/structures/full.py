@@ -23,12 +23,15 @@ def blocks_of(shapes, found):
 
 
 def add_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
-    """Add the outer products of the rows of one batch."""
+    """Add the outer products of the rows of one batch.
+
+    In float64: next to large curvature, products that were rounded to float32 look like curvature in directions that have none.
+    """
     total = sums.running("full")
     waiting: list[Tensor] = []
     for v in directions:
         waiting.append(jacobian_rows(capture, sums.spec.blocks, v))
         if sum(len(rows) for rows in waiting) >= _ROWS:
-            add_gram_(total, waiting)
+            add_gram_(total, waiting, exact=True)
             waiting = []
-    add_gram_(total, waiting)
+    add_gram_(total, waiting, exact=True)

@@ -1,8 +1,9 @@
 r"""Kronecker factors: :math:`\tfrac1R \sum_r a a^\top` and :math:`\sum_r g g^\top` of every layer.
 
 This is KFAC-expand (Eschenhagen et al., "Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures",
-NeurIPS 2023). Parameters without factors get a diagonal block. The one division, by the number of examples, is in
-:meth:`laplace.linalg.kronecker.Kron.from_sums`.
+NeurIPS 2023). KFAC-reduce of the same paper first takes the mean of the inputs and the sum of the output gradients over the
+positions of an example, then one outer product of each. Parameters without factors get a diagonal block. The one division, by
+the number of examples, is in :meth:`laplace.linalg.kronecker.Kron.from_sums`.
 """
 
 from __future__ import annotations
@@ -46,19 +47,21 @@ def blocks_of(shapes, found):
     return blocks, factors
 
 
-def add_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
-    """Add the Gram matrices of one batch, and the squared rows of parameters without factors."""
+def add_(sums: CurvatureSums, capture, directions: Iterator[Tensor], reduce: bool = False) -> None:
+    """Add the Gram matrices of one batch, by KFAC-reduce or expand, and the squared rows of parameters without factors."""
     factored = [block for block in sums.spec.blocks if block.has_factors]
     inputs = {name: block.layer for block in factored for name in block.factors if name.endswith("/A")}
     outputs = {name: block.layer for block in factored for name in block.factors if name.endswith("/B")}
     for name, layer in inputs.items():
         for a in capture.input_chunks(layer, _PATCHES):
+            a = a.mean(1, keepdim=True) if reduce else a
             add_gram_of_positions_(sums.running(name), [a], 1.0 / a.shape[1])
     waiting: dict[str, list[Tensor]] = {name: [] for name in outputs}
     for v in directions:
         gradients = capture.gradients(v)
         for name, layer in outputs.items():
-            waiting[name].append(gradients[layer])
+            g = gradients[layer]
+            waiting[name].append(g.sum(1, keepdim=True) if reduce else g)
             if sum(g.shape[0] * g.shape[1] for g in waiting[name]) >= _ROWS:
                 add_gram_of_positions_(sums.running(name), waiting[name])
                 waiting[name] = []

@@ -30,13 +30,16 @@ def sums_spec(
     return SumsSpec(structure, tuple(blocks), factors, str(dtype).removeprefix("torch."), n_outputs)
 
 
-def add_curvature_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
+def add_curvature_(sums: CurvatureSums, capture, directions: Iterator[Tensor], reduce: bool = False) -> None:
     """Add one batch's curvature along the given output directions to the sums, in place.
 
     Rows and their products are of the capture's type, the running sums of float64: small contributions do not vanish in
-    large sums.
+    large sums. ``reduce`` is for Kronecker factors alone, see :mod:`laplace.structures.kron`.
     """
-    {"kron": kron.add_, "diag": diag.add_, "full": full.add_}[sums.spec.structure](sums, capture, directions)
+    if sums.spec.structure == "kron":
+        kron.add_(sums, capture, directions, reduce)
+    else:
+        {"diag": diag.add_, "full": full.add_}[sums.spec.structure](sums, capture, directions)
 
 
 class CoverageReport(list):

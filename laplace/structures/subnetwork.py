@@ -16,7 +16,7 @@ def check_subnetwork_indices(indices: Any, n_params: int) -> Tensor:
     """Refuse what does not choose a subnetwork.
 
     Args:
-        indices: Indices of the vector of all parameters with ``requires_grad``; sorted, without repeats.
+        indices: Indices of the vector of all parameters with ``requires_grad``, in any order, without repeats.
         n_params: Length of that vector.
 
     Returns:
@@ -25,9 +25,9 @@ def check_subnetwork_indices(indices: Any, n_params: int) -> Tensor:
     Raises:
         ValueError: Says what is wrong and what is valid.
     """
-    valid = f"a non-empty 1-D LongTensor, sorted and without repeats, of indices in 0…{n_params - 1}"
+    valid = f"a non-empty 1-D LongTensor without repeats, of indices in 0…{n_params - 1}"
     if indices is None:
-        raise ValueError(f"subnetwork_indices is missing; it has to be {valid}. See laplace.utils.subnetmask.")
+        raise ValueError(f"subnetwork_indices is None; it has to be {valid}. See laplace.utils.subnetmask.")
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         kind = f"a tensor of {indices.dtype}" if isinstance(indices, Tensor) else type(indices).__name__
         raise ValueError(f"subnetwork_indices is {kind}; it has to be {valid}.")
@@ -39,27 +39,31 @@ def check_subnetwork_indices(indices: Any, n_params: int) -> Tensor:
     values, counts = indices.unique(return_counts=True)
     if len(values) < len(indices):
         raise ValueError(f"subnetwork_indices repeats {int(values[counts > 1][0])}; it has to be {valid}.")
-    falls = (indices.diff() < 0).nonzero()
-    if len(falls):
-        at = int(falls[0])
-        raise ValueError(
-            f"subnetwork_indices is not sorted: {int(indices[at])} comes before {int(indices[at + 1])}; it has to be "
-            f"{valid}. Call indices.sort().values."
-        )
     return indices
 
 
+def given_order(indices: Tensor | None) -> Tensor | None:
+    """Places of the given indices among the sorted ones, in which curvature is summed; None where they are sorted already.
+
+    Sums have the entries of every tensor in order. ``value[order]`` brings what was summed to the order of the user's indices,
+    ``value[order.argsort()]`` brings it back.
+    """
+    if indices is None or bool((indices.diff() > 0).all()):
+        return None
+    return indices.argsort().argsort()
+
+
 def split_indices(indices: Tensor, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...] | None]:
-    """Distribute sorted indices of the parameter vector over the tensors that it consists of.
+    """Distribute indices of the parameter vector over the tensors that it consists of.
 
     Args:
         indices: From :func:`check_subnetwork_indices`.
         sizes: Number of entries of every tensor by name, in order.
 
     Returns:
-        For each tensor that holds any of them, its own flat indices, or None where that is all of its entries.
+        For each tensor that holds any of them, its own flat indices in order, or None where that is all of its entries.
     """
-    indices = indices.cpu()
+    indices = indices.cpu().sort().values
     edges = torch.tensor([0, *sizes.values()], device="cpu").cumsum(0)
     cuts = torch.searchsorted(indices, edges).tolist()
     found: dict[str, tuple[int, ...] | None] = {}

@@ -94,7 +94,10 @@ class CurvatureSums:
         spec: What the sums are called and how they are shaped.
         loss: Summed negative log likelihood, a float64 scalar.
         n_data: Number of examples added so far; of a weighted sum the sum of their weights.
+        estimator: What the backend estimates, such as ``'ggn'`` or ``'ef'``; None where it is not known.
     """
+
+    estimator: str | None = None
 
     def __init__(self, spec: SumsSpec, tensors: dict[str, Tensor], loss: Tensor, n_data: float):
         """Wrap existing tensors; use :meth:`zero` or :meth:`from_tensors` instead."""
@@ -142,7 +145,7 @@ class CurvatureSums:
         """Add another sum of the same specification in place.
 
         Raises:
-            ValueError: If the two were not accumulated for the same model and structure, or hold eigenpairs.
+            ValueError: If the two were not accumulated for the same model, structure and estimator, or hold eigenpairs.
         """
         if self.spec.structure == "lowrank":
             raise ValueError("Low-rank eigenpairs of parts of the data do not add up; fit once over all of it.")
@@ -151,6 +154,8 @@ class CurvatureSums:
                 "These sums belong to different models, structures or precisions and cannot be added: "
                 + "; ".join(_spec_differences(self.spec, other.spec))
             )
+        check_same_estimator(self.estimator, other.estimator)
+        self.estimator = self.estimator or other.estimator
         for name, tensor in self.tensors.items():
             tensor += other.tensors[name].to(tensor.device)
         self.loss = self.loss + other.loss.to(self.loss.device)
@@ -184,6 +189,19 @@ class CurvatureSums:
     def non_finite(self) -> list[str]:
         """Names of the factors that hold NaN or Inf."""
         return [name for name, value in self.to_tensors().items() if not is_finite(value)]
+
+
+def check_same_estimator(one: str | None, other: str | None) -> None:
+    """Refuse to add curvature of different estimators; None is not known and passes.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    if one is not None and other is not None and one != other:
+        raise ValueError(
+            f"Curvature estimated by {one!r} and by {other!r} cannot be added: they are different matrices. Use the backend "
+            "and backend_kwargs of the earlier fit, or fit(override=True)."
+        )
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from laplace.capture.capture import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor, FeatureReduction
-from laplace.posterior.arguments import before, by_name
+from laplace.posterior.arguments import before, by_name, check_model
 from laplace.posterior.diag import DiagLaplace
 from laplace.posterior.full import FullLaplace
 from laplace.posterior.functional import OWN_ARGUMENTS, FunctionalLaplace
@@ -46,11 +46,33 @@ class LLLaplace(ParametricLaplace):
         **kwargs: Any,
     ):
         """See the class."""
+        check_model(model)
         if isinstance(model, FeatureExtractor):
             last_layer_name = last_layer_name or model.last_layer_name
             model, feature_reduction = model.model, feature_reduction or model.feature_reduction
         extractor = FeatureExtractor(model, last_layer_name, enable_backprop, feature_reduction=feature_reduction)
         super().__init__(model=extractor, enable_backprop=enable_backprop, **kwargs)
+
+    @property
+    def enable_backprop(self) -> bool:
+        """Whether the graph from the inputs to the predictive is kept."""
+        return self.model.enable_backprop
+
+    @enable_backprop.setter
+    def enable_backprop(self, value: bool) -> None:
+        self.model.enable_backprop = value
+
+    @property
+    def feature_reduction(self) -> FeatureReduction | None:
+        """How features with a position dimension are reduced."""
+        return self.model.feature_reduction
+
+    @feature_reduction.setter
+    def feature_reduction(self, value: FeatureReduction | str | None) -> None:
+        self.model.feature_reduction = value
+
+    def _settings(self) -> tuple[str, ...]:
+        return (*super()._settings(), "feature_reduction")
 
     def functional_variance_fast(self, X: Tensor | MutableMapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Mean and variances of every output by itself, ``(batch, outputs)`` each, without covariances between outputs.
@@ -58,6 +80,7 @@ class LLLaplace(ParametricLaplace):
         The documentation names the variances alone; laplace-torch 0.3 returns both, and so does this.
         """
         self._check_fitted()
+        self._check_weights()
         return glm_distribution(self, X, diagonal=True)
 
     def _find_params(self) -> None:
@@ -83,8 +106,7 @@ class LLLaplace(ParametricLaplace):
             if self.model.last_layer_name is None:
                 self.model.find_last_layer(x)
                 self._find_params()
-            else:
-                self.model.check_last_layer(x)
+            self.model.check_last_layer(x)
         return super().initialize(x)
 
     def _adopt_parameters(self, spec: SumsSpec) -> Callable[[], None]:

@@ -270,10 +270,11 @@ class LastLayerSubnetMask(ModuleNameSubnetMask):
 
     def __init__(self, model: nn.Module, last_layer_name: str | None = None):
         """See the class."""
-        if last_layer_name is None:
-            SubnetMask.__init__(self, model)
-        else:
-            super().__init__(model, [last_layer_name])
+        SubnetMask.__init__(self, model)
+        if last_layer_name is not None:
+            self._module_names = _checked_names("last_layer_name", [last_layer_name], dict(model.named_modules()))
+            if not self._parameters_of(last_layer_name):
+                raise ValueError(f"last_layer_name={last_layer_name!r} has no parameter with requires_grad=True.")
         self._last_layer_name = last_layer_name
 
     def get_subnet_mask(self, train_loader: DataLoader | None) -> Tensor:

@@ -7,6 +7,7 @@ kept.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from laplace.posterior.arguments import before, by_name
 from laplace.posterior.diag import DiagLaplace
 from laplace.posterior.full import FullLaplace
 from laplace.posterior.parametric import ParametricLaplace
-from laplace.structures.subnetwork import check_subnetwork_indices, split_indices
+from laplace.structures.subnetwork import check_subnetwork_indices, given_order, split_indices
+from laplace.structures.sums import CurvatureSums
 
 _BY_NAME = {"enable_backprop", "dict_key_x", "dict_key_y"}  # have no documented position
 
@@ -27,8 +29,8 @@ class SubnetLaplace(ParametricLaplace):
 
     Args:
         subnetwork_indices: Indices of the vector of all parameters with ``requires_grad``
-            (``parameters_to_vector(p for p in model.parameters() if p.requires_grad)``), a sorted LongTensor without
-            repeats; see :mod:`laplace.utils.subnetmask`.
+            (``parameters_to_vector(p for p in model.parameters() if p.requires_grad)``), a LongTensor without repeats. All
+            results are in their order; see :mod:`laplace.utils.subnetmask`.
         **kwargs: Further arguments of :class:`laplace.BaseLaplace`. ``prior_precision`` is a scalar or has one
             value per subnetwork parameter; ``prior_mean`` may also have one value per parameter of the model.
 
@@ -39,21 +41,41 @@ class SubnetLaplace(ParametricLaplace):
         mean: MAP estimate of all parameters ``(parameters,)``.
 
     Raises:
-        ValueError: If the indices are missing, not a 1-D LongTensor, unsorted, repeated or out of range.
+        TypeError: If the indices are missing.
+        ValueError: If they are not a 1-D LongTensor, repeated or out of range, or if the backend cannot work on a subnetwork.
     """
 
     order = tuple(n for n in before(ParametricLaplace.order, "sigma_noise", "subnetwork_indices") if n not in _BY_NAME)
 
     @by_name
-    def __init__(self, *, subnetwork_indices: torch.LongTensor | None = None, **kwargs: Any):
+    def __init__(self, *, subnetwork_indices: torch.LongTensor, **kwargs: Any):
         """See the class."""
         self.subnetwork_indices = subnetwork_indices
         super().__init__(**kwargs)
+        self._check_backend()
+
+    def _check_backend(self) -> None:
+        """Refuse now what would fail in the fit."""
+        cls = self._backend_cls
+        if cls is None:
+            return
+        if not cls.has_structure(self.structure):
+            raise ValueError(
+                f"{cls.__name__} has no {self.structure!r} curvature, so it cannot be the backend of a "
+                f"{type(self).__name__}. Use NativeGGN, or another backend that has."
+            )
+        arguments = inspect.signature(cls.__init__).parameters.values()
+        if not any(a.name == "subnetwork_indices" or a.kind is a.VAR_KEYWORD for a in arguments):
+            raise ValueError(
+                f"{cls.__name__} takes no subnetwork_indices, so it cannot be the backend of a {type(self).__name__}. Use "
+                "NativeGGN, or another backend that does."
+            )
 
     def _set_sizes(self) -> None:
         n_params = sum(p.numel() for p in self.params)
         self.subnetwork_indices = check_subnetwork_indices(self.subnetwork_indices, n_params).to(self._device)
         self.n_params_subnet = len(self.subnetwork_indices)
+        self._order = given_order(self.subnetwork_indices)
         super()._set_sizes()
 
     def _backend_arguments(self) -> dict[str, Any]:
@@ -84,12 +106,20 @@ class SubnetLaplace(ParametricLaplace):
     @property
     def scatter(self) -> Tensor:
         r""":math:`(\theta - \mu_0)^\top P_0 (\theta - \mu_0)` over the subnetwork."""
-        delta = self.mean_subnet - self._of_subnet(self.prior_mean)
-        return (delta * self.prior_precision_diag * delta).sum()
+        delta = self.mean_subnet.double() - self._of_subnet(self.prior_mean).double()
+        return (delta * self.prior_precision_diag.double() * delta).sum()
 
     def square_norm(self, value: Tensor) -> Tensor:
         r""":math:`\Delta^\top P \Delta`; ``value`` holds the subnetwork's parameters, or all of them."""
         return super().square_norm(self._of_subnet(value))
+
+    def _prior_mean_vector(self) -> Tensor:
+        mean = torch.nn.utils.parameters_to_vector(self.params).detach().to(self._dtype)
+        mean[self.subnetwork_indices] = self._of_subnet(self.prior_mean)
+        return mean
+
+    def _inferred(self, value: Tensor) -> Tensor:
+        return self._of_subnet(value)
 
     def _of_subnet(self, value: Tensor) -> Tensor:
         if value.ndim and value.shape[-1] == self.n_params:
@@ -117,6 +147,30 @@ class SubnetLaplace(ParametricLaplace):
 class FullSubnetLaplace(SubnetLaplace, FullLaplace):
     """Dense posterior over a subnetwork."""
 
+    _reordered: Tensor | None = None
+
+    def _finalize(self, sums: CurvatureSums) -> None:
+        self._reordered = None
+        super()._finalize(sums)
+
+    @property
+    def _curvature(self) -> Tensor:
+        if self._order is None:
+            return super()._curvature
+        if self._reordered is None:
+            self._reordered = super()._curvature[self._order][:, self._order]
+        return self._reordered
+
+    def _in_own_order(self, values: Tensor) -> Tensor:
+        return values if self._order is None else values[..., self._order]
+
 
 class DiagSubnetLaplace(SubnetLaplace, DiagLaplace):
     """Diagonal posterior over a subnetwork."""
+
+    def _finalize(self, sums: CurvatureSums) -> None:
+        super()._finalize(sums)
+        self._diagonal = self._diagonal if self._order is None else self._diagonal[self._order]
+
+    def _in_order_of_sums(self, values: Tensor) -> Tensor:
+        return values if self._order is None else values[self._order.argsort()]

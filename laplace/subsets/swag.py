@@ -70,6 +70,11 @@ def fit_diagonal_swag_var(
     return (squares / n_snapshots_total).clamp(min=min_var).to(params[0].dtype)
 
 
+def is_batchnorm(module: nn.Module) -> bool:
+    """Whether a module keeps running statistics of batches."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
 def _train_epoch(model: nn.Module, loader: Iterable, criterion, optimizer, dict_key_y: str) -> None:
     device = next(model.parameters()).device
     for x, y in batches(loader, device, dict_key_y):

@@ -1,17 +1,21 @@
-"""Trees of tensors as one vector, batches as examples, and products in chunks."""
+"""Trees of tensors as one vector, batches as examples, and products in chunks.
+
+Trees are those of optree: dictionaries go by their sorted keys, whatever the order in which they were filled, so that a
+precision belongs to the same entries everywhere; ``None`` holds nothing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 _CHUNK = 1 << 22  # elements of the vectors that are pushed through the model at once
 
-tree_map = pytree.tree_map
+tree_map = optree.tree_map
 
 
 def flatten(tree: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -27,7 +31,7 @@ def flatten(tree: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     Raises:
         ValueError: If there is no tensor in the tree, or something else.
     """
-    leaves, structure = pytree.tree_flatten(tree)
+    leaves, structure = optree.tree_flatten(tree)
     if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
         kinds = sorted({type(leaf).__name__ for leaf in leaves})
         raise ValueError(f"Expected a tree of tensors, got leaves of type {kinds}.")
@@ -36,7 +40,7 @@ def flatten(tree: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     def unflatten(vector: Tensor) -> Any:
         parts = vector.split(sizes, -1)
         values = [part.reshape((*vector.shape[:-1], *shape)) for part, shape in zip(parts, shapes, strict=True)]
-        return pytree.tree_unflatten(values, structure)
+        return optree.tree_unflatten(structure, values)
 
     return torch.cat([leaf.reshape(-1) for leaf in leaves]), unflatten
 
@@ -47,7 +51,7 @@ def examples(batch: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any], i
     Raises:
         ValueError: If the tensors of the batch do not agree on their first dimension.
     """
-    leaves, structure = pytree.tree_flatten(batch)
+    leaves, structure = optree.tree_flatten(batch)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim]
     sizes = {len(leaves[i]) for i in places}
     if len(sizes) != 1:
@@ -59,7 +63,7 @@ def examples(batch: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any], i
         values = list(leaves)
         for place, tensor in zip(places, tensors, strict=True):
             values[place] = tensor
-        return pytree.tree_unflatten(values, structure)
+        return optree.tree_unflatten(structure, values)
 
     return [leaves[i] for i in places], rebuild, sizes.pop()
 

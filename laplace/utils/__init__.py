@@ -26,6 +26,7 @@ from laplace.subsets.masks import (
 from laplace.subsets.swag import fit_diagonal_swag_var
 from laplace.utils.utils import (
     SoDSampler,
+    _is_batchnorm,
     block_diag,
     diagonal_add_scalar,
     expand_prior_precision,
@@ -40,6 +41,7 @@ from laplace.utils.utils import (
 )
 
 __all__ = [
+    "_is_batchnorm",
     "FeatureExtractor",
     "FeatureReduction",
     "HessianStructure",

@@ -6,9 +6,11 @@ from laplace.linalg.dense import block_diag, diagonal_add_scalar, invsqrt_precis
 from laplace.linalg.eigen import symeig
 from laplace.predictive import gaussian_samples as normal_samples
 from laplace.prior import expand_prior_precision, fix_prior_prec_structure, parameters_per_layer
+from laplace.subsets.swag import is_batchnorm as _is_batchnorm
 from laplace.tuning import validate
 
 __all__ = [
+    "_is_batchnorm",
     "SoDSampler",
     "block_diag",
     "diagonal_add_scalar",

@@ -155,8 +155,8 @@ def kron(model, xs, ys, likelihood, estimator, fallback=()):
 
 def kron_matrix(factors):
     """Dense block-diagonal matrix of the factors."""
-    blocks = [torch.kron(*fs) if len(fs) == 2 else (torch.diag(fs[0]) if fs[0].ndim == 1 else fs[0]) for fs in factors]
-    return torch.block_diag(*blocks)
+    blocks = [[torch.diag(f) if f.ndim == 1 else f for f in fs] for fs in factors]
+    return torch.block_diag(*[torch.kron(*fs) if len(fs) == 2 else fs[0] for fs in blocks])
 
 
 def glm_covariance(js, precision):

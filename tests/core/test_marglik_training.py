@@ -16,7 +16,7 @@ from laplace import FullLaplace, KronLaplace, Laplace, marglik_training
 from laplace.curvature import NativeEF, NativeGGN
 from laplace.evidence import maximize_evidence
 from tests.core import naive
-from tests.core.models import mlp
+from tests.core.models import CASES, loader, mlp
 
 # --- against a transcription -----------------------------------------------------------------------------------------
 
@@ -411,3 +411,73 @@ def test_joint_optimisation_of_the_documentation():
     f_mu, f_var = la(torch.tensor([[4.0], [20.0]]))
     assert f_var[1].item() > 20 * f_var[0].item()  # less certain far from the data
     assert f_mu[0].item() == pytest.approx(math.sin(4.0), abs=0.15)
+
+
+# --- examples that are used, not those that there are ----------------------------------------------------------------
+
+
+def trained(loader, **kwargs):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    _, model, _, losses = marglik_training(
+        model, loader, n_epochs=30, n_epochs_burnin=100, prior_prec_init=5.0, optimizer_kwargs={"lr": 0.05}, **kwargs
+    )
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach(), losses
+
+
+def many(n=80):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 2, generator=generator, dtype=torch.float64)
+    return TensorDataset(x, (x[:, 0] > 0).long())
+
+
+@pytest.mark.parametrize("kind", ["sampler", "batch_sampler", "drop_last", "collate", "batches"])
+def test_a_sampler_that_uses_fewer_examples_counts_as_a_smaller_data_set(kind):
+    data, few = many(), torch.utils.data.Subset(many(), range(8))
+    loaders = {
+        "sampler": lambda: DataLoader(data, batch_size=8, sampler=range(8)),
+        "batch_sampler": lambda: DataLoader(data, batch_sampler=[list(range(8))]),
+        "drop_last": lambda: DataLoader(torch.utils.data.Subset(data, range(15)), batch_size=8, drop_last=True),
+        "collate": lambda: DataLoader(few, batch_size=8),
+        "batches": lambda: [tuple(next(iter(DataLoader(few, batch_size=8))))],
+    }
+    found, truth = trained(loaders[kind]()), trained(DataLoader(few, batch_size=8))
+    assert torch.equal(found[0], truth[0])
+    assert found[1] == truth[1]
+    assert float(truth[0].norm()) < 0.5 * float(trained(DataLoader(data, batch_size=80))[0].norm())
+
+
+def test_a_collate_that_drops_examples_is_counted_after_the_first_epoch():
+    def half(examples):
+        return torch.utils.data.default_collate(examples[: len(examples) // 2])
+
+    found = trained(DataLoader(many(), batch_size=80, collate_fn=half))[1]
+    truth = trained(DataLoader(torch.utils.data.Subset(many(), range(40)), batch_size=80))[1]
+    assert found[-1] == pytest.approx(truth[-1], rel=0.05)
+
+
+def test_an_iterator_that_is_used_up_says_so():
+    with pytest.raises(ValueError, match="is used up after one pass|empty, so there is nothing to train on"):
+        trained(iter([tuple(next(iter(DataLoader(many(), batch_size=8))))]))
+
+
+# --- after an empirical Bayes loop of one's own ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", ["full", "kron", "diag", "lowrank", "gp"])
+def test_after_evidence_at_tensors_with_gradients_everything_works(structure):
+    model, x, y = CASES["regression"].make(n=6)
+    la = Laplace(model, "regression", "all", structure)
+    la.fit(loader(x, y))
+    log_prior = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    log_noise = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    (-la.log_marginal_likelihood(log_prior.exp(), log_noise.exp())).backward()
+    assert float(log_prior.grad.abs()) > 0 and float(log_noise.grad.abs()) > 0
+    copied = copy.deepcopy(la)
+    assert torch.equal(copied.log_marginal_likelihood(), la.log_marginal_likelihood())
+    assert not copied.prior_precision.requires_grad
+    if structure != "gp":
+        assert la.sample(3).numpy().shape == (3, la.n_params)
+    for out in (la(x), la(x, joint=True) if structure != "gp" else la(x)):
+        assert not out[1].requires_grad
+    assert torch.equal(copied(x)[1], la(x)[1])

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from laplace.linalg.eigen import symeig
+from laplace import Laplace
+from laplace.linalg.eigen import eigh, symeig
 from laplace.utils.matrix import Kron, KronDecomposed
 
 from . import naive
+from .models import CASES, loader
 
 few = settings(max_examples=25, deadline=None)
 blocks = st.lists(
     st.one_of(
-        st.tuples(st.just("weight"), st.integers(1, 3), st.integers(1, 3)),
+        st.tuples(st.sampled_from(["weight", "left", "right", "both"]), st.integers(1, 3), st.integers(1, 3)),
         st.tuples(st.just("bias"), st.integers(1, 3), st.just(1)),
         st.tuples(st.just("diagonal"), st.integers(1, 3), st.just(1)),
     ),
@@ -36,8 +39,10 @@ def make(kinds, seed):
     generator = torch.Generator().manual_seed(seed)
     factors = []
     for kind, out, size in kinds:
-        if kind == "weight":
-            factors.append([positive(out, generator), positive(size, generator)])
+        if kind in ("weight", "left", "right", "both"):
+            pair = [positive(out, generator), positive(size, generator)]
+            diagonal = {"weight": (), "left": (0,), "right": (1,), "both": (0, 1)}[kind]  # sides that are diagonal
+            factors.append([f.diagonal().clone() if side in diagonal else f for side, f in enumerate(pair)])
         elif kind == "bias":
             factors.append([positive(out, generator)])
         else:
@@ -163,6 +168,7 @@ def test_zero_factors_follow_the_model():
     ]
     assert float(kron.to_matrix().norm()) == 0
     assert len(Kron.init_from_model(list(model.parameters())[:1], "cpu")) == 1
+    assert {f.dtype for fs in Kron.init_from_model(model, "cpu", torch.float64).kfacs for f in fs} == {torch.float64}
     with pytest.raises(ValueError, match="without dimensions"):
         Kron.init_from_model([nn.Parameter(torch.tensor(1.0))], "cpu")
 
@@ -190,6 +196,13 @@ def test_eigenvalues_are_non_negative_and_vectors_orthonormal():
         (lambda k: k.decompose() * torch.ones(2), r"Expected a scalar, got a tensor of shape \(2,\)"),
         (lambda k: k.decompose().bmm(torch.ones(2, 4)), "last dimension of W is 4, but there are 8 parameters"),
         (lambda k: Kron([[k.kfacs[0][0] * float("nan")]]).decompose(), "block 0 holds NaN or Inf"),
+        (lambda k: k * -1.0, "cannot be multiplied by -1: it is positive semi-definite"),
+        (lambda k: k.decompose() * torch.tensor(-2.0), "cannot be multiplied by -2"),
+        (
+            lambda k: Kron([[torch.ones(2, 3)]]),
+            r"Block 0 has factors of shapes \[\(2, 3\)\]; a block is one or two square",
+        ),
+        (lambda k: Kron([k.kfacs[1] * 3]), "a block is one or two square matrices"),
     ],
 )
 def test_errors_say_what_is_wrong(call, message):
@@ -222,3 +235,68 @@ def test_rounded_zeros_cancel_in_the_log_determinant():
     assert float(truth.logdet_ratio()) == pytest.approx(float(truth.logdet() - 80 * delta.log()), rel=1e-12)
     tiny = Kron([[exact + noise]]).decompose() + 1e-12  # far below the rounding: stopped, never negative
     assert bool((tiny.spectrum(0) > 0).all())
+
+
+def test_one_dimensional_factors_are_diagonal_ones():
+    pair = [torch.tensor([4.0, 5.0]), torch.tensor([1.0, 2.0, 3.0])]
+    assert torch.equal(Kron([pair]).to_matrix(), torch.diag(torch.tensor([4.0, 8.0, 12.0, 5.0, 10.0, 15.0])))
+    decomposed = Kron([pair]).decompose() + 1.0
+    assert torch.allclose(decomposed.to_matrix(-1).diagonal(), 1 / torch.tensor([5.0, 9.0, 13.0, 6.0, 11.0, 16.0]))
+
+
+def test_detach_drops_the_graph_of_prior_and_noise():
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    kron = make([("weight", 2, 3), ("left", 2, 2)], 0).decompose() * scale + scale
+    assert kron.logdet().requires_grad
+    assert not kron.detach().logdet().requires_grad
+    close(kron.detach().to_matrix(), kron.to_matrix().detach())
+
+
+# --- eigendecompositions that are hard to find -----------------------------------------------------------------------
+
+
+def with_zero_rows(width, used, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randperm(width, generator=generator)[:used]
+    matrix = torch.zeros(width, width, dtype=torch.float64)
+    matrix[places[:, None], places] = positive(used, generator)
+    return matrix
+
+
+@pytest.mark.parametrize("used", [0, 1, 7, 40])
+def test_rows_of_zeros_are_left_out_of_the_search(used, monkeypatch):
+    """Of ResNet-18's last convolutions on small images, 4,096 of 4,608 rows: divide and conquer does not converge."""
+    widths, found = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda M: widths.append(len(M)) or found(M))
+    matrix = with_zero_rows(40, used)
+    values, vectors = eigh(matrix)
+    assert widths == ([used] if used else [])
+    assert torch.equal(values, values.sort().values)
+    close(vectors.T @ vectors, torch.eye(40, dtype=torch.float64))
+    assert float(((vectors * values) @ vectors.T - matrix).norm()) < 1e-12
+
+
+def no_convergence(M):
+    raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+
+
+def test_another_algorithm_follows_where_the_first_does_not_converge(monkeypatch):
+    kron = make([("weight", 4, 3)], 0)
+    truth = dense(kron)
+    monkeypatch.setattr(torch.linalg, "eigh", no_convergence)
+    close(kron.decompose().to_matrix(), truth)
+
+
+def test_a_factor_without_eigendecomposition_is_named(monkeypatch):
+    def fails(matrix, driver):
+        raise scipy.linalg.LinAlgError("no convergence either")
+
+    monkeypatch.setattr(torch.linalg, "eigh", no_convergence)
+    monkeypatch.setattr(scipy.linalg, "eigh", fails)
+    model, x, y = CASES["mlp"].make()
+    la = Laplace(model, "classification", "all", "kron")
+    la.fit(loader(x, y))
+    with pytest.raises(
+        ValueError, match=r"factor '0.weight/B' \(4, 4\) of block 0 has no eigendecomposition: .*either"
+    ):
+        _ = la.H

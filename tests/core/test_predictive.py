@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.nn.utils import vector_to_parameters
 
-from laplace import Laplace
+from laplace import Laplace, predictive
 from laplace.curvature import backend_class
+from laplace.enums import LinkApprox
 from laplace.predictive import glm_distribution
 
 from . import naive
@@ -313,3 +314,16 @@ def test_prediction_works_without_gradients_and_in_batches():
 def test_impossible_predictives_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         fitted(structure="kron")(CASES["mlp"].make()[1], **kwargs)
+
+
+@pytest.mark.parametrize("link", ["bridge", "bridge_norm"])
+def test_the_bridge_stands_variance_that_all_logits_share(link):
+    """It cancels, so float32 logits under a shared variance of 1e4 have the probabilities of float64 ones."""
+    generator = torch.Generator().manual_seed(0)
+    f = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    root = torch.randn(4, 5, 5, generator=generator, dtype=torch.float64)
+    covariance = (root @ root.mT + 1e5).float()
+    truth = predictive.link(f, covariance.double(), LinkApprox(link))
+    found = predictive.link(f.float(), covariance, LinkApprox(link))
+    assert found.dtype is torch.float32
+    assert float((found - truth).abs().max()) < 1e-6

@@ -22,7 +22,7 @@ from laplace.utils import (
     fit_diagonal_swag_var,
 )
 from laplace.utils.subnetmask import ScoreBasedSubnetMask
-from tests.core.models import loader
+from tests.core.models import loader, mlp
 
 
 def trainable(model):
@@ -248,3 +248,10 @@ def test_wrong_swag_runs_are_refused(arguments, message):
     model, train_loader = nested()
     with pytest.raises(ValueError, match=message):
         fit_diagonal_swag_var(model, train_loader, nn.CrossEntropyLoss(), **arguments)
+
+
+def test_the_last_layer_s_mask_names_its_own_argument():
+    with pytest.raises(ValueError, match="^last_layer_name holds \\['head'\\]; valid names are"):
+        LastLayerSubnetMask(mlp(), last_layer_name="head")
+    with pytest.raises(ValueError, match="last_layer_name='1' has no parameter"):
+        LastLayerSubnetMask(mlp(), last_layer_name="1")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
+import optree
 import pytest
 import torch
 from torch import nn
@@ -58,9 +60,20 @@ def functions(model, likelihood="classification", reduction="sum", reverse=False
     return forward, outer, log_posterior
 
 
+def places(params):
+    """For every entry of the flattened tree, whose keys are sorted, its place in the model's own order."""
+    starts = torch.tensor([0, *(p.numel() for p in params.values())]).cumsum(0)
+    numbers = [
+        start + torch.arange(p.numel()).reshape(p.shape) for start, p in zip(starts, params.values(), strict=False)
+    ]
+    return flatten(dict(zip(params, numbers, strict=True)))[0]
+
+
 def matrix(state):
-    """Precision of either state as a matrix."""
-    return state.prec if isinstance(state, DenseLaplaceState) else torch.diag(flatten(state.prec_diag)[0])
+    """Precision of either state as a matrix in the model's own order."""
+    prec = state.prec if isinstance(state, DenseLaplaceState) else torch.diag(flatten(state.prec_diag)[0])
+    back = places(state.params).argsort()
+    return prec[back][:, back]
 
 
 def hessian(model, batch, likelihood):
@@ -140,11 +153,12 @@ def test_initial_precision(module):
     assert torch.equal(matrix(module.init(params, 2.5)), 2.5 * torch.eye(31, dtype=torch.float64))
     assert torch.equal(matrix(module.init(params, torch.tensor(2.5))), 2.5 * torch.eye(31, dtype=torch.float64))
     own = torch.arange(31.0, dtype=torch.float64)
-    given = torch.diag(own) if dense else flatten(params)[1](own)
+    sorted_own = own[places(params)]
+    given = torch.diag(sorted_own) if dense else flatten(params)[1](sorted_own)
     transform = module.build(**settings, **{name: given})
     state = transform.init(params)
     transform.update(state, batch, inplace=True)
-    assert torch.equal(torch.diag(own), given if dense else torch.diag(flatten(given)[0]))  # the user's tensor stays
+    assert torch.equal(sorted_own, given.diagonal() if dense else flatten(given)[0])  # the user's tensor stays
     expected = torch.diag(own) + truth(module, model, batch, "classification")
     assert naive.relative_error(matrix(state), expected) < 1e-10
     wrong = torch.eye(3) if dense else {key: value[..., None] for key, value in params.items()}
@@ -170,7 +184,7 @@ def test_samples_are_normal(module, shape):
         again = module.sample(state, generator=torch.Generator().manual_seed(1))
         assert torch.equal(draws["w"], again["w"])
         return
-    rows = torch.cat([draws["w"].reshape(-1, 4), draws["b"].reshape(-1, 1)], 1)
+    rows = torch.cat([draws["b"].reshape(-1, 1), draws["w"].reshape(-1, 4)], 1)
     mean, covariance = flatten(params)[0], torch.linalg.inv(prec)
     scale = covariance.diagonal().sqrt()
     # five standard errors: sigma / sqrt(n) of a mean, sigma_i sigma_j sqrt(2 / n) of a covariance
@@ -298,3 +312,35 @@ def test_precisions_that_are_not_positive_are_refused():
         dense_hessian.sample(dense_hessian.init(params, -1.0))
     with pytest.raises(ValueError, match="not positive everywhere"):
         diag_fisher.sample(diag_fisher.init(params))
+
+
+def test_dictionaries_go_by_their_sorted_keys():
+    """So the precision belongs to the same entries as that of other users of optree, in whatever order a tree was filled."""
+    x, y = torch.randn(6, 3).double(), torch.randint(2, (6,))
+
+    def forward(params, batch):
+        return batch[0] @ params["weight"].T + params["bias"], torch.tensor([])
+
+    def outer(z, batch):
+        return torch.log_softmax(z, -1)[torch.arange(len(z)), batch[1]]
+
+    values = {"weight": torch.randn(2, 3).double(), "bias": torch.randn(2).double()}
+    precisions = []
+    for keys in (["weight", "bias"], ["bias", "weight"]):
+        transform = dense_ggn.build(forward, outer)
+        precisions.append(transform.update(transform.init({key: values[key] for key in keys}), (x, y)).prec)
+    assert torch.equal(*precisions)
+    z = x @ values["weight"].T + values["bias"]
+    p = z.softmax(1)
+    hessians = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    assert torch.allclose(precisions[0][:2, :2], hessians.sum(0))  # the bias comes first
+    leaves = optree.tree_leaves(values)
+    assert [leaf.shape for leaf in leaves] == [(2,), (2, 3)]
+
+
+def test_trees_with_nothing_in_places_and_of_several_kinds_of_dictionary():
+    params = OrderedDict(b=torch.ones(2), a=[torch.zeros(3), None])
+    state = diag_ggn.init(params, init_prec_diag={"a": [torch.full((3,), 2.0), None], "b": torch.full((2,), 3.0)})
+    assert state.prec_diag["a"][1] is None
+    assert state.prec_diag["b"].tolist() == [3.0, 3.0]
+    assert diag_ggn.sample(state, torch.Size([5]))["a"][0].shape == (5, 3)

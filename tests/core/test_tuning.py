@@ -6,12 +6,14 @@ import warnings
 
 import pytest
 import torch
+from torch.distributions import Normal
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from laplace import Laplace, tuning
 from laplace.tuning import prior_precision_grid, score_grid, select_prior_precision
 from laplace.utils import validate
+from laplace.utils.metrics import classification_scores
 
 from .models import CASES, loader, mlp
 from .test_posterior import COMBINATIONS, SIX, close, fitted, prior_of
@@ -119,21 +121,58 @@ def test_sampled_networks_are_scored_with_the_same_draws(case, subset, structure
         for xb, yb in loader(x, y, 3):
             generator = torch.Generator().manual_seed(4)
             p = la(xb, pred_type="nn", link_approx="mc", n_samples=5, generator=generator)
-            score = score + (nll(p, yb) if case == "mlp" else (p[0] - yb).square().sum())
+            score = score + (nll(p, yb) if case == "mlp" else -Normal(p[0], (p[1] + 1).sqrt()).log_prob(yb).sum())
         alone.append(score)
     close(total, torch.stack(alone), 1e-9)
     assert n == y.numel()
 
 
-def test_regression_glm_scores_do_not_depend_on_the_prior():
-    la, (x, y) = fitted("all", "kron", "regression"), validation("regression")
+@pytest.mark.parametrize("subset, structure", SIX)
+def test_a_regression_is_scored_by_its_gaussian_with_the_noise(subset, structure):
+    """The means do not depend on the prior; the variances do."""
+    la, (x, y) = fitted(subset, structure, "regression"), validation("regression")
+    la.sigma_noise = 0.7
     total, n = score_grid(la, loader(x, y), GRID)
-    expected = (la.model(x) - y).square().sum().detach()
     assert n == 14
-    assert total.tolist() == pytest.approx([float(expected)] * 5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert select_prior_precision(GRID, total) == GRID[2]
+    for prior, score in zip(GRID, total, strict=True):
+        la.prior_precision = prior
+        mean, covariance = la(x)
+        variance = covariance.diagonal(dim1=1, dim2=2) + 0.49
+        assert float(score) == pytest.approx(float(-Normal(mean, variance.sqrt()).log_prob(y).sum()))
+    assert len(set(total.tolist())) == len(GRID)
+    la.optimize_prior_precision(method="gridsearch", val_loader=loader(x, y), grid_size=9)
+    grid = prior_precision_grid(size=9)
+    assert la.prior_precision.item() == pytest.approx(grid[score_grid(la, loader(x, y), grid)[0].argmin()].item())
+
+
+def certain(scale=150.0):
+    """A classifier of float32 that is wrong about one example by a factor of e^-120 and more."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 3, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(scale * torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]))
+    x, y = torch.tensor([[1.0, 0.2], [0.1, 1.0], [0.9, 0.1]]), torch.tensor([0, 1, 1])
+    la = Laplace(model, "classification", "all", "kron")
+    la.fit(loader(x, y))
+    la.prior_precision = 1e6
+    return la, x, y
+
+
+@pytest.mark.parametrize("pred_type, link", [*(("glm", link) for link in LINKS), ("nn", "mc")])
+def test_scores_are_not_those_of_probabilities_that_underflow(pred_type, link):
+    la, x, y = certain()
+    total, _ = score_grid(la, loader(x, y), torch.tensor([1e6]), link, pred_type, n_samples=4)
+    model, x = la.model.double(), x.double()
+    exact = Laplace(model, "classification", "all", "kron", prior_precision=1e6)
+    exact.fit(loader(x, y))
+    generator = torch.Generator().manual_seed(0)
+    logs = exact(x, pred_type, link_approx=link, n_samples=4, generator=generator, log_probs=True)
+    truth = float(-logs.gather(1, y[:, None]).sum())
+    assert 100 < truth < 200 if "bridge" not in link else truth > 0
+    assert float(total) == pytest.approx(truth, rel=1e-2 if pred_type == "nn" or link == "mc" else 1e-4)
+    scores = classification_scores(logs.exp(), y, logs)
+    assert float(scores["nll"].sum()) == pytest.approx(truth)
+    assert torch.allclose(logs.exp().sum(1), torch.ones(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("subset, structure", SIX)
@@ -241,8 +280,8 @@ def test_custom_losses_of_regression_see_the_variances_of_every_value(pred_type,
 def test_torchmetrics_for_regression():
     la, (x, y) = fitted("all", "diag", "regression"), validation("regression")
     scores = tuning._score_with(la, loader(x, y, 3), GRID, MeanSquaredError(), "mc", "nn", 5)
-    total, n = score_grid(la, loader(x, y, 3), GRID, "mc", "nn", 5)
-    assert torch.allclose(scores, total / n, rtol=1e-6)
+    alone = tuning._score_with(la, loader(x, y, 3), GRID, lambda f, v, y: (f - y).square().mean(), "mc", "nn", 5)
+    assert torch.allclose(scores, alone, rtol=1e-6)
 
 
 @pytest.mark.parametrize("subset, structure", SIX)

@@ -1,0 +1,97 @@
+"""Notice that a model's weights are no longer those that a posterior was fitted at."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_RELATIVE = 1e-9  # difference of a fingerprint that another order of addition explains
+
+
+class Fingerprint:
+    """Sum and norm of every parameter outside the posterior, such as those of the layers before a last layer.
+
+    Parameters with a distribution are not among them: the posterior's own mean tells whether they have changed.
+
+    Args:
+        model: The model, at the weights to remember.
+        without: The parameters with a distribution.
+    """
+
+    def __init__(self, model: nn.Module, without: Iterable[nn.Parameter]):
+        """See the class."""
+        inferred = {id(p) for p in without}
+        self._names = [name for name, p in model.named_parameters() if id(p) not in inferred]
+        self._values = self._of(model)
+        self._versions = self._versions_of(model)
+
+    def changed(self, model: nn.Module) -> list[str]:
+        """Names of the parameters whose values have changed; looks at values only where torch has counted a change."""
+        versions = self._versions_of(model)
+        if versions == self._versions:
+            return []
+        now = self._of(model).to(self._values.device)
+        differs = ((now - self._values).abs() > _RELATIVE * (1 + self._values[:, 1:])).any(1).tolist()
+        found = [name for name, other in zip(self._names, differs, strict=True) if other]
+        if not found:
+            self._versions = versions
+        return found
+
+    def _of(self, model: nn.Module) -> Tensor:
+        known = dict(model.named_parameters())
+        rows = [
+            torch.stack([known[n].detach().sum(dtype=torch.float64), known[n].detach().double().norm()]).cpu()
+            for n in self._names
+        ]
+        return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.float64, device="cpu")
+
+    def _versions_of(self, model: nn.Module) -> list[tuple[int, int]]:
+        known = dict(model.named_parameters())
+        return [(known[name].data_ptr(), known[name]._version) for name in self._names]
+
+
+def _differing(model: nn.Module, params: Sequence[nn.Parameter], vector: Tensor) -> list[str]:
+    """Names of the parameters whose entries are not those of the vector that they made up, or that the model has no more."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    parts = vector.split([p.numel() for p in params])
+    same = [(p.detach().flatten() == part.to(p.device)).all() for p, part in zip(params, parts, strict=True)]
+    found = zip(params, torch.stack(same).tolist(), strict=True)
+    return [names.get(id(p), "one that was replaced") for p, equal in found if not (equal and id(p) in names)]
+
+
+def changed(la: Any) -> list[str]:
+    """Names of the parameters of a fitted posterior's model that are not what they were at the fit."""
+    return _differing(la.model, la.params, la.mean) + la._fingerprint.changed(la.model)
+
+
+def check_unchanged(la: Any) -> None:
+    """Refuse to predict from curvature of other weights.
+
+    Raises:
+        ValueError: If the model's weights have changed since the fit; names some of them.
+    """
+    names = changed(la)
+    if names:
+        raise ValueError(
+            f"The model's weights have changed since the fit ({_some(names)}), and the posterior is that of the earlier ones. "
+            "Call fit again, or load the earlier weights."
+        )
+
+
+def warn_of_addition(la: Any) -> None:
+    """Say where a further fit adds curvature at other weights, as continual learning means to."""
+    names = changed(la)
+    if names:
+        warnings.warn(
+            f"fit(override=False) adds curvature at other weights: {_some(names)} changed since the earlier fit over "
+            f"{la.n_data} examples. Use fit(override=True) unless that is meant, as in continual learning.",
+            stacklevel=3,
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -1,0 +1,314 @@
+"""Everyday mistakes meet one sentence that names the thing and the way out; and what only looks like one works."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from laplace import Laplace, marglik_training
+from laplace.capture.feature_extractor import FeatureExtractor
+from laplace.curvature import NativeGGN, backend_class
+from laplace.enums import Likelihood
+from laplace.errors import MissingKeyError
+from laplace.utils import _is_batchnorm, fit_diagonal_swag_var, validate
+from laplace.utils import utils as upstream
+
+from . import naive
+from .models import CASES, Normed, loader, mlp
+
+FITTABLE = [("all", h) for h in ("full", "kron", "diag", "lowrank", "gp")] + [("last_layer", "kron")]
+
+
+def fitted(case="mlp", subset="all", structure="kron", **kwargs):
+    model, x, y = CASES[case].make(n=6)
+    la = Laplace(model, CASES[case].likelihood, subset, structure, **kwargs)
+    la.fit(loader(x, y))
+    return la, x, y
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+X, Y = torch.randn(6, 3).double(), torch.randint(3, (6,))
+LOADERS = {
+    "data set": (TensorDataset(X, Y), "TensorDataset is a data set, .* give DataLoader\\(data_set, batch_size=…\\)"),
+    "tensor": (X, "A Tensor of tensors is no loader of batches; give \\[\\(x, y\\)\\]"),
+    "batch": ((X, Y), "A tuple of tensors is no loader of batches; give \\[\\(x, y\\)\\]"),
+    "nothing": (None, "NoneType is no loader of batches; give a DataLoader"),
+    "inputs alone": (DataLoader(X, batch_size=3), "Batch 0 is Tensor; a batch is \\(inputs, targets\\)"),
+    "one part": ([(X, Y), (X,)], "Batch 1 is tuple of 1 parts; a batch is"),
+    "numpy targets": ([(X, Y.numpy())], "targets of batch 0 are ndarray, not a tensor; give torch.as_tensor"),
+    "list of targets": ([(X, Y.tolist())], "targets of batch 0 are list, not a tensor"),
+    "numpy inputs": ([(X.numpy(), Y)], "inputs of batch 0 are ndarray, not a tensor; give torch.as_tensor\\(x\\)"),
+    "single examples": ([(X[0], Y[0])], "targets of batch 0 are a tensor without dimensions: a single example"),
+    "empty batch": ([(X, Y), (X[:0], Y[:0])], "Batch 1 holds no example; leave empty batches out|inputs of batch 1"),
+}
+
+
+@pytest.mark.parametrize("subset, structure", FITTABLE)
+@pytest.mark.parametrize("mistake", LOADERS)
+def test_a_fit_says_what_is_wrong_with_its_loader(mistake, subset, structure):
+    data, message = LOADERS[mistake]
+    la = Laplace(mlp().double(), "classification", subset, structure)
+    with pytest.raises(ValueError, match=message):
+        la.fit(data)
+
+
+@pytest.mark.parametrize("mistake", ["data set", "numpy targets", "one part"])
+def test_so_does_everything_else_that_takes_a_loader(mistake):
+    data, message = LOADERS[mistake]
+    la, _, _ = fitted()
+    for use in (
+        lambda: la.optimize_prior_precision(method="gridsearch", val_loader=data),
+        lambda: validate(la, data, lambda p, y: p.sum()),
+        lambda: marglik_training(mlp().double(), data, n_epochs=1),
+        lambda: fit_diagonal_swag_var(mlp().double(), data, nn.CrossEntropyLoss(), 1),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+def test_a_missing_key_is_a_key_error_and_a_value_error():
+    la = Laplace(mlp(), "classification", "all", "diag")
+    for kind in (KeyError, ValueError, MissingKeyError):
+        with pytest.raises(kind) as caught:
+            la.fit([{"input_ids": X, "target": Y}])
+        assert str(caught.value) == "Dict-like batches need the key 'labels' (dict_key_y), got ['input_ids', 'target']."
+
+
+def test_the_model_has_to_keep_the_batch_first():
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.layer(x).mean(0)
+
+    with pytest.raises(ValueError, match=r"Inputs of shape \(6, 3\) give outputs of shape \(3,\): the first dimension"):
+        Laplace(Mean(), "regression", "all", "diag").fit([(X.float(), X.float())])
+
+
+@pytest.mark.parametrize("subset, structure", FITTABLE)
+def test_targets_of_a_classifier_that_are_no_labels_say_what_they_look_like(subset, structure):
+    onehot = torch.eye(3)[Y]
+    la = Laplace(mlp().double(), "classification", subset, structure)
+    for targets, message in (
+        (onehot, r"Targets of shape \(6, 3\) are one-hot; give the labels, y.argmax\(-1\)"),
+        (onehot.long(), "are one-hot"),
+        (
+            onehot.double().flip(1) + onehot - onehot * onehot.flip(1),
+            "hold several labels or none per example.*Bernoulli",
+        ),
+        (torch.zeros(6, 3).long(), "hold several labels or none per example"),
+        (torch.full((6, 3), 1 / 3), "are probabilities of classes; .* takes labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            la.fit([(X, targets)])
+    with pytest.raises(ValueError, match=r"outputs \(6, 1\) have one logit, .* Return two: torch.cat"):
+        Laplace(mlp(outputs=1).double(), "classification", subset, structure).fit([(X, torch.zeros(6).long())])
+
+
+# --- predictions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("subset, structure", FITTABLE)
+def test_a_prediction_says_what_is_wrong_with_its_inputs(subset, structure):
+    la, x, _ = fitted(subset=subset, structure=structure)
+    uses = [la, la.functional_samples, la.predictive_samples, la._glm_predictive_distribution]
+    for use in uses:
+        for bad, message in (
+            (x[0], r"inputs of this prediction have shape \(3,\): the batch dimension is missing. Give x\[None\]"),
+            (x[:0], r"have shape \(0, 3\), which is no example"),
+            (x.numpy(), "inputs of this prediction are ndarray, not a tensor"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                use(bad)
+
+
+@pytest.mark.parametrize("n_samples", [0, -1, 2.5, None, True])
+def test_a_number_of_samples_is_at_least_one(n_samples):
+    la, x, _ = fitted()
+    for use in (
+        lambda: la.sample(n_samples),
+        lambda: la(x, link_approx="mc", n_samples=n_samples),
+        lambda: la(x, pred_type="nn", link_approx="mc", n_samples=n_samples),
+        lambda: la.predictive_samples(x, n_samples=n_samples),
+        lambda: la.functional_samples(x, n_samples=n_samples),
+        lambda: la._nn_predictive_samples(x, n_samples=n_samples),
+    ):
+        with pytest.raises(ValueError, match=f"n_samples={n_samples!r} must be a whole number of at least 1"):
+            use()
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [None, "1", "much", [1.0, "2"], {}])
+@pytest.mark.parametrize("name", ["prior_precision", "prior_mean", "sigma_noise"])
+def test_values_that_are_no_numbers_are_named(name, value):
+    la, _, _ = fitted("regression")
+    message = f"{name}=.* must be a number, or a tensor or list of numbers"
+    with pytest.raises(ValueError, match=message):
+        Laplace(mlp(), "regression", "all", "kron", **{name: value})
+    with pytest.raises(ValueError, match=message):
+        Laplace(mlp(), "regression", "last_layer", "kron", **{name: value})
+    with pytest.raises(ValueError, match=message):
+        setattr(la, name, value)
+    for bad in (None, "1"):
+        with pytest.raises(ValueError, match="temperature=.* must be positive and finite"):
+            la.temperature = bad
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_what_is_no_network_says_how_to_get_one(subset, tmp_path):
+    for model, message in (
+        ("model.pt", "model='model.pt' is a path. Load the network first: torch.load\\(path, weights_only=False\\)"),
+        (tmp_path / "model.pt", "is a path"),
+        (mlp().state_dict(), "model is a state dict, not a network: build the network"),
+        (torch.relu, "model is builtin_function_or_method, but has to be a torch.nn.Module"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Laplace(model, "classification", subset, "kron")
+
+
+def test_what_is_no_state_says_so():
+    la, _, _ = fitted()
+    for state, message in (
+        (la.model.state_dict(), "a state dict of something else, such as a model, not the state of a posterior"),
+        (la, "This is KronLaplace, not the state of a posterior; .* is used as it is"),
+        (la.model, "This is Sequential, not the state"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            la.load_state_dict(state)
+
+
+@pytest.mark.parametrize("structure", ["full", "kron", "diag", "lowrank", "gp"])
+def test_requires_grad_that_changes_after_construction_is_named(structure):
+    model, x, y = CASES["mlp"].make()
+    la = Laplace(model, "classification", "all", structure)
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"requires_grad of \['0.weight'\] has changed since this \w+ was made"):
+        la.fit(loader(x, y))
+    la = Laplace(model, "classification", "all", structure)
+    model[0].weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"requires_grad of \['0.weight'\] has changed"):
+        la.fit(loader(x, y))
+
+
+def test_many_backward_passes_are_said_once():
+    x, y = torch.randn(4, 3), torch.randint(80, (4,))
+    la = Laplace(mlp(outputs=80), "classification", "all", "diag")
+    with pytest.warns(UserWarning, match="exact GGN of 80 outputs .*'stochastic': True") as caught:
+        la.fit(loader(x, y))
+    assert len([w for w in caught if "backward passes" in str(w.message)]) == 1
+
+
+@pytest.mark.filterwarnings("error:The exact GGN")
+@pytest.mark.parametrize("subset, kwargs", [("all", {"stochastic": True}), ("last_layer", {})])
+def test_few_backward_passes_are_not_mentioned(subset, kwargs):
+    x, y = torch.randn(4, 3), torch.randint(80, (4,))
+    Laplace(mlp(outputs=80), "classification", subset, "diag", backend_kwargs=kwargs).fit(loader(x, y))
+
+
+# --- what only looks like a mistake ----------------------------------------------------------------------------------
+
+
+class Graph:
+    """Inputs as of graph libraries: an object that moves itself to a device and has no length."""
+
+    def __init__(self, nodes):
+        self.nodes = nodes
+
+    def to(self, device):
+        return Graph(self.nodes.to(device))
+
+
+class OnGraphs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, graph):
+        return self.net(graph.nodes)
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+@pytest.mark.parametrize("structure", ["full", "kron", "diag"])
+def test_objects_that_move_themselves_go_to_the_model_as_they_are(subset, structure):
+    torch.manual_seed(0)
+    model = OnGraphs().double()
+    la = Laplace(model, "classification", subset, structure)
+    la.fit([(Graph(X[:4]), Y[:4]), (Graph(X[4:]), Y[4:])])
+    plain = Laplace(model.net, "classification", subset, structure)
+    plain.fit([(X, Y)])
+    assert torch.allclose(la(Graph(X)), plain(X))
+    la.optimize_prior_precision(method="gridsearch", val_loader=[(Graph(X), Y)], grid_size=3)
+
+
+@pytest.mark.parametrize("structure", ["gp"])
+def test_a_gp_draws_functions_under_the_name_of_the_linearised_network(structure):
+    la, x, _ = fitted(structure=structure)
+    for draw in (la.functional_samples, la.predictive_samples):
+        one, two = (draw(x, kind, 5, generator=torch.Generator().manual_seed(0)) for kind in ("glm", "gp"))
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("structure", ["full", "kron", "diag"])
+def test_names_that_public_scripts_call(structure):
+    la, x, _ = fitted("regression", structure=structure)
+    for value, truth in zip(la._glm_predictive_distribution(x), la(x), strict=True):
+        assert torch.equal(value, truth)
+    assert la._glm_predictive_distribution(x, diagonal_output=True)[1].shape == (6, 2)
+    assert la._glm_predictive_distribution(x, joint=True)[1].shape == (12, 12)
+    la, x, _ = fitted(structure=structure)
+    f, variance = la._glm_predictive_distribution(x)  # of logits
+    assert torch.allclose(f, la.model(x))
+    assert variance.shape == (6, 3, 3)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    draws = la._nn_predictive_samples(x, 7, generators[0])
+    assert torch.equal(draws, la.predictive_samples(x, "nn", 7, generator=generators[1]))
+    assert torch.allclose(draws.sum(-1), torch.ones(7, 6).double())
+    assert upstream._is_batchnorm is _is_batchnorm
+    assert [_is_batchnorm(m) for m in (nn.BatchNorm2d(2), nn.SyncBatchNorm(2), nn.LayerNorm(2))] == [True, True, False]
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", "kron"])
+def test_backpack_takes_inputs_that_require_gradients(structure):
+    """As in Bayesian optimisation; what it lacks are derivatives in inputs, which nobody asked for."""
+    model, x, y = CASES["mlp"].make()
+    backend = backend_class("backpack")[0](model, "classification")
+    truth = getattr(NativeGGN(model, "classification"), structure)
+    options = {"N": 5} if structure == "kron" else {}
+    found = getattr(backend, structure)(x.clone().requires_grad_(), y, **options)[1]
+    found, truth = (h.to_matrix() if structure == "kron" else h for h in (found, truth(x, y, **options)[1]))
+    assert naive.relative_error(found, truth) < 1e-9
+    js, _ = backend.jacobians(x.clone().requires_grad_())
+    assert naive.relative_error(js, naive.jacobians(model, x)) < 1e-9
+
+
+def test_features_of_an_unreduced_model_are_reduced_without_a_layer_s_name():
+    x = torch.randn(6, 7, 8, 9, 4)
+    model = nn.Sequential(nn.Linear(4, 10), nn.Tanh(), nn.Linear(10, 3))
+    features = model[:2](x).flatten(1, -2)
+    for reduction, truth in (
+        ("pick_first", features[:, 0]),
+        ("pick_last", features[:, -1]),
+        ("average", features.mean(1)),
+    ):
+        out, found = FeatureExtractor(model, feature_reduction=reduction).forward_with_features(x)
+        assert (out.shape, found.shape) == ((6, 7, 8, 9, 3), (6, 10))
+        assert torch.allclose(found, truth)
+        la = Laplace(model, "classification", "last_layer", "diag", feature_reduction=reduction)
+        with pytest.raises(
+            ValueError, match="is not the output of its last layer"
+        ):  # a posterior needs the reduced model
+            la.fit([(x, torch.randint(3, (6, 7, 8, 9)))])
+
+
+def test_normed_models_and_ordered_dicts_are_what_they_are():
+    assert isinstance(Normed().state_dict(), OrderedDict)
+    assert Laplace(Normed(), Likelihood.CLASSIFICATION, "all", "diag").n_params > 0
