@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -59,11 +60,12 @@ def in_order(opens: Iterable[Open], ahead: Ahead) -> Iterator[Loaded]:
         yield from map(_when_asked, opens)
         return
     pool = ThreadPoolExecutor(ahead.threads)
+    reader = _Reader(iter(opens), ahead, pool)
     try:
-        reader = _Reader(iter(opens), ahead, pool)
         while (loaded := reader.next_array()) is not None:
             yield loaded
     finally:
+        reader.close()
         pool.shutdown(cancel_futures=True)
 
 
@@ -85,26 +87,37 @@ class _Array:
     def later(self) -> deque[Piece]:
         """The pieces that were not asked for yet; of an array that cannot be opened there are none."""
         if self._later is None:
-            self._later = deque() if self.opened.exception() else deque(self.opened.result())
+            failed = self.opened.cancelled() or self.opened.exception()
+            self._later = deque() if failed else deque(self.opened.result())
         return self._later
 
 
 class _Reader:
-    """Asks for what comes next as far as the bounds allow, whenever something was taken."""
+    """Asks for what comes next as far as the bounds allow, whenever something was taken or an array is open."""
 
     def __init__(self, opens: Iterator[Open], ahead: Ahead, pool: ThreadPoolExecutor) -> None:
         self._opens, self._ahead, self._pool = opens, ahead, pool
         self._arrays: deque[_Array] = deque()
+        self._lock = (
+            Lock()
+        )  # of the arrays and of what they hold, since whichever thread opened one asks for its pieces
         self._held = 0
         self._begun = False
+
+    def close(self) -> None:
+        """Ask for nothing more."""
+        with self._lock:
+            self._arrays.clear()
 
     def next_array(self) -> Loaded | None:
         """Return the pieces of the next array, or None after the last."""
         if self._begun:
-            for piece, future in self._arrays.popleft().asked:
-                future.cancel()
-                self._held -= piece.nbytes
+            with self._lock:
+                for piece, future in self._arrays.popleft().asked:
+                    future.cancel()
+                    self._held -= piece.nbytes
         self._begun = True
+        self._open()
         self._ask()
         return self._load(self._arrays[0]) if self._arrays else None
 
@@ -115,22 +128,31 @@ class _Reader:
         while array.asked:
             piece, future = array.asked[0]
             value = future.result()
-            array.asked.popleft()
-            self._held -= piece.nbytes
+            with self._lock:
+                array.asked.popleft()
+                self._held -= piece.nbytes
             self._ask()
             del future
             yield piece.rows, value
             del value
 
-    def _ask(self) -> None:
+    def _open(self) -> None:
+        """Have the next arrays opened."""
         while len(self._arrays) < self._ahead.arrays and (open_ := next(self._opens, None)):
-            self._arrays.append(_Array(self._pool.submit(open_)))
-        for array in self._arrays:
-            if not array.opened.done():
-                return
-            while array.later:
-                if self._held and self._held + array.later[0].nbytes > self._ahead.nbytes:
+            array = _Array(self._pool.submit(open_))
+            with self._lock:
+                self._arrays.append(array)
+            array.opened.add_done_callback(lambda _: self._ask())
+
+    def _ask(self) -> None:
+        """Ask for the next pieces of the arrays that are open, in order."""
+        with self._lock:
+            for array in self._arrays:
+                if not array.opened.done():
                     return
-                piece = array.later.popleft()
-                array.asked.append((piece, self._pool.submit(piece.load)))
-                self._held += piece.nbytes
+                while array.later:
+                    if self._held and self._held + array.later[0].nbytes > self._ahead.nbytes:
+                        return
+                    piece = array.later.popleft()
+                    array.asked.append((piece, self._pool.submit(piece.load)))
+                    self._held += piece.nbytes

@@ -16,7 +16,7 @@ from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError
 from laplace_dist.execution.inline import InlinePool
 from laplace_dist.run.checkpoint import Checkpoint, open_json
-from laplace_dist.run.checks import Place
+from laplace_dist.stages.verify import CarryOutCheck
 from laplace_dist.storage.sealed_json import seal_json
 
 SETTINGS = {"skip_tune": False, "skip_evaluate": False, "ood": ["other"], "batch_size": 8}
@@ -104,6 +104,7 @@ def test_the_same_problems_and_notes_are_reported_in_the_same_order(run, damage)
     alone, pooled = (laplace_dist.verify(str(run), executor=executor) for executor in (None, laplace_dist.Inline))
     assert facts(pooled) == facts(alone)
     assert alone.problems or alone.notes or alone.orphans
+    assert len(set(alone.problems)) == len(alone.problems), "each is said once"
 
 
 def harm_a_lot(run):
@@ -115,11 +116,13 @@ def harm_a_lot(run):
 class Backwards(InlinePool):
     """Finishes the last of the tasks first."""
 
-    size = 100
+    size, done = 100, []
 
     def wait(self, seconds, limit):
-        self._waiting.reverse()
-        return super().wait(seconds, limit)
+        self._waiting.rotate(1)
+        events = super().wait(seconds, limit)
+        self.done += [event.receipt["number"] for event in events]
+        return events
 
 
 def test_the_order_in_which_checks_finish_does_not_show(run, monkeypatch):
@@ -128,6 +131,7 @@ def test_the_order_in_which_checks_finish_does_not_show(run, monkeypatch):
     assert len(alone.problems) > 4
     monkeypatch.setattr(laplace_dist.Inline, "pool", lambda self, device: Backwards(self._config))
     assert facts(laplace_dist.verify(str(run), executor=laplace_dist.Inline)) == facts(alone)
+    assert [3, 2, 1, 0] in [Backwards.done[i : i + 4] for i in range(len(Backwards.done))]
 
 
 def test_a_cluster_gives_the_same_report_though_a_worker_dies(run, tmp_path, cluster, capsys):
@@ -145,16 +149,16 @@ def test_a_cluster_gives_the_same_report_though_a_worker_dies(run, tmp_path, clu
 
 def test_workers_read_each_array_and_this_process_none(run, monkeypatch):
     """Else the report would be the same, and nothing gained."""
-    readers, find, read = Counter(), Place.find, Checkpoint.read_pieces
+    readers, run_, read = Counter(), CarryOutCheck.run, Checkpoint.read_pieces
 
-    def within(self, check):
-        readers[type(check).__name__] += 1
+    def within(self, context):
+        readers[type(self.check).__name__] += 1
         with monkeypatch.context() as patch:
             patch.setattr(Checkpoint, "read_pieces", read)
-            return find(self, check)
+            return run_(self, context)
 
-    monkeypatch.setattr(Checkpoint, "read_pieces", None)  # calling it would be an error, but within a check
-    monkeypatch.setattr(Place, "find", within)
+    monkeypatch.setattr(Checkpoint, "read_pieces", None)  # calling it would be an error, but within a task
+    monkeypatch.setattr(CarryOutCheck, "run", within)
     report = laplace_dist.verify(str(run), executor=laplace_dist.Inline)
     assert report.ok and readers["CheckPart"] > 3 and {"CheckPartials", "CheckArrays", "CheckFollowOns"} < set(readers)
 
