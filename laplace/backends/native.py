@@ -15,6 +15,7 @@ from laplace.data.batches import joined, length_of
 from laplace.enums import Likelihood
 from laplace.likelihoods import base as lik
 from laplace.linalg.kronecker import Kron
+from laplace.structures import last_layer
 from laplace.structures.diag import diag_vector
 from laplace.structures.registry import add_curvature_
 from laplace.structures.sums import CurvatureSums
@@ -54,7 +55,11 @@ class _Native:
         lik.check_targets(self.likelihood, capture.f, y, offset)
         self._warn_of_passes(capture.f)
         f = capture.f.double()  # in float32, 1 - p of a sure example has no digits
-        add_curvature_(sums, capture, self.directions(f, y, offset), reduce=self.kfac_approx == "reduce")
+        exact = isinstance(self, GGNInterface) and not self.stochastic
+        if self.last_layer and exact and last_layer.applies(sums, f):
+            last_layer.add_(sums, capture, self.likelihood, f)
+        else:
+            add_curvature_(sums, capture, self.directions(f, y, offset), reduce=self.kfac_approx == "reduce")
         sums.loss = sums.loss + lik.loss_sum(self.likelihood, f, y)
         sums.n_data += len(y)
 

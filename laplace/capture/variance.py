@@ -19,6 +19,8 @@ from torch import Tensor
 
 from laplace.capture.blocks import Block
 from laplace.capture.contractions import chunks, is_bias, output_directions, row_of_layer
+from laplace.capture.last_layer import LastLayerCapture
+from laplace.capture.last_layer_variance import last_layer_variance
 from laplace.capture.rules import is_outer, is_transposed
 
 
@@ -51,6 +53,8 @@ def block_variance(
     Returns:
         ``(priors, batch, outputs)`` if ``diagonal`` else ``(priors, batch, outputs, outputs)``.
     """
+    if isinstance(capture, LastLayerCapture) and capture.f.ndim == 2:
+        return last_layer_variance(capture, blocks, bases, weights, n_priors, diagonal)
     outputs = capture.f[0].numel()
     shape = (n_priors, capture.f.shape[0], outputs) + (() if diagonal else (outputs,))
     total = torch.zeros(shape, dtype=capture.dtype, device=capture.f.device)

@@ -16,6 +16,7 @@ from laplace import noise
 from laplace.enums import Likelihood
 from laplace.errors import NonFiniteError
 from laplace.likelihoods.mistakes import check_classes
+from laplace.linalg.precision import double
 
 
 def check_targets(likelihood: Likelihood, f: Tensor, y: Tensor, offset: int = 0) -> None:
@@ -71,7 +72,7 @@ def check_finite(what: str, values: Tensor, offset: int) -> None:
 
 def loss_sum(likelihood: Likelihood, f: Tensor, y: Tensor) -> Tensor:
     """Sum over examples of the negative log likelihood (up to the noise and its constant), float64 scalar."""
-    f = f.double()
+    f, y = double(f), y.to("cpu") if f.device.type == "mps" else y
     if likelihood is Likelihood.REGRESSION:
         return 0.5 * (f - y.double()).square().sum()
     return torch.nn.functional.cross_entropy(f.reshape(-1, f.shape[-1]), y.reshape(-1).long(), reduction="sum")
@@ -107,6 +108,29 @@ def hessian_root(likelihood: Likelihood, f: Tensor) -> Iterator[Tensor]:
             alone = torch.zeros_like(flat)
             alone[:, t] = column[:, t]
             yield alone.reshape(f.shape)
+
+
+def hessian_diagonal(likelihood: Likelihood, f: Tensor) -> Tensor:
+    r"""Diagonal of :math:`\nabla^2_f (-\log p)`, shaped like ``f``; :math:`1 - p` of a sure example keeps its digits."""
+    if likelihood is Likelihood.REGRESSION:
+        return torch.ones_like(f)
+    p = f.softmax(-1)
+    top = p.argmax(-1, keepdim=True)
+    others = p.scatter(-1, top, 0).sum(-1, keepdim=True)
+    return p * (1 - p).scatter(-1, top, others)
+
+
+def hessian_sum(likelihood: Likelihood, f: Tensor) -> Tensor:
+    r"""Sum of :math:`\nabla^2_f (-\log p)` over examples, ``(outputs, outputs)`` for ``f`` of shape ``(batch, outputs)``.
+
+    Classification: :math:`\mathrm{diag}(\sum_n p_n) - P^\top P`, but for the diagonal, which would lose digits.
+    """
+    if likelihood is Likelihood.REGRESSION:
+        return len(f) * torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
+    p = f.softmax(-1)
+    total = -(p.T @ p)
+    total.diagonal().copy_(hessian_diagonal(likelihood, f).sum(0))
+    return total
 
 
 def _unit_column(flat: Tensor, j: int) -> Tensor:

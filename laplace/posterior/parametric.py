@@ -77,6 +77,11 @@ class ParametricLaplace(BaseLaplace):
 
     def _check_parameters(self, x: Any) -> None:
         """Refuse a model whose ``requires_grad`` flags have changed; remember what a batch of inputs looks like."""
+        if self._device.type == "mps":
+            raise ValueError(
+                "The model is on 'mps', which has no float64, in which curvature is added up. Fit and predict on the CPU: "
+                "model.cpu() before the posterior is made."
+            )
         known, now = {id(p) for p in self.params}, self.backend.named_params
         names = {id(p): name for name, p in self.model.named_parameters()}
         changed = [name for name, p in now.items() if id(p) not in known]

@@ -12,6 +12,7 @@ import torch
 
 from laplace import Laplace, marglik_training
 from laplace.curvature import NativeEF, NativeGGN
+from laplace.linalg.precision import double
 from laplace.utils import RunningNLLMetric, subnetmask, validate
 
 from .models import CASES, mlp
@@ -134,3 +135,27 @@ def test_subnetwork_masks_stay_with_the_model(elsewhere):
     ]
     for mask in masks:
         assert mask.select(loader).device.type == "cpu"
+
+
+def test_a_device_without_float64_is_refused_and_losses_go_to_the_host(monkeypatch):
+    """Apple's MPS; there is none here, so one is made up."""
+
+    class Elsewhere:
+        device = torch.device("mps")
+
+        def cpu(self):
+            return torch.ones(2)
+
+        def double(self):
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
+
+    assert double(Elsewhere()).dtype is torch.float64
+    assert double(torch.ones(2)).dtype is torch.float64
+    model, x, y = CASES["mlp"].make()
+    for structure in ("full", "kron", "diag", "lowrank", "gp"):
+        la = Laplace(model, "classification", "all", structure)
+        monkeypatch.setattr(type(la), "_device", torch.device("mps"))
+        with pytest.raises(ValueError, match="'mps', which has no float64, .* model.cpu\\(\\)"):
+            la.initialize(x)
