@@ -183,6 +183,4 @@ def _way_out(f: Tensor, y: Tensor) -> str:
         return " Give each example a target of shape (1,), as y.unsqueeze(-1)."
     if y.ndim == f.ndim and y.shape[-1] == 1 and f.shape[-1] > 1:
         return " Take the last dimension away, as y.squeeze(-1)."
-    if y.shape == f.shape:
-        return " If they are one-hot, y.argmax(-1) gives the classes."
     return ""

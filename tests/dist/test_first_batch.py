@@ -89,7 +89,7 @@ DATA = {
     "strings": ("convnet", pairs(IMAGES, ["cat"] * N), ["--data", "strings, such as 'cat'", "number from 0"]),
     "mappings": ("convnet", [(x, {"box": 1, "class": 2}) for x in IMAGES], ["--data", "a mapping of box, class"]),
     "lists": ("convnet", [(x, [1, 2]) for x in IMAGES], ["--data", "y of example 0 is a list of numbers"]),
-    "one-hot": ("convnet", TensorDataset(IMAGES, nn.functional.one_hot(LABELS).float()), ["--data", "integer class labels",
+    "one-hot": ("convnet", TensorDataset(IMAGES, nn.functional.one_hot(LABELS).float()), ["--data", "are one-hot",
                 "y.argmax(-1)"]),
     "one-hot whole numbers": ("convnet", TensorDataset(IMAGES, nn.functional.one_hot(LABELS)), ["--data", "(4, 3)",
                               "y.argmax(-1)"]),
