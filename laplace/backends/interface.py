@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace.capture.capture import Capture, eval_mode, ranges
+from laplace.capture.capture import Capture, ranges
 from laplace.capture.contractions import require_jacobians
+from laplace.capture.evaluation import eval_mode
 from laplace.capture.fallback import calls_layer_norm, input_tensors, plain_jacobians, rebuild_inputs, refuses_vmap
 from laplace.capture.feature_extractor import FeatureExtractor
-from laplace.capture.last_layer import LastLayerCapture
+from laplace.capture.last_layer import LastLayerCapture, apply_last_layer, last_layer_sources
 from laplace.capture.verify import find_layers
 from laplace.data.batches import length_of, part_of
 from laplace.enums import Likelihood, parse
@@ -120,8 +121,9 @@ class CurvatureInterface:
         x = _few(x)
         with eval_mode(self.model):
             if self.last_layer:
-                layer = self.model.last_layer_name
-                found = dict.fromkeys(shapes, (layer, "last layer"))
+                with torch.no_grad():
+                    _, features = self.model.forward_with_features(x)
+                found = last_layer_sources(self.model.last_layer, self.model.last_layer_name, shapes, features.detach())
             else:
                 found = find_layers(self.model, list(shapes), x)
             with torch.no_grad():
@@ -146,13 +148,15 @@ class CurvatureInterface:
         assert self.spec is not None, "initialize() comes first"
         self._check_gradients()
         with eval_mode(self.model):
+            others = [block.parameter for block in self.spec.blocks if block.layer is None]
             if self.last_layer:
                 with torch.no_grad():
-                    _, features = self.model.forward_with_features(x)
-                    name = self.model.last_layer_name
-                    return LastLayerCapture(features, self.model.last_layer, name, self.spec.torch_dtype)
+                    out, features = self.model.forward_with_features(x)
+                    name, layer = self.model.last_layer_name, self.model.last_layer
+                    capture = LastLayerCapture(features.detach(), layer, name, self.spec.torch_dtype, others)
+                self.model.check_output(capture.f, out)
+                return capture
             layers = dict.fromkeys(block.layer for block in self.spec.blocks if block.layer is not None)
-            others = [block.parameter for block in self.spec.blocks if block.layer is None]
             return Capture(self.model, x, layers, others, self.spec.torch_dtype)
 
     def parts(self, x: Tensor | MutableMapping[str, Any]) -> list[tuple[slice, Any]]:
@@ -286,16 +290,26 @@ class CurvatureInterface:
 
     def last_layer_jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         """Dense Jacobians with respect to the last layer, ``(batch, outputs, last-layer parameters)``."""
+        if self.spec is None:
+            self.initialize(x, "diag")
+        layer = self.model.last_layer
         with eval_mode(self.model), torch.set_grad_enabled(enable_backprop):
-            f, features = self.model.forward_with_features(x)
+            _, features = self.model.forward_with_features(x)
+            f, inputs = apply_last_layer(layer, features)
         size = sum(p.numel() for p in self.params)
         require_jacobians(len(f), f[0].numel(), size, self.sums_dtype, f.device)
+        others = [block.parameter for block in self.spec.blocks if block.layer is None]
+        local = {other: other.removeprefix(f"{self.model.last_layer_name}.") for other in others}
+        found = plain_jacobians(layer, features, local.values())[0] if others else {}
         identity = torch.eye(f.shape[-1], device=f.device, dtype=f.dtype)
-        layer, parts = self.model.last_layer, []
-        if layer.weight.requires_grad:
-            parts.append(torch.einsum("n...i,cd->n...cdi", features, identity).flatten(-2))
-        if layer.bias is not None and layer.bias.requires_grad:
-            parts.append(identity.expand(*f.shape, -1))
+        parts = []
+        for name in self.named_params:
+            if name in local:
+                parts.append(found[local[name]].reshape(*f.shape, -1))
+            elif name.endswith(".bias"):
+                parts.append(identity.expand(*f.shape, -1))
+            else:
+                parts.append(torch.einsum("n...i,cd->n...cdi", inputs, identity).flatten(-2))
         js = torch.cat(parts, -1).flatten(1, -2).to(self.sums_dtype)
         return (js, f) if enable_backprop else (js.detach(), f.detach())
 

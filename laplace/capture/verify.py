@@ -80,6 +80,7 @@ def _verified(model: nn.Module, found: dict[str, Source], x: Any) -> dict[str, S
     capture = Capture(model, x, layers, dtype=torch.float64)
     if not capture._output.requires_grad:
         raise ValueError("The model's output does not depend on any of its parameters with requires_grad=True.")
+    capture.check_called()
     v = fixed_directions(capture.f)
     v[:-1] = 0
     truth = torch.autograd.grad(capture._output, [known[n] for n in names], v, retain_graph=True, allow_unused=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
-from laplace.capture.capture import eval_mode
+from laplace.capture.evaluation import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.data.batches import batches
 from laplace.enums import Likelihood, parse

@@ -21,9 +21,7 @@ NOT_YET: dict[str, str] = {
     "tuple_output": _OUTSIDE,
     "tuple_input": _OUTSIDE,
     "one_value_per_example": _OUTSIDE,
-    "input_changed_in_place": "later passes see the changed input",
     "classes_first": "one of two readings is taken without a word",
-    "predicts under inference_mode": _NO_GRAD,
     # the fallback
     "gru_cell": _FALLBACK,
     "lstm_cell": _FALLBACK,
@@ -47,17 +45,9 @@ NOT_YET: dict[str, str] = {
     "complex_parameter": _FALLBACK,
     "embedding_max_norm": _FALLBACK,
     "embedding_sparse": _FALLBACK,
-    "embedding_by_frequency": "its gradient is not that of its output",
     "bfloat16 × norm": _FALLBACK,
     "bfloat16 × bilinear": _FALLBACK,
     # calls without a gradient
-    "also_detached": "refused: its second call does not reach the output",
-    "logged_without_grad": _NO_GRAD,
-    "feature_backbone_without_grad": _NO_GRAD,
-    "inference_backbone": _NO_GRAD,
-    "checkpointed_reentrant": _NO_GRAD,
-    "relu in place on a view": "refused: the edge of a view's gradient is no longer part of the graph",
-    "output_changed_in_place × sequence output": "refused: as relu in place on a view",
     # models that have no definition
     "functional_dropout": _RANDOM,
     "noise_in_forward": _RANDOM,
@@ -78,11 +68,6 @@ NOT_YET: dict[str, str] = {
     "standardised_conv": _PROBE,
     "bfloat16 × full": "products of two precisions",
     # the last layer
-    "pruned × wrapped head × last_layer": _LAST_LAYER,
-    "weight_norm_old × wrapped head × last_layer": _LAST_LAYER,
-    "spectral_norm_old × wrapped head × last_layer": _LAST_LAYER,
-    "small_scaled_output × last_layer": "the check of the last layer is absolute",
-    "forward_pre_hook_that_scales × wrapped head × last_layer": "the hook runs twice",
     "warns of diagonal blocks": "a linear layer or convolution gets a diagonal block without a word",
 }
 CHECKS = frozenset({"warns of diagonal blocks"})
