@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from laplace.capture.capture import Capture, ranges
 from laplace.capture.contractions import require_jacobians
 from laplace.capture.evaluation import eval_mode
-from laplace.capture.fallback import calls_layer_norm, input_tensors, plain_jacobians, rebuild_inputs, refuses_vmap
+from laplace.capture.fallback import jacobians, plain_jacobians
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.capture.last_layer import LastLayerCapture, apply_last_layer, last_layer_sources
+from laplace.capture.soundness import check_function, check_inputs, check_parameters
 from laplace.capture.verify import find_layers
 from laplace.data.batches import length_of, part_of
 from laplace.enums import Likelihood, parse
 from laplace.likelihoods import base as lik
 from laplace.linalg.kronecker import Kron
 from laplace.structures import lowrank
-from laplace.structures.registry import sums_spec
+from laplace.structures.registry import sums_spec, warn_of_diagonal_blocks
 from laplace.structures.subnetwork import check_subnetwork_indices, split_indices
 from laplace.structures.sums import CurvatureSums, SumsSpec
 
@@ -118,8 +119,11 @@ class CurvatureInterface:
             raise ValueError("Single entries of a weight have no Kronecker factors; subnetworks take 'full' or 'diag'.")
         named, kept = self.named_params, self.kept_entries()
         shapes = {name: tuple(named[name].shape) for name in kept}
+        check_inputs(x)
         x = _few(x)
         with eval_mode(self.model):
+            check_parameters(self.model)
+            check_function(self.model.model if self.last_layer else self.model, x)
             if self.last_layer:
                 with torch.no_grad():
                     _, features = self.model.forward_with_features(x)
@@ -130,6 +134,7 @@ class CurvatureInterface:
                 f = self.model(x)
         n_outputs = f[0].numel() if self.likelihood is Likelihood.REGRESSION else f.shape[-1]
         self.spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs, kept)
+        warn_of_diagonal_blocks(self.spec, self.model.model if self.last_layer else self.model)
         return self.spec
 
     def _initialize_kron(self, x: Tensor | MutableMapping[str, Any], package: str) -> None:
@@ -157,7 +162,9 @@ class CurvatureInterface:
                 self.model.check_output(capture.f, out)
                 return capture
             layers = dict.fromkeys(block.layer for block in self.spec.blocks if block.layer is not None)
-            return Capture(self.model, x, layers, others, self.spec.torch_dtype)
+            capture = Capture(self.model, x, layers, others, self.spec.torch_dtype)
+        capture.check_attribution()
+        return capture
 
     def parts(self, x: Tensor | MutableMapping[str, Any]) -> list[tuple[slice, Any]]:
         """Parts of a batch that are captured one after the other, each with its range of examples.
@@ -262,22 +269,8 @@ class CurvatureInterface:
             length_of(x), self._outputs_per_example(x), sum(sizes), self.sums_dtype, self.params[0].device
         )
 
-        def outputs(parameters: dict[str, Tensor], example: Any) -> tuple[Tensor, Tensor]:
-            batch = rebuild_inputs(x, example, lambda t: t.unsqueeze(0))
-            f = torch.func.functional_call(self.model, parameters, (batch,))[0]
-            return f, f
-
         with eval_mode(self.model):
-            js, f = None, None
-            if not (enable_backprop and calls_layer_norm(self.model, x)):
-                jacobian = torch.func.vmap(torch.func.jacrev(outputs, has_aux=True), in_dims=(None, 0))
-                try:
-                    js, f = jacobian({n: named[n].detach() for n in kept}, input_tensors(x))
-                except RuntimeError as error:
-                    if not refuses_vmap(error):
-                        raise
-            if js is None:
-                js, f = plain_jacobians(self.model, x, kept)
+            js, f = jacobians(self.model, x, kept, enable_backprop)
         rows = [js[name].reshape(len(f), f[0].numel(), -1) for name in kept]
         rows = [r if own is None else r[..., list(own)] for r, own in zip(rows, kept.values(), strict=True)]
         flat = torch.cat(rows, -1).to(self.sums_dtype)

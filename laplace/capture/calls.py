@@ -22,6 +22,7 @@ class Call:
         edge: Where the gradient of the output is; the edge, not the tensor, since a later in-place operation may change
             what the tensor stands for.
         shape: Shape of the output.
+        dtype: Type of the output, which autocast makes another than that of the input.
     """
 
     layer: str
@@ -29,11 +30,7 @@ class Call:
     version: int
     edge: Any
     shape: torch.Size
-
-    @classmethod
-    def of(cls, layer: str, value: Tensor, output: Tensor) -> Call:
-        """Remember a call whose output has a gradient."""
-        return cls(layer, value.detach(), value._version, _edge(output), output.shape)
+    dtype: torch.dtype
 
     def check_unchanged(self) -> None:
         """Refuse an input that was changed after the layer had seen it.
@@ -48,13 +45,11 @@ class Call:
             )
 
 
-def _edge(output: Tensor) -> Any:
-    """The gradient's edge; of a view the edge of what it is a view of, which in-place operations on the view leave alone."""
+def _whole_base(output: Tensor) -> Tensor | None:
+    """What an output is a view of in other dimensions: in-place operations on the view leave its edge alone."""
     base = output._base
     whole = base is not None and base.requires_grad and base.numel() == output.numel()
-    if whole and base.is_contiguous() and output.is_contiguous():
-        return torch.autograd.graph.get_gradient_edge(base)
-    return torch.autograd.graph.get_gradient_edge(output)
+    return base if whole and base.is_contiguous() and output.is_contiguous() else None
 
 
 @contextmanager
@@ -68,11 +63,17 @@ def recorded(modules: dict[str, nn.Module]) -> Iterator[tuple[list[Call], set[st
     without: set[str] = set()
 
     def remember(name: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            if output.requires_grad:
-                calls.append(Call.of(name, args[0] if args else kwargs["input"], output))
-            else:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+            if not output.requires_grad:
                 without.add(name)
+                return None
+            base, kept = _whole_base(output), None
+            if base is None and output._is_view():
+                output = kept = output.clone()  # a later in-place operation would cut a view's edge off
+            value = args[0] if args else kwargs["input"]
+            edge = torch.autograd.graph.get_gradient_edge(output if base is None else base)
+            calls.append(Call(name, value.detach(), value._version, edge, output.shape, output.dtype))
+            return kept
 
         return hook
 
@@ -86,10 +87,16 @@ def recorded(modules: dict[str, nn.Module]) -> Iterator[tuple[list[Call], set[st
 
 def that_reach(output: Tensor, calls: Sequence[Call]) -> list[Call]:
     """Calls on which the output depends by its graph; one that is used detached alone is none."""
+    seen = set(nodes(output))
+    return [call for call in calls if call.edge.node in seen]
+
+
+def nodes(output: Tensor) -> Iterator[Any]:
+    """All nodes of an output's graph."""
     seen, waiting = set(), [output.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is not None and node not in seen:
             seen.add(node)
             waiting.extend(following for following, _ in node.next_functions)
-    return [call for call in calls if call.edge.node in seen]
+            yield node

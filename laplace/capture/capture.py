@@ -18,9 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace.capture.attribution import check_attribution, picks_by_mask, picks_rows
 from laplace.capture.calls import Call, recorded, that_reach
+from laplace.capture.evaluation import eval_mode
 from laplace.capture.fallback import per_example_jacobians
 from laplace.capture.rules import gradients_by_position, inputs_by_position
+from laplace.linalg.precision import without_autocast
 
 
 class Capture:
@@ -50,6 +53,7 @@ class Capture:
             dtype: Type in which inputs and gradients are handed out.
         """
         self.dtype = dtype
+        self._model = model
         self.modules = {name: model.get_submodule(name) for name in layers}
         self._forward(model, x)
         self.f = self._output.detach()
@@ -113,17 +117,57 @@ class Capture:
         Returns:
             ``(batch, positions, out)`` by layer.
         """
+        found = self.output_gradients(v)
+        return {layer: self.positions_of(layer, found) for layer in dict.fromkeys(call.layer for call, _ in found)}
+
+    def positions_of(self, layer: str, gradients: list[tuple[Call, Tensor]]) -> Tensor:
+        """One layer's output gradients over all its calls, ``(batch, positions, out)``."""
+        parts = []
+        for call, g in gradients:
+            if call.layer == layer:
+                g = gradients_by_position(self.modules[layer], g).to(self.dtype)
+                parts.append(_join_positions(g, len(self.f)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def output_gradients(self, v: Tensor) -> list[tuple[Call, Tensor]]:
+        """The calls of all layers and the gradients of what came out, in its shape."""
         if not self._calls:
-            return {}
+            return []
         edges = [call.edge for call in self._calls]
-        grads = torch.autograd.grad(self._output, edges, v.to(self._output.dtype), retain_graph=True, allow_unused=True)
-        found: dict[str, list[Tensor]] = {}
+        with eval_mode(self._model), without_autocast():  # checkpoints run the model again
+            grads = torch.autograd.grad(
+                self._output, edges, v.to(self._output.dtype), retain_graph=True, allow_unused=True
+            )
         for call, g in zip(self._calls, grads, strict=True):
             if g is None:
                 raise _dead(call.layer)
-            g = gradients_by_position(self.modules[call.layer], g.reshape(call.shape)).to(self.dtype)
-            found.setdefault(call.layer, []).append(_join_positions(g, len(self.f)))
-        return {name: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for name, parts in found.items()}
+        return [(call, g.reshape(call.shape)) for call, g in zip(self._calls, grads, strict=True)]
+
+    def check_attribution(self) -> None:
+        """See :func:`laplace.capture.attribution.check_attribution`; nothing where all rows are those of examples in order."""
+        if len(self.f) > 1 and self._calls and (self.folded or picks_rows(self._output)):
+            check_attribution(self)
+
+    @property
+    def folded(self) -> set[str]:
+        """Names of the layers that are given another number of rows than there are examples."""
+        return {call.layer for call in self._calls if len(call.value) != len(self.f)}
+
+    @property
+    def picks_by_mask(self) -> bool:
+        """Whether the number of rows of something depends on values."""
+        return picks_by_mask(self._output)
+
+    def first_value(self, layer: str) -> Tensor:
+        """What went into a layer's first call, as it is."""
+        return next(call.value for call in self._calls if call.layer == layer)
+
+    @property
+    def coarsest(self) -> float:
+        """Spacing of the coarsest numbers that a layer was given or gave: those of autocast, or of TF32."""
+        types = {kind for call in self._calls for kind in (call.value.dtype, call.dtype) if kind.is_floating_point}
+        tf32 = self.f.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+        return max([2.0**-10 if tf32 else 0.0, *(torch.finfo(kind).eps for kind in {*types, self._output.dtype})])
 
 
 def _dead(layer: str) -> ValueError:

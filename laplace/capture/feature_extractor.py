@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace.capture.soundness import run, tensor_output
 from laplace.enums import parse
 
 
@@ -105,7 +106,7 @@ class FeatureExtractor(nn.Module):
             self.last_layer.register_forward_hook(lambda module, args, output: logits.append(output)),
         )
         try:
-            return self.model(x), list(zip(given, logits, strict=True))
+            return tensor_output(run(self.model, x)), list(zip(given, logits, strict=True))
         finally:
             for handle in handles:
                 handle.remove()
@@ -123,7 +124,7 @@ class FeatureExtractor(nn.Module):
             if _is_layer(name, module)
         ]
         try:
-            out = self.model(x)
+            out = tensor_output(run(self.model, x))
         finally:
             for handle in handles:
                 handle.remove()

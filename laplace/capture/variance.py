@@ -20,6 +20,7 @@ from torch import Tensor
 from laplace.capture.blocks import Block
 from laplace.capture.contractions import chunks, is_bias, output_directions, row_of_layer
 from laplace.capture.rules import is_outer, is_transposed
+from laplace.linalg.precision import without_autocast
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Basis:
     right: Tensor | None = None
 
 
+@without_autocast()
 def block_variance(
     capture,
     blocks: Sequence[Block],
@@ -125,6 +127,7 @@ def _project(values: Tensor, basis: Tensor | None) -> Tensor:
     return values if basis is None else values @ basis.to(values.dtype)
 
 
+@without_autocast()
 def dense_variance(rows: Tensor, basis: Tensor, weights: Sequence[Tensor], diagonal: bool) -> Tensor:
     """Predictive variances from dense Jacobians ``(batch, outputs, parameters)`` and one basis over all parameters.
 

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
 from laplace import tuning
 from laplace.backends.interface import CurvatureInterface
 from laplace.backends.native import NativeGGN
+from laplace.capture.feature_extractor import FeatureExtractor
+from laplace.capture.soundness import check_parameters
 from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, parse
+from laplace.linalg.dense import parameter_vector
 from laplace.posterior.arguments import ORDER, by_name, signature
 from laplace.prior import spread
 
@@ -82,6 +84,7 @@ class BaseLaplace:
         self.n_outputs: int | None = None
         self._prior_precision_argument = prior_precision
         self._prior_mean_argument = prior_mean
+        check_parameters(model.model if isinstance(model, FeatureExtractor) else model)
         self._find_params()
         self.sigma_noise = sigma_noise
 
@@ -95,7 +98,7 @@ class BaseLaplace:
     def _set_sizes(self) -> None:
         self.n_params = sum(p.numel() for p in self.params)
         self.n_layers = len(self.params)
-        self.mean = parameters_to_vector(self.params).detach()
+        self.mean = parameter_vector(self.params).detach()
         self.prior_precision = self._prior_precision_argument
         self.prior_mean = self._prior_mean_argument
 

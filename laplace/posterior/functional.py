@@ -32,6 +32,7 @@ from laplace.enums import PredType
 from laplace.errors import NotFittedError
 from laplace.likelihoods import base as lik
 from laplace.linalg import memory
+from laplace.linalg.dense import parameter_vector
 from laplace.posterior.arguments import before, by_name
 from laplace.posterior.base import BaseLaplace
 from laplace.posterior.parametric import ParametricLaplace
@@ -180,7 +181,7 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
         self.spectrum, self._vectors = values.clamp(min=0), vectors
         self._rows, self._subset = rows, subset
         self.loss, self.n_data = loss, n_data
-        self.mean = torch.nn.utils.parameters_to_vector(self.params).detach()
+        self.mean = parameter_vector(self.params).detach()
 
     def _roots(self, f: Tensor, y: Tensor, offset: int) -> list[Tensor]:
         """Directions whose rows span the curvature; of independent outputs, one per output."""

@@ -15,6 +15,7 @@ from laplace import evidence, predictive, state
 from laplace.data.batches import batches
 from laplace.enums import Likelihood, PredType
 from laplace.errors import NotFittedError
+from laplace.linalg.dense import parameter_vector
 from laplace.posterior.arguments import by_name
 from laplace.posterior.base import BaseLaplace
 from laplace.structures.registry import CoverageReport, coverage_report
@@ -132,7 +133,7 @@ class ParametricLaplace(BaseLaplace):
         self._finalize(sums)
         self.sums = sums
         self.loss, self.n_data, self.n_outputs = sums.loss, sums.n_data, sums.spec.n_outputs
-        self.mean = torch.nn.utils.parameters_to_vector(self.params).detach()
+        self.mean = parameter_vector(self.params).detach()
         self._prior_changed()
 
     def fit(self, train_loader: DataLoader, override: bool = True, progress_bar: bool = False) -> None:
