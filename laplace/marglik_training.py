@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import BatchSampler, DataLoader
@@ -25,6 +24,7 @@ from laplace.backends.native import NativeGGN
 from laplace.data.batches import batches
 from laplace.enums import HessianStructure, Likelihood, PriorStructure, SubsetOfWeights, parse
 from laplace.laplace import Laplace
+from laplace.linalg.dense import parameter_vector
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.structures.sums import CurvatureSums
 
@@ -219,7 +219,7 @@ def _train_epoch(
         f, examples = la.model(x), len(y)
         if not regression:
             f, y = f.flatten(0, -2), y.flatten()
-        delta = parameters_to_vector(la.params) - mean
+        delta = parameter_vector(la.params) - mean
         loss = criterion(f, y) + 0.5 * (precision * delta * delta).sum() / n_data / scale
         loss.backward()
         optimizer.step()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace.capture.capture import eval_mode
+from laplace.capture.evaluation import eval_mode
 from laplace.data.batches import joined
 from laplace.enums import Likelihood, LinkApprox, PredType, parse
 from laplace.fitted import Fitted
@@ -232,7 +232,8 @@ def sampled_outputs(la: Fitted, x: Any, n_samples: int, generator: torch.Generat
     with torch.set_grad_enabled(la.enable_backprop), eval_mode(la.model):
         if la.backend.last_layer:
             _, inputs = la.model.forward_with_features(x)
-            module, names = la.model.last_layer, [name.rsplit(".", 1)[1] for name in names]
+            module, prefix = la.model.last_layer, f"{la.model.last_layer_name}."
+            names = [name.removeprefix(prefix) for name in names]
         outputs = []
         for vector in la.sample(n_samples, generator):
             parts = vector.to(la.params[0].dtype).split([p.numel() for p in la.params])

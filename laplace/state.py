@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from laplace.fitted import Fitted
+from laplace.linalg.dense import parameter_vector
 from laplace.structures.sums import SumsSpec
 
 SCHEMA_VERSION = 2
@@ -60,7 +61,7 @@ def load_state_dict(la: Fitted, state: dict[str, Any]) -> None:
     forget = la._adopt_parameters(spec)
     try:
         mean = state["mean"].to(la._device)
-        now = torch.nn.utils.parameters_to_vector(la.params).detach()
+        now = parameter_vector(la.params).detach()
         if mean.shape != now.shape or not torch.equal(mean, now.to(mean.dtype)):
             raise ValueError(
                 "The state was fitted at other parameters than the model has now. Load the model's own state dict first."

@@ -15,7 +15,7 @@ from laplace.backends.hessian import HessianInterface
 from laplace.backends.interface import CurvatureInterface
 from laplace.backends.optional import import_optional
 from laplace.backends.options import honours
-from laplace.capture.capture import eval_mode
+from laplace.capture.evaluation import eval_mode
 from laplace.enums import Likelihood
 from laplace.likelihoods import base as lik
 from laplace.linalg.kronecker import Kron

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace.capture.capture import Capture, eval_mode, ranges
+from laplace.capture.capture import Capture, ranges
 from laplace.capture.contractions import require_jacobians
-from laplace.capture.fallback import calls_layer_norm, input_tensors, plain_jacobians, rebuild_inputs, refuses_vmap
+from laplace.capture.evaluation import eval_mode
+from laplace.capture.fallback import jacobians, plain_jacobians
 from laplace.capture.feature_extractor import FeatureExtractor
-from laplace.capture.last_layer import LastLayerCapture
+from laplace.capture.last_layer import LastLayerCapture, apply_last_layer, last_layer_sources
+from laplace.capture.soundness import check_function, check_inputs, check_parameters
 from laplace.capture.verify import find_layers
 from laplace.data.batches import is_divisible, length_of, part_of
 from laplace.data.mistakes import check_outputs
@@ -24,7 +26,7 @@ from laplace.enums import Likelihood, parse
 from laplace.likelihoods import base as lik
 from laplace.linalg.kronecker import Kron
 from laplace.structures import lowrank
-from laplace.structures.registry import sums_spec
+from laplace.structures.registry import sums_spec, warn_of_diagonal_blocks
 from laplace.structures.subnetwork import check_subnetwork_indices, given_order, split_indices
 from laplace.structures.sums import CurvatureSums, SumsSpec
 
@@ -140,11 +142,15 @@ class CurvatureInterface:
             raise ValueError("Single entries of a weight have no Kronecker factors; subnetworks take 'full' or 'diag'.")
         named, kept = self.named_params, self.kept_entries()
         shapes = {name: tuple(named[name].shape) for name in kept}
+        check_inputs(x)
         x = _few(x)
         with eval_mode(self.model):
+            check_parameters(self.model)
+            check_function(self.model.model if self.last_layer else self.model, x)
             if self.last_layer:
-                layer = self.model.last_layer_name
-                found = dict.fromkeys(shapes, (layer, "last layer"))
+                with torch.no_grad():
+                    _, features = self.model.forward_with_features(x)
+                found = last_layer_sources(self.model.last_layer, self.model.last_layer_name, shapes, features.detach())
             else:
                 found = find_layers(self.model, list(shapes), x)
             with torch.no_grad():
@@ -152,6 +158,7 @@ class CurvatureInterface:
         check_outputs(x, f)
         n_outputs = f[0].numel() if self.likelihood is Likelihood.REGRESSION else f.shape[-1]
         self.spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs, kept)
+        warn_of_diagonal_blocks(self.spec, self.model.model if self.last_layer else self.model)
         return self.spec
 
     def _initialize_kron(self, x: Tensor | MutableMapping[str, Any], package: str) -> None:
@@ -170,14 +177,18 @@ class CurvatureInterface:
         assert self.spec is not None, "initialize() comes first"
         self._check_gradients()
         with eval_mode(self.model):
+            others = [block.parameter for block in self.spec.blocks if block.layer is None]
             if self.last_layer:
                 with torch.no_grad():
-                    _, features = self.model.forward_with_features(x)
-                    name = self.model.last_layer_name
-                    return LastLayerCapture(features, self.model.last_layer, name, self.spec.torch_dtype)
+                    out, features = self.model.forward_with_features(x)
+                    name, layer = self.model.last_layer_name, self.model.last_layer
+                    capture = LastLayerCapture(features.detach(), layer, name, self.spec.torch_dtype, others)
+                self.model.check_output(capture.f, out)
+                return capture
             layers = dict.fromkeys(block.layer for block in self.spec.blocks if block.layer is not None)
-            others = [block.parameter for block in self.spec.blocks if block.layer is None]
-            return Capture(self.model, x, layers, others, self.spec.torch_dtype)
+            capture = Capture(self.model, x, layers, others, self.spec.torch_dtype)
+        capture.check_attribution()
+        return capture
 
     def parts(self, x: Tensor | MutableMapping[str, Any]) -> list[tuple[slice, Any]]:
         """Parts of a batch that are captured one after the other, each with its range of examples.
@@ -287,22 +298,8 @@ class CurvatureInterface:
             length_of(x), self._outputs_per_example(x), sum(sizes), self.sums_dtype, self.params[0].device
         )
 
-        def outputs(parameters: dict[str, Tensor], example: Any) -> tuple[Tensor, Tensor]:
-            batch = rebuild_inputs(x, example, lambda t: t.unsqueeze(0))
-            f = torch.func.functional_call(self.model, parameters, (batch,))[0]
-            return f, f
-
         with eval_mode(self.model):
-            js, f = None, None
-            if not (enable_backprop and calls_layer_norm(self.model, x)):
-                jacobian = torch.func.vmap(torch.func.jacrev(outputs, has_aux=True), in_dims=(None, 0))
-                try:
-                    js, f = jacobian({n: named[n].detach() for n in kept}, input_tensors(x))
-                except RuntimeError as error:
-                    if not refuses_vmap(error):
-                        raise
-            if js is None:
-                js, f = plain_jacobians(self.model, x, kept)
+            js, f = jacobians(self.model, x, kept, enable_backprop)
         rows = [js[name].reshape(len(f), f[0].numel(), -1) for name in kept]
         rows = [r if own is None else r[..., list(own)] for r, own in zip(rows, kept.values(), strict=True)]
         flat = self._in_given_order(torch.cat(rows, -1).to(self.sums_dtype))
@@ -320,16 +317,26 @@ class CurvatureInterface:
 
     def last_layer_jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         """Dense Jacobians with respect to the last layer, ``(batch, outputs, last-layer parameters)``."""
+        if self.spec is None:
+            self.initialize(x, "diag")
+        layer = self.model.last_layer
         with eval_mode(self.model), torch.set_grad_enabled(enable_backprop):
-            f, features = self.model.forward_with_features(x)
+            _, features = self.model.forward_with_features(x)
+            f, inputs = apply_last_layer(layer, features)
         size = sum(p.numel() for p in self.params)
         require_jacobians(len(f), f[0].numel(), size, self.sums_dtype, f.device)
+        others = [block.parameter for block in self.spec.blocks if block.layer is None]
+        local = {other: other.removeprefix(f"{self.model.last_layer_name}.") for other in others}
+        found = plain_jacobians(layer, features, local.values())[0] if others else {}
         identity = torch.eye(f.shape[-1], device=f.device, dtype=f.dtype)
-        layer, parts = self.model.last_layer, []
-        if layer.weight.requires_grad:
-            parts.append(torch.einsum("n...i,cd->n...cdi", features, identity).flatten(-2))
-        if layer.bias is not None and layer.bias.requires_grad:
-            parts.append(identity.expand(*f.shape, -1))
+        parts = []
+        for name in self.named_params:
+            if name in local:
+                parts.append(found[local[name]].reshape(*f.shape, -1))
+            elif name.endswith(".bias"):
+                parts.append(identity.expand(*f.shape, -1))
+            else:
+                parts.append(torch.einsum("n...i,cd->n...cdi", inputs, identity).flatten(-2))
         js = torch.cat(parts, -1).flatten(1, -2).to(self.sums_dtype)
         return (js, f) if enable_backprop else (js.detach(), f.detach())
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from laplace.backends.interface import CurvatureInterface
 from laplace.backends.isolated import isolated_copy
 from laplace.backends.options import honours
-from laplace.capture.capture import eval_mode
 from laplace.capture.contractions import output_directions
+from laplace.capture.evaluation import eval_mode
 from laplace.likelihoods import base as lik
 from laplace.linalg.gram import add_gram_, mirror_
 from laplace.structures.sums import CurvatureSums

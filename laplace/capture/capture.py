@@ -13,26 +13,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, MutableMapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from laplace.capture.attribution import check_attribution, picks_by_mask, picks_rows
+from laplace.capture.calls import Call, recorded, that_reach
+from laplace.capture.evaluation import eval_mode
 from laplace.capture.fallback import per_example_jacobians
 from laplace.capture.rules import gradients_by_position, inputs_by_position
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluate the model inside the block and leave every module's training flag as it was found."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+from laplace.linalg.precision import without_autocast
 
 
 class Capture:
@@ -62,6 +53,7 @@ class Capture:
             dtype: Type in which inputs and gradients are handed out.
         """
         self.dtype = dtype
+        self._model = model
         self.modules = {name: model.get_submodule(name) for name in layers}
         self._forward(model, x)
         self.f = self._output.detach()
@@ -69,28 +61,24 @@ class Capture:
         self._inputs: dict[str, Tensor] = {}
 
     def _forward(self, model: nn.Module, x: Any) -> None:
-        self._calls: list[tuple[str, Tensor, Any]] = []
+        with recorded(self.modules) as (calls, without), torch.enable_grad():
+            self._output = model(x)
+        names = [call.layer for call in calls]
+        self._calls = that_reach(self._output, calls) if len(set(names)) < len(names) else calls
+        self.called = {call.layer for call in self._calls}
+        self._without_gradient = without | set(names)
 
-        def remember(name: str):
-            def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-                value = (args[0] if args else kwargs["input"]).detach()
-                # The edge, not the tensor: a later in-place operation may change what the tensor stands for.
-                self._calls.append((name, value, torch.autograd.graph.get_gradient_edge(output)))
+    def check_called(self) -> None:
+        """Refuse layers that ran, but none of whose calls has a gradient, and inputs that changed after their layer had run.
 
-            return hook
-
-        handles = [m.register_forward_hook(remember(n), with_kwargs=True) for n, m in self.modules.items()]
-        try:
-            with torch.enable_grad():
-                self._output = model(x)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @property
-    def called(self) -> set[str]:
-        """Names of the covered modules that ran."""
-        return {name for name, _, _ in self._calls}
+        Raises:
+            ValueError: If there is one; names the layer.
+        """
+        for call in self._calls:
+            call.check_unchanged()
+        dead = [name for name in self.modules if name in self._without_gradient and name not in self.called]
+        if dead:
+            raise _dead(dead[0])
 
     def inputs(self, layer: str) -> Tensor:
         """Inputs of a layer over all its calls, ``(batch, positions, in)``."""
@@ -101,7 +89,7 @@ class Capture:
     def input_chunks(self, layer: str, elements: int) -> Iterator[Tensor]:
         """Inputs of a layer as :meth:`inputs`, in chunks of examples of about so many elements."""
         module, n = self.modules[layer], len(self.f)
-        calls = [self._by_example(value) for name, value, _ in self._calls if name == layer]
+        calls = [self._by_example(call) for call in self._calls if call.layer == layer]
         one = sum(inputs_by_position(module, value[:1].flatten(0, 1)).numel() for value in calls)
         for start, stop in ranges(n, one, elements):
             parts = []
@@ -110,13 +98,14 @@ class Capture:
                 parts.append(_join_positions(a, stop - start))
             yield parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def _by_example(self, value: Tensor) -> Tensor:
+    def _by_example(self, call: Call) -> Tensor:
         """A layer's input or output as ``(batch, parts, …)``.
 
         Models may fold positions into the batch, as ``x.flatten(0, 1)`` does; then every example has several parts. Where
         the fold is of another order, the check against automatic differentiation finds out.
         """
-        n = len(self.f)
+        call.check_unchanged()
+        n, value = len(self.f), call.value
         return value.unflatten(0, (n, len(value) // n)) if len(value) % n == 0 else value[None]
 
     def gradients(self, v: Tensor) -> dict[str, Tensor]:
@@ -128,20 +117,65 @@ class Capture:
         Returns:
             ``(batch, positions, out)`` by layer.
         """
+        found = self.output_gradients(v)
+        return {layer: self.positions_of(layer, found) for layer in dict.fromkeys(call.layer for call, _ in found)}
+
+    def positions_of(self, layer: str, gradients: list[tuple[Call, Tensor]]) -> Tensor:
+        """One layer's output gradients over all its calls, ``(batch, positions, out)``."""
+        parts = []
+        for call, g in gradients:
+            if call.layer == layer:
+                g = gradients_by_position(self.modules[layer], g).to(self.dtype)
+                parts.append(_join_positions(g, len(self.f)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def output_gradients(self, v: Tensor) -> list[tuple[Call, Tensor]]:
+        """The calls of all layers and the gradients of what came out, in its shape."""
         if not self._calls:
-            return {}
-        edges = [edge for _, _, edge in self._calls]
-        grads = torch.autograd.grad(self._output, edges, v.to(self._output.dtype), retain_graph=True, allow_unused=True)
-        found: dict[str, list[Tensor]] = {}
-        for (name, _, _), g in zip(self._calls, grads, strict=True):
+            return []
+        edges = [call.edge for call in self._calls]
+        with eval_mode(self._model), without_autocast():  # checkpoints run the model again
+            grads = torch.autograd.grad(
+                self._output, edges, v.to(self._output.dtype), retain_graph=True, allow_unused=True
+            )
+        for call, g in zip(self._calls, grads, strict=True):
             if g is None:
-                raise ValueError(
-                    f"The output of layer {name!r} does not influence the model's output, so its curvature is zero. "
-                    "Set requires_grad=False on its parameters to leave them out."
-                )
-            g = gradients_by_position(self.modules[name], g).to(self.dtype)
-            found.setdefault(name, []).append(_join_positions(g, len(self.f)))
-        return {name: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for name, parts in found.items()}
+                raise _dead(call.layer)
+        return [(call, g.reshape(call.shape)) for call, g in zip(self._calls, grads, strict=True)]
+
+    def check_attribution(self) -> None:
+        """See :func:`laplace.capture.attribution.check_attribution`; nothing where all rows are those of examples in order."""
+        if len(self.f) > 1 and self._calls and (self.folded or picks_rows(self._output)):
+            check_attribution(self)
+
+    @property
+    def folded(self) -> set[str]:
+        """Names of the layers that are given another number of rows than there are examples."""
+        return {call.layer for call in self._calls if len(call.value) != len(self.f)}
+
+    @property
+    def picks_by_mask(self) -> bool:
+        """Whether the number of rows of something depends on values."""
+        return picks_by_mask(self._output)
+
+    def first_value(self, layer: str) -> Tensor:
+        """What went into a layer's first call, as it is."""
+        return next(call.value for call in self._calls if call.layer == layer)
+
+    @property
+    def coarsest(self) -> float:
+        """Spacing of the coarsest numbers that a layer was given or gave: those of autocast, or of TF32."""
+        types = {kind for call in self._calls for kind in (call.value.dtype, call.dtype) if kind.is_floating_point}
+        tf32 = self.f.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+        return max([2.0**-10 if tf32 else 0.0, *(torch.finfo(kind).eps for kind in {*types, self._output.dtype})])
+
+
+def _dead(layer: str) -> ValueError:
+    return ValueError(
+        f"The output of layer {layer!r} does not influence the model's output, or the layer runs without gradients "
+        "(torch.no_grad, torch.inference_mode, detach, a re-entrant checkpoint in the model's forward), so autograd gives "
+        "it no curvature. Let its gradient through, or set requires_grad=False on its parameters to leave them out."
+    )
 
 
 def _join_positions(values: Tensor, n: int) -> Tensor:

@@ -15,6 +15,7 @@ from laplace.capture.blocks import Block
 from laplace.capture.capture import ranges
 from laplace.capture.rules import is_outer, is_transposed, weight_rows
 from laplace.linalg import memory
+from laplace.linalg.precision import without_autocast
 
 _CHUNK = 1 << 22  # elements of a temporary of per-example rows
 
@@ -29,6 +30,7 @@ def is_outer_weight(block: Block, capture) -> bool:
     return block.layer is not None and not is_bias(block) and is_outer(capture.modules[block.layer])
 
 
+@without_autocast()
 def row_of_block(
     block: Block, gradients: dict[str, Tensor], capture, v: Tensor, start: int = 0, stop: int | None = None
 ) -> Tensor:
@@ -51,6 +53,7 @@ def jacobian_rows(capture, blocks: tuple[Block, ...], v: Tensor) -> Tensor:
     return torch.cat(parts, 1)
 
 
+@without_autocast()
 def row_of_layer(block: Block, module: torch.nn.Module, a: Tensor | None, g: Tensor) -> Tensor:
     """Per-example gradients of a covered layer's parameter, ``(batch, kept entries)``.
 

@@ -1,4 +1,7 @@
-"""Jacobians whose own derivative with respect to the inputs is right where :mod:`torch.func` gets it wrong.
+"""Per-example Jacobians by :mod:`torch.func`, and by plain automatic differentiation where that fails or is wrong.
+
+``vmap`` cannot run recurrent layers, assignments by a mask, branches on values, custom functions and more; one example and
+one output at a time, ordinary autograd can.
 
 The batching rules of ``torch.func`` for the backward passes of ``layer_norm``, and of batch and instance norm by the batch's
 own statistics, take the saved mean and deviation for constants (see pytorch/functorch issue 534): the Jacobian is right, its
@@ -8,7 +11,8 @@ and one output at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from laplace.data.batches import length_of, part_of
+from laplace.linalg.precision import without_autocast
+from laplace.noise import fixed_directions
 
 _NORMS = (  # normalisations by running statistics are linear, and right under torch.func; their outputs 1 and 2 are empty
     torch.ops.aten.native_layer_norm.default,
@@ -44,25 +50,30 @@ def calls_layer_norm(model: nn.Module, x: Any) -> bool:
     return mode.seen
 
 
-def plain_jacobians(model: nn.Module, x: Any, names: Iterable[str]) -> tuple[dict[str, Tensor], Tensor]:
-    """Jacobians with respect to the named parameters, by ordinary autograd; differentiable in ``x``.
+def plain_jacobians(
+    model: nn.Module, x: Any, names: Iterable[str], create_graph: bool = True
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Jacobians with respect to the named parameters, by ordinary autograd through the model as it is.
 
     Args:
         model: The network, already in the mode in which it is to be evaluated.
         x: One batch of inputs.
-        names: Names of the parameters.
+        names: Names of the parameters, which have ``requires_grad``.
+        create_graph: Whether the Jacobians are to be differentiable in ``x``.
 
     Returns:
         For each name ``(batch, …, outputs, *shape)``, and the outputs ``(batch, …, outputs)``.
     """
-    fixed = {name: p.detach() for name, p in model.named_parameters()}
-    chosen = {name: fixed[name].clone().requires_grad_(True) for name in names}
     outputs, rows = [], []
-    with torch.enable_grad():
+    with torch.enable_grad(), _own_parameters(model) if create_graph else nullcontext():
+        known = dict(model.named_parameters(remove_duplicate=False))
+        chosen = {name: known[name] for name in names}
         for i in range(length_of(x)):
-            f = torch.func.functional_call(model, {**fixed, **chosen}, (part_of(x, slice(i, i + 1)),))[0]
+            f = model(part_of(x, slice(i, i + 1)))[0]
             outputs.append(f)
-            rows.append([_gradients(value, list(chosen.values())) for value in f.flatten()])
+            rows.append([_gradients(value, list(chosen.values()), create_graph) for value in f.flatten()])
+            if not create_graph:
+                outputs[-1] = f.detach()
     f = torch.stack(outputs)
     jacobians = {
         name: torch.stack([row[k] for example in rows for row in example]).reshape(*f.shape, *chosen[name].shape)
@@ -71,9 +82,35 @@ def plain_jacobians(model: nn.Module, x: Any, names: Iterable[str]) -> tuple[dic
     return jacobians, f
 
 
-def _gradients(value: Tensor, params: list[Tensor]) -> list[Tensor]:
-    grads = torch.autograd.grad(value, params, create_graph=True, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
+@contextmanager
+def _own_parameters(model: nn.Module) -> Iterator[None]:
+    """Run with copies of the parameters, so that what is differentiated later leaves no ``grad`` in the model's.
+
+    They are set as attributes: recurrent layers then take them into the lists that they keep of their weights.
+    """
+    places = [(m, key, p) for m in model.modules() for key, p in list(m._parameters.items()) if p is not None]
+    copies = {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for _, _, p in places if p.requires_grad}
+    try:
+        for module, key, p in places:
+            setattr(module, key, copies.get(id(p), p))
+        yield
+    finally:
+        for module, key, p in places:
+            setattr(module, key, p)
+
+
+@without_autocast()
+def _gradients(value: Tensor, params: list[Tensor], create_graph: bool) -> list[Tensor]:
+    if not value.requires_grad:
+        return [torch.zeros_like(p) for p in params]
+    grads = torch.autograd.grad(value, params, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    return [_dense(g, p) for g, p in zip(grads, params, strict=True)]
+
+
+def _dense(g: Tensor | None, p: Tensor) -> Tensor:
+    if g is None:
+        return torch.zeros_like(p)
+    return g.to_dense() if g.is_sparse else g
 
 
 def per_example_jacobians(
@@ -82,26 +119,92 @@ def per_example_jacobians(
     """Jacobians of the outputs with respect to the named parameters alone, ``(batch, outputs, size)`` each."""
     if not names:
         return {}
-    known = dict(model.named_parameters(remove_duplicate=False))
-    chosen = {name: known[name].detach() for name in names}
+    found, f = jacobians(model, x, names)
+    flat = {name: value.detach().flatten(1, f.ndim - 1) for name, value in found.items()}
+    return {name: value.reshape(*value.shape[:2], -1).to(dtype) for name, value in flat.items()}
 
-    def outputs(parameters: dict[str, Tensor], example: Any) -> Tensor:
-        batch = rebuild_inputs(x, example, lambda t: t.unsqueeze(0))
-        return torch.func.functional_call(model, parameters, (batch,)).flatten()
 
+def jacobians(
+    model: nn.Module, x: Any, names: Iterable[str], create_graph: bool = False
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Jacobians as :func:`plain_jacobians` gives them, for all examples at once where ``vmap`` can.
+
+    Raises:
+        ValueError: If neither ``vmap`` nor plain autograd can; names the parameters and their modules.
+    """
+    names = list(names)
+    refused: Exception | None = None
+    if not (_has_own_weight_lists(model) or (create_graph and calls_layer_norm(model, x))):
+        try:
+            found, f = _vmapped(model, x, names)
+        except Exception as error:  # noqa: BLE001 - vmap refuses in many ways what plain autograd can do
+            refused = error
+        else:
+            if _sums_agree(model, x, found):
+                return found, f
     try:
-        jacobians = torch.func.vmap(torch.func.jacrev(outputs), in_dims=(None, 0))(chosen, input_tensors(x))
+        return plain_jacobians(model, x, names, create_graph)
     except RuntimeError as error:
-        if not refuses_vmap(error):
-            raise
-        found, f = plain_jacobians(model, x, names)
-        jacobians = {name: value.flatten(1, f.ndim - 1) for name, value in found.items()}
-    return {name: value.detach().reshape(*value.shape[:2], -1).to(dtype) for name, value in jacobians.items()}
+        error.__cause__ = error.__cause__ or refused
+        raise _refusal(model, names, error) from error
 
 
-def refuses_vmap(error: RuntimeError) -> bool:
-    """Whether a model cannot run under ``vmap``: its control flow looks at values, as that of attention masks does."""
-    return str(error).startswith("vmap: It looks like you're")
+def _sums_agree(model: nn.Module, x: Any, found: dict[str, Tensor]) -> bool:
+    """Whether Jacobians, contracted with one direction, are the gradient of plain autograd; those of ``prelu`` are not."""
+    known = dict(model.named_parameters(remove_duplicate=False))
+    with torch.enable_grad():
+        f = model(x)
+    if not f.requires_grad:
+        return False
+    v = fixed_directions(f)
+    truth = torch.autograd.grad(f, [known[name] for name in found], v, allow_unused=True)
+    for js, g in zip(found.values(), truth, strict=True):
+        rows = v.detach().reshape(-1, 1).to(js.dtype) * js.detach().reshape(v.numel(), -1)
+        expected = _dense(g, js[(0,) * f.ndim]).flatten()
+        scale = torch.maximum(rows.abs().sum(0), expected.abs()).norm()
+        spacing = max(torch.finfo(t.dtype).eps for t in (f, expected))
+        if not (rows.sum(0) - expected).norm() <= min(1e3 * spacing, 0.05) * scale:
+            return False
+    return True
+
+
+def _vmapped(model: nn.Module, x: Any, names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
+    known = dict(model.named_parameters(remove_duplicate=False))
+
+    def outputs(parameters: dict[str, Tensor], example: Any) -> tuple[Tensor, Tensor]:
+        batch = rebuild_inputs(x, example, lambda t: t.unsqueeze(0))
+        f = torch.func.functional_call(model, parameters, (batch,))[0]
+        return f, f
+
+    chosen = {name: known[name].detach() for name in names}
+    with _attributes_kept(model):
+        return torch.func.vmap(torch.func.jacrev(outputs, has_aux=True), in_dims=(None, 0))(chosen, input_tensors(x))
+
+
+def _has_own_weight_lists(model: nn.Module) -> bool:
+    """Whether modules keep lists of their weights, which parameters that ``torch.func`` puts in place do not reach."""
+    return any(isinstance(module, nn.RNNBase) for module in model.modules())
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Leave tensors that hooks compute before a forward pass, as those of ``weight_norm``, as they were."""
+    hooked = [module for module in model.modules() if module._forward_pre_hooks]
+    kept = [(m, {k: v for k, v in m.__dict__.items() if isinstance(v, Tensor)}) for m in hooked]
+    try:
+        yield
+    finally:
+        for module, attributes in kept:
+            module.__dict__.update(attributes)
+
+
+def _refusal(model: nn.Module, names: list[str], error: Exception) -> ValueError:
+    owners = [f"{name} ({type(model.get_submodule(name.rpartition('.')[0])).__name__})" for name in names]
+    return ValueError(
+        f"Neither torch.func.vmap nor plain autograd can differentiate the outputs of single examples with respect to "
+        f"{', '.join(owners)}. Set requires_grad=False on these parameters, or change the operation that cannot be "
+        f"differentiated: {error}"
+    )
 
 
 def input_tensors(x: Any) -> Any:

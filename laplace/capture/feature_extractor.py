@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace.capture.soundness import run, tensor_output
 from laplace.enums import parse
 
 
@@ -92,7 +93,7 @@ class FeatureExtractor(nn.Module):
         return self.model(x)
 
     def forward_with_features(self, x: Tensor | MutableMapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Outputs and (reduced) inputs of the last layer."""
+        """Outputs and (reduced) inputs of the last layer, as they are before the layer's own hooks."""
         if self.last_layer_name is None:
             self.find_last_layer(x)
         out, kept = self._run(x)
@@ -101,12 +102,21 @@ class FeatureExtractor(nn.Module):
 
     def _run(self, x: Tensor | MutableMapping[str, Any]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Outputs, and input and output of every call of the last layer."""
-        kept: list[tuple[Tensor, Tensor]] = []
-        handle = self.last_layer.register_forward_hook(lambda module, args, output: kept.append((args[0], output)))
+        given: list[Tensor] = []
+        logits: list[Tensor] = []
+
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            given.append(args[0] if args else kwargs["input"])
+
+        handles = (
+            self.last_layer.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+            self.last_layer.register_forward_hook(lambda module, args, output: logits.append(output)),
+        )
         try:
-            return self.model(x), kept
+            return tensor_output(run(self.model, x)), list(zip(given, logits, strict=True))
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def find_last_layer(self, x: Tensor | MutableMapping[str, Any]) -> Tensor:
         """Take the layer that ran last, and check that the model's output is its output.
@@ -114,29 +124,32 @@ class FeatureExtractor(nn.Module):
         Raises:
             ValueError: If that layer is not linear, or if something follows it that changes the output.
         """
-        ran: list[tuple[str, nn.Module, tuple, Tensor]] = []  # the latest alone
+        ran: list[tuple[str, nn.Module, Tensor]] = []  # the latest alone
         handles = [
-            module.register_forward_hook(
-                lambda m, args, out, name=name: ran.__setitem__(slice(None), [(name, m, args, out)])
-            )
+            module.register_forward_hook(lambda m, args, out, name=name: ran.__setitem__(slice(None), [(name, m, out)]))
             for name, module in self.model.named_modules()
-            if not list(module.children())
+            if _is_layer(name, module)
         ]
         try:
-            out = self.model(x)
+            out = tensor_output(run(self.model, x))
         finally:
             for handle in handles:
                 handle.remove()
-        name, layer, inputs, logits = ran[0] if ran else ("", None, (), None)
+        name, layer, logits = ran[0] if ran else ("", None, None)
         if not isinstance(layer, nn.Linear):
             last = f"{name!r} ({type(layer).__name__})" if ran else "unknown"
             raise ValueError(
                 f"The layer that ran last is {last}, not nn.Linear. Models for last-layer Laplace end in a linear layer "
                 "and return logits; if the last layer is elsewhere, pass last_layer_name."
             )
-        if not (out.shape == logits.shape and torch.equal(out, logits)):  # else unreduced: only the features will be
-            self._check(name, layer, inputs[0], logits, out)
         self.set_last_layer(name)
+        unreduced = self.feature_reduction is not None and out.shape == logits.shape and torch.equal(out, logits)
+        try:
+            if not unreduced:  # where the model does not reduce, only the features will be
+                self.check_last_layer(x)
+        except ValueError:
+            self.last_layer_name = None
+            raise
         return out
 
     def check_last_layer(self, x: Tensor | MutableMapping[str, Any]) -> None:
@@ -150,14 +163,23 @@ class FeatureExtractor(nn.Module):
             raise ValueError(
                 f"The layer last_layer_name={self.last_layer_name!r} does not run in the model's forward pass."
             )
-        self._check(self.last_layer_name, self.last_layer, *kept[-1], out)
+        with torch.no_grad():
+            rebuilt = self.last_layer(self._reduce(*kept[-1], out))
+        self.check_output(rebuilt, out)
 
-    @torch.no_grad()
-    def _check(self, name: str, layer: nn.Linear, features: Tensor, logits: Tensor, out: Tensor) -> None:
-        rebuilt = nn.functional.linear(self._reduce(features, logits, out), layer.weight, layer.bias)
-        if rebuilt.shape != out.shape or not torch.allclose(rebuilt, out, rtol=1e-3, atol=1e-4):
+    def check_output(self, rebuilt: Tensor, out: Tensor) -> None:
+        """Check that the model's output is what the last layer makes of the features.
+
+        Args:
+            rebuilt: The last layer's output of the (reduced) features.
+            out: The model's output.
+
+        Raises:
+            ValueError: If these differ by more than rounding.
+        """
+        if rebuilt.shape != out.shape or not _same(rebuilt.detach(), out.detach()):
             raise ValueError(
-                f"The model's output {tuple(out.shape)} is not the output of its last layer {name!r} "
+                f"The model's output {tuple(out.shape)} is not the output of its last layer {self.last_layer_name!r} "
                 f"{tuple(rebuilt.shape)}. Return raw logits, or state the model's own reduction with feature_reduction "
                 f"({', '.join(repr(r.value) for r in FeatureReduction)})."
             )
@@ -177,3 +199,18 @@ class FeatureExtractor(nn.Module):
         nominal = torch.full_like(picked, same.shape[1] - 1 if last else 0)
         picked = torch.where(same.any(1), picked, nominal)
         return features[torch.arange(len(features), device=features.device), picked]
+
+
+def _is_layer(name: str, module: nn.Module) -> bool:
+    """Whether a module can be a last layer: a linear one, though it has parametrisations inside, or one without children."""
+    inside = ".parametrizations." in f".{name}."
+    return not inside and (isinstance(module, nn.Linear) or not list(module.children()))
+
+
+def _same(rebuilt: Tensor, out: Tensor) -> bool:
+    """Whether two outputs are equal but for rounding, which is small next to the largest values of either."""
+    coarsest = max(torch.finfo(t.dtype).eps for t in (rebuilt, out))
+    scale = torch.maximum(rebuilt.abs().amax(), out.abs().amax()).double()
+    difference = (rebuilt.double() - out.double()).abs().amax()
+    finite = bool(torch.isfinite(scale))  # what is not finite is refused elsewhere, with the examples' numbers
+    return not finite or bool(difference <= min(max(1e-3, 1e3 * coarsest), 0.05) * scale)

@@ -1,26 +1,59 @@
-"""The last layer alone, in closed form: its inputs are the features, and directions are their own gradients."""
+"""The last layer alone, in closed form: its inputs are the features, and directions are their own gradients.
+
+That holds of a layer that multiplies its weight by what it is given. Of one that is re-parametrised, pruned, or changed by
+hooks, the parameters are differentiated one example at a time, as those of any other module.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from laplace.capture.fallback import per_example_jacobians
 from laplace.capture.rules import gradients_by_position, inputs_by_position
+from laplace.capture.verify import Source, find_layers
+
+
+def last_layer_sources(layer: nn.Module, name: str, names: Iterable[str], features: Tensor) -> dict[str, Source]:
+    """Decide for each parameter of the last layer whether the closed form gives its curvature.
+
+    Args:
+        layer: The last layer.
+        name: Its name in the model.
+        names: The parameters, by their names in the model.
+        features: A few of its inputs, before its own hooks.
+
+    Returns:
+        The source of every parameter's curvature by name.
+    """
+    prefix = f"{name}."
+    found = find_layers(layer, [full.removeprefix(prefix) for full in names], features)
+    return {
+        prefix + local: source if source.layer is None else Source(name, "last layer", source.kind)
+        for local, source in found.items()
+    }
 
 
 class LastLayerCapture:
-    """The capture of a model's linear last layer: its features, and directions that are their own gradients."""
+    """The capture of a model's linear last layer: its features, and directions that are their own gradients.
 
-    def __init__(self, features: Tensor, layer: nn.Module, name: str, dtype: torch.dtype):
-        """Apply the last layer to features ``(batch, …, in)``."""
+    Attributes:
+        f: Outputs ``(batch, …, outputs)`` without graph.
+        jacobians: Of the parameters without a closed form, ``(batch, outputs, parameter size)``.
+    """
+
+    def __init__(self, features: Tensor, layer: nn.Module, name: str, dtype: torch.dtype, others: Iterable[str] = ()):
+        """Apply the last layer to features ``(batch, …, in)``; ``others`` are the parameters without a closed form."""
         self.dtype = dtype
         self.modules = {name: layer}
         self._name = name
-        self._features = features
-        self.f = layer(features).detach()
-        self.jacobians: dict[str, Tensor] = {}
+        f, self._features = apply_last_layer(layer, features)
+        self.f = f.detach()
+        prefix = f"{name}."
+        found = per_example_jacobians(layer, features, [other.removeprefix(prefix) for other in others], dtype)
+        self.jacobians = {prefix + local: value for local, value in found.items()}
 
     def inputs(self, layer: str) -> Tensor:
         """Features, ``(batch, positions, in)``."""
@@ -33,3 +66,15 @@ class LastLayerCapture:
     def gradients(self, v: Tensor) -> dict[str, Tensor]:
         """The direction itself, ``(batch, positions, out)``."""
         return {self._name: gradients_by_position(self.modules[self._name], v).to(self.dtype)}
+
+
+def apply_last_layer(layer: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs of the last layer, and what its weight was multiplied by: the features after hooks that change them."""
+    kept: list[Tensor] = []
+    handle = layer.register_forward_hook(
+        lambda module, args, kwargs, output: kept.append(args[0] if args else kwargs["input"]), with_kwargs=True
+    )
+    try:
+        return layer(features), kept[-1]
+    finally:
+        handle.remove()

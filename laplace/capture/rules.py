@@ -38,7 +38,7 @@ def is_covered(module: nn.Module) -> bool:
     if _is_transformers_rms_norm(module):
         return True
     if isinstance(module, nn.Embedding):
-        return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+        return module.max_norm is None and not module.sparse
     return isinstance(module, _BATCH_NORMS) and module.track_running_stats
 
 

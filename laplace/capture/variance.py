@@ -22,6 +22,7 @@ from laplace.capture.contractions import chunks, is_bias, output_directions, row
 from laplace.capture.last_layer import LastLayerCapture
 from laplace.capture.last_layer_variance import last_layer_variance
 from laplace.capture.rules import is_outer, is_transposed
+from laplace.linalg.precision import without_autocast
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Basis:
     right: Tensor | None = None
 
 
+@without_autocast()
 def block_variance(
     capture,
     blocks: Sequence[Block],
@@ -53,7 +55,8 @@ def block_variance(
     Returns:
         ``(priors, batch, outputs)`` if ``diagonal`` else ``(priors, batch, outputs, outputs)``.
     """
-    if isinstance(capture, LastLayerCapture) and capture.f.ndim == 2:
+    plain = all(block.layer is not None for block in blocks)
+    if plain and isinstance(capture, LastLayerCapture) and capture.f.ndim == 2:
         return last_layer_variance(capture, blocks, bases, weights, n_priors, diagonal)
     outputs = capture.f[0].numel()
     shape = (n_priors, capture.f.shape[0], outputs) + (() if diagonal else (outputs,))
@@ -129,6 +132,7 @@ def _project(values: Tensor, basis: Tensor | None) -> Tensor:
     return values if basis is None else values @ basis.to(values.dtype)
 
 
+@without_autocast()
 def dense_variance(rows: Tensor, basis: Tensor, weights: Sequence[Tensor], diagonal: bool) -> Tensor:
     """Predictive variances from dense Jacobians ``(batch, outputs, parameters)`` and one basis over all parameters.
 

@@ -18,7 +18,11 @@ from laplace.capture import contractions
 from laplace.capture.blocks import Block
 from laplace.capture.capture import Capture
 from laplace.capture.rules import is_covered, is_outer, is_transposed
+from laplace.linalg.precision import without_autocast
 from laplace.noise import fixed_directions
+
+_PROBES = 8  # examples that are asked
+_MISUSED = "used outside its module's calls, changed by them, or batch not in the first dimension"
 
 
 class Source(NamedTuple):
@@ -66,11 +70,18 @@ def find_layers(model: nn.Module, names: Sequence[str], x: Any) -> dict[str, Sou
     return _verified(model, found, x)
 
 
-def _verified(model: nn.Module, found: dict[str, Source], x: Any) -> dict[str, Source]:
+def _verified(model: nn.Module, found: dict[str, Source], x: Any, alone: bool = False) -> dict[str, Source]:
     """Take out parameters whose captured gradient is not their gradient.
 
-    The direction is zero but for one example, and only that example's row of the capture may answer for it. So a layer that
-    sees the batch in another dimension than the first fails as well.
+    A direction is zero but for one example, and only that example's row of the capture may answer for it. So a layer that
+    sees the batch in another dimension than the first fails as well. An example without gradient, as a blank image, proves
+    nothing; where all are such, the layer is asked by itself.
+
+    Args:
+        model: The network.
+        found: Sources by parameter.
+        x: One batch.
+        alone: Whether the model is the layer by itself.
     """
     layers = list(dict.fromkeys(source.layer for source in found.values() if source.layer is not None))
     if not layers:
@@ -80,34 +91,78 @@ def _verified(model: nn.Module, found: dict[str, Source], x: Any) -> dict[str, S
     capture = Capture(model, x, layers, dtype=torch.float64)
     if not capture._output.requires_grad:
         raise ValueError("The model's output does not depend on any of its parameters with requires_grad=True.")
-    v = fixed_directions(capture.f)
-    v[:-1] = 0
-    truth = torch.autograd.grad(capture._output, [known[n] for n in names], v, retain_graph=True, allow_unused=True)
-    gradients = capture.gradients(v)
+    capture.check_called()
+    verdicts = _verdicts(capture, found, {name: known[name] for name in names})
+    picked = capture.folded if capture.picks_by_mask else set()
     result = dict(found)
-    for name, expected in zip(names, truth, strict=True):
+    for name in names:
         layer = found[name].layer
-        expected = torch.zeros_like(known[name]) if expected is None else expected.detach()
         if layer not in capture.called:
             result[name] = Source(None, "per-example autograd: its module did not run")
-        elif not _is_row(
-            capture, Block(name, tuple(expected.shape), layer, (), ""), gradients[layer], expected, len(v)
-        ):
-            reason = "per-example autograd: used outside its module's calls, or batch not in the first dimension"
-            result[name] = Source(None, reason)
+        elif layer in picked:
+            result[name] = Source(
+                None, "per-example autograd: its module is given rows that are picked by their values"
+            )
+        elif False in verdicts[name] or (True not in verdicts[name] and (alone or not _is_plain(capture, name, layer))):
+            result[name] = Source(None, f"per-example autograd: {_MISUSED}")
     return result
 
 
-def _is_row(capture: Capture, block: Block, g: torch.Tensor, expected: torch.Tensor, n: int) -> bool:
-    """Whether the last example's inputs and output gradients give this parameter's gradient."""
-    a = None if contractions.is_bias(block) else capture.inputs(block.layer)
-    if len(g) != n or (a is not None and a.shape[:2] != g.shape[:2]):
+def _is_plain(capture: Capture, name: str, layer: str) -> bool:
+    """Whether a layer by itself, on other inputs of its own shape, has the captured gradient."""
+    value = capture.first_value(layer)[:_PROBES]
+    value = torch.randn_like(value) if value.is_floating_point() else value
+    local = name[len(layer) + 1 :] if layer else name
+    module = capture.modules[layer]
+    kind = "transposed" if is_transposed(module) else "outer" if is_outer(module) else "rows"
+    try:
+        return _verified(module, {local: Source("", "", kind)}, value, alone=True)[local].layer is not None
+    except (RuntimeError, ValueError, IndexError):
         return False
-    module, a, g = capture.modules[block.layer], None if a is None else a[-1:], g[-1:]
-    ours = contractions.row_of_layer(block, module, a, g)
-    terms = contractions.row_of_layer(
-        block, module, None if a is None else a.abs(), g.abs()
-    )  # what may cancel in the sum
-    error = (expected.double().flatten() - ours.flatten()).norm()
-    tolerance = min(1e3 * torch.finfo(expected.dtype).eps, 0.05)
-    return bool(error <= tolerance * (torch.maximum(expected.double().norm(), terms.norm()) + 1e-30))
+
+
+@without_autocast()
+def _verdicts(
+    capture: Capture, found: dict[str, Source], params: dict[str, nn.Parameter]
+) -> dict[str, list[bool | None]]:
+    """For every parameter, whether each of the first examples has the captured gradient; None where there is none."""
+    v = fixed_directions(capture.f)
+    verdicts: dict[str, list[bool | None]] = {name: [] for name in params}
+    for example in range(min(len(v), _PROBES)):
+        direction = torch.zeros_like(v)
+        direction[example] = v[example]
+        truth = torch.autograd.grad(
+            capture._output, list(params.values()), direction, retain_graph=True, allow_unused=True
+        )
+        gradients = capture.output_gradients(direction)
+        for (name, p), expected in zip(params.items(), truth, strict=True):
+            expected = torch.zeros_like(p) if expected is None else expected.detach()
+            block = Block(name, tuple(p.shape), found[name].layer, (), "")
+            verdicts[name].append(_is_row(capture, block, gradients, expected, example))
+    return verdicts
+
+
+def _is_row(capture: Capture, block: Block, gradients: list, expected: torch.Tensor, example: int) -> bool | None:
+    """Whether one example's inputs and output gradients give this parameter's gradient; None if there is no gradient.
+
+    An error means that they do not: the layer's class does something else with its inputs than its base class.
+    """
+    if block.layer not in capture.called:
+        return None
+    try:
+        g = capture.positions_of(block.layer, gradients)
+        a = None if contractions.is_bias(block) else capture.inputs(block.layer)
+        if len(g) != len(capture.f) or (a is not None and a.shape[:2] != g.shape[:2]):
+            return False
+        module, a, g = capture.modules[block.layer], None if a is None else a[example, None], g[example, None]
+        ours = contractions.row_of_layer(block, module, a, g).flatten()
+        size = None if a is None else a.abs()
+        terms = contractions.row_of_layer(block, module, size, g.abs()).norm()  # what may cancel in the sum
+        spacing, expected = torch.finfo(expected.dtype).eps, expected.double().flatten()
+        error = (expected - ours).norm()
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    if expected.norm() == 0 and terms == 0:
+        return None
+    tolerance = min(1e3 * max(spacing, capture.coarsest), 0.05)
+    return bool(error <= tolerance * (torch.maximum(expected.norm(), terms) + 1e-30))

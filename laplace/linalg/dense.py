@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,11 @@ def invsqrt_precision(M: Tensor) -> Tensor:
     inverse = reversed_factor.flip(-1, -2).transpose(-1, -2)
     identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
     return torch.linalg.solve_triangular(inverse, identity, upper=False)
+
+
+def parameter_vector(params: Iterable[Tensor]) -> Tensor:
+    """All parameters in one vector, whatever their memory format (:func:`torch.nn.utils.parameters_to_vector` takes one)."""
+    return torch.cat([p.reshape(-1) for p in params])
 
 
 def not_positive_definite() -> ValueError:

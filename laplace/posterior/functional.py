@@ -24,8 +24,8 @@ from torch import Tensor
 
 from laplace.backends.gauss_newton import EFInterface, GGNInterface
 from laplace.capture import contractions
-from laplace.capture.capture import eval_mode
 from laplace.capture.contractions import output_directions
+from laplace.capture.evaluation import eval_mode
 from laplace.capture.variance import Basis, block_variance
 from laplace.data.subset import subset_of
 from laplace.enums import PredType

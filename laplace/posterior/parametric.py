@@ -16,6 +16,7 @@ from laplace.data.batches import batches
 from laplace.data.mistakes import check_inputs
 from laplace.enums import Likelihood, PredType
 from laplace.errors import NotFittedError
+from laplace.linalg.dense import parameter_vector
 from laplace.posterior import weights
 from laplace.posterior.arguments import by_name
 from laplace.posterior.base import BaseLaplace
@@ -173,7 +174,7 @@ class ParametricLaplace(BaseLaplace):
         self._prior_changed()
 
     def _remember_weights(self) -> None:
-        self.mean = torch.nn.utils.parameters_to_vector(self.params).detach()
+        self.mean = parameter_vector(self.params).detach()
         self._fingerprint = weights.Fingerprint(self.model, self.params)
 
     def _check_weights(self) -> None:

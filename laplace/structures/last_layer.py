@@ -17,8 +17,9 @@ from laplace.structures.sums import CurvatureSums
 
 
 def applies(sums: CurvatureSums, f: Tensor) -> bool:
-    """Whether outputs ``f`` have one position, and the structure a closed form."""
-    return f.ndim == 2 and sums.spec.structure in ("kron", "diag")
+    """Whether outputs ``f`` have one position, the structure a closed form, and the parameters are a plain layer's."""
+    plain = all(block.layer is not None for block in sums.spec.blocks)
+    return plain and f.ndim == 2 and sums.spec.structure in ("kron", "diag")
 
 
 def add_(sums: CurvatureSums, capture, likelihood: Likelihood, f: Tensor) -> None:

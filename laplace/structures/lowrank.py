@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from laplace.capture.capture import eval_mode
+from laplace.capture.evaluation import eval_mode
 from laplace.data.batches import batches
 from laplace.likelihoods import base as lik
 from laplace.linalg.lowrank import block_lanczos

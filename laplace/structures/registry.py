@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from laplace.capture.rules import is_outer
 from laplace.capture.verify import Source
+from laplace.linalg.precision import without_autocast
 from laplace.structures import diag, full, kron, subnetwork
 from laplace.structures.sums import CurvatureSums, SumsSpec
 
@@ -30,6 +33,7 @@ def sums_spec(
     return SumsSpec(structure, tuple(blocks), factors, str(dtype).removeprefix("torch."), n_outputs)
 
 
+@without_autocast()
 def add_curvature_(sums: CurvatureSums, capture, directions: Iterator[Tensor], reduce: bool = False) -> None:
     """Add one batch's curvature along the given output directions to the sums, in place.
 
@@ -62,3 +66,18 @@ def coverage_report(spec: SumsSpec) -> CoverageReport:
             kind = "diag"
         rows.append((block.parameter, kind, block.reason))
     return rows
+
+
+def warn_of_diagonal_blocks(spec: SumsSpec, model: nn.Module) -> None:
+    """Say which weights of linear layers and convolutions get a diagonal block where Kronecker factors are asked for."""
+    missing = []
+    for parameter, kind, reason in coverage_report(spec) if spec.structure == "kron" else ():
+        module = model.get_submodule(parameter.rpartition(".")[0])
+        if kind == "diag" and is_outer(module):
+            missing.append(f"{parameter} ({reason})")
+    if missing:
+        warnings.warn(
+            f"No Kronecker factors, but a diagonal block, for {'; '.join(missing)}. Evidence and tuned priors differ from "
+            "those with factors. hessian_structure='full' or 'diag' treat all parameters alike.",
+            stacklevel=3,
+        )

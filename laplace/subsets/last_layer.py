@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace.capture.capture import eval_mode
+from laplace.capture.evaluation import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor, FeatureReduction
 from laplace.posterior.arguments import before, by_name, check_model
 from laplace.posterior.diag import DiagLaplace

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
-from laplace.capture.capture import eval_mode
+from laplace.capture.evaluation import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.data.batches import batches
 from laplace.enums import Likelihood, parse
+from laplace.linalg.dense import parameter_vector
 from laplace.posterior.diag import DiagLaplace
 from laplace.subsets.swag import fit_diagonal_swag_var
 
@@ -39,7 +39,7 @@ class SubnetMask:
         self._sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
         if not self._sizes:
             raise ValueError("The model has no parameter with requires_grad=True, so there is nothing to choose from.")
-        self.parameter_vector = parameters_to_vector(p for p in model.parameters() if p.requires_grad).detach()
+        self.parameter_vector = parameter_vector(p for p in model.parameters() if p.requires_grad).detach()
         self._n_params = len(self.parameter_vector)
         self._indices: Tensor | None = None
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from laplace.enums import PriorStructure
+from laplace.linalg.dense import parameter_vector
 from laplace.posterior.arguments import before, by_name
 from laplace.posterior.diag import DiagLaplace
 from laplace.posterior.full import FullLaplace
@@ -114,7 +115,7 @@ class SubnetLaplace(ParametricLaplace):
         return super().square_norm(self._of_subnet(value))
 
     def _prior_mean_vector(self) -> Tensor:
-        mean = torch.nn.utils.parameters_to_vector(self.params).detach().to(self._dtype)
+        mean = parameter_vector(self.params).detach().to(self._dtype)
         mean[self.subnetwork_indices] = self._of_subnet(self.prior_mean)
         return mean
 

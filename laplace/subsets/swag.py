@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 
 from laplace.data.batches import batches
+from laplace.linalg.dense import parameter_vector
 
 
 def fit_diagonal_swag_var(
@@ -61,7 +61,7 @@ def fit_diagonal_swag_var(
     for snapshot in range(1, n_snapshots_total + 1):
         for _ in range(snapshot_freq):
             _train_epoch(model, train_loader, criterion, optimizer, dict_key_y)
-        theta = parameters_to_vector(params).detach().double()
+        theta = parameter_vector(params).detach().double()
         delta = theta - mean
         mean += delta / snapshot
         squares += delta * (theta - mean)

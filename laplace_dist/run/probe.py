@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from laplace.capture.capture import eval_mode
+from laplace.capture.evaluation import eval_mode
 from laplace_dist.data.device import to_device
 from laplace_dist.data.nested import flat, is_flat, nested
 from laplace_dist.errors import CheckpointError, SettingsError

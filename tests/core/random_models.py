@@ -117,6 +117,8 @@ class Plan:
         if REFUSE in outcomes:
             return REFUSE
         last_layer = self.subset == "last_layer" and (self.outer or (self.wrapped and self.wrapped_head))
+        if self.precision == "bfloat16" and "bilinear" in self.layers:
+            return EITHER  # the model itself does not run: autocast leaves the weights of bilinear layers as they are
         frozen = self.subset == "last_layer" and self.wrapped == "frozen_all_but_one"
         return EITHER if EITHER in outcomes or last_layer or frozen else RIGHT
 

@@ -193,7 +193,7 @@ def test_subnetworks_keep_entries_of_every_kind_of_layer(name, structure):
     assert naive.relative_error(la.H, expected if structure == "full" else expected.diagonal()) < 1e-10
 
 
-@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"sparse": True}])
 def test_embeddings_whose_gradient_is_another_are_not_covered(options):
     assert not layers.is_covered(nn.Embedding(6, 3, **options))
     assert not layers.is_covered(nn.BatchNorm1d(3, track_running_stats=False))

@@ -1,0 +1,102 @@
+"""The calls of covered layers in one forward pass: what went in, and where in the graph the gradient of what came out is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Call:
+    """One call of a layer.
+
+    Attributes:
+        layer: Name of the module.
+        value: What went in, without graph.
+        version: How often ``value`` had been changed in place by then.
+        edge: Where the gradient of the output is; the edge, not the tensor, since a later in-place operation may change
+            what the tensor stands for.
+        shape: Shape of the output.
+        dtype: Type of the output, which autocast makes another than that of the input.
+    """
+
+    layer: str
+    value: Tensor
+    version: int
+    edge: Any
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def check_unchanged(self) -> None:
+        """Refuse an input that was changed after the layer had seen it.
+
+        Raises:
+            ValueError: If it was; names the layer.
+        """
+        if self.value._version != self.version:
+            raise ValueError(
+                f"The input of layer {self.layer!r} is changed in place after the layer has run, so that what its weight was "
+                "multiplied by is lost. Replace the in-place operation in the model's forward by one that makes a new tensor."
+            )
+
+
+def _whole_base(output: Tensor) -> Tensor | None:
+    """What an output is a view of in other dimensions: in-place operations on the view leave its edge alone."""
+    base = output._base
+    whole = base is not None and base.requires_grad and base.numel() == output.numel()
+    return base if whole and base.is_contiguous() and output.is_contiguous() else None
+
+
+@contextmanager
+def recorded(modules: dict[str, nn.Module]) -> Iterator[tuple[list[Call], set[str]]]:
+    """Record the calls of modules inside the block.
+
+    Returns:
+        The calls whose outputs have a gradient, and the names of the modules that ran without one.
+    """
+    calls: list[Call] = []
+    without: set[str] = set()
+
+    def remember(name: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+            if not output.requires_grad:
+                without.add(name)
+                return None
+            base, kept = _whole_base(output), None
+            if base is None and output._is_view():
+                output = kept = output.clone()  # a later in-place operation would cut a view's edge off
+            value = args[0] if args else kwargs["input"]
+            edge = torch.autograd.graph.get_gradient_edge(output if base is None else base)
+            calls.append(Call(name, value.detach(), value._version, edge, output.shape, output.dtype))
+            return kept
+
+        return hook
+
+    handles = [module.register_forward_hook(remember(name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        yield calls, without
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def that_reach(output: Tensor, calls: Sequence[Call]) -> list[Call]:
+    """Calls on which the output depends by its graph; one that is used detached alone is none."""
+    seen = set(nodes(output))
+    return [call for call in calls if call.edge.node in seen]
+
+
+def nodes(output: Tensor) -> Iterator[Any]:
+    """All nodes of an output's graph."""
+    seen, waiting = set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+            yield node

@@ -1,0 +1,59 @@
+"""The state in which every part of the library evaluates a model, and from which it comes back unchanged."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace.capture.feature_extractor import FeatureExtractor
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluate the model inside the block and leave every module as it was found.
+
+    Modules are in evaluation mode, embeddings give the gradient of their output and not one scaled by frequency, and the
+    model is handed copies of its inputs: a forward pass that changes its input in place changes no data and no later pass.
+    Inside of ``torch.inference_mode()``, tensors are ordinary ones without gradient.
+    """
+    training = [module for module in model.modules() if module.training]
+    scaled = [module for module in model.modules() if getattr(module, "scale_grad_by_freq", False)]
+    own = model.model if isinstance(model, FeatureExtractor) else model
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+        handle = own.register_forward_pre_hook(_with_own_inputs, prepend=True, with_kwargs=True)
+        try:
+            model.eval()
+            _set(scaled, "scale_grad_by_freq", False)
+            yield
+        finally:
+            handle.remove()
+            _set(training, "training", True)
+            _set(scaled, "scale_grad_by_freq", True)
+
+
+def _set(modules: list[nn.Module], name: str, value: bool) -> None:
+    for module in modules:
+        setattr(module, name, value)
+
+
+def _with_own_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return tuple(_copied(arg) for arg in args), {name: _copied(arg) for name, arg in kwargs.items()}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, MutableMapping):
+        result = copy.copy(value)
+        for key, part in value.items():
+            result[key] = _copied(part)
+        return result
+    return type(value)(map(_copied, value)) if type(value) in (tuple, list) else value

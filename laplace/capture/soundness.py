@@ -1,0 +1,239 @@
+"""Whether a model is what curvature is defined for: a function of each example by itself, with one tensor of outputs.
+
+A model that is random in evaluation mode has the curvature of one draw, and one whose examples depend on one another has
+none of its own for any of them. Neither shows in the numbers, so a few examples are asked before the first fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace.data.batches import is_divisible, length_of, part_of
+from laplace.data.mistakes import check_outputs
+from laplace.noise import fixed_directions
+
+_SINGLES = 4  # examples that are run by themselves
+
+Record = list[tuple[str, Any, Any]]  # every call of a module in the order in which they end: its name, input and output
+
+
+def tensor_output(output: Any) -> Tensor:
+    """A model's output, if it is one tensor with a batch dimension and one of outputs.
+
+    Raises:
+        TypeError: If it is a tuple, a dictionary or another object.
+        ValueError: If it has one value per example and no dimension of outputs.
+    """
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"The model's output is a {type(output).__name__}, but has to be a tensor (batch, outputs). Wrap the model in a "
+            "module whose forward returns the logits or predictions alone, as output.logits, output['logits'] or output[0]."
+        )
+    if output.ndim < 2:
+        raise ValueError(
+            f"The model's output has shape {tuple(output.shape)}, but has to be (batch, outputs): end its forward with "
+            ".unsqueeze(-1), and give regression targets of shape (batch, 1)."
+        )
+    return output
+
+
+def check_inputs(x: Any) -> None:
+    """Refuse inputs in which examples cannot be told from inputs.
+
+    Raises:
+        TypeError: If they are a tuple or list.
+    """
+    if isinstance(x, (tuple, list)):
+        raise TypeError(
+            f"A batch's inputs are a {type(x).__name__}. Models take one tensor or one dictionary of inputs: let the data "
+            "loader give a dictionary of the tensors and their targets, and wrap the model in a module that unpacks it."
+        )
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Refuse parameters over which there is no real Gaussian.
+
+    Raises:
+        ValueError: If one is complex; names it.
+    """
+    found = [name for name, p in model.named_parameters() if p.is_complex() and p.requires_grad]
+    if found:
+        raise ValueError(
+            f"Parameters {found} are complex; Laplace approximations are over real ones. Store the real and imaginary parts "
+            "as a real parameter (torch.view_as_complex(weight)), or set requires_grad=False."
+        )
+
+
+@torch.no_grad()
+def check_function(model: nn.Module, x: Any) -> None:
+    """Run a few examples twice, and by themselves, and compare what every module gives.
+
+    Args:
+        model: The network in evaluation mode.
+        x: At least two examples.
+
+    Raises:
+        TypeError: If the output is no tensor.
+        ValueError: If the model cannot run, is random, or makes examples depend on one another; names the module.
+    """
+    f = run(model, x)
+    if isinstance(f, Tensor) and f.ndim:
+        check_outputs(x, f)
+    f = tensor_output(f)
+    if _all_equal(x) and _runs(model, x + fixed_directions(x)):
+        x = x + fixed_directions(x)  # blank examples show neither noise nor what they do to one another
+    batch = _recorded(model, x)
+    again = _recorded(model, x)
+    _check(batch, again, None, model)
+    if not is_divisible(x):
+        return
+    n = min(length_of(x), len(f))
+    for i in sorted({*range(min(n, _SINGLES - 1)), n - 1}):
+        one = part_of(x, slice(i, i + 1))
+        run(model, one, "one example by itself")
+        _check(batch, _recorded(model, one), i, model)
+
+
+def _all_equal(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and bool((x == x[:1]).all())
+
+
+def _runs(model: nn.Module, x: Tensor) -> bool:
+    try:
+        model(x)
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    return True
+
+
+def _check(batch: Record, other: Record, i: int | None, model: nn.Module) -> None:
+    """Refuse the innermost module that gives two outputs for one input: in two runs, or in a batch and alone.
+
+    Args:
+        batch: All calls of modules in a batch.
+        other: Those of a second run, or of one example alone.
+        i: Number of that example; None for a second run.
+        model: The network.
+    """
+    tolerance = _tolerance(batch, 1e4) if i is not None else _tolerance(batch, 4)
+    for (name, a, f), (same, b, g) in zip(batch, other, strict=False):
+        if name != same or a is None or f is None or g is None:
+            continue
+        if i is not None:
+            a, f = _row(a, i), _row(f, i)
+        if a is not None and f is not None and _same(a, b, tolerance) and not _same(f, g, tolerance, a):
+            raise (_random if i is None else _coupled)(_named(name, model))
+    if i is None and not _same(batch[-1][2], other[-1][2], tolerance):
+        raise _random(_named("", model))
+    if i is not None and not _same(_row(batch[-1][2], i), other[-1][2], tolerance):
+        raise _coupled(_named("", model))
+
+
+def _random(module: str) -> ValueError:
+    return ValueError(
+        f"The model is random in evaluation mode: {module} gives two outputs for one input, so that curvature would be of "
+        "one draw. Switch the noise off where self.training is False, as F.dropout(x, p, self.training) does."
+    )
+
+
+def _coupled(module: str) -> ValueError:
+    return ValueError(
+        f"In {module}, the output of an example depends on the others of its batch, as with batch statistics or attention "
+        "over the batch, so that no example has curvature of its own. Use a layer that sees one example at a time (of batch "
+        "norms, track_running_stats=True), or let it do so where self.training is False."
+    )
+
+
+def run(model: nn.Module, x: Any, of: str = "the first batch") -> Any:
+    """A forward pass.
+
+    Raises:
+        ValueError: If it fails; names the module.
+    """
+    running: list[str] = []
+    try:
+        return model(x)
+    except (RuntimeError, ValueError) as error:
+        failed = error
+    with _entered(model, running):
+        try:
+            return model(x)
+        except (RuntimeError, ValueError):
+            where = _named(running[-1], model) if running else _named("", model)
+    raise ValueError(f"The model's forward pass of {of} fails in {where}: {failed}") from failed
+
+
+@contextmanager
+def _entered(model: nn.Module, running: list[str]) -> Iterator[None]:
+    """Keep the modules that are running at the moment in a list, the innermost last."""
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda m, args, name=name: running.append(name)))
+        handles.append(module.register_forward_hook(lambda m, args, output: running.pop() and None))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _named(name: str, model: nn.Module) -> str:
+    kind = type(model.get_submodule(name)).__name__
+    return f"module {name!r} ({kind})" if name else f"the model ({kind})"
+
+
+def _recorded(model: nn.Module, x: Any) -> Record:
+    """Every call of a module in the order in which they end."""
+    found: Record = []
+    handles = [
+        module.register_forward_hook(
+            lambda m, args, output, name=name: found.append((name, _first(args), _first(output)))
+        )
+        for name, module in model.named_modules()
+    ]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _first(value: Any) -> Tensor | None:
+    value = value[0] if isinstance(value, tuple) and value else value
+    return value.clone() if isinstance(value, Tensor) else None
+
+
+def _row(value: Tensor | None, i: int) -> Tensor | None:
+    return value[i : i + 1] if value is not None and value.ndim and i < len(value) else None
+
+
+def _tolerance(record: Record, times: float) -> float:
+    """Relative difference that rounding may make: that of the coarsest numbers, as autocast and TF32 have them."""
+    values = [f for _, _, f in record if f is not None and f.is_floating_point()]
+    spacing = max((torch.finfo(f.dtype).eps for f in values), default=0.0)
+    if any(f.is_cuda for f in values) and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
+        spacing = max(spacing, 2.0**-10)
+    return min(max(times * spacing, 1e-6), 0.1)
+
+
+def _same(one: Tensor | None, two: Tensor | None, tolerance: float, beside: Tensor | None = None) -> bool:
+    """Whether two values are equal, up to a difference relative to the largest of them, or of what is beside them."""
+    if one is None or two is None:
+        return one is two
+    if one.shape != two.shape:
+        return False
+    if not one.numel() or not (one.is_floating_point() or one.is_complex()):
+        return torch.equal(one, two)
+    scale = max(float(value.abs().amax()) for value in (one, two, beside) if value is not None and value.numel())
+    kind = torch.complex128 if one.is_complex() else torch.float64
+    difference = float((one.to(kind) - two.to(kind)).abs().amax())
+    return (
+        not math.isfinite(scale) or difference <= tolerance * scale
+    )  # the first is refused with the examples' numbers
