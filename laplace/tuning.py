@@ -14,10 +14,9 @@ from torch import Tensor
 from laplace import _clash as _clash  # says so where laplace-torch has replaced laplace/__init__.py
 from laplace import predictive
 from laplace.data.batches import batches, is_metric, joined
-from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, parse
+from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, parse
 from laplace.evidence import maximize_evidence
 from laplace.fitted import Fitted
-from laplace.likelihoods import base as lik
 
 _SWEEP = 1 << 24  # elements of the variances of one sweep over priors
 
@@ -130,12 +129,12 @@ def score_grid(
         ValueError: If the loader is empty, or targets do not fit the predictions.
     """
     total, n = torch.zeros(len(grid), dtype=torch.float64, device="cpu"), 0
-    examples = 0
+    examples, law = 0, la.likelihood_object.fitted
     for x, y in _parts(la, loader, progress_bar):
         for index, prediction in _sweep(la, x, grid, link_approx, pred_type, n_samples, seed):
             if index == 0:
-                lik.check_shapes(la.backend.likelihood, prediction[0], y, examples)
-            total[index] += _summed_loss(la, prediction[0], y)
+                law.check_scored(prediction, y, examples)
+            total[index] += law.tuning_loss(prediction, y)
         n, examples = n + y.numel(), examples + len(y)
     if n == 0:
         raise ValueError("The validation data is empty.")
@@ -147,51 +146,41 @@ def _parts(la: Fitted, loader: Iterable, progress_bar: bool) -> Iterator[tuple[A
         yield from ((inputs, targets) for _, inputs, targets in la._parts(x, y))
 
 
-def _summed_loss(la: Fitted, prediction: Tensor, y: Tensor) -> float:
-    if la.likelihood is Likelihood.REGRESSION:
-        return float((prediction.double() - y.double()).square().sum())
-    picked = prediction.double().gather(-1, y.long()[..., None])
-    return float(-picked.clamp(min=torch.finfo(torch.float64).tiny).log().sum())
-
-
 def _sweep(la, x: Any, grid: Tensor, link_approx, pred_type, n_samples: int, seed: int, spread: bool = False):
-    """Predictions for every value of the grid, one forward and backward pass in all.
+    """The likelihood's predictions for every value of the grid, one forward and backward pass in all.
 
-    Yields indices with ``(probabilities,)``, or ``(means,)`` for regression, and with ``spread`` ``(means, variances)``.
+    Yields indices with these; with the outputs alone where a prior precision does not change what is scored, unless
+    ``spread`` asks for their variances.
     """
     pred_type, link_approx = parse(PredType, pred_type, "pred_type"), parse(LinkApprox, link_approx, "link_approx")
     predictive.check_combination(la, pred_type, link_approx)
-    regression = la.likelihood is Likelihood.REGRESSION
+    law = la.likelihood_object.fitted
     priors = [value.reshape(1).to(la._device, la._dtype) for value in grid]
     if pred_type is PredType.NN:
-        yield from _sweep_networks(la, x, priors, n_samples, seed, spread)
+        yield from _sweep_networks(la, x, priors, n_samples, seed)
         return
     capture = la.backend.capture(x)
-    if regression and not spread:  # the mean of the linearised network does not depend on the prior
+    if not (law.grid_needs_variance or spread):
         yield from ((index, (capture.f,)) for index in range(len(grid)))
         return
-    diagonal = link_approx is LinkApprox.PROBIT and not regression
+    diagonal = law.diagonal_suffices(link_approx)
     outputs = capture.f[0].numel()
     step = max(1, _SWEEP // (len(capture.f) * outputs * (1 if diagonal else outputs)))
     for start in range(0, len(priors), step):
         variances = la._glm_variance(capture, priors[start : start + step], diagonal)
         for index, variance in enumerate(variances.detach(), start):
-            if regression:
-                yield index, (capture.f, variance)
-                continue
             generator = torch.Generator(la._device).manual_seed(seed)
-            yield index, (predictive.link(capture.f, variance, link_approx, n_samples, generator),)
+            yield index, law.integrate(capture.f, variance, link_approx, n_samples, generator)
 
 
-def _sweep_networks(la, x: Any, priors: list[Tensor], n_samples: int, seed: int, spread: bool):
-    before, regression = la.prior_precision, la.likelihood is Likelihood.REGRESSION
+def _sweep_networks(la, x: Any, priors: list[Tensor], n_samples: int, seed: int):
+    before = la.prior_precision
     try:
         for index, prior in enumerate(priors):
             la.prior_precision = prior
             generator = torch.Generator(la._device).manual_seed(seed)
             outputs = predictive.sampled_outputs(la, x, n_samples, generator)
-            mean = (outputs if regression else outputs.softmax(-1)).mean(0)
-            yield index, (mean, outputs.var(0)) if regression and spread else (mean,)
+            yield index, la.likelihood_object.fitted.of_networks(outputs)
     finally:
         la.prior_precision = before
 
@@ -209,14 +198,20 @@ def _score_with(
     for x, y in _parts(la, loader, progress_bar):
         seen = True
         for index, prediction in _sweep(la, x, grid, link_approx, pred_type, n_samples, seed=0, spread=not running):
+            shown = as_tuple(la.likelihood_object.fitted.public(prediction))
             if running:
-                metrics[index].update(prediction[0], y)
+                metrics[index].update(shown[0], y)
             else:
-                rows[index].append((*prediction, y))
+                rows[index].append((*shown, y))
     if not seen:
         raise ValueError("The validation data is empty.")
     scores = [metric.compute() for metric in metrics] if running else [loss(*joined(values)) for values in rows]
     return torch.tensor([float(score) for score in scores], dtype=torch.float64, device="cpu")
+
+
+def as_tuple(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A prediction as several tensors, of which there may be one."""
+    return value if isinstance(value, tuple) else (value,)
 
 
 def select_prior_precision(grid: Tensor, scores: Tensor) -> Tensor:
@@ -281,9 +276,9 @@ def validate(
             pred_type=pred_type,
             link_approx=link_approx,
             n_samples=n_samples,
-            fitting=laplace.likelihood is Likelihood.REWARD_MODELING,
+            fitting=True,
         )
-        out = out if isinstance(out, tuple) else (out,)
+        out = as_tuple(out)
         if running:
             loss.update(out[0], y)
         else:

@@ -15,8 +15,6 @@ from laplace.backends.hessian import HessianInterface
 from laplace.backends.interface import CurvatureInterface
 from laplace.backends.optional import import_optional
 from laplace.capture.capture import eval_mode
-from laplace.enums import Likelihood
-from laplace.likelihoods import base as lik
 from laplace.linalg.kronecker import Kron
 from laplace.noise import fixed_directions, fresh_seed
 from laplace.structures import lowrank
@@ -39,7 +37,7 @@ class CurvlinopsInterface(CurvatureInterface):
         """
         self.spec = sums.spec
         with torch.no_grad(), eval_mode(self.model):
-            lik.check_targets(self.likelihood, self.model(x), y, offset)
+            self.likelihood_object.check(self.model(x), y, offset)
         super().accumulate(sums, x, y, offset)
 
     def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
@@ -76,7 +74,7 @@ class CurvlinopsInterface(CurvatureInterface):
             if len(block.factors) == 2:
                 block_factors.append(inputs[key] * (len(y) / N))
             kfacs.append(block_factors)
-        return lik.loss_sum(self.likelihood, f, y), Kron(kfacs)
+        return self.likelihood_object.loss(f, y), Kron(kfacs)
 
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Dense curvature of one batch by applying the operator to the identity."""
@@ -87,11 +85,11 @@ class CurvlinopsInterface(CurvatureInterface):
             dense = operator @ torch.eye(size, dtype=self.params[0].dtype, device=self.params[0].device)
         if self.subnetwork_indices is not None:
             dense = dense[self.subnetwork_indices][:, self.subnetwork_indices]
-        return lik.loss_sum(self.likelihood, f, y), dense * self._scale
+        return self.likelihood_object.loss(f, y), dense * self._scale
 
     def _targets(self, y: Tensor) -> Tensor:
         """Targets of the type that torch's losses insist on."""
-        return y if self.likelihood is Likelihood.REGRESSION else y.long()
+        return y if y.is_floating_point() else y.long()
 
     @property
     def _scale(self) -> float:
@@ -208,7 +206,7 @@ class CurvlinopsHessian(HessianInterface, CurvlinopsInterface):
             ValueError: If forward and reverse mode disagree about this model.
         """
         f, model, inputs = self._outputs(x)
-        lik.check_targets(self.likelihood, f, y, offset)
+        self.likelihood_object.check(f, y, offset)
         with eval_mode(self.model):
             operator = curvlinops.HessianLinearOperator(
                 model,
@@ -229,4 +227,4 @@ class CurvlinopsHessian(HessianInterface, CurvlinopsInterface):
                 "curvlinops' Hessian of this model, by forward-mode differentiation, is not that of reverse mode; in torch "
                 "2.14 LayerNorm is such a layer. Use NativeHessian."
             )
-        return lik.loss_sum(self.likelihood, f, y), product[:, :-1]
+        return self.likelihood_object.loss(f, y), product[:, :-1]

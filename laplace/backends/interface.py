@@ -19,8 +19,9 @@ from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.capture.last_layer import LastLayerCapture
 from laplace.capture.verify import find_layers
 from laplace.data.batches import length_of, part_of
-from laplace.enums import Likelihood, parse
-from laplace.likelihoods import base as lik
+from laplace.enums import Likelihood
+from laplace.likelihoods.base import BaseLikelihood
+from laplace.likelihoods.named import NamedLikelihood, likelihood_of
 from laplace.linalg.kronecker import Kron
 from laplace.structures import lowrank
 from laplace.structures.registry import sums_spec
@@ -37,7 +38,8 @@ class CurvatureInterface:
 
     Args:
         model: The network, or a :class:`FeatureExtractor` around it for last-layer curvature.
-        likelihood: ``'classification'``, ``'regression'`` or ``'reward_modeling'``.
+        likelihood: ``'classification'``, ``'regression'``, ``'reward_modeling'``, or an object of
+            :mod:`laplace.likelihoods`; of reward models that of the pairs.
         last_layer: Consider the parameters of the last layer only.
         subnetwork_indices: Indices of the parameter vector to restrict dense curvature to.
         dict_key_x: Key of the inputs in dict-like batches.
@@ -47,15 +49,18 @@ class CurvatureInterface:
     Attributes:
         lossfunc: Loss whose sum, times ``factor``, is the negative log likelihood.
         factor: 1 for classification; ½ for regression, since :class:`torch.nn.MSELoss` has no ½.
+        likelihood_object: The likelihood itself, of which ``likelihood`` may be the name.
         params: Parameters with ``requires_grad`` (of the last layer where ``last_layer``).
     """
 
     stochastic = False
+    likelihood = NamedLikelihood()
+    likelihood_object: BaseLikelihood
 
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str,
+        likelihood: BaseLikelihood | Likelihood | str,
         last_layer: bool = False,
         subnetwork_indices: torch.LongTensor | None = None,
         dict_key_x: str = "input_ids",
@@ -63,17 +68,15 @@ class CurvatureInterface:
         low_rank: int = 10,
     ):
         """See the class."""
-        likelihood = parse(Likelihood, likelihood, "likelihood")
-        regression = likelihood is Likelihood.REGRESSION
-        self.likelihood = Likelihood.REGRESSION if regression else Likelihood.CLASSIFICATION
+        self.likelihood = likelihood_of(likelihood).fitted
         self.model = model
         self.last_layer = last_layer
         self.subnetwork_indices = subnetwork_indices
         self.dict_key_x = dict_key_x
         self.dict_key_y = dict_key_y
         self.low_rank = low_rank
-        self.lossfunc = nn.MSELoss(reduction="sum") if regression else nn.CrossEntropyLoss(reduction="sum")
-        self.factor = 0.5 if regression else 1.0
+        loss, self.factor = self.likelihood_object.torch_loss()
+        self.lossfunc = self.likelihood_object.loss if loss is None else loss
         self.spec: SumsSpec | None = None
         self._offset = 0  # index in the data set of the first example of the batch that is being added
 
@@ -126,7 +129,7 @@ class CurvatureInterface:
                 found = find_layers(self.model, list(shapes), x)
             with torch.no_grad():
                 f = self.model(x)
-        n_outputs = f[0].numel() if self.likelihood is Likelihood.REGRESSION else f.shape[-1]
+        n_outputs = self.likelihood_object.count_outputs(f)
         self.spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs, kept)
         return self.spec
 
@@ -203,7 +206,7 @@ class CurvatureInterface:
             self._accumulate_part(sums, x, y, offset)
             return
         with torch.no_grad(), eval_mode(self.model):
-            lik.check_targets(self.likelihood, self.model(x), y, offset)  # before the first part is added
+            self.likelihood_object.check(self.model(x), y, offset)  # before the first part is added
         for start, stop in ranges(len(y), 1, step):
             part = slice(start, stop)
             self._accumulate_part(sums, part_of(x, part), y[part], offset + start)
@@ -302,9 +305,9 @@ class CurvatureInterface:
     def gradients(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
         """Per-example gradients of the negative log likelihood ``(batch, parameters)``, and its sum."""
         js, f = self.jacobians(x)
-        lik.check_targets(self.likelihood, f, y)
-        gradient = lik.gradient(self.likelihood, f.to(js.dtype), y)
-        return torch.einsum("ncp,nc->np", js, gradient.flatten(1)), lik.loss_sum(self.likelihood, f, y)
+        self.likelihood_object.check(f, y)
+        gradient = self.likelihood_object.gradient(f.to(js.dtype), y)
+        return torch.einsum("ncp,nc->np", js, gradient.flatten(1)), self.likelihood_object.loss(f, y)
 
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Dense curvature of one batch ``(parameters, parameters)``."""

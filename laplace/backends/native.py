@@ -10,7 +10,6 @@ from torch import Tensor
 from laplace.backends.gauss_newton import EFInterface, GGNInterface
 from laplace.capture import contractions
 from laplace.data.batches import joined, length_of
-from laplace.likelihoods import base as lik
 from laplace.linalg.kronecker import Kron
 from laplace.structures.diag import diag_vector
 from laplace.structures.registry import add_curvature_
@@ -36,10 +35,10 @@ class _Native:
         self.spec = sums.spec
         capture = self.capture(x)
         y = y.to(capture.f.device)
-        lik.check_targets(self.likelihood, capture.f, y, offset)
+        self.likelihood_object.check(capture.f, y, offset)
         f = capture.f.double()  # in float32, 1 - p of a sure example has no digits
         add_curvature_(sums, capture, self.directions(f, y, offset))
-        sums.loss = sums.loss + lik.loss_sum(self.likelihood, f, y)
+        sums.loss = sums.loss + self.likelihood_object.loss(f, y)
         sums.n_data += len(y)
 
     def _sums(self, structure: str, x: Any, y: Tensor) -> CurvatureSums:

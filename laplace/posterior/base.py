@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from math import log, pi, sqrt
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from laplace import tuning
 from laplace.backends.interface import CurvatureInterface
 from laplace.backends.native import NativeGGN
 from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, parse
+from laplace.likelihoods.base import BaseLikelihood
+from laplace.likelihoods.named import NamedLikelihood
 from laplace.posterior.arguments import ORDER, by_name, signature
 from laplace.prior import spread
-
-_LOG_SQRT_2PI = log(sqrt(2 * pi))
 
 
 class BaseLaplace:
@@ -26,9 +25,9 @@ class BaseLaplace:
 
     Args:
         model: Trained network; its parameters with ``requires_grad`` are the MAP estimate.
-        likelihood: ``'classification'``, ``'regression'`` or ``'reward_modeling'`` (fitted as classification, predicts as
-            regression).
-        sigma_noise: Standard deviation of the observation noise; 1 for classification.
+        likelihood: ``'classification'``, ``'regression'``, ``'reward_modeling'`` (fitted as classification, predicts as
+            regression), or an object of :mod:`laplace.likelihoods`.
+        sigma_noise: Standard deviation of the observation noise; 1 for all likelihoods but regression.
         prior_precision: Scalar, one value per parameter tensor, or one per parameter.
         prior_mean: Scalar or one value per parameter.
         temperature: Temperature of the likelihood; lower is more concentrated.
@@ -44,6 +43,8 @@ class BaseLaplace:
     """
 
     order = ORDER
+    likelihood = NamedLikelihood()
+    likelihood_object: BaseLikelihood
 
     def __init_subclass__(cls, **kwargs: Any):
         """Show every documented argument of a class; a class with a constructor of its own shows that."""
@@ -54,7 +55,7 @@ class BaseLaplace:
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str,
+        likelihood: BaseLikelihood | Likelihood | str,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
@@ -67,7 +68,7 @@ class BaseLaplace:
         asdl_fisher_kwargs: dict[str, Any] | None = None,
     ):
         """See the class."""
-        self.likelihood = parse(Likelihood, likelihood, "likelihood")
+        self.likelihood = likelihood
         self.model = model
         self.temperature = temperature
         self.enable_backprop = enable_backprop
@@ -122,7 +123,8 @@ class BaseLaplace:
         """The curvature backend, made on first use."""
         if self._backend is None:
             cls = self._backend_cls or NativeGGN
-            likelihood = "classification" if self.likelihood is Likelihood.REWARD_MODELING else self.likelihood.value
+            fitted = self.likelihood_object.fitted
+            likelihood = fitted if fitted.word is None else fitted.word.value
             self._backend = cls(self.model, likelihood, **self._backend_arguments())
         return self._backend
 
@@ -195,9 +197,9 @@ class BaseLaplace:
         value = value.reshape(())
         if not bool(value > 0):
             raise ValueError(f"sigma_noise must be positive, but is {value.item()}.")
-        if self.likelihood is not Likelihood.REGRESSION and float(value.detach()) != 1:
+        if not self.likelihood_object.has_noise and float(value.detach()) != 1:
             raise ValueError(
-                f"sigma_noise={float(value.detach())} has no meaning for {self.likelihood.value}; it must be 1 "
+                f"sigma_noise={float(value.detach())} has no meaning for {self.likelihood_object.identity}; it must be 1 "
                 "(use temperature to scale the likelihood)."
             )
         self._sigma_noise = value
@@ -226,10 +228,7 @@ class BaseLaplace:
         self._check_fitted()
         factor = -self._H_factor
         loss = torch.as_tensor(self.loss, dtype=self._dtype, device=self._device)
-        if self.likelihood is not Likelihood.REGRESSION:
-            return factor * loss
-        constant = self.n_data * self.n_outputs * (self.sigma_noise.log() + _LOG_SQRT_2PI)
-        return factor * loss - constant
+        return factor * loss + self.likelihood_object.noise_constant(self.n_data, self.n_outputs, self.sigma_noise)
 
     @property
     def prior_precision_diag(self) -> Tensor:

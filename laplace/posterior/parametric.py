@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from laplace import evidence, predictive, state
 from laplace.data.batches import batches
-from laplace.enums import Likelihood, PredType
+from laplace.enums import PredType
 from laplace.errors import NotFittedError
 from laplace.posterior.arguments import by_name
 from laplace.posterior.base import BaseLaplace
@@ -42,10 +42,12 @@ class ParametricLaplace(BaseLaplace):
         self.sums: CurvatureSums | None = None
         self._spec: SumsSpec | None = None
         super().__init__(**kwargs)
-        if self.likelihood is Likelihood.REWARD_MODELING and self.structure not in ("kron", "diag"):
+        structures = self.likelihood_object.structures
+        if structures is not None and self.structure not in structures:
+            valid = " and ".join(map(repr, structures))
             raise ValueError(
-                f"likelihood='reward_modeling' has no {self.structure!r} posterior; valid hessian_structures are 'kron' and "
-                "'diag'."
+                f"likelihood={self.likelihood_object.identity!r} has no {self.structure!r} posterior; valid "
+                f"hessian_structures are {valid}."
             )
 
     def _check_fitted(self) -> None:
@@ -91,11 +93,7 @@ class ParametricLaplace(BaseLaplace):
         """
         self.backend.spec = sums.spec
         y = y.to(self._device)
-        if self.likelihood is Likelihood.REGRESSION and y.ndim > 2 and y[0].numel() != sums.spec.n_outputs:
-            raise ValueError(
-                f"Targets of shape {tuple(y.shape)} have {y[0].numel()} values per example, those of the first batch had "
-                f"{sums.spec.n_outputs}. Give sequences of one length."
-            )
+        self.likelihood_object.check_length(y, sums.spec.n_outputs)
         for start, inputs, targets in self._parts(x, y):
             self.backend.accumulate(sums, inputs, targets, offset + start)
 
