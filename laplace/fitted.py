@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from laplace.backends.interface import CurvatureInterface
-from laplace.enums import Likelihood, PredType, PriorStructure
+from laplace.enums import PredType, PriorStructure
+from laplace.likelihoods.base import BaseLikelihood
 from laplace.structures.sums import SumsSpec
 
 
@@ -18,7 +19,7 @@ class Fitted(Protocol):
 
     model: nn.Module
     params: list[nn.Parameter]
-    likelihood: Likelihood
+    likelihood_object: BaseLikelihood
     pred_types: tuple[PredType, ...]
     enable_backprop: bool
     temperature: float

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights, parse
+from laplace.likelihoods.base import BaseLikelihood
 from laplace.posterior.diag import DiagLaplace
 from laplace.posterior.full import FullLaplace
 from laplace.posterior.functional import FunctionalLaplace
@@ -33,7 +34,7 @@ _CLASSES: dict[tuple[str, str], type[ParametricLaplace]] = {
 
 def Laplace(
     model: nn.Module,
-    likelihood: Likelihood | str,
+    likelihood: BaseLikelihood | Likelihood | str,
     subset_of_weights: SubsetOfWeights | str = SubsetOfWeights.LAST_LAYER,
     hessian_structure: HessianStructure | str = HessianStructure.KRON,
     *args: Any,
@@ -43,7 +44,8 @@ def Laplace(
 
     Args:
         model: Trained network that returns logits or regression means.
-        likelihood: ``'classification'``, ``'regression'`` or ``'reward_modeling'``.
+        likelihood: ``'classification'``, ``'regression'`` or ``'reward_modeling'``; or an object of
+            :mod:`laplace.likelihoods`, yours among them.
         subset_of_weights: ``'last_layer'``, ``'all'`` or ``'subnetwork'`` (which needs ``subnetwork_indices``).
         hessian_structure: ``'kron'``, ``'full'``, ``'diag'``, ``'gp'``, or ``'lowrank'`` (over all weights).
         *args: Further arguments of the class, see :class:`laplace.BaseLaplace`.

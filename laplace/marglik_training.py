@@ -24,6 +24,8 @@ from laplace.backends.native import NativeGGN
 from laplace.data.batches import batches
 from laplace.enums import HessianStructure, Likelihood, PriorStructure, SubsetOfWeights, parse
 from laplace.laplace import Laplace
+from laplace.likelihoods.base import BaseLikelihood
+from laplace.likelihoods.named import likelihood_of
 from laplace.linalg.dense import parameter_vector
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.structures.sums import CurvatureSums
@@ -32,7 +34,7 @@ from laplace.structures.sums import CurvatureSums
 def marglik_training(
     model: nn.Module,
     train_loader: DataLoader,
-    likelihood: Likelihood | str = Likelihood.CLASSIFICATION,
+    likelihood: BaseLikelihood | Likelihood | str = Likelihood.CLASSIFICATION,
     hessian_structure: HessianStructure | str = HessianStructure.KRON,
     backend: type[CurvatureInterface] = NativeGGN,
     optimizer_cls: type[Optimizer] = Adam,
@@ -95,9 +97,9 @@ def marglik_training(
     Raises:
         ValueError: On unknown or impossible arguments, an empty loader, or when the evidence becomes NaN or Inf.
     """
-    likelihood = parse(Likelihood, likelihood, "likelihood")
-    if likelihood is Likelihood.REWARD_MODELING:
-        raise ValueError("marglik_training takes likelihood='classification' or 'regression', not 'reward_modeling'.")
+    law = likelihood_of(likelihood)
+    if law.fitted is not law:
+        raise ValueError(f"marglik_training takes likelihood='classification' or 'regression', not {law.identity!r}.")
     structure = parse(HessianStructure, hessian_structure, "hessian_structure")
     if structure.value not in ("kron", "diag", "full"):
         raise ValueError(f"marglik_training takes hessian_structure='kron', 'diag' or 'full', not {structure.value!r}.")
@@ -110,7 +112,7 @@ def marglik_training(
             raise ValueError(f"{name}={value} must be at least 1.")
     la = Laplace(
         model,
-        likelihood,
+        law,
         SubsetOfWeights.ALL,
         hessian_structure,
         sigma_noise=sigma_noise_init,
@@ -121,7 +123,7 @@ def marglik_training(
         backend=backend,
     )
     la.prior_precision = la.initial_prior_precision(prior_prec_init, prior_structure)
-    hyper = _Hyperparameters(la, likelihood is Likelihood.REGRESSION and not fix_sigma_noise, lr_hyp)
+    hyper = _Hyperparameters(la, law.has_noise and not fix_sigma_noise, lr_hyp)
     optimizer = optimizer_cls(la.params, **(optimizer_kwargs or {}))
     scheduler = None if scheduler_cls is None else scheduler_cls(optimizer, **(scheduler_kwargs or {}))
     n_data = _count(train_loader, dict_key_y)
@@ -208,22 +210,17 @@ def _train_epoch(
     :math:`1/(2\sigma^2T)` for the squared error. Torch's means are over outputs and positions too; of several, the prior then
     counts as many times as there are.
     """
-    regression = la.likelihood is Likelihood.REGRESSION
-    criterion = nn.MSELoss() if regression else nn.CrossEntropyLoss()
-    scale = float(la._H_factor) / (2 if regression else 1)
     precision, mean = la.prior_precision_diag, la.prior_mean
     total, seen = 0.0, 0
     la.model.train()
     for x, y in batches(loader, la._device, la.dict_key_y):
         optimizer.zero_grad()
-        f, examples = la.model(x), len(y)
-        if not regression:
-            f, y = f.flatten(0, -2), y.flatten()
+        loss, factor = la.likelihood_object.training_loss(la.model(x), y)
         delta = parameter_vector(la.params) - mean
-        loss = criterion(f, y) + 0.5 * (precision * delta * delta).sum() / n_data / scale
+        loss = loss + 0.5 * (precision * delta * delta).sum() / n_data / (factor * float(la._H_factor))
         loss.backward()
         optimizer.step()
-        total, seen = total + loss.item() * examples, seen + examples
+        total, seen = total + loss.item() * len(y), seen + len(y)
         if scheduler is not None:
             scheduler.step()
     if seen == 0:

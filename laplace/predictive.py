@@ -1,14 +1,12 @@
 r"""Posterior predictives: the linearised network's Gaussian over outputs, its links, and sampled networks.
 
 The GLM predictive linearises the network at the MAP, :math:`f(x) \sim \mathcal N(f_{\mathrm{MAP}}(x), J P^{-1} J^\top)`
-(Immer et al., "Improving predictions of Bayesian neural nets via local linearization", AISTATS 2021). Classification then
-integrates the softmax against that Gaussian: by samples, by MacKay's probit approximation, or by the Laplace bridge (Hobbhahn
-et al., "Fast predictive uncertainty for classification with Bayesian deep networks", UAI 2022).
+(Immer et al., "Improving predictions of Bayesian neural nets via local linearization", AISTATS 2021). What becomes of that
+Gaussian is the likelihood's to say; the approximations of a softmax are in :mod:`laplace.likelihoods.links`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,8 +14,10 @@ from torch import Tensor
 
 from laplace.capture.evaluation import eval_mode
 from laplace.data.batches import joined
-from laplace.enums import Likelihood, LinkApprox, PredType, parse
+from laplace.enums import LinkApprox, PredType, parse
 from laplace.fitted import Fitted
+from laplace.likelihoods.base import BaseLikelihood, Prediction
+from laplace.likelihoods.links import output_samples
 from laplace.noise import check_samples
 
 
@@ -67,25 +67,33 @@ def predict(
     if model_kwargs:
         raise ValueError(f"Unknown arguments {sorted(model_kwargs)}; the model is called with x alone.")
     check_combination(la, pred_type, link_approx)
-    regression = la.likelihood is Likelihood.REGRESSION or (la.likelihood is Likelihood.REWARD_MODELING and not fitting)
-    if joint and not regression:
+    law = la.likelihood_object.predicting(fitting)
+    if joint and not law.predicts_outputs:
         raise ValueError("joint=True is for regression; class probabilities have no joint Gaussian.")
     if joint and pred_type is PredType.NN:
         raise ValueError("joint=True is the covariance of a Gaussian over all outputs: give it pred_type='glm'.")
-    if pred_type is PredType.NN:
-        outputs = sampled_outputs(la, x, n_samples, generator)
-        return (outputs.mean(0), outputs.var(0)) if regression else _as_asked(log_mean_softmax(outputs), log_probs)
     if joint:
         return _joint(la, x)
-    if regression:
-        return glm_distribution(la, x, diagonal_output)
-    need_covariance = link_approx is not LinkApprox.PROBIT and not diagonal_output
-    f, variance = glm_distribution(la, x, diagonal=not need_covariance)
-    return _as_asked(log_link(f, variance, link_approx, n_samples, generator), log_probs)
+    found = prediction(la, law, x, pred_type, link_approx, n_samples, diagonal_output, generator)
+    return law.log_public(found) if log_probs else law.public(found)
 
 
-def _as_asked(values: Tensor, log_probs: bool) -> Tensor:
-    return values if log_probs else values.exp()
+def prediction(
+    la: Fitted,
+    law: BaseLikelihood,
+    x: Any,
+    pred_type: PredType | str,
+    link_approx: LinkApprox | str,
+    n_samples: int = 100,
+    diagonal_output: bool = False,
+    generator: torch.Generator | None = None,
+) -> Prediction:
+    """The predictive as a likelihood keeps it, for its scores; arguments as of :func:`predict`."""
+    if PredType(pred_type) is PredType.NN:
+        return law.of_networks(sampled_outputs(la, x, n_samples, generator))
+    link_approx = LinkApprox(link_approx)
+    f, variance = glm_distribution(la, x, diagonal_output or law.diagonal_suffices(link_approx))
+    return law.integrate(f, variance, link_approx, n_samples, generator)
 
 
 def check_combination(la: Fitted, pred_type: PredType, link_approx: LinkApprox) -> None:
@@ -142,90 +150,6 @@ def _joint(la: Fitted, x: Any) -> tuple[Tensor, Tensor]:
     return f.flatten(), covariance if la.enable_backprop else covariance.detach()
 
 
-def log_link(
-    f: Tensor, variance: Tensor, link_approx: LinkApprox, n_samples: int = 100, generator: torch.Generator | None = None
-) -> Tensor:
-    """Log class probabilities from a Gaussian over logits.
-
-    Their logarithms, not they themselves: a probability of e⁻¹²⁰ is zero in float32, and scores would be those of that zero.
-
-    Args:
-        f: Means ``(batch, …, classes)``.
-        variance: ``(batch, outputs)`` variances or ``(batch, outputs, outputs)`` covariances over the flattened outputs.
-        link_approx: How to integrate.
-        n_samples: Number of samples for ``'mc'``.
-        generator: Source of the samples.
-    """
-    f = f.to(variance.dtype)
-    diagonal = variance if variance.ndim == 2 else variance.diagonal(dim1=1, dim2=2)
-    if link_approx is LinkApprox.PROBIT:
-        kappa = (1 + torch.pi / 8 * diagonal.reshape(f.shape)).rsqrt()
-        return (kappa * f).log_softmax(-1)
-    if link_approx is LinkApprox.MC:
-        draws = gaussian_samples(f.flatten(1), variance, n_samples, generator)
-        return log_mean_softmax(draws.reshape(n_samples, *f.shape))
-    if f.ndim != 2:
-        raise ValueError(f"link_approx={link_approx.value!r} needs outputs (batch, classes), got {tuple(f.shape)}.")
-    covariance = variance if variance.ndim == 3 else torch.diag_embed(variance)
-    return _bridge(f, covariance, normalise=link_approx is LinkApprox.BRIDGE_NORM)
-
-
-def _bridge(f: Tensor, covariance: Tensor, normalise: bool) -> Tensor:
-    """Logarithms of the mean of the Dirichlet that the Laplace bridge maps the Gaussian to, after moving it to zero-sum logits.
-
-    In float64: variance that all logits share cancels, and may be much larger than what is left.
-    """
-    dtype, f, covariance = f.dtype, f.double(), covariance.double()
-    total = covariance.sum((1, 2))
-    f = f - covariance.sum(-1) * (f.sum(-1) / total)[:, None]
-    covariance = covariance - covariance.sum(-1)[:, :, None] * covariance.sum(-2)[:, None] / total[:, None, None]
-    variance = covariance.diagonal(dim1=1, dim2=2).clamp(min=torch.finfo(f.dtype).tiny)
-    classes = f.shape[-1]
-    if normalise:
-        scale = variance.mean(1, keepdim=True) / (classes / 2) ** 0.5
-        f, variance = f / scale.sqrt(), variance / scale
-    log_bracket = torch.logaddexp(
-        torch.full_like(f, 1 - 2 / classes).clamp(min=0).log(),
-        f + torch.logsumexp(-f, 1, keepdim=True) - 2 * math.log(classes),
-    )
-    return (log_bracket - variance.log()).log_softmax(1).to(dtype)
-
-
-def log_mean_softmax(draws: Tensor) -> Tensor:
-    """Logarithm of the mean of the softmax of draws ``(n_samples, …, classes)``."""
-    return draws.log_softmax(-1).logsumexp(0) - math.log(len(draws))
-
-
-def link(
-    f: Tensor, variance: Tensor, link_approx: LinkApprox, n_samples: int = 100, generator: torch.Generator | None = None
-) -> Tensor:
-    """Class probabilities from a Gaussian over logits; arguments as of :func:`log_link`."""
-    return log_link(f, variance, link_approx, n_samples, generator).exp()
-
-
-def gaussian_samples(
-    mean: Tensor, variance: Tensor, n_samples: int, generator: torch.Generator | None = None
-) -> Tensor:
-    """Draws ``(n_samples, batch, outputs)`` from Gaussians with variances or covariances."""
-    noise = torch.randn(n_samples, *mean.shape, dtype=variance.dtype, device=mean.device, generator=generator)
-    if variance.ndim == 2:
-        return mean + noise * variance.sqrt()
-    return mean + torch.einsum("boe,sbe->sbo", _root(variance), noise)
-
-
-def _root(covariance: Tensor) -> Tensor:
-    """``R`` with ``R Rᵀ = covariance``, ``(batch, outputs, outputs)``.
-
-    From eigenvectors, which stand singular covariances; but these have no derivative where eigenvalues repeat (as in the
-    last layer of a regression), so gradients pass through the Cholesky factor.
-    """
-    if covariance.requires_grad:
-        jitter = 100 * torch.finfo(covariance.dtype).eps * covariance.detach().diagonal(dim1=1, dim2=2)
-        return torch.linalg.cholesky(covariance + torch.diag_embed(jitter))
-    values, vectors = torch.linalg.eigh(covariance.double())
-    return (vectors * values.clamp(min=0).sqrt()[:, None]).to(covariance.dtype)
-
-
 def sampled_outputs(la: Fitted, x: Any, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
     """Outputs ``(n_samples, batch, …, outputs)`` of networks drawn from the posterior; the model is left as it is."""
     module, names, inputs = la.model, list(la.backend.named_params), x
@@ -269,7 +193,7 @@ def function_samples(
     if pred_type is PredType.NN:
         return sampled_outputs(la, x, n_samples, generator)
     f, variance = glm_distribution(la, x, diagonal_output)
-    return gaussian_samples(f.flatten(1), variance, n_samples, generator).reshape(n_samples, *f.shape)
+    return output_samples(f, variance, n_samples, generator)
 
 
 def samples(
@@ -280,6 +204,6 @@ def samples(
     diagonal_output: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draws from the predictive: probabilities, or outputs for regression; arguments as of :func:`function_samples`."""
+    """Draws of the target's mean: probabilities, or outputs for regression; arguments as of :func:`function_samples`."""
     draws = function_samples(la, x, pred_type, n_samples, diagonal_output, generator)
-    return draws.softmax(-1) if la.likelihood is Likelihood.CLASSIFICATION else draws
+    return la.likelihood_object.mean(draws)

@@ -22,7 +22,7 @@ def state_dict(la: Fitted) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "cls_name": type(la).__name__,
-        "likelihood": la.likelihood.value,
+        "likelihood": la.likelihood_object.identity,
         "temperature": float(la.temperature),
         "mean": la.mean,
         "prior_mean": la.prior_mean,
@@ -50,7 +50,7 @@ def load_state_dict(la: Fitted, state: dict[str, Any]) -> None:
     version = state["schema_version"]
     if version not in _READABLE:
         raise ValueError(f"The state has schema version {version!r}; this version of laplace reads {SCHEMA_VERSION}.")
-    for key, ours in (("cls_name", type(la).__name__), ("likelihood", la.likelihood.value)):
+    for key, ours in (("cls_name", type(la).__name__), ("likelihood", la.likelihood_object.identity)):
         if state[key] != ours:
             raise ValueError(f"The state's {key} is {state[key]!r}, but this is {ours!r}.")
     spec = SumsSpec.from_json(state["spec"])

@@ -14,10 +14,9 @@ from torch import Tensor
 from laplace import _clash as _clash  # says so where laplace-torch has replaced laplace/__init__.py
 from laplace import predictive
 from laplace.data.batches import batches, is_metric, joined
-from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, TuningMethod, parse
+from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, parse
 from laplace.evidence import maximize_evidence
 from laplace.fitted import Fitted
-from laplace.likelihoods import base as lik
 
 _SWEEP = 1 << 24  # elements of the variances of one sweep over priors
 
@@ -131,14 +130,14 @@ def score_grid(
     """
     la._check_weights()
     total, n = torch.zeros(len(grid), dtype=torch.float64, device="cpu"), 0
-    examples = 0
+    examples, law, noise = 0, la.likelihood_object.fitted, float(la.sigma_noise.detach())
     for x, y in _parts(la, loader, progress_bar):
         for index, prediction in _sweep(
             la, x, grid, link_approx, pred_type, n_samples, seed, spread=True, diagonal=True
         ):
             if index == 0:
-                lik.check_shapes(la.backend.likelihood, prediction[0], y, examples)
-            total[index] += _summed_nll(la, prediction, y)
+                law.check_scored(prediction, y, examples)
+            total[index] += law.tuning_loss(prediction, y, noise)
         n, examples = n + y.numel(), examples + len(y)
     if n == 0:
         raise ValueError("The validation data is empty.")
@@ -148,16 +147,6 @@ def score_grid(
 def _parts(la: Fitted, loader: Iterable, progress_bar: bool) -> Iterator[tuple[Any, Tensor]]:
     for x, y in la._batches(loader, progress_bar, "Scoring prior precisions"):
         yield from ((inputs, targets) for _, inputs, targets in la._parts(x, y))
-
-
-def _summed_nll(la: Fitted, prediction: tuple[Tensor, ...], y: Tensor) -> float:
-    """From log probabilities, or from means and variances of a regression's outputs."""
-    if la.likelihood is Likelihood.REGRESSION:
-        mean, variance = (t.double().reshape(y.shape) for t in prediction)
-        variance = variance + la.sigma_noise.detach().double().square()
-        terms = (y.double() - mean).square() / variance + (2 * math.pi * variance).log()
-        return float(terms.sum() / 2)
-    return -float(prediction[0].double().gather(-1, y.long()[..., None]).sum())
 
 
 def _sweep(
@@ -171,46 +160,40 @@ def _sweep(
     spread: bool = False,
     diagonal: bool = False,
 ):
-    """Predictions for every value of the grid, one forward and backward pass in all.
+    """The likelihood's predictions for every value of the grid, one forward and backward pass in all.
 
-    Yields indices with ``(log probabilities,)``, or ``(means,)`` for regression, and with ``spread`` ``(means, variances)``:
-    covariances of the linearised network's outputs, but for ``diagonal``.
+    Yields indices with these; with the outputs alone where a prior precision does not change their mean, unless ``spread``
+    asks for their variances: covariances of the linearised network's outputs, but for ``diagonal``.
     """
     pred_type, link_approx = parse(PredType, pred_type, "pred_type"), parse(LinkApprox, link_approx, "link_approx")
     predictive.check_combination(la, pred_type, link_approx)
-    regression = la.likelihood is Likelihood.REGRESSION
+    law = la.likelihood_object.fitted
     priors = [value.reshape(1).to(la._device, la._dtype) for value in grid]
     if pred_type is PredType.NN:
-        yield from _sweep_networks(la, x, priors, n_samples, seed, spread)
+        yield from _sweep_networks(la, x, priors, n_samples, seed)
         return
     capture = la.backend.capture(x)
-    if regression and not spread:  # the mean of the linearised network does not depend on the prior
+    if not (law.grid_needs_variance or spread):
         yield from ((index, (capture.f,)) for index in range(len(grid)))
         return
-    diagonal = diagonal if regression else link_approx is LinkApprox.PROBIT
+    diagonal = law.diagonal_suffices(link_approx) or (diagonal and law.predicts_outputs)
     outputs = capture.f[0].numel()
     step = max(1, _SWEEP // (len(capture.f) * outputs * (1 if diagonal else outputs)))
     for start in range(0, len(priors), step):
         variances = la._glm_variance(capture, priors[start : start + step], diagonal)
         for index, variance in enumerate(variances.detach(), start):
-            if regression:
-                yield index, (capture.f, variance)
-                continue
             generator = torch.Generator(la._device).manual_seed(seed)
-            yield index, (predictive.log_link(capture.f, variance, link_approx, n_samples, generator),)
+            yield index, law.integrate(capture.f, variance, link_approx, n_samples, generator)
 
 
-def _sweep_networks(la, x: Any, priors: list[Tensor], n_samples: int, seed: int, spread: bool):
-    before, regression = la.prior_precision, la.likelihood is Likelihood.REGRESSION
+def _sweep_networks(la, x: Any, priors: list[Tensor], n_samples: int, seed: int):
+    before = la.prior_precision
     try:
         for index, prior in enumerate(priors):
             la.prior_precision = prior
             generator = torch.Generator(la._device).manual_seed(seed)
             outputs = predictive.sampled_outputs(la, x, n_samples, generator)
-            if regression:
-                yield index, (outputs.mean(0), outputs.var(0)) if spread else (outputs.mean(0),)
-            else:
-                yield index, (predictive.log_mean_softmax(outputs),)
+            yield index, la.likelihood_object.fitted.of_networks(outputs)
     finally:
         la.prior_precision = before
 
@@ -228,17 +211,21 @@ def _score_with(
     seen = False
     for x, y in _parts(la, loader, progress_bar):
         seen = True
-        sweep = _sweep(la, x, grid, link_approx, pred_type, n_samples, seed=0, spread=not running)
-        for index, prediction in sweep:
-            prediction = prediction if la.likelihood is Likelihood.REGRESSION else (prediction[0].exp(),)
+        for index, prediction in _sweep(la, x, grid, link_approx, pred_type, n_samples, seed=0, spread=not running):
+            shown = as_tuple(la.likelihood_object.fitted.public(prediction))
             if running:
-                metrics[index].update(prediction[0], y)
+                metrics[index].update(shown[0], y)
             else:
-                rows[index].append((*prediction, y))
+                rows[index].append((*shown, y))
     if not seen:
         raise ValueError("The validation data is empty.")
     scores = [metric.compute() for metric in metrics] if running else [loss(*joined(values)) for values in rows]
     return torch.tensor([float(score) for score in scores], dtype=torch.float64, device="cpu")
+
+
+def as_tuple(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A prediction as several tensors, of which there may be one."""
+    return value if isinstance(value, tuple) else (value,)
 
 
 def select_prior_precision(grid: Tensor, scores: Tensor) -> Tensor:
@@ -303,9 +290,9 @@ def validate(
             pred_type=pred_type,
             link_approx=link_approx,
             n_samples=n_samples,
-            fitting=laplace.likelihood is Likelihood.REWARD_MODELING,
+            fitting=True,
         )
-        out = out if isinstance(out, tuple) else (out,)
+        out = as_tuple(out)
         if running:
             loss.update(out[0], y)
         else:

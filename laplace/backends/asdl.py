@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from laplace.backends.optional import import_optional
 from laplace.backends.options import honours
 from laplace.backends.per_example import Gradients, PerExampleInterface
 from laplace.enums import Likelihood
-from laplace.likelihoods import base as lik
 from laplace.linalg.kronecker import Kron
 
 asdl = import_optional("asdl", "asdfghjkl==0.1a4", "asdl")
@@ -38,7 +36,7 @@ class AsdlInterface(PerExampleInterface):
     @property
     def loss_type(self) -> str:
         """ASDL's name of the loss, ``'mse'`` or ``'cross_entropy'``."""
-        return asdl.LOSS_MSE if self.likelihood is Likelihood.REGRESSION else asdl.LOSS_CROSS_ENTROPY
+        return asdl.LOSS_MSE if isinstance(self.lossfunc, nn.MSELoss) else asdl.LOSS_CROSS_ENTROPY
 
     @honours("mc_samples")
     def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
@@ -55,7 +53,7 @@ class AsdlInterface(PerExampleInterface):
         with _recorded(layers) as shapes, _quiet(), asdl.no_centered_cov(module, [asdl.SHAPE_KRON]) as context:
             output = module(inputs)
             f = output.detach()
-            lik.check_targets(self.likelihood, f, y, self._offset)
+            self.likelihood_object.check(f, y, self._offset)
             parameters = [p for p in module.parameters() if p.requires_grad]
             for v in self.directions(f.double(), y, self._offset):
                 torch.autograd.grad(output, parameters, v.to(f.dtype), retain_graph=True, allow_unused=True)
@@ -67,7 +65,7 @@ class AsdlInterface(PerExampleInterface):
             if len(block.factors) == 2:
                 factors.append(found[block.layer]["A"] / (positions[block.layer] * N))
             kfacs.append(factors)
-        return lik.loss_sum(self.likelihood, f, y), Kron(kfacs)
+        return self.likelihood_object.loss(f, y), Kron(kfacs)
 
     @contextmanager
     def _linearised(self, module: nn.Module, x: Any) -> Iterator[tuple[Tensor, Gradients]]:
@@ -177,10 +175,10 @@ class AsdlHessian(_Order, HessianInterface, AsdlInterface):
         module, inputs = self._module(x)
         with torch.no_grad():
             f = module(inputs)
-        lik.check_targets(self.likelihood, f, y, offset)
+        self.likelihood_object.check(f, y, offset)
         maker = asdl.HessianMaker(module, asdl.HessianConfig(hessian_shapes=[asdl.SHAPE_FULL]))
-        maker.setup_loss_call(partial(lik.loss_sum, self.likelihood), maker.setup_model_call(module, inputs), y)
-        return module, maker, lik.loss_sum(self.likelihood, f, y)
+        maker.setup_loss_call(self.likelihood_object.loss, maker.setup_model_call(module, inputs), y)
+        return module, maker, self.likelihood_object.loss(f, y)
 
 
 def _owners(module: nn.Module, named: dict[str, nn.Parameter]) -> dict[str, list[tuple[nn.Module, str]]]:

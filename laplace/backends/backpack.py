@@ -14,8 +14,6 @@ from laplace.backends.gauss_newton import EFInterface, GGNInterface
 from laplace.backends.optional import import_optional
 from laplace.backends.options import honours
 from laplace.backends.per_example import Gradients, PerExampleInterface
-from laplace.enums import Likelihood
-from laplace.likelihoods import base as lik
 from laplace.linalg.kronecker import Kron
 from laplace.noise import fresh_seed
 from laplace.structures.sums import SumsSpec
@@ -86,17 +84,17 @@ class BackPackGGN(BackPackInterface, GGNInterface):
         with _refusals(), bp.backpack(extension, extension_hook=_refuse_sharing), self._own_generator():
             output = module(inputs)
             f = output.detach()
-            lik.check_targets(self.likelihood, f, y, self._offset)
+            self.likelihood_object.check(f, y, self._offset)
             if f.ndim != 2:
                 raise NotImplementedError(f"outputs of shape {tuple(f.shape)}, not (batch, outputs)")
-            loss_module(output, y if self.likelihood is Likelihood.REGRESSION else y.long()).backward()
+            loss_module(output, y if y.is_floating_point() else y.long()).backward()
         parameters = dict(module.named_parameters())
         kfacs = []
         for block in self.spec.blocks:
             key = block.parameter.rpartition(".")[2] if self.last_layer else block.parameter
             factors = getattr(parameters[key], name)
             kfacs.append([factors[0] * self.factor, *[a * (len(y) / N) for a in factors[1:]]])
-        return lik.loss_sum(self.likelihood, f, y), Kron(kfacs)
+        return self.likelihood_object.loss(f, y), Kron(kfacs)
 
     def examples_at_once(self, spec: SumsSpec) -> int:
         """Fewer than elsewhere: BackPACK's factors are one product over all examples and all directions."""

@@ -28,6 +28,7 @@ except ImportError as error:
 
 from laplace.backends.interface import CurvatureInterface
 from laplace.laplace import Laplace
+from laplace.likelihoods.named import likelihood_of
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.structures.sums import CurvatureSums, SumsSpec
 
@@ -40,7 +41,7 @@ class SumsConformance:
     Attributes:
         backend: The class under test; None for the default backend.
         backend_kwargs: Its further arguments.
-        likelihood: ``'classification'`` or ``'regression'``; :meth:`make_data` follows it.
+        likelihood: By name or an object; :meth:`make_data` draws targets from it.
         subset_of_weights: ``'all'`` or ``'last_layer'``.
         hessian_structure: ``'full'``, ``'kron'`` or ``'diag'``.
         tolerance: Largest relative difference (Frobenius norm of each factor) between sums in different orders, as of
@@ -67,9 +68,8 @@ class SumsConformance:
         """Inputs and targets of a whole data set, the same at every call; at least three examples."""
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(11, 3, generator=generator, dtype=torch.float64)
-        if self.likelihood == "regression":
-            return x, torch.randn(11, 3, generator=generator, dtype=torch.float64)
-        return x, torch.randint(3, (11,), generator=generator)
+        outputs, uniform = torch.randn(2, 11, 3, generator=generator, dtype=torch.float64)
+        return x, likelihood_of(self.likelihood).draw(outputs, uniform.sigmoid())
 
     def make_laplace(self) -> ParametricLaplace:
         """An approximation that knows its model, not yet fitted."""

@@ -16,8 +16,6 @@ from laplace.backends.interface import CurvatureInterface
 from laplace.backends.optional import import_optional
 from laplace.backends.options import honours
 from laplace.capture.evaluation import eval_mode
-from laplace.enums import Likelihood
-from laplace.likelihoods import base as lik
 from laplace.linalg.kronecker import Kron
 from laplace.noise import fixed_directions, fresh_seed
 from laplace.structures import lowrank
@@ -41,7 +39,7 @@ class CurvlinopsInterface(CurvatureInterface):
         """
         self.spec = sums.spec
         with torch.no_grad(), eval_mode(self.model):
-            lik.check_targets(self.likelihood, self.model(x), y, offset)
+            self.likelihood_object.check(self.model(x), y, offset)
         super().accumulate(sums, x, y, offset)
 
     @honours("mc_samples", "kfac_approx")
@@ -80,7 +78,7 @@ class CurvlinopsInterface(CurvatureInterface):
             if len(block.factors) == 2:
                 block_factors.append(inputs[key] * (len(y) / N))
             kfacs.append(block_factors)
-        return lik.loss_sum(self.likelihood, f, y), Kron(kfacs)
+        return self.likelihood_object.loss(f, y), Kron(kfacs)
 
     @honours("mc_samples")
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -92,11 +90,11 @@ class CurvlinopsInterface(CurvatureInterface):
             dense = operator @ torch.eye(size, dtype=self.params[0].dtype, device=self.params[0].device)
         if self.subnetwork_indices is not None:
             dense = dense[self.subnetwork_indices][:, self.subnetwork_indices]
-        return lik.loss_sum(self.likelihood, f, y), dense * self._scale
+        return self.likelihood_object.loss(f, y), dense * self._scale
 
     def _targets(self, y: Tensor) -> Tensor:
         """Targets of the type that torch's losses insist on."""
-        return y if self.likelihood is Likelihood.REGRESSION else y.long()
+        return y if y.is_floating_point() else y.long()
 
     @property
     def _scale(self) -> float:
@@ -213,7 +211,7 @@ class CurvlinopsHessian(HessianInterface, CurvlinopsInterface):
             ValueError: If forward and reverse mode disagree about this model.
         """
         f, model, inputs = self._outputs(x)
-        lik.check_targets(self.likelihood, f, y, offset)
+        self.likelihood_object.check(f, y, offset)
         with eval_mode(self.model):
             operator = curvlinops.HessianLinearOperator(
                 model,
@@ -234,4 +232,4 @@ class CurvlinopsHessian(HessianInterface, CurvlinopsInterface):
                 "curvlinops' Hessian of this model, by forward-mode differentiation, is not that of reverse mode; in torch "
                 "2.14 LayerNorm is such a layer. Use NativeHessian."
             )
-        return lik.loss_sum(self.likelihood, f, y), product[:, :-1]
+        return self.likelihood_object.loss(f, y), product[:, :-1]

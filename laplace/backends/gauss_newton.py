@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from laplace.backends.interface import CurvatureInterface
 from laplace.backends.options import honours
 from laplace.enums import Likelihood
-from laplace.likelihoods import base as lik
 from laplace.linalg.gram import gram, sum_of_squares
 from laplace.noise import fresh_seed
 from laplace.structures import lowrank
@@ -42,8 +41,8 @@ class _Directional(CurvatureInterface):
     def _rows(self, x: Any, y: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
         """Summed loss, and for every direction the rows ``(batch, parameters)``."""
         js, f = self.jacobians(x)
-        lik.check_targets(self.likelihood, f, y, self._offset)
-        loss = lik.loss_sum(self.likelihood, f, y)
+        self.likelihood_object.check(f, y, self._offset)
+        loss = self.likelihood_object.loss(f, y)
         directions, js = self.directions(f.double(), y, self._offset), js.flatten(1, -2)
         return loss, (torch.bmm(v.to(js.dtype).reshape(len(f), 1, -1), js)[:, 0] for v in directions)
 
@@ -93,9 +92,9 @@ class GGNInterface(_Directional):
     def directions(self, f: Tensor, y: Tensor, offset: int = 0):
         """Output directions whose outer products sum to the output Hessian or its estimate."""
         if not self.stochastic:
-            return lik.hessian_root(self.likelihood, f)
+            return self.likelihood_object.hessian_root(f, y)
         seed = fresh_seed() if self.seed is None else self.seed
-        return lik.sampled_gradients(self.likelihood, f, self.num_samples, seed, offset)
+        return self.likelihood_object.sampled_gradients(f, y, self.num_samples, seed, offset)
 
 
 class EFInterface(_Directional):
@@ -109,4 +108,4 @@ class EFInterface(_Directional):
 
     def directions(self, f: Tensor, y: Tensor, offset: int = 0):
         """The one gradient per example."""
-        return iter([lik.gradient(self.likelihood, f, y)])
+        return iter([self.likelihood_object.gradient(f, y)])

@@ -22,8 +22,9 @@ from laplace.capture.soundness import check_function, check_inputs, check_parame
 from laplace.capture.verify import find_layers
 from laplace.data.batches import is_divisible, length_of, part_of
 from laplace.data.mistakes import check_outputs
-from laplace.enums import Likelihood, parse
-from laplace.likelihoods import base as lik
+from laplace.enums import Likelihood
+from laplace.likelihoods.base import BaseLikelihood
+from laplace.likelihoods.named import NamedLikelihood
 from laplace.linalg.kronecker import Kron
 from laplace.structures import lowrank
 from laplace.structures.registry import sums_spec, warn_of_diagonal_blocks
@@ -40,7 +41,8 @@ class CurvatureInterface:
 
     Args:
         model: The network, or a :class:`FeatureExtractor` around it for last-layer curvature.
-        likelihood: ``'classification'``, ``'regression'`` or ``'reward_modeling'``.
+        likelihood: ``'classification'``, ``'regression'``, ``'reward_modeling'``, or an object of
+            :mod:`laplace.likelihoods`; of reward models that of the pairs.
         last_layer: Consider the parameters of the last layer only.
         subnetwork_indices: Indices of the parameter vector to restrict dense curvature to.
         dict_key_x: Key of the inputs in dict-like batches.
@@ -50,16 +52,18 @@ class CurvatureInterface:
     Attributes:
         lossfunc: Loss whose sum, times ``factor``, is the negative log likelihood.
         factor: 1 for classification; ½ for regression, since :class:`torch.nn.MSELoss` has no ½.
+        likelihood_object: The likelihood itself, of which ``likelihood`` may be the name; setting either sets both.
         params: Parameters with ``requires_grad`` (of the last layer where ``last_layer``).
     """
 
     stochastic = False
     exact_products = False  # whether dense sums are of products in float64, so that they have the rank of the rows
+    likelihood = NamedLikelihood()
 
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str,
+        likelihood: BaseLikelihood | Likelihood | str,
         last_layer: bool = False,
         subnetwork_indices: torch.LongTensor | None = None,
         dict_key_x: str = "input_ids",
@@ -78,16 +82,15 @@ class CurvatureInterface:
         self._offset = 0  # index in the data set of the first example of the batch that is being added
 
     @property
-    def likelihood(self) -> Likelihood:
-        """``CLASSIFICATION`` or ``REGRESSION``; set by name or member, loss and factor follow."""
-        return self._likelihood
+    def likelihood_object(self) -> BaseLikelihood:
+        """The likelihood of the training data; loss and factor follow it."""
+        return self._likelihood_object
 
-    @likelihood.setter
-    def likelihood(self, value: Likelihood | str) -> None:
-        regression = parse(Likelihood, value, "likelihood") is Likelihood.REGRESSION
-        self._likelihood = Likelihood.REGRESSION if regression else Likelihood.CLASSIFICATION
-        self.lossfunc = nn.MSELoss(reduction="sum") if regression else nn.CrossEntropyLoss(reduction="sum")
-        self.factor = 0.5 if regression else 1.0
+    @likelihood_object.setter
+    def likelihood_object(self, value: BaseLikelihood) -> None:
+        self._likelihood_object = value.fitted
+        loss, self.factor = self._likelihood_object.torch_loss()
+        self.lossfunc = self._likelihood_object.loss if loss is None else loss
 
     @classmethod
     def has_structure(cls, structure: str) -> bool:
@@ -156,7 +159,7 @@ class CurvatureInterface:
             with torch.no_grad():
                 f = self.model(x)
         check_outputs(x, f)
-        n_outputs = f[0].numel() if self.likelihood is Likelihood.REGRESSION else f.shape[-1]
+        n_outputs = self.likelihood_object.count_outputs(f)
         self.spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs, kept)
         warn_of_diagonal_blocks(self.spec, self.model.model if self.last_layer else self.model)
         return self.spec
@@ -239,7 +242,7 @@ class CurvatureInterface:
             self._accumulate_part(sums, x, y, offset)
             return
         with torch.no_grad(), eval_mode(self.model):
-            lik.check_targets(self.likelihood, self.model(x), y, offset)  # before the first part is added
+            self.likelihood_object.check(self.model(x), y, offset)  # before the first part is added
         for start, stop in ranges(len(y), 1, step):
             part = slice(start, stop)
             self._accumulate_part(sums, part_of(x, part), y[part], offset + start)
@@ -343,9 +346,9 @@ class CurvatureInterface:
     def gradients(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
         """Per-example gradients of the negative log likelihood ``(batch, parameters)``, and its sum."""
         js, f = self.jacobians(x)
-        lik.check_targets(self.likelihood, f, y)
-        gradient = lik.gradient(self.likelihood, f.to(js.dtype), y)
-        return torch.einsum("ncp,nc->np", js, gradient.flatten(1)), lik.loss_sum(self.likelihood, f, y)
+        self.likelihood_object.check(f, y)
+        gradient = self.likelihood_object.gradient(f.to(js.dtype), y)
+        return torch.einsum("ncp,nc->np", js, gradient.flatten(1)), self.likelihood_object.loss(f, y)
 
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Dense curvature of one batch ``(parameters, parameters)``."""

@@ -13,7 +13,7 @@ from laplace.backends.options import check_kfac_approx, honours
 from laplace.capture import contractions
 from laplace.data.batches import joined, length_of
 from laplace.enums import Likelihood
-from laplace.likelihoods import base as lik
+from laplace.likelihoods.base import BaseLikelihood
 from laplace.linalg.kronecker import Kron
 from laplace.structures import last_layer
 from laplace.structures.diag import diag_vector
@@ -52,15 +52,15 @@ class _Native:
         self.spec = sums.spec
         capture = self.capture(x)
         y = y.to(capture.f.device)
-        lik.check_targets(self.likelihood, capture.f, y, offset)
+        self.likelihood_object.check(capture.f, y, offset)
         self._warn_of_passes(capture.f)
         f = capture.f.double()  # in float32, 1 - p of a sure example has no digits
         exact = isinstance(self, GGNInterface) and not self.stochastic
         if self.last_layer and exact and last_layer.applies(sums, f):
-            last_layer.add_(sums, capture, self.likelihood, f)
+            last_layer.add_(sums, capture, self.likelihood_object, f, y)
         else:
             add_curvature_(sums, capture, self.directions(f, y, offset), reduce=self.kfac_approx == "reduce")
-        sums.loss = sums.loss + lik.loss_sum(self.likelihood, f, y)
+        sums.loss = sums.loss + self.likelihood_object.loss(f, y)
         sums.n_data += len(y)
 
     def _warn_of_passes(self, f: Tensor) -> None:
@@ -138,7 +138,7 @@ class NativeGGN(_Native, GGNInterface):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str,
+        likelihood: BaseLikelihood | Likelihood | str,
         last_layer: bool = False,
         subnetwork_indices: torch.LongTensor | None = None,
         dict_key_x: str = "input_ids",
@@ -164,7 +164,7 @@ class NativeEF(_Native, EFInterface):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str,
+        likelihood: BaseLikelihood | Likelihood | str,
         last_layer: bool = False,
         subnetwork_indices: torch.LongTensor | None = None,
         dict_key_x: str = "input_ids",

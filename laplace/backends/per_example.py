@@ -14,7 +14,6 @@ from laplace.backends.isolated import isolated_copy
 from laplace.backends.options import honours
 from laplace.capture.contractions import output_directions
 from laplace.capture.evaluation import eval_mode
-from laplace.likelihoods import base as lik
 from laplace.linalg.gram import add_gram_, mirror_
 from laplace.structures.sums import CurvatureSums
 
@@ -62,9 +61,9 @@ class PerExampleInterface(CurvatureInterface):
     def gradients(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
         """Per-example gradients of the negative log likelihood ``(batch, parameters)``, and its sum."""
         rows: list[Tensor] = []
-        f = self._each_row(x, y, lambda f: iter([lik.gradient(self.likelihood, f, y)]), rows.append)
+        f = self._each_row(x, y, lambda f: iter([self.likelihood_object.gradient(f, y)]), rows.append)
         gradients = rows[0] if self.subnetwork_indices is None else rows[0][:, self.subnetwork_indices]
-        return gradients, lik.loss_sum(self.likelihood, f, y)
+        return gradients, self.likelihood_object.loss(f, y)
 
     @honours("mc_samples")
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -91,7 +90,7 @@ class PerExampleInterface(CurvatureInterface):
         """Hand the rows ``(batch, parameters with curvature)`` of the estimator's directions to ``use``; return the loss."""
         chosen = slice(None) if self.subnetwork_indices is None else self.subnetwork_indices
         f = self._each_row(x, y, lambda f: self.directions(f, y, self._offset), lambda rows: use(rows[:, chosen]))
-        return lik.loss_sum(self.likelihood, f, y)
+        return self.likelihood_object.loss(f, y)
 
     def _module(self, x: Any) -> tuple[nn.Module, Any]:
         """A copy of what is to be differentiated, and its inputs: the last layer and its features where that is all."""
@@ -113,7 +112,7 @@ class PerExampleInterface(CurvatureInterface):
         with self._linearised(module, inputs) as (output, gradients):
             f = output.detach()
             if y is not None:
-                lik.check_targets(self.likelihood, f, y, self._offset)
+                self.likelihood_object.check(f, y, self._offset)
             for number, v in enumerate(directions(f.double())):
                 rows = self._checked_rows(gradients, v.to(output.dtype))
                 if number == 0:

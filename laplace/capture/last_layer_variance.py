@@ -34,9 +34,8 @@ def last_layer_variance(
             squares = (a if basis.right is None else a @ basis.right.to(a.dtype)).square()
         for t in range(n_priors):
             w = weight(t).to(capture.dtype)
-            inner = (
-                w.flatten().expand(n, -1) if squares is None else squares @ w.T
-            )  # Σ_i w_oi (Qᵀa)_i², (batch, outputs)
+            # Σ_i w_oi (Qᵀa)_i², (batch, outputs)
+            inner = w.flatten().expand(n, -1) if squares is None else squares @ w.T
             _add(total[t], left, inner, diagonal)
     return total
 

@@ -1,174 +1,293 @@
-r"""The two likelihoods: loss, gradient, Hessian root and sampled gradients with respect to the network's outputs.
+r"""A likelihood as an object: all that the library asks of :math:`p(y \mid f)`, given the network's outputs :math:`f`.
 
-Classification: :math:`-\log p(y \mid f) = -\log \mathrm{softmax}(f)_y`. Regression: :math:`\tfrac12 \lVert f - y\rVert^2`
-(unit noise; the observation noise enters later as a factor). Outputs have shape ``(batch, …, outputs)``; every position
-between the first and the last dimension is a likelihood term of its own.
+Outputs have shape ``(batch, …, outputs)``; every position between the first and the last dimension is a likelihood term of its
+own. A likelihood of one's own gives :meth:`BaseLikelihood.nll`; everything else has a default that follows from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace import noise
-from laplace.enums import Likelihood
-from laplace.errors import NonFiniteError
-from laplace.likelihoods.mistakes import check_classes
+from laplace.enums import Likelihood, LinkApprox
+from laplace.likelihoods.checks import check_finite
+from laplace.likelihoods.links import log_mean, output_samples
 from laplace.linalg.precision import double
 
+Prediction = tuple[Tensor, ...]
 
-def check_targets(likelihood: Likelihood, f: Tensor, y: Tensor, offset: int = 0) -> None:
-    """Refuse outputs that are not finite, and targets that do not fit them.
 
-    Raises:
-        ValueError: On wrong shape, float labels for classification, labels out of range.
-        NonFiniteError: On NaN or Inf in regression targets or in the outputs.
+class BaseLikelihood:
+    r"""Loss :math:`-\log p(y \mid f)` with its derivatives in the outputs, its samples, predictives and scores.
+
+    A subclass gives :meth:`nll`. Beyond that it may give :meth:`check_shapes` (which targets fit), :meth:`mean` (for
+    predictions), :meth:`draw` (for Monte-Carlo Fisher) and :meth:`root_columns` (faster, or where the Hessian in the outputs is
+    not positive semi-definite); the rest is for likelihoods with closed forms. Two objects with equal :attr:`identity` are
+    taken for the same likelihood, so one with settings of its own has to put them there.
+
+    Attributes:
+        word: The name under which users ask for it, where the library has one.
+        has_noise: Whether ``sigma_noise`` means something.
+        structures: Hessian structures that it is limited to, or None.
+        tuning: How the jobs tune a scalar prior precision by default, ``'gridsearch'`` or ``'marglik'``.
+        predicts_outputs: Whether its predictive is the Gaussian over the outputs itself.
+        grid_needs_variance: Whether the prior precision changes the mean of its predictive under ``pred_type='glm'``.
+        has_confidence: Whether its scores hold a ``confidence``, by which out-of-distribution data can be told.
     """
-    check_finite("The model's output", f, offset)
-    check_shapes(likelihood, f, y, offset)
 
+    word: Likelihood | None = None
+    has_noise = False
+    structures: tuple[str, ...] | None = None
+    tuning = "marglik"
+    predicts_outputs = False
+    grid_needs_variance = True
+    has_confidence = False
 
-def check_shapes(likelihood: Likelihood, f: Tensor, y: Tensor, offset: int = 0) -> None:
-    """Refuse targets that do not fit the shape of the outputs, as :func:`check_targets` does."""
-    if likelihood is Likelihood.REGRESSION:
-        if y.shape != f.shape:
+    def __init_subclass__(cls, **kwargs: Any):
+        """A class with a root of its own does not inherit the closed forms of another."""
+        super().__init_subclass__(**kwargs)
+        if "root_columns" in vars(cls):
+            for name in ("hessian_diagonal", "hessian_sum"):
+                if name not in vars(cls):
+                    setattr(cls, name, getattr(BaseLikelihood, name))
+
+    @property
+    def identity(self) -> str:
+        """What tells it from other likelihoods, in states and messages."""
+        return f"{type(self).__module__}:{type(self).__qualname__}" if self.word is None else self.word.value
+
+    @property
+    def fitted(self) -> BaseLikelihood:
+        """The likelihood of the training data, whose curvature is summed; reward models predict by another one."""
+        return self
+
+    def predicting(self, fitting: bool) -> BaseLikelihood:
+        """The likelihood of predictions; ``fitting`` asks for that of the training data."""
+        return self
+
+    # --- targets and loss ----------------------------------------------------------------------------------------
+
+    def check(self, f: Tensor, y: Tensor, offset: int = 0) -> None:
+        """Refuse outputs that are not finite, and targets that do not fit them.
+
+        Args:
+            f: Outputs ``(batch, …, outputs)``.
+            y: Targets.
+            offset: Index of the first example in the data set, for messages.
+
+        Raises:
+            ValueError: If the targets do not fit.
+            NonFiniteError: On NaN or Inf.
+        """
+        check_finite("The model's output", f, offset)
+        self.check_shapes(f, y, offset)
+
+    def check_shapes(self, f: Tensor, y: Tensor, offset: int = 0) -> None:
+        """Refuse targets that do not fit the outputs; by default those of another number of examples, or not finite."""
+        if len(y) != len(f):
+            raise ValueError(f"There are {len(y)} targets for the outputs of {len(f)} examples; give one per example.")
+        check_finite("The target", y, offset)
+
+    def check_length(self, y: Tensor, n_outputs: int) -> None:
+        """Refuse targets of another number of values per example than the evidence counts on, if it counts any."""
+
+    def count_outputs(self, f: Tensor) -> int:
+        """Number of outputs that a posterior remembers: of one position, or where they are counted, of an example."""
+        return f.shape[-1]
+
+    def nll(self, f: Tensor, y: Tensor) -> Tensor:
+        """Negative log likelihood of every term, ``(batch, …)``, differentiable in ``f``."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no nll(f, y), the one method that a likelihood must give."
+        )
+
+    def loss(self, f: Tensor, y: Tensor) -> Tensor:
+        """Sum over examples of the negative log likelihood (without what :meth:`noise_constant` adds), float64 scalar."""
+        f = double(f)
+        return self.nll(f, y.to(f.device)).double().sum()
+
+    def noise_constant(self, n_data: int, n_outputs: int, sigma_noise: Tensor) -> Tensor | float:
+        """What the log likelihood of the data lacks beside the scaled loss, where that depends on the noise."""
+        return 0.0
+
+    def torch_loss(self) -> tuple[nn.Module | None, float]:
+        """Torch's loss whose sum, times the factor, is the negative log likelihood; None where packages know of none."""
+        return None, 1.0
+
+    def training_loss(self, f: Tensor, y: Tensor) -> tuple[Tensor, float]:
+        """Mean loss to train a network with, and the factor from it to the mean negative log likelihood."""
+        return self.loss(f, y) / len(y), 1.0
+
+    # --- derivatives in the outputs ------------------------------------------------------------------------------
+
+    def gradient(self, f: Tensor, y: Tensor) -> Tensor:
+        """Gradient of the loss with respect to the outputs, shaped like ``f``."""
+        with torch.enable_grad():
+            leaf = f.detach().requires_grad_()
+            return torch.autograd.grad(self.nll(leaf, y).sum(), leaf)[0]
+
+    def hessian_root(self, f: Tensor, y: Tensor) -> Iterator[Tensor]:
+        r"""Columns :math:`v_k` with :math:`\sum_k v_k v_k^\top = \nabla^2_f (-\log p)`, each shaped like ``f``."""
+        positions = f[0, ..., 0].numel()
+        for column in self.root_columns(f, y):
+            if positions == 1:
+                yield column
+                continue
+            flat = column.reshape(len(f), positions, -1)
+            for t in range(positions):
+                alone = torch.zeros_like(flat)
+                alone[:, t] = flat[:, t]
+                yield alone.reshape(f.shape)
+
+    def root_columns(self, f: Tensor, y: Tensor) -> Iterator[Tensor]:
+        r"""Columns of a root of the Hessian of every position's term, each shaped like ``f``.
+
+        By default from eigenvectors of the Hessian that automatic differentiation gives.
+
+        Raises:
+            ValueError: If the Hessian has a negative eigenvalue. A likelihood that is not log-concave in its outputs takes its
+                Fisher information here instead, as the Gauss-Newton matrix does.
+        """
+        values, vectors = torch.linalg.eigh(self._hessian(f, y))
+        low, high = float(values.min()), float(values.abs().max())
+        if low < -1e-8 * high:
             raise ValueError(
-                f"Targets of shape {tuple(y.shape)} do not match outputs of shape {tuple(f.shape)}; "
-                "regression needs one target per output, so (batch, outputs)."
+                f"The Hessian of {self.identity} in the outputs has the eigenvalue {low:.3g}: this likelihood is not "
+                "log-concave. Give it root_columns(f, y), with a root of its Fisher information."
             )
-        check_finite("The regression target", y, offset)
-        return
-    check_classes(f, y)
-    if y.is_floating_point() or y.dtype is torch.bool:
-        raise ValueError(
-            f"Classification needs integer class labels, but the targets are {y.dtype}. "
-            "Convert them with .long(), or use likelihood='regression'."
+        columns = vectors * values.clamp(min=0).sqrt()[..., None, :]
+        return iter(columns.to(f.dtype).unbind(-1))
+
+    def _hessian(self, f: Tensor, y: Tensor) -> Tensor:
+        """Hessians of the terms ``(batch, …, outputs, outputs)``."""
+        with torch.enable_grad():
+            leaf = f.detach().double().requires_grad_()
+            gradient = torch.autograd.grad(self.nll(leaf, y).sum(), leaf, create_graph=True)[0]
+            if not gradient.requires_grad:
+                return torch.zeros(*f.shape, f.shape[-1], dtype=torch.float64, device=f.device)
+            rows = [torch.autograd.grad(gradient[..., j].sum(), leaf, retain_graph=True)[0] for j in range(f.shape[-1])]
+        hessian = torch.stack(rows, -2)
+        return (hessian + hessian.mT) / 2
+
+    def hessian_diagonal(self, f: Tensor, y: Tensor) -> Tensor:
+        r"""Diagonal of :math:`\nabla^2_f (-\log p)`, shaped like ``f``."""
+        total = torch.zeros_like(f)
+        for column in self.root_columns(f, y):
+            total += column.square()
+        return total
+
+    def hessian_sum(self, f: Tensor, y: Tensor) -> Tensor:
+        r"""Sum of :math:`\nabla^2_f (-\log p)` over examples, ``(outputs, outputs)`` for outputs of one position."""
+        total = f.new_zeros(f.shape[-1], f.shape[-1])
+        for column in self.root_columns(f, y):
+            total += column.T @ column
+        return total
+
+    def draw(self, f: Tensor, u: Tensor) -> Tensor:
+        """Targets drawn from the model, from uniform numbers in (0, 1) shaped like ``f``; a function of the two alone."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no draw(f, u), which a Monte-Carlo Fisher needs; give it one, or use the exact GGN."
         )
-    if y.shape != f.shape[:-1]:
-        raise ValueError(
-            f"Labels of shape {tuple(y.shape)} do not match outputs {tuple(f.shape)}: (batch, …, classes)."
-        )
-    wrong = ((y < 0) | (y >= f.shape[-1])).reshape(y.shape[0], -1).any(1)
-    if bool(wrong.any()):
-        first = int(wrong.nonzero()[0])
-        value = y[first].reshape(-1)
-        value = int(value[(value < 0) | (value >= f.shape[-1])][0])
-        raise ValueError(
-            f"Label {value} of example {offset + first} is out of range: the model has {f.shape[-1]} outputs, so labels "
-            f"must lie in 0…{f.shape[-1] - 1}. {int(wrong.sum())} example(s) of this batch are affected."
-        )
 
+    def sampled_gradients(self, f: Tensor, y: Tensor, num_samples: int, seed: int, offset: int) -> Iterator[Tensor]:
+        r"""Gradients under targets drawn from the model, scaled by :math:`1/\sqrt{S}`, each shaped like ``f``.
 
-def check_finite(what: str, values: Tensor, offset: int) -> None:
-    """Raise :class:`NonFiniteError` naming the rows of ``values`` that hold NaN or Inf."""
-    if bool(torch.isfinite(values.sum())):
-        return
-    wrong = (~torch.isfinite(values)).reshape(values.shape[0], -1).any(1)
-    if bool(wrong.any()):  # a finite batch may overflow in its sum alone
-        raise NonFiniteError(what, [offset + int(i) for i in wrong.nonzero().flatten()])
+        Their outer products sum to an unbiased estimate of the Fisher (Kunstner et al., NeurIPS 2019). The draws of an
+        example depend on ``seed`` and on its index in the data set only.
+        """
+        for u in self._uniform(f, num_samples, seed, offset):
+            yield self.gradient(f, self.draw(f, u)) * num_samples**-0.5
 
+    def _uniform(self, f: Tensor, num_samples: int, seed: int, offset: int) -> tuple[Tensor, ...]:
+        examples = torch.arange(offset, offset + len(f), device=f.device)
+        numbers = noise.uniform(seed, examples, num_samples * f[0].numel())
+        return numbers.reshape(len(f), num_samples, *f.shape[1:]).unbind(1)
 
-def loss_sum(likelihood: Likelihood, f: Tensor, y: Tensor) -> Tensor:
-    """Sum over examples of the negative log likelihood (up to the noise and its constant), float64 scalar."""
-    f, y = double(f), y.to("cpu") if f.device.type == "mps" else y
-    if likelihood is Likelihood.REGRESSION:
-        return 0.5 * (f - y.double()).square().sum()
-    return torch.nn.functional.cross_entropy(f.reshape(-1, f.shape[-1]), y.reshape(-1).long(), reduction="sum")
+    # --- predictives: tensors that belong together, of the likelihood's own choice ---------------------------------
 
+    def mean(self, f: Tensor) -> Tensor:
+        """Mean of the target given the outputs."""
+        return f
 
-def gradient(likelihood: Likelihood, f: Tensor, y: Tensor) -> Tensor:
-    """Gradient of the loss with respect to the outputs, shaped like ``f``."""
-    if likelihood is Likelihood.REGRESSION:
-        return f - y.to(f.dtype)
-    return f.softmax(-1) - torch.nn.functional.one_hot(y.long(), f.shape[-1]).to(f.dtype)
+    def at(self, f: Tensor) -> Prediction:
+        """The prediction of one network without uncertainty."""
+        return self.of_networks(f[None])
 
+    def of_networks(self, outputs: Tensor) -> Prediction:
+        """The prediction of several networks, from their outputs ``(networks, batch, …, outputs)``; these, by default."""
+        return (outputs.transpose(0, 1),)
 
-def hessian_root(likelihood: Likelihood, f: Tensor) -> Iterator[Tensor]:
-    r"""Columns :math:`v_k` with :math:`\sum_k v_k v_k^\top = \nabla^2_f (-\log p)`, each shaped like ``f``.
+    def diagonal_suffices(self, link_approx: LinkApprox) -> bool:
+        """Whether :meth:`integrate` takes variances for covariances."""
+        return False
 
-    Regression: the unit vectors. Classification: :math:`\Lambda = \mathrm{diag}(p) - pp^\top` has rank :math:`C - 1`. With
-    :math:`u = \sqrt p`, a Householder reflection that maps :math:`e_0` to :math:`-u` takes the null direction out of the
-    symmetric root and leaves :math:`C - 1` columns
-    :math:`v_j = u_j \left[(e_j - p) - \tfrac{u_0}{1 + u_0} (e_0 - p)\right]`.
-    """
-    outputs = f.shape[-1]
-    flat = f.reshape(f.shape[0], -1, outputs)
-    positions = flat.shape[1]
-    if likelihood is Likelihood.REGRESSION:
-        columns = (_unit_column(flat, j) for j in range(outputs))
-    else:
-        columns = _softmax_columns(flat)
-    for column in columns:
-        if positions == 1:
-            yield column.reshape(f.shape)
-            continue
-        for t in range(positions):
-            alone = torch.zeros_like(flat)
-            alone[:, t] = column[:, t]
-            yield alone.reshape(f.shape)
+    def integrate(
+        self,
+        f: Tensor,
+        variance: Tensor,
+        link_approx: LinkApprox,
+        n_samples: int = 100,
+        generator: torch.Generator | None = None,
+    ) -> Prediction:
+        """The prediction under a Gaussian over outputs; by default from draws, whatever the link.
 
+        Args:
+            f: Means ``(batch, …, outputs)``.
+            variance: Variances ``(batch, outputs)`` or covariances ``(batch, outputs, outputs)`` of the flattened outputs.
+            link_approx: How to integrate, where there is a choice.
+            n_samples: Number of draws.
+            generator: Source of the draws.
 
-def hessian_diagonal(likelihood: Likelihood, f: Tensor) -> Tensor:
-    r"""Diagonal of :math:`\nabla^2_f (-\log p)`, shaped like ``f``; :math:`1 - p` of a sure example keeps its digits."""
-    if likelihood is Likelihood.REGRESSION:
-        return torch.ones_like(f)
-    p = f.softmax(-1)
-    top = p.argmax(-1, keepdim=True)
-    others = p.scatter(-1, top, 0).sum(-1, keepdim=True)
-    return p * (1 - p).scatter(-1, top, others)
+        Raises:
+            ValueError: If there is no such integral.
+        """
+        self.refuse_bridge(link_approx)
+        return self.of_networks(output_samples(f.to(variance.dtype), variance, n_samples, generator))
 
+    def refuse_bridge(self, link_approx: LinkApprox) -> None:
+        """Refuse the Laplace bridge, which is a map between softmax and Dirichlet."""
+        if link_approx in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM):
+            raise ValueError(
+                f"link_approx={link_approx.value!r} is for class probabilities; {self.identity} takes 'probit' or 'mc'."
+            )
 
-def hessian_sum(likelihood: Likelihood, f: Tensor) -> Tensor:
-    r"""Sum of :math:`\nabla^2_f (-\log p)` over examples, ``(outputs, outputs)`` for ``f`` of shape ``(batch, outputs)``.
+    def public(self, prediction: Prediction) -> Tensor | tuple[Tensor, ...]:
+        """What calling a posterior returns of a prediction; by default the mean of :meth:`mean`."""
+        return self.mean(prediction[0].transpose(0, 1)).mean(0)
 
-    Classification: :math:`\mathrm{diag}(\sum_n p_n) - P^\top P`, but for the diagonal, which would lose digits.
-    """
-    if likelihood is Likelihood.REGRESSION:
-        return len(f) * torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
-    p = f.softmax(-1)
-    total = -(p.T @ p)
-    total.diagonal().copy_(hessian_diagonal(likelihood, f).sum(0))
-    return total
+    def log_public(self, prediction: Prediction) -> Tensor | tuple[Tensor, ...]:
+        """The same with ``log_probs=True``: logarithms of probabilities; a Gaussian over outputs stays what it is.
 
+        Raises:
+            ValueError: If there are no probabilities.
+        """
+        if not self.predicts_outputs:
+            raise ValueError(f"log_probs=True is for class probabilities, which {self.identity} does not predict.")
+        return self.public(prediction)
 
-def _unit_column(flat: Tensor, j: int) -> Tensor:
-    column = torch.zeros_like(flat)
-    column[..., j] = 1
-    return column
+    def check_scored(self, prediction: Prediction, y: Tensor, offset: int = 0) -> None:
+        """Refuse targets that do not fit a prediction."""
+        self.check_shapes(prediction[0][:, 0], y, offset)
 
+    def scores(self, prediction: Prediction, y: Tensor, sigma_noise: float = 1.0) -> dict[str, Tensor]:
+        """Scores of a prediction, each ``(terms,)`` float64; ``nll`` (nats) is among them."""
+        terms = [-self.nll(f.double(), y).flatten() for f in prediction[0].unbind(1)]
+        return {"nll": -log_mean(torch.stack(terms).double())}
 
-def _softmax_columns(flat: Tensor) -> Iterator[Tensor]:
-    p = flat.softmax(-1)
-    u = p.sqrt()
-    shared = -p
-    shared[..., 0] += 1
-    shared *= (u[..., :1]) / (1 + u[..., :1])
-    base = -p - shared
-    for j in range(1, flat.shape[-1]):
-        column = base.clone()
-        column[..., j] += 1
-        yield column * u[..., j : j + 1]
+    def confidences(self, prediction: Prediction) -> Tensor:
+        """Confidence of every prediction, without targets; for likelihoods that have one."""
+        raise NotImplementedError(f"{self.identity} has no confidence.")
 
+    def summarize(
+        self, scores: Mapping[str, Tensor], ood_confidence: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Any]:
+        """Summary of the scores of a whole data set: means of each."""
+        return {name: values.mean().item() for name, values in scores.items()}
 
-def sampled_gradients(likelihood: Likelihood, f: Tensor, num_samples: int, seed: int, offset: int) -> Iterator[Tensor]:
-    r"""Gradients under labels drawn from the model, scaled by :math:`1/\sqrt{S}`, each shaped like ``f``.
-
-    Their outer products sum to an unbiased estimate of the Fisher (Kunstner et al., NeurIPS 2019). The draws of an
-    example depend on ``seed`` and on its index in the data set only.
-    """
-    examples = torch.arange(offset, offset + f.shape[0], device=f.device)
-    scale = num_samples**-0.5
-    if likelihood is Likelihood.REGRESSION:
-        draws = noise.normal(seed, examples, num_samples * f[0].numel())
-        for s in draws.reshape(f.shape[0], num_samples, *f.shape[1:]).unbind(1):
-            yield s.to(f.dtype) * scale
-        return
-    positions = f[0, ..., 0].numel()
-    draws = noise.uniform(seed, examples, num_samples * positions).reshape(f.shape[0], num_samples, *f.shape[1:-1])
-    probabilities = f.softmax(-1)
-    cumulative = f.double().softmax(-1).cumsum(-1)
-    for s in draws.unbind(1):
-        label = (s[..., None] >= cumulative).sum(-1).clamp_(max=f.shape[-1] - 1)
-        yield (probabilities - torch.nn.functional.one_hot(label, f.shape[-1]).to(f.dtype)) * scale
+    def tuning_loss(self, prediction: Prediction, y: Tensor, sigma_noise: float = 1.0) -> float:
+        """What a grid search adds up over batches: the negative log likelihood of the prediction."""
+        return float(self.scores(prediction, y, sigma_noise)["nll"].sum())

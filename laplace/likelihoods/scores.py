@@ -27,13 +27,22 @@ def classification_scores(probs: Tensor, y: Tensor, log_probs: Tensor | None = N
         "Verification of forecasts expressed in terms of probability", 1950).
     """
     probs = probs.detach().double().reshape(-1, probs.shape[-1])
+    if log_probs is None:
+        log_probs = probs.clamp(min=torch.finfo(torch.float64).tiny).log()
+    return _scores(probs, log_probs.detach().double().reshape(probs.shape), y)
+
+
+def log_probability_scores(log_probs: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """The scores of :func:`classification_scores` from log-probabilities, so that the NLL has no upper end."""
+    log_probs = log_probs.detach().double().reshape(-1, log_probs.shape[-1])
+    return _scores(log_probs.exp(), log_probs, y)
+
+
+def _scores(probs: Tensor, log_probs: Tensor, y: Tensor) -> dict[str, Tensor]:
     y = y.reshape(-1).long().to(probs.device)
-    picked = probs.gather(1, y[:, None])[:, 0]
+    picked, nll = (values.gather(1, y[:, None])[:, 0] for values in (probs, -log_probs))
     confidence, label = probs.max(1)
     brier = probs.square().sum(1) - 2 * picked + 1
-    nll = -picked.clamp(min=torch.finfo(torch.float64).tiny).log()
-    if log_probs is not None:
-        nll = -log_probs.detach().double().reshape(probs.shape).gather(1, y[:, None])[:, 0]
     return {"confidence": confidence, "correct": (label == y).double(), "nll": nll, "brier": brier}
 
 

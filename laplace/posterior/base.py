@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from math import inf, log, pi, sqrt
+from math import inf
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from laplace.backends.native import NativeGGN
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.capture.soundness import check_parameters
 from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, parse
+from laplace.likelihoods.base import BaseLikelihood
+from laplace.likelihoods.named import NamedLikelihood
 from laplace.posterior.arguments import ORDER, by_name, check_model, signature
 from laplace.prior import as_value, spread
-
-_LOG_SQRT_2PI = log(sqrt(2 * pi))
 
 
 class BaseLaplace:
@@ -27,9 +27,9 @@ class BaseLaplace:
 
     Args:
         model: Trained network; its parameters with ``requires_grad`` are the MAP estimate.
-        likelihood: ``'classification'``, ``'regression'`` or ``'reward_modeling'`` (fitted as classification, predicts as
-            regression).
-        sigma_noise: Standard deviation of the observation noise; 1 for classification.
+        likelihood: ``'classification'``, ``'regression'``, ``'reward_modeling'`` (fitted as classification, predicts as
+            regression), or an object of :mod:`laplace.likelihoods`.
+        sigma_noise: Standard deviation of the observation noise; 1 for all likelihoods but regression.
         prior_precision: Scalar, one value per parameter tensor, or one per parameter.
         prior_mean: Scalar or one value per parameter.
         temperature: Temperature of the likelihood; lower is more concentrated.
@@ -45,6 +45,7 @@ class BaseLaplace:
     """
 
     order = ORDER
+    likelihood = NamedLikelihood()
 
     def __init_subclass__(cls, **kwargs: Any):
         """Show every documented argument of a class; a class with a constructor of its own shows that."""
@@ -55,7 +56,7 @@ class BaseLaplace:
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood | str,
+        likelihood: BaseLikelihood | Likelihood | str,
         sigma_noise: float | Tensor = 1.0,
         prior_precision: float | Tensor = 1.0,
         prior_mean: float | Tensor = 0.0,
@@ -131,32 +132,32 @@ class BaseLaplace:
         """The curvature backend, made on first use."""
         if self._backend is None:
             cls = self._backend_cls or NativeGGN
-            likelihood = "classification" if self.likelihood is Likelihood.REWARD_MODELING else self.likelihood.value
+            fitted = self.likelihood_object.fitted
+            likelihood = fitted if fitted.word is None else fitted.word.value
             self._backend = cls(self.model, likelihood, **self._backend_arguments())
         self._backend.dict_key_x, self._backend.dict_key_y = self.dict_key_x, self.dict_key_y
         return self._backend
 
     @property
-    def likelihood(self) -> Likelihood:
-        """Likelihood of the targets; set by name or member, before ``fit``."""
-        return self._likelihood
+    def likelihood_object(self) -> BaseLikelihood:
+        """The likelihood of the targets itself; set it, or ``likelihood``, before ``fit``."""
+        return self._likelihood_object
 
-    @likelihood.setter
-    def likelihood(self, value: Likelihood | str) -> None:
-        value = parse(Likelihood, value, "likelihood")
-        before = getattr(self, "_likelihood", value)
+    @likelihood_object.setter
+    def likelihood_object(self, value: BaseLikelihood) -> None:
+        before = getattr(self, "_likelihood_object", value)
         self._check_likelihood(value)
-        self._likelihood = value
-        if value is before:
+        self._likelihood_object = value
+        if value.identity == before.identity:
             return
         try:
             self.sigma_noise = self.sigma_noise
         except ValueError:
-            self._likelihood = before
+            self._likelihood_object = before
             raise
         self._backend = None
 
-    def _check_likelihood(self, value: Likelihood) -> None:
+    def _check_likelihood(self, value: BaseLikelihood) -> None:
         """Posteriors that do not take every likelihood, or no other one any more, refuse it here."""
 
     @property
@@ -256,9 +257,9 @@ class BaseLaplace:
         value = value.reshape(())
         if not bool((value > 0) & torch.isfinite(value)):
             raise ValueError(f"sigma_noise must be positive and finite, but is {value.item()}.")
-        if self.likelihood is not Likelihood.REGRESSION and float(value.detach()) != 1:
+        if not self.likelihood_object.has_noise and float(value.detach()) != 1:
             raise ValueError(
-                f"sigma_noise={float(value.detach())} has no meaning for {self.likelihood.value}; it must be 1 "
+                f"sigma_noise={float(value.detach())} has no meaning for {self.likelihood_object.identity}; it must be 1 "
                 "(use temperature to scale the likelihood)."
             )
         self._sigma_noise = value
@@ -288,10 +289,7 @@ class BaseLaplace:
         noise = self.sigma_noise.double()
         factor = -1 / noise.square() / self.temperature
         loss = torch.as_tensor(self.loss, dtype=torch.float64, device=self._device)
-        if self.likelihood is not Likelihood.REGRESSION:
-            return factor * loss
-        constant = self.n_data * self.n_outputs * (noise.log() + _LOG_SQRT_2PI)
-        return factor * loss - constant
+        return factor * loss + self.likelihood_object.noise_constant(self.n_data, self.n_outputs, noise)
 
     @property
     def prior_precision_diag(self) -> Tensor:

@@ -30,7 +30,6 @@ from laplace.capture.variance import Basis, block_variance
 from laplace.data.subset import subset_of
 from laplace.enums import PredType
 from laplace.errors import NotFittedError
-from laplace.likelihoods import base as lik
 from laplace.linalg import memory
 from laplace.linalg.eigen import eigh
 from laplace.posterior.arguments import before, by_name
@@ -159,8 +158,8 @@ class FunctionalLaplace(NoWeights, ParametricLaplace):
                 self.initialize(x)
             with torch.no_grad(), eval_mode(self.model):
                 f = self.model(x)
-            lik.check_targets(self.backend.likelihood, f, y, n)
-            loss, n = loss + lik.loss_sum(self.backend.likelihood, f, y), n + len(y)
+            self.backend.likelihood_object.check(f, y, n)
+            loss, n = loss + self.backend.likelihood_object.loss(f, y), n + len(y)
         if n == 0:
             raise ValueError("The data loader is empty, so there is nothing to fit. An earlier fit stays as it was.")
         return loss, n

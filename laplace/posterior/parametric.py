@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 from laplace import evidence, predictive, state
 from laplace.data.batches import batches
 from laplace.data.mistakes import check_inputs
-from laplace.enums import Likelihood, PredType
+from laplace.enums import PredType
 from laplace.errors import NotFittedError
+from laplace.likelihoods.base import BaseLikelihood
 from laplace.linalg.dense import parameter_vector
 from laplace.posterior import weights
 from laplace.posterior.arguments import by_name
@@ -48,16 +49,18 @@ class ParametricLaplace(BaseLaplace):
         self._input_ndim: int | None = None
         super().__init__(**kwargs)
 
-    def _check_likelihood(self, value: Likelihood) -> None:
-        if value is Likelihood.REWARD_MODELING and self.structure not in ("kron", "diag"):
+    def _check_likelihood(self, value: BaseLikelihood) -> None:
+        if value.structures is not None and self.structure not in value.structures:
+            valid = " and ".join(map(repr, value.structures))
             raise ValueError(
-                f"likelihood='reward_modeling' has no {self.structure!r} posterior; valid hessian_structures are 'kron' and "
-                "'diag'."
+                f"likelihood={value.identity!r} has no {self.structure!r} posterior; valid "
+                f"hessian_structures are {valid}."
             )
-        if self._fingerprint is not None and value is not self.likelihood:
+        if self._fingerprint is not None and value.identity != self.likelihood_object.identity:
             raise ValueError(
-                f"This posterior was fitted under likelihood={self.likelihood.value!r}; its loss and curvature are not those "
-                f"of {value.value!r}. Make a new posterior and fit it (rewards: likelihood='reward_modeling' from the start)."
+                f"This posterior was fitted under likelihood={self.likelihood_object.identity!r}; its loss and curvature are "
+                f"not those of {value.identity!r}. Make a new posterior and fit it (rewards: likelihood='reward_modeling' "
+                "from the start)."
             )
 
     def _check_fitted(self) -> None:
@@ -96,8 +99,9 @@ class ParametricLaplace(BaseLaplace):
 
     def _check_inputs(self, x: Any) -> None:
         """Refuse inputs of a prediction that are no batch, or not like those of the fit."""
-        rewards = self.likelihood is Likelihood.REWARD_MODELING  # fitted on pairs, predicted for single items
-        check_inputs(x, "this prediction", None if rewards else self._input_ndim)
+        law = self.likelihood_object
+        same = law.fitted is law  # rewards are fitted on pairs, and predicted for single items
+        check_inputs(x, "this prediction", self._input_ndim if same else None)
 
     def sums_spec(self) -> SumsSpec:
         """Names, shapes and precision of the raw sums.
@@ -129,11 +133,7 @@ class ParametricLaplace(BaseLaplace):
         """
         self.backend.spec = sums.spec
         y = y.to(self._device)
-        if self.likelihood is Likelihood.REGRESSION and y.ndim > 2 and y[0].numel() != sums.spec.n_outputs:
-            raise ValueError(
-                f"Targets of shape {tuple(y.shape)} have {y[0].numel()} values per example, those of the first batch had "
-                f"{sums.spec.n_outputs}. Give sequences of one length."
-            )
+        self.likelihood_object.check_length(y, sums.spec.n_outputs)
         for start, inputs, targets in self._parts(x, y):
             self.backend.accumulate(sums, inputs, targets, offset + start)
 

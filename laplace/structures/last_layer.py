@@ -10,8 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from laplace.capture.contractions import is_bias
-from laplace.enums import Likelihood
-from laplace.likelihoods import base as lik
+from laplace.likelihoods.base import BaseLikelihood
 from laplace.linalg.gram import add_gram_of_positions_, add_product_
 from laplace.structures.sums import CurvatureSums
 
@@ -22,7 +21,7 @@ def applies(sums: CurvatureSums, f: Tensor) -> bool:
     return plain and f.ndim == 2 and sums.spec.structure in ("kron", "diag")
 
 
-def add_(sums: CurvatureSums, capture, likelihood: Likelihood, f: Tensor) -> None:
+def add_(sums: CurvatureSums, capture, likelihood: BaseLikelihood, f: Tensor, y: Tensor) -> None:
     """Add the exact curvature of one batch.
 
     Args:
@@ -30,6 +29,7 @@ def add_(sums: CurvatureSums, capture, likelihood: Likelihood, f: Tensor) -> Non
         capture: :class:`laplace.capture.last_layer.LastLayerCapture` of the batch.
         likelihood: Of the targets given the outputs.
         f: Outputs ``(batch, outputs)`` in float64.
+        y: Targets.
     """
     a = capture.inputs(sums.spec.blocks[0].layer)
     if sums.spec.structure == "kron":
@@ -37,9 +37,9 @@ def add_(sums: CurvatureSums, capture, likelihood: Likelihood, f: Tensor) -> Non
             if name.endswith("/A"):
                 add_gram_of_positions_(sums.running(name), [a])
             else:
-                sums.running(name).add_(lik.hessian_sum(likelihood, f))
+                sums.running(name).add_(likelihood.hessian_sum(f, y))
         return
-    diagonal, squares = lik.hessian_diagonal(likelihood, f), a[:, 0].square()
+    diagonal, squares = likelihood.hessian_diagonal(f, y), a[:, 0].square()
     for block in sums.spec.blocks:
         total = sums.running(block.factors[0])
         if is_bias(block):

@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace.capture.evaluation import eval_mode
 from laplace.data.batches import batches
-from laplace.likelihoods import base as lik
 from laplace.linalg.lowrank import block_lanczos
 from laplace.noise import fresh_seed
 
@@ -68,7 +67,7 @@ def eigenpairs(backend: Any, data_loader: Iterable, rank: int) -> tuple[Tensor, 
 def gauss_newton_product(backend: Any, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
     """Summed loss of one batch, and its GGN or Fisher, along the backend's ``directions``, times ``vectors``."""
     with _outputs(backend, x) as (f, parameters):
-        lik.check_targets(backend.likelihood, f.detach(), y, offset)
+        backend.likelihood_object.check(f.detach(), y, offset)
         half = torch.zeros_like(f, requires_grad=True)
         pulled = torch.autograd.grad(f, parameters, half, create_graph=True, allow_unused=True)
         precise = f.detach().to(backend.sums_dtype)
@@ -81,14 +80,14 @@ def gauss_newton_product(backend: Any, x: Any, y: Tensor, vectors: Tensor, offse
         for total in weighted:
             grads = torch.autograd.grad(f, parameters, total.to(f.dtype), retain_graph=True, allow_unused=True)
             columns.append(_flat(grads, parameters))
-    return lik.loss_sum(backend.likelihood, precise, y), torch.stack(columns, 1).to(vectors.dtype)
+    return backend.likelihood_object.loss(precise, y), torch.stack(columns, 1).to(vectors.dtype)
 
 
 def hessian_product(backend: Any, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
     """Summed loss of one batch, and its Hessian times ``vectors``."""
     with _outputs(backend, x) as (f, parameters):
-        lik.check_targets(backend.likelihood, f.detach(), y, offset)
-        loss = lik.loss_sum(backend.likelihood, f, y)
+        backend.likelihood_object.check(f.detach(), y, offset)
+        loss = backend.likelihood_object.loss(f, y)
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         columns = [_flat(_derivative(gradients, parameters, parameters, u), parameters) for u in vectors.T]
     return loss.detach(), torch.stack(columns, 1).to(vectors.dtype)

@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.data.batches import batches
-from laplace.enums import Likelihood, parse
+from laplace.enums import Likelihood
+from laplace.likelihoods.base import BaseLikelihood
+from laplace.likelihoods.named import NamedLikelihood
 from laplace.linalg.dense import parameter_vector
 from laplace.posterior.diag import DiagLaplace
 from laplace.subsets.swag import fit_diagonal_swag_var
@@ -193,18 +195,21 @@ class LargestVarianceSWAGSubnetMask(ScoreBasedSubnetMask):
         swag_lr: Step size of SGD.
     """
 
+    likelihood = NamedLikelihood()
+    likelihood_object: BaseLikelihood
+
     def __init__(
         self,
         model: nn.Module,
         n_params_subnet: int,
-        likelihood: Likelihood | str = Likelihood.CLASSIFICATION,
+        likelihood: BaseLikelihood | Likelihood | str = Likelihood.CLASSIFICATION,
         swag_n_snapshots: int = 40,
         swag_snapshot_freq: int = 1,
         swag_lr: float = 0.01,
     ):
         """See the class."""
         super().__init__(model, n_params_subnet)
-        self.likelihood = parse(Likelihood, likelihood, "likelihood")
+        self.likelihood = likelihood
         self._swag: dict[str, Any] = {
             "n_snapshots_total": swag_n_snapshots,
             "snapshot_freq": swag_snapshot_freq,
@@ -213,7 +218,10 @@ class LargestVarianceSWAGSubnetMask(ScoreBasedSubnetMask):
 
     def compute_param_scores(self, train_loader: DataLoader | None) -> Tensor:
         """Variances over snapshots."""
-        criterion = nn.MSELoss() if self.likelihood is Likelihood.REGRESSION else nn.CrossEntropyLoss()
+
+        def criterion(f: Tensor, y: Tensor) -> Tensor:
+            return self.likelihood_object.training_loss(f, y)[0]
+
         return fit_diagonal_swag_var(self.model, _required(train_loader), criterion, **self._swag)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError
 
 
 def ood(config: Config) -> list[str]:
-    """Return the out-of-distribution splits that an evaluation uses: none for regression."""
-    return config.ood if config.likelihood == "classification" else []
+    """Return the out-of-distribution splits that an evaluation uses: none where predictions have no confidence."""
+    return config.ood if likelihood_of(config.likelihood).has_confidence else []
 
 
 def check_predictive(config: Config) -> None:
@@ -23,14 +24,15 @@ def check_predictive(config: Config) -> None:
         )
     if config.device == "cuda" and config.gpus_per_worker == 0:
         raise SettingsError("--gpus-per-worker: got 0 with --device cuda; leave one of them out")
-    if config.pred_type == "nn" and config.likelihood == "classification" and config.link_approx != "mc":
+    likelihood = likelihood_of(config.likelihood)
+    if config.pred_type == "nn" and not likelihood.predicts_outputs and config.link_approx != "mc":
         raise SettingsError(
             f"--link-approx: got {config.link_approx!r} with --pred-type nn, which samples networks; expected mc"
         )
-    if config.tuning == "gridsearch" and config.likelihood == "regression" and config.pred_type == "glm":
+    if config.tuning == "gridsearch" and not likelihood.grid_needs_variance and config.pred_type == "glm":
         raise SettingsError(
-            "--tune-method: got 'gridsearch' for regression, where the mean of the linearised network does not depend "
-            "on the prior; expected marglik, or --pred-type nn"
+            f"--tune-method: got 'gridsearch' for {likelihood.identity}, where the mean of the linearised network does not "
+            "depend on the prior; expected marglik, or --pred-type nn"
         )
     if config.prior_structure == "diag" and config.hessian_structure == "kron":
         raise SettingsError(
@@ -41,6 +43,11 @@ def check_predictive(config: Config) -> None:
         raise SettingsError(
             f"--prior-structure: got {config.prior_structure!r} with --tune-method gridsearch; expected scalar"
         )
+
+
+def link_approx(config: Config) -> str:
+    """Return the link that predictions use: of sampled networks there is but one."""
+    return "mc" if config.pred_type == "nn" else config.link_approx
 
 
 def check_storage_options(config: Config) -> None:

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from laplace_dist.config.import_path import IMPORT_PATH
+from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.errors import SettingsError
 
 Count = Annotated[int, Field(ge=1)]
@@ -60,7 +62,9 @@ class Config(BaseModel):
     )
     dict_key_x: Annotated[str, Field(min_length=1)] = Field("input_ids", description="inputs of a dict-like batch")
     dict_key_y: Annotated[str, Field(min_length=1)] = Field("labels", description="targets of a dict-like batch")
-    likelihood: Literal["classification", "regression"] = Field("classification", description="of the model")
+    likelihood: Literal["classification", "regression"] | Annotated[str, Field(pattern=IMPORT_PATH.pattern + "$")] = (
+        Field("classification", description="of the model, or an import path module:callable that returns one")
+    )
     subset_of_weights: Literal["all", "last_layer"] = Field("all", description="the weights to be uncertain about")
     hessian_structure: Literal["kron", "diag", "full"] = Field("kron", description="structure of the curvature")
     backend: Literal["native", "curvlinops", "asdl", "backpack"] = Field(
@@ -164,8 +168,8 @@ class Config(BaseModel):
         """
         if self.tune_method is not None:
             return self.tune_method
-        scalar = self.likelihood == "classification" and self.prior_structure == "scalar"
-        return "gridsearch" if scalar else "marglik"
+        scalar = self.prior_structure == "scalar"
+        return likelihood_of(self.likelihood).tuning if scalar else "marglik"
 
     @property
     def batching(self) -> dict[str, Any]:
@@ -229,7 +233,8 @@ def _refusal(name: str, value: Any, item: Mapping[str, Any]) -> str:
         accepted = "this structure is not a sum over examples, so segments cannot be merged; use kron, diag or full"
     elif choices:
         close = difflib.get_close_matches(str(value), choices, n=1)
-        accepted = f"expected one of {', '.join(choices)}. {close_matches(close)}".strip()
+        path = ", or an import path module:callable" if str in plain_types(Config.model_fields[name].annotation) else ""
+        accepted = f"expected one of {', '.join(choices)}{path}. {close_matches(close)}".strip()
     elif item["type"] == "value_error":
         accepted = f"expected {item['msg'].removeprefix('Value error, ')}"
         accepted = accepted.removeprefix("expected ") if secret else accepted

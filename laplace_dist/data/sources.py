@@ -10,8 +10,8 @@ import fsspec
 from torch.utils.data import IterableDataset
 
 from laplace_dist.config.compatibility import is_url, ood
+from laplace_dist.config.import_path import IMPORT_PATH, call
 from laplace_dist.config.settings import Config
-from laplace_dist.data.import_path import IMPORT_PATH, call
 from laplace_dist.data.zarr_split import ZarrSplit
 from laplace_dist.errors import SettingsError, listed
 

@@ -11,6 +11,7 @@ from torch import nn
 from laplace import Laplace
 from laplace.backends import backend_class
 from laplace.structures.sums import CurvatureSums, SumsSpec
+from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.data.calling import adapted
 from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.plan.plan import Plan
@@ -118,7 +119,7 @@ def new_laplace(settings: Mapping[str, Any], model: nn.Module, spec: SumsSpec | 
     extra = {"last_layer_name": spec.blocks[0].layer} if spec is not None and subset == "last_layer" else {}
     return Laplace(
         model,
-        settings["likelihood"],
+        likelihood_of(settings["likelihood"]),
         subset_of_weights=subset,
         hessian_structure=settings["hessian_structure"],
         backend=backend,

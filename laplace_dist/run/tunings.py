@@ -78,7 +78,7 @@ def commit_tuning(
     """Create the manifest of a tuning with the prior precision that the object has now, unless it exists."""
     prefix = f"{key.removesuffix('.json')}/{new_attempt()}"
     values = np.ascontiguousarray(la.prior_precision.detach().cpu().numpy())
-    noise = float(la.sigma_noise) if la.likelihood == "regression" else None
+    noise = float(la.sigma_noise) if la.likelihood_object.has_noise else None
     with torch.no_grad():
         evidence = float(la.log_marginal_likelihood())
     manifest = {

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from laplace_dist.config.import_path import call
 from laplace_dist.config.settings import Config
 from laplace_dist.data.calling import adapted
-from laplace_dist.data.import_path import call
 from laplace_dist.data.sources import hint, read_file, weights_options
 from laplace_dist.errors import CheckpointError, SettingsError, listed
 from laplace_dist.plan.digests import feed

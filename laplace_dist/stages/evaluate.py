@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace.likelihoods.scores import (
-    classification_scores,
-    regression_scores,
-    summarize_classification,
-    summarize_regression,
-)
+from laplace.predictive import prediction
+from laplace_dist.config.compatibility import link_approx
+from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.config.settings import Config
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
@@ -109,9 +106,8 @@ class Summarize:
             split: joined_scores(context.store, self.key, split, ids, method) for split, ids in self.shards.items()
         }
         test = joined.pop("test")
-        if context.config.likelihood == "regression":
-            return summarize_regression(test)
-        return summarize_classification(test, {name: scores["confidence"] for name, scores in joined.items()})
+        likelihood = likelihood_of(context.config.likelihood)
+        return likelihood.summarize(test, {name: scores["confidence"] for name, scores in joined.items()})
 
 
 def shard_tasks(
@@ -134,24 +130,21 @@ def shard_tasks(
 @torch.no_grad()
 def _batch_scores(context: Any, la: Any, x: Any, y: Tensor, offset: int, split: str) -> Iterator[tuple[str, Tensor]]:
     """Yield `(method/score, values)` for one batch; what is sampled is seeded by the batch's place in the split."""
-    config = context.config
+    config, likelihood = context.config, la.likelihood_object
     generator = torch.Generator(context.device).manual_seed(config.seed + offset)
-    link = {"link_approx": config.link_approx}
-    outputs = context.model(x)
-    if config.likelihood == "regression":
-        mean, variance = la(x, pred_type=config.pred_type, diagonal_output=True, generator=generator, **link)
-        noise = float(la.sigma_noise) ** 2
-        methods = {
-            "map": regression_scores(outputs, torch.full_like(outputs, noise), y),
-            "laplace": regression_scores(mean, variance + noise, y),
-        }
-    else:
-        laplace = la(x, pred_type=config.pred_type, generator=generator, **link)
-        methods = {
-            name: classification_scores(probs, y if split == "test" else probs.argmax(-1))
-            for name, probs in (("map", outputs.softmax(-1)), ("laplace", laplace))
-        }
-    for method, scores in methods.items():
+    laplace = prediction(
+        la,
+        likelihood,
+        x,
+        config.pred_type,
+        link_approx(config),
+        diagonal_output=likelihood.predicts_outputs,
+        generator=generator,
+    )
+    for method, found in (("map", likelihood.at(context.model(x))), ("laplace", laplace)):
+        if split == "test":
+            scores = likelihood.scores(found, y, float(la.sigma_noise))
+        else:
+            scores = {"confidence": likelihood.confidences(found)}
         for name, values in scores.items():
-            if split == "test" or name == "confidence":
-                yield f"{method}/{name}", values
+            yield f"{method}/{name}", values

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from laplace.data.batches import length_of, part_of
-from laplace.enums import Likelihood
-from laplace.likelihoods.base import check_shapes
 from laplace_dist.config.compatibility import check_storage_options, ood
+from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.config.settings import Config
 from laplace_dist.data.collate import Collate
 from laplace_dist.data.device import to_device
@@ -173,7 +172,7 @@ def _check_targets(likelihood: str, f: Tensor, y: Tensor) -> None:
     """Refuse targets that do not fit the outputs, of which there are fewer rows."""
     f = f[:1].expand(len(y), *f.shape[1:])
     try:
-        check_shapes(Likelihood(likelihood), f, y.to(f.device))
+        likelihood_of(likelihood).check_shapes(f, y.to(f.device))
     except ValueError as error:
         raise SettingsError(f"--data: {error}{_way_out(f, y)}") from error
 

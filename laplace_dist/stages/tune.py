@@ -11,6 +11,7 @@ import torch
 
 from laplace.evidence import maximize_evidence
 from laplace.tuning import prior_precision_grid, score_grid, select_prior_precision
+from laplace_dist.config.compatibility import link_approx
 from laplace_dist.config.settings import Config
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
@@ -59,7 +60,7 @@ class _Tuning:
 
 @dataclass(frozen=True)
 class MaximizeEvidence(_Tuning):
-    """Maximise the log marginal likelihood, for regression together with the observation noise, and commit the result."""
+    """Maximise the log marginal likelihood, together with the observation noise where there is one, and commit the result."""
 
     what = "tuning of the prior precision"
 
@@ -67,7 +68,7 @@ class MaximizeEvidence(_Tuning):
         """Do so."""
         la = context.posterior(self.version)
         start = la.initial_prior_precision(1.0, self.chosen["structure"])
-        noise = 1.0 if context.config.likelihood == "regression" else None
+        noise = 1.0 if la.likelihood_object.has_noise else None
         prior_precision, noise = maximize_evidence(la, start, noise, n_steps=STEPS, lr=RATE)
         la.prior_precision = prior_precision
         if noise is not None:
@@ -100,7 +101,7 @@ class ScoreShard(_Tuning):
             context.posterior(self.version),
             batches,
             prior_precision_grid(size=config.grid_size),
-            link_approx=config.link_approx,
+            link_approx=link_approx(config),
             pred_type=config.pred_type,
             seed=config.seed + shard.start,
         )

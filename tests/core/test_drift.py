@@ -9,9 +9,8 @@ from torch import nn
 from laplace import Laplace
 from laplace.curvature import backend_class
 from laplace.curvature.curvature import GGNInterface
-from laplace.likelihoods import base as lik
+from laplace.likelihoods import Categorical
 from laplace.linalg import gram
-from laplace.utils.enums import Likelihood
 from laplace.utils.matrix import Kron
 
 from .naive import relative_error
@@ -31,7 +30,7 @@ class UserGGN(GGNInterface):
         f = self.model(x).detach()
         vs = [v.float() for v in self.directions(f.double(), y, self._offset)]
         b = sum(v.T @ v for v in vs)
-        return lik.loss_sum(self.likelihood, f, y), Kron([[b, x.T @ x / N], [b]])
+        return self.likelihood_object.loss(f, y), Kron([[b, x.T @ x / N], [b]])
 
 
 def backends():
@@ -90,9 +89,9 @@ def worst(name, n, features=5):
 def directions(f, y, estimator):
     """The estimator's directions, in float64."""
     if estimator == "ef":
-        return [lik.gradient(Likelihood.CLASSIFICATION, f, y)]
+        return [Categorical().gradient(f, y)]
     if estimator == "mc":
-        return list(lik.sampled_gradients(Likelihood.CLASSIFICATION, f, 1, SEED, 0))
+        return list(Categorical().sampled_gradients(f, y, 1, SEED, 0))
     p = f.softmax(-1)
     root = torch.linalg.eigh(torch.diag_embed(p) - p[:, :, None] * p[:, None, :])
     return list((root.eigenvectors * root.eigenvalues.clamp(min=0).sqrt()[:, None]).unbind(-1))
@@ -224,7 +223,7 @@ def test_half_precision_models(structure, subset, dtype):
     model = head(dtype=dtype)
     x, y = worst("falling", 2000)
     x = x.to(dtype)
-    vs = list(lik.hessian_root(Likelihood.CLASSIFICATION, model(x).detach().double()))
+    vs = list(Categorical().hessian_root(model(x).detach().double(), None))
     vs = [v.to(dtype) for v in vs] if subset == "all" else vs
     sums = summed(laplace(model, "native", "ggn", structure, subset), x, y, 500)
     check(sums, reference(x, vs, structure))

@@ -8,7 +8,7 @@ from torch import nn
 
 from laplace import Laplace
 from laplace.capture.last_layer import LastLayerCapture
-from laplace.likelihoods import base as lik
+from laplace.likelihoods import Categorical
 
 from . import naive
 from .models import CASES, loader
@@ -53,7 +53,7 @@ def test_curvature_and_variance_are_the_dense_ones(structure, prior, case):
 def test_output_hessians_of_sure_examples_keep_their_digits(margin):
     """At a margin of 60, 1 - p is 1e-26; each entry is compared by itself."""
     f = torch.tensor([[margin, 0.0, 0.3], [0.1, -0.2, margin]], dtype=torch.float64)
-    truth = torch.zeros(3, 3, dtype=torch.float64)
+    y, truth = torch.tensor([0, 1]), torch.zeros(3, 3, dtype=torch.float64)
     diagonals = []
     for logits in f.tolist():
         weights = [torch.tensor(v, dtype=torch.float64).exp() for v in logits]
@@ -63,8 +63,8 @@ def test_output_hessians_of_sure_examples_keep_their_digits(margin):
             h[i, i] = weights[i] / total * (sum(w for j, w in enumerate(weights) if j != i) / total)
         truth += h
         diagonals.append(h.diagonal())
-    assert torch.allclose(lik.hessian_sum("classification", f), truth, rtol=1e-12, atol=0)
-    assert torch.allclose(lik.hessian_diagonal("classification", f), torch.stack(diagonals), rtol=1e-12, atol=0)
+    assert torch.allclose(Categorical().hessian_sum(f, y), truth, rtol=1e-12, atol=0)
+    assert torch.allclose(Categorical().hessian_diagonal(f, y), torch.stack(diagonals), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("structure", ["kron", "diag"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from laplace.likelihoods.base import sampled_gradients
+from laplace.likelihoods import likelihood_of
 from laplace.noise import normal, uniform
 from laplace.utils.enums import Likelihood
 
@@ -133,7 +133,7 @@ def test_sampled_labels_follow_the_model():
     n, p = 40000, torch.tensor([0.05, 0.25, 0.1, 0.6], dtype=torch.float64)
     f = p.log().expand(n, 4)
     for offset in (0, 10**6):
-        (gradients,) = sampled_gradients(Likelihood.CLASSIFICATION, f, 1, seed=0, offset=offset)
+        (gradients,) = likelihood_of(Likelihood.CLASSIFICATION).sampled_gradients(f, None, 1, seed=0, offset=offset)
         frequencies = (p - gradients).round().mean(0)
         assert float(((frequencies - p).abs() / (p * (1 - p) / n).sqrt()).max()) < 4
         assert torch.allclose(gradients.T @ gradients / n, torch.diag(p) - torch.outer(p, p), atol=4 * 0.5 / n**0.5)
@@ -142,7 +142,7 @@ def test_sampled_labels_follow_the_model():
 def test_sampled_regression_gradients_are_standard_normal():
     """Entries of the second moment of n draws have standard deviation at most sqrt(2 / n)."""
     n = 10000
-    draws = list(sampled_gradients(Likelihood.REGRESSION, torch.zeros(n, 3, dtype=torch.float64), 4, seed=0, offset=0))
+    draws = list(likelihood_of("regression").sampled_gradients(torch.zeros(n, 3).double(), None, 4, seed=0, offset=0))
     assert len(draws) == 4
     moment = sum(g.T @ g for g in draws) / n  # each scaled by 1 / sqrt(4)
     assert torch.allclose(moment, torch.eye(3, dtype=torch.float64), atol=4 * (2 / (4 * n)) ** 0.5)

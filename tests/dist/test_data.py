@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
+from laplace_dist.config.import_path import load_callable
 from laplace_dist.config.settings import Config
 from laplace_dist.data.collate import Collate
-from laplace_dist.data.import_path import load_callable
 from laplace_dist.data.loader import batches
 from laplace_dist.data.sources import load_split
 from laplace_dist.data.zarr_split import ZarrSplit

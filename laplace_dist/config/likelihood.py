@@ -1,0 +1,37 @@
+"""From the setting to the likelihood: by the library's names, or by an import path to the user's own."""
+
+from __future__ import annotations
+
+import inspect
+
+from laplace.likelihoods import BaseLikelihood
+from laplace.likelihoods import likelihood_of as named
+from laplace_dist.config.import_path import load_callable
+from laplace_dist.errors import SettingsError
+
+
+def likelihood_of(text: str) -> BaseLikelihood:
+    """Return the likelihood that `--likelihood` names.
+
+    Args:
+        text: A name, or an import path `module:callable` whose callable takes no arguments.
+
+    Raises:
+        SettingsError: There is no such callable, or it makes no likelihood.
+    """
+    if ":" not in text:
+        return named(text)
+    make = load_callable(text, "--likelihood")
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        raise SettingsError(
+            f"--likelihood: {text!r} cannot be called without arguments ({error}); name a function that returns the likelihood"
+        ) from error
+    found = make()
+    if not isinstance(found, BaseLikelihood):
+        raise SettingsError(
+            f"--likelihood: {text!r} returned a {type(found).__name__}; expected a subclass of "
+            "laplace.likelihoods.BaseLikelihood"
+        )
+    return found
