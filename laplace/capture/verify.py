@@ -21,7 +21,8 @@ from laplace.capture.rules import is_covered, is_outer, is_transposed
 from laplace.linalg.precision import without_autocast
 from laplace.noise import fixed_directions
 
-_PROBES = 8  # examples that are asked
+_PROBES = 8  # examples that are asked at most
+_ALWAYS = 3  # of these, how many are asked even if the first ones have a gradient
 _MISUSED = "used outside its module's calls, changed by them, or batch not in the first dimension"
 
 
@@ -128,7 +129,9 @@ def _verdicts(
     """For every parameter, whether each of the first examples has the captured gradient; None where there is none."""
     v = fixed_directions(capture.f)
     verdicts: dict[str, list[bool | None]] = {name: [] for name in params}
-    for example in range(min(len(v), _PROBES)):
+    for number, example in enumerate(_order(min(len(v), _PROBES))):
+        if number >= _ALWAYS and all(set(asked) - {None} for asked in verdicts.values()):
+            break
         direction = torch.zeros_like(v)
         direction[example] = v[example]
         truth = torch.autograd.grad(
@@ -140,6 +143,11 @@ def _verdicts(
             block = Block(name, tuple(p.shape), found[name].layer, (), "")
             verdicts[name].append(_is_row(capture, block, gradients, expected, example))
     return verdicts
+
+
+def _order(n: int) -> list[int]:
+    """The last of so many examples, the first, the middle one, then the others."""
+    return list(dict.fromkeys([n - 1, 0, n // 2, *range(n)]))
 
 
 def _is_row(capture: Capture, block: Block, gradients: list, expected: torch.Tensor, example: int) -> bool | None:

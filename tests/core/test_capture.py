@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -322,3 +324,13 @@ def test_complex_parameters_are_named():
     model.weight = nn.Parameter(torch.ones(2, dtype=torch.complex128))
     with pytest.raises(ValueError, match=r"\['weight'\] are complex"):
         Laplace(model, "classification")
+
+
+@pytest.mark.parametrize(("shape", "both"), [((3, 3), True), ((2, 3), False), ((2, 2, 2), True), ((2, 3, 2), False)])
+def test_logits_that_can_be_read_in_two_ways_are_said(shape, both):
+    model = nn.Sequential(nn.Linear(2, torch.Size(shape).numel()), nn.Unflatten(1, shape)).double()
+    x, y = torch.randn(4, 2, dtype=torch.float64), torch.randint(2, (4, *shape[:-1]))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        Laplace(model, "classification", "all", "diag").fit(batches(x, y))
+    assert any("with the classes last" in str(warning.message) for warning in found) is both
