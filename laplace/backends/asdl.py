@@ -35,6 +35,7 @@ class AsdlInterface(PerExampleInterface):
     @property
     def loss_type(self) -> str:
         """ASDL's name of the loss, ``'mse'`` or ``'cross_entropy'``."""
+        self._require_torch_loss(self.package)
         return asdl.LOSS_MSE if isinstance(self.lossfunc, nn.MSELoss) else asdl.LOSS_CROSS_ENTROPY
 
     def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:

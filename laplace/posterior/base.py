@@ -86,6 +86,10 @@ class BaseLaplace:
         self._find_params()
         self.sigma_noise = sigma_noise
 
+    def _likelihood_changed(self) -> None:
+        if getattr(self, "_backend", None) is not None:
+            self._backend.likelihood = self.likelihood_object.fitted
+
     def _find_params(self) -> None:
         """Take over the parameters and, now that their number is known, the prior."""
         self.params = [p for p in self.model.parameters() if p.requires_grad]
