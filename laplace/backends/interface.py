@@ -81,6 +81,10 @@ class CurvatureInterface:
         self.spec: SumsSpec | None = None
         self._offset = 0  # index in the data set of the first example of the batch that is being added
 
+    def _likelihood_changed(self) -> None:
+        loss, self.factor = self.likelihood_object.torch_loss()
+        self.lossfunc = self.likelihood_object.loss if loss is None else loss
+
     @property
     def likelihood_object(self) -> BaseLikelihood:
         """The likelihood of the training data; loss and factor follow it."""
@@ -165,6 +169,14 @@ class CurvatureInterface:
         self.spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs, kept)
         warn_of_diagonal_blocks(self.spec, self.model.model if self.last_layer else self.model)
         return self.spec
+
+    def _require_torch_loss(self, package: str) -> None:
+        """Refuse a likelihood that is none of torch's losses that a package knows."""
+        if self.likelihood_object.torch_loss()[0] is None:
+            raise ValueError(
+                f"{package} knows the likelihoods 'classification' and 'regression' alone, not "
+                f"{self.likelihood_object.identity}. Use the native backend."
+            )
 
     def _initialize_kron(self, x: Tensor | MutableMapping[str, Any], package: str) -> None:
         """Initialise for Kronecker factors, and refuse parameters that the package behind this backend has none for."""

@@ -36,9 +36,10 @@ def test_the_intervals_are_those_of_scipy():
     found = paired_differences(one, other, draws=20_000, level=0.95)
 
     def ece(index):
-        return summarize_classification({k: v[index] for k, v in one.items()})["ece"] - summarize_classification(
-            {k: v[index] for k, v in other.items()}
-        )["ece"]
+        return (
+            summarize_classification({k: v[index] for k, v in one.items()})["ece"]
+            - summarize_classification({k: v[index] for k, v in other.items()})["ece"]
+        )
 
     difference = (one["nll"] - other["nll"]).numpy()
     nll = stats.bootstrap((difference,), np.mean, n_resamples=20_000, confidence_level=0.9, method="percentile",
@@ -63,7 +64,11 @@ def test_the_same_predictions_do_not_differ_and_the_draws_are_those_of_the_seed(
     for difference in paired_differences(one, one).values():
         assert (difference.value, difference.low, difference.high) == (0.0, 0.0, 0.0)
     two = scores(1)
-    assert paired_differences(one, two, seed=3) == paired_differences(one, two, seed=3) != paired_differences(one, two, seed=4)
+    assert (
+        paired_differences(one, two, seed=3)
+        == paired_differences(one, two, seed=3)
+        != paired_differences(one, two, seed=4)
+    )
     swapped = paired_differences(two, one, seed=3)
     for name, difference in paired_differences(one, two, seed=3).items():
         assert (swapped[name].low, swapped[name].high) == pytest.approx((-difference.high, -difference.low))

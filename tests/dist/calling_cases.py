@@ -167,4 +167,9 @@ def reader() -> nn.Module:
 
 
 def texts(split: str) -> list:
-    return [(word, i % CLASSES) for i, word in enumerate(["these", "are", "not", "the", "words", "that", "anyone", "has", "been", "waiting", "for"])]
+    return [
+        (word, i % CLASSES)
+        for i, word in enumerate(
+            ["these", "are", "not", "the", "words", "that", "anyone", "has", "been", "waiting", "for"]
+        )
+    ]

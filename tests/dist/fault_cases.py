@@ -32,7 +32,13 @@ from laplace_dist.run import lifecycle, versions
 from laplace_dist.run.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-_METHODS = {"create": Checkpoint, "replace": Checkpoint, "write_arrays": Checkpoint, "_put": Checkpoint, "done": Progress}
+_METHODS = {
+    "create": Checkpoint,
+    "replace": Checkpoint,
+    "write_arrays": Checkpoint,
+    "_put": Checkpoint,
+    "done": Progress,
+}
 _installed = False
 
 

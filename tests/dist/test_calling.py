@@ -224,7 +224,12 @@ def test_a_function_that_joins_gets_the_examples_themselves_of_every_data_set():
 
 
 BATCHES = [
-    (Collate("loading_cases:bad_join"), (1, 1), ExampleError, "--collate: 'loading_cases:bad_join' fails on examples 0 to 1"),
+    (
+        Collate("loading_cases:bad_join"),
+        (1, 1),
+        ExampleError,
+        "--collate: 'loading_cases:bad_join' fails on examples 0 to 1",
+    ),
     (Collate("nowhere:f"), (1, 1), SettingsError, "--collate: got 'nowhere:f'; there is no module"),
     (Collate(key_y="y"), {"x": 1, "z": 2}, SettingsError, "--dict-key-y: a batch is a mapping of x, z, without 'y'"),
     (Collate(key_x="w"), {"x": 1, "labels": 2}, SettingsError, "--dict-key-x: .* x, labels, without 'w'"),
@@ -246,7 +251,10 @@ def test_bad_batches_are_refused_by_name(collate, example, kind, words):
 UNEQUAL = [
     ([(torch.zeros(2), 1), (torch.zeros(2), 1), (torch.zeros(3), 1)], "examples 5 and 7 .*x is of shape .2,. .* .3,."),
     ([{"ids": np.zeros(2), "labels": 1}, {"ids": np.zeros(4), "labels": 1}], "examples 5 and 6 .*'ids' is of shape"),
-    ([{"ids": 1, "labels": 1}, {"labels": 1}], "examples 5 and 6 .*'ids' is a number in the one and missing in the other"),
+    (
+        [{"ids": 1, "labels": 1}, {"labels": 1}],
+        "examples 5 and 6 .*'ids' is a number in the one and missing in the other",
+    ),
     ([(1.0, 2.0, 1), (1.0, torch.zeros(2), 1)], "input 1 is a number in the one and of shape .2,. in the other"),
 ]
 

@@ -433,7 +433,9 @@ def test_a_range_that_cannot_be_sliced_is_named(tmp_path):
 
 def test_examples_of_different_shapes_are_named():
     items = [*pairs(3), (torch.ones(5), 3)]
-    with pytest.raises(ExampleError, match=r"examples 2 and 3 cannot be stacked .* x is of shape \(2,\) in the one and of shape \(5,\)"):
+    with pytest.raises(
+        ExampleError, match=r"examples 2 and 3 cannot be stacked .* x is of shape \(2,\) in the one and of shape \(5,\)"
+    ):
         list(batches(Items(items), 0, 4, 2))
 
 

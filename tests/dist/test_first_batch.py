@@ -100,8 +100,14 @@ DATA = {
     "negative": ("convnet", TensorDataset(IMAGES, torch.tensor([0, -100] + [0] * 8)), ["--data", "Label -100 of example 1"]),
 }  # fmt: skip
 REGRESSION = {
-    "no column": (TensorDataset(IMAGES, torch.zeros(N)), ["--data", "(4,) do not match outputs of shape (4, 1)", "unsqueeze(-1)"]),
-    "many columns": (TensorDataset(IMAGES, torch.zeros(N, 2)), ["--data", "(4, 2) do not match outputs of shape (4, 1)"]),
+    "no column": (
+        TensorDataset(IMAGES, torch.zeros(N)),
+        ["--data", "(4,) do not match outputs of shape (4, 1)", "unsqueeze(-1)"],
+    ),
+    "many columns": (
+        TensorDataset(IMAGES, torch.zeros(N, 2)),
+        ["--data", "(4, 2) do not match outputs of shape (4, 1)"],
+    ),
     "not finite": (TensorDataset(IMAGES, torch.full((N, 1), float("nan"))), ["--data", "NaN or Inf", "indices 0"]),
 }
 
@@ -116,7 +122,12 @@ def data(split: str, name: str, bad: str = "train"):
 def run(tmp_path, capsys, kind, name, *more):
     """Start a job whose cluster nobody would answer for; returns its status and what it said."""
     argv = ["--model=test_first_batch:model", f'--model-args={{"kind": "{kind}"}}', "--data=test_first_batch:data"]
-    argv += [f"--data-args={json.dumps({'name': name})}", "--batch-size=4", "--ray-address=127.0.0.1:1", "--gpus-per-worker=0"]
+    argv += [
+        f"--data-args={json.dumps({'name': name})}",
+        "--batch-size=4",
+        "--ray-address=127.0.0.1:1",
+        "--gpus-per-worker=0",
+    ]
     status = cli.main("fit", [*argv, f"--checkpoint={tmp_path / 'run'}", "--skip-tune", *more])
     assert not (tmp_path / "run").exists(), "nothing is written before the first batch has been looked at"
     return status, capsys.readouterr().err
@@ -167,7 +178,9 @@ def test_an_error_of_the_model_is_one_line_with_its_type(tmp_path):
 
     with pytest.raises(first_batch.SettingsError) as caught:
         first_batch.check(dist_cases.config(tmp_path), Broken(), {"train": dist_cases.blobs("train")})
-    assert str(caught.value).startswith("--model: its forward fails on the first examples, which are x (2, 1, 6, 6) torch.float32")
+    assert str(caught.value).startswith(
+        "--model: its forward fails on the first examples, which are x (2, 1, 6, 6) torch.float32"
+    )
     assert "(ZeroDivisionError: somewhere deep)" in str(caught.value) and "\n" not in str(caught.value)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 

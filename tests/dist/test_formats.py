@@ -89,7 +89,9 @@ def test_what_0_1_emptied_is_refused(old):
     key = "partials/000000.json"
     manifest = open_json(store.read(key), key)
     emptied = {**manifest["arrays"]["4.weight/B"], "shape": [1, 1], "packed": True}
-    with pytest.raises(CheckpointError, match=r"written by laplace_dist 0.1, which stored every symmetric.*: one\. Start"):
+    with pytest.raises(
+        CheckpointError, match=r"written by laplace_dist 0.1, which stored every symmetric.*: one\. Start"
+    ):
         partials.refuse_emptied({"one": emptied}, 1, key, "Start again with --fresh.")
     partials.refuse_emptied({"one": emptied}, 2, key, "")
     partials.refuse_emptied(manifest["arrays"], 1, key, "")

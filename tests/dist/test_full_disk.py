@@ -214,7 +214,10 @@ def test_a_run_in_a_read_only_directory_can_be_read_and_says_why_it_does_not_go_
                 SettingsError, match=r"--checkpoint '.*': cannot write .*Read-only file system.*may write"
             ):
                 call()
-    for path in [*url.rglob(".tmp-*"), *(path for path in url.glob("probe-*") if not path.suffix)]:  # what the stand-in could not clean up
+    for path in [
+        *url.rglob(".tmp-*"),
+        *(path for path in url.glob("probe-*") if not path.suffix),
+    ]:  # what the stand-in could not clean up
         path.unlink()
     assert {key: Checkpoint(str(url)).read(key) for key in Checkpoint(str(url)).list()} == kept
     assert not (tmp_path / "new").exists()

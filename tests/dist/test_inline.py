@@ -44,7 +44,9 @@ def test_threads_are_those_of_a_worker_while_a_task_runs_and_the_users_own_after
     assert seen == [2] and torch.get_num_threads() == 1
 
 
-@pytest.mark.parametrize(("error", "again"), [(OSError("the disk is gone"), True), (ValueError("no such class"), False)])
+@pytest.mark.parametrize(
+    ("error", "again"), [(OSError("the disk is gone"), True), (ValueError("no such class"), False)]
+)
 def test_an_error_is_sorted_as_it_is_for_a_worker_of_rays(tmp_path, error, again):
     class Broken(MapSegment):
         def run(self, context):

@@ -113,7 +113,9 @@ def test_a_harmed_partial_is_recomputed_alone_once_its_manifest_is_deleted(finis
     whole, expected = finished
     objects = [key for key in Checkpoint(str(whole)).list("partials/000001") if re.search("/(c|c/.*|zarr.json)$", key)]
     chunk = re.compile("/c(/|$)")  # and no attempt whose id begins with a c
-    leaves = [key for key in objects if chunk.search(key) or Checkpoint(str(whole)).exists(key.replace("zarr.json", "c/0"))]
+    leaves = [
+        key for key in objects if chunk.search(key) or Checkpoint(str(whole)).exists(key.replace("zarr.json", "c/0"))
+    ]
     assert len(leaves) > 1
     for number, key in enumerate(leaves):
         url = Path(shutil.copytree(whole, tmp_path / str(number)))
@@ -160,7 +162,9 @@ def test_exchanged_arrays_of_partials_are_noticed(run):
 
 def test_an_older_manifest_of_a_partial_leads_to_an_error_and_then_to_the_same_bytes(finished, run):
     old = (run / "partials/000001.json").read_bytes()
-    reopen(run, "partials/000001.json", "partials/000001", "posteriors", "parts", "window.json", "CURRENT.json", "tuning")
+    reopen(
+        run, "partials/000001.json", "partials/000001", "posteriors", "parts", "window.json", "CURRENT.json", "tuning"
+    )
     reopen(run, "evaluation")
     assert again(run) == ["000001"]
     (run / "partials/000001.json").write_bytes(old)

@@ -272,7 +272,9 @@ SHAPES = RuntimeError("mat1 and mat2 shapes cannot be multiplied (8x27 and 28x3)
 
 def test_an_error_that_two_tasks_share_stops_a_run_in_which_nothing_has_finished():
     pool = Script(raising(SHAPES, [f"task {i}" for i in range(50)]), size=4)
-    with pytest.raises(RunFailed, match=r"task \d: RuntimeError: mat1.*; \w+.* failed in the same way.*no use") as caught:
+    with pytest.raises(
+        RunFailed, match=r"task \d: RuntimeError: mat1.*; \w+.* failed in the same way.*no use"
+    ) as caught:
         run(pool, tasks(50))
     assert pool.attempts.total() == 2
     assert str(caught.value).count("\n") == 0
@@ -301,11 +303,15 @@ def test_an_error_of_the_code_stops_the_run_when_another_node_says_so_too(error)
 
 
 def test_an_error_of_the_code_on_one_node_alone_may_be_that_nodes():
-    pool = Script(lambda task, attempt: raising(ImportError("no x"), ["task 5"], ["a"])(task, 1) if attempt < 3 else None)
+    pool = Script(
+        lambda task, attempt: raising(ImportError("no x"), ["task 5"], ["a"])(task, 1) if attempt < 3 else None
+    )
     assert len(run(pool, tasks(40))) == 40
 
 
-@pytest.mark.parametrize("error", [torch.linalg.LinAlgError("eigh: did not converge"), NotImplementedError("no such op")])
+@pytest.mark.parametrize(
+    "error", [torch.linalg.LinAlgError("eigh: did not converge"), NotImplementedError("no such op")]
+)
 def test_an_error_of_the_numbers_stops_the_run_at_once(error):
     pool = Script(raising(error))
     with pytest.raises(RunFailed, match=f"^task 1: {type(error).__name__.lstrip('_')}: {error}"):

@@ -223,7 +223,9 @@ def test_an_altered_or_truncated_manifest_is_refused(store):
     good = store.read(key)
     for bad in (good[:-1], good[: len(good) // 2], b"", good.replace(b'"n_data": 8', b'"n_data": 9')):
         store.replace(key, bad)
-        with pytest.raises(CheckpointError, match=r"partials/000001.json is truncated or altered.*delete partials/000001.json"):
+        with pytest.raises(
+            CheckpointError, match=r"partials/000001.json is truncated or altered.*delete partials/000001.json"
+        ):
             read_manifest(store, PLAN, SEGMENT)
 
 

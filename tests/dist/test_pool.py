@@ -39,7 +39,9 @@ class FakeRay:
     """
 
     exceptions = SimpleNamespace(RayTaskError=type("Task", (Exception,), {}), RayError=Died)
-    util = SimpleNamespace(scheduling_strategies=SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: node))
+    util = SimpleNamespace(
+        scheduling_strategies=SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: node)
+    )
 
     def __init__(self, **cpus):
         self.cpus, self.used, self.silent = cpus, Counter(), set()
@@ -86,7 +88,9 @@ class FakeRay:
 
     def all_start(self):
         """Have every worker come to life."""
-        self.results |= {f"actor {i + 1} start": {} for i in range(self.actors) if f"actor {i + 1} start" not in self.results}
+        self.results |= {
+            f"actor {i + 1} start": {} for i in range(self.actors) if f"actor {i + 1} start" not in self.results
+        }
 
 
 @pytest.fixture

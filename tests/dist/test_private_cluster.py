@@ -46,14 +46,18 @@ def test_a_start_that_is_interrupted_leaves_nothing(mine):
     with signals.heeded():
         threading.Timer(0.3, os.kill, [os.getpid(), 15]).start()
         with pytest.raises(Interrupted):
-            with PrivateCluster({}, lambda text: None, [sys.executable, "-c", "import sys; sys.stdin.read()"]) as started:
+            with PrivateCluster(
+                {}, lambda text: None, [sys.executable, "-c", "import sys; sys.stdin.read()"]
+            ) as started:
                 started.address()
     assert mine() == []
 
 
 def test_the_process_of_a_cluster_ends_when_its_input_does_even_in_the_middle_of_its_start(tmp_path):
     """As when the driver is killed: Ray hangs here for good."""
-    (tmp_path / "ray.py").write_text(f"import pathlib, time; pathlib.Path({str(tmp_path / 'there')!r}).touch(); time.sleep(600)")
+    (tmp_path / "ray.py").write_text(
+        f"import pathlib, time; pathlib.Path({str(tmp_path / 'there')!r}).touch(); time.sleep(600)"
+    )
     import subprocess
 
     process = subprocess.Popen(

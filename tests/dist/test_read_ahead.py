@@ -48,8 +48,12 @@ def test_a_gpu_gets_its_batches_from_pinned_memory_without_waiting(tmp_path, mon
     asked, x = [], torch.zeros(1)
     contexts = {device: Context(dist_cases.config(tmp_path), device) for device in ("cuda", "cpu")}
     for device, context in contexts.items():
-        assert context._reader("train", fingerprint(dist_cases.blobs("train")))._options["pin_memory"] == (device == "cuda")
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **options: asked.append((str(device), options)) or self)
+        assert context._reader("train", fingerprint(dist_cases.blobs("train")))._options["pin_memory"] == (
+            device == "cuda"
+        )
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, device, **options: asked.append((str(device), options)) or self
+    )
     for context in contexts.values():
         to_device({"x": [x]}, context.device)
     assert asked == [(device, {"non_blocking": True}) for device in ("cuda", "cpu")]
@@ -147,13 +151,17 @@ def test_a_refusal_stays_one_on_its_way_from_a_process(reader):
 
 def test_a_batch_that_cannot_be_sent_is_refused_and_not_waited_for(reader):
     ahead = reader(Traced(), collate=Collate(path="loading_cases:join_to_lock"))
-    with pytest.raises(SettingsError, match=r"batch of examples 0 to 3 cannot be sent .*_thread.lock.*--loader-workers 0"):
+    with pytest.raises(
+        SettingsError, match=r"batch of examples 0 to 3 cannot be sent .*_thread.lock.*--loader-workers 0"
+    ):
         list(ahead.batches(0, 4))
 
 
 def test_a_process_that_dies_is_said_and_replaced(reader):
     ahead = reader(Traced(trap=9, what="dies"))
-    with pytest.raises(ExampleError, match=r"--loader-workers: a process that read ahead died .*examples from [048].*0 reads"):
+    with pytest.raises(
+        ExampleError, match=r"--loader-workers: a process that read ahead died .*examples from [048].*0 reads"
+    ):
         list(ahead.batches(0, 24))
     same(ahead.batches(12, 24), batches(Traced(), 12, 24, 4))
 

@@ -108,7 +108,10 @@ def shard_of_tuning(run, key):
 def joined(run, key):
     main, _, shard = key.removesuffix(".json").rpartition("/")
     split, _, id_ = shard.rpartition("-")
-    return {name: value.tolist() for name, value in evaluations.joined_scores(run, f"{main}.json", split, [id_], "map").items()}
+    return {
+        name: value.tolist()
+        for name, value in evaluations.joined_scores(run, f"{main}.json", split, [id_], "map").items()
+    }
 
 
 def version(run, key):

@@ -111,7 +111,9 @@ def test_a_part_of_partials_that_were_computed_again_is_summed_again(tmp_path):
     (task,) = reduce.part_tasks(store, plan, manifests)
     task.run(context)
     windows.commit_window(store, plan, manifests)
-    assert [key for key, _ in laplace_dist.verify(store.url).problems] == ["weights.safetensors"], "which are a stand-in"
+    assert [key for key, _ in laplace_dist.verify(store.url).problems] == ["weights.safetensors"], (
+        "which are a stand-in"
+    )
 
 
 class Collecting(CrashingStore):
@@ -175,7 +177,9 @@ def test_the_segment_of_a_large_network_costs_at_most_half_of_the_requests_that_
     assert len(spec["factors"]) == 150
     parts = plan_parts(spec, PART_ENTRIES)
     chunks = sum(-(-(part.stop - part.start) * 8 // arrays.CHUNK_BYTES) for part in parts)
-    requests = 2 * (chunks + len(parts)) + 2  # chunks and metadata, written and read back; the group's, and the manifest
+    requests = (
+        2 * (chunks + len(parts)) + 2
+    )  # chunks and metadata, written and read back; the group's, and the manifest
     assert requests <= 826 // 2
 
 

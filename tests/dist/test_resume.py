@@ -90,7 +90,9 @@ def test_a_newer_run_is_refused(store):
     values = open_json(store.read("plan.json"), "plan.json")
     store.replace("plan.json", seal_json({**values, "format_version": FORMAT_VERSION + 1}))
     for call in (start, read_plan):
-        with pytest.raises(SettingsError, match=rf"plan.json has format_version {FORMAT_VERSION + 1}.*reads up to {FORMAT_VERSION}"):
+        with pytest.raises(
+            SettingsError, match=rf"plan.json has format_version {FORMAT_VERSION + 1}.*reads up to {FORMAT_VERSION}"
+        ):
             call(store)
 
 
@@ -190,7 +192,14 @@ def test_tuning_and_evaluation_of_a_deleted_run_are_noted_not_refused(store):
     assert {f"{TUNING}.json", f"{EVALUATION}.json"} == {key for key, text in report.notes if "does not have" in text}
 
 
-TUNED = {"settings": {}, "shards": ["000000"], "prefix": "tuning/x", "arrays": {}, "sigma_noise": None, "log_marginal_likelihood": 0.0}
+TUNED = {
+    "settings": {},
+    "shards": ["000000"],
+    "prefix": "tuning/x",
+    "arrays": {},
+    "sigma_noise": None,
+    "log_marginal_likelihood": 0.0,
+}
 EVALUATED = {"settings": {}, "shards": {"test": ["000000"]}, "metrics": {}}
 
 
@@ -225,13 +234,23 @@ def fill(store):
     """Make a finished run, with a user's file beside it."""
     start(store)
     commit(store)
-    for key in (f"{VERSION}/a/x", f"{VERSION}.json", "CURRENT.json", f"{TUNING}.json", f"{EVALUATION}/test-000000.json"):
+    for key in (
+        f"{VERSION}/a/x",
+        f"{VERSION}.json",
+        "CURRENT.json",
+        f"{TUNING}.json",
+        f"{EVALUATION}/test-000000.json",
+    ):
         store.create(key, b"x")
     for key in USERS:
         store.create(key, b"mine")
 
 
-VERSION, TUNING, EVALUATION = (f"posteriors/{16 * 'a'}", f"tuning/{16 * 'a'}-{16 * 'b'}", f"evaluation/{16 * 'a'}-{16 * 'c'}")
+VERSION, TUNING, EVALUATION = (
+    f"posteriors/{16 * 'a'}",
+    f"tuning/{16 * 'a'}-{16 * 'b'}",
+    f"evaluation/{16 * 'a'}-{16 * 'c'}",
+)
 # What lies beside a run, as similar to it as it may be.
 USERS = ["evaluation/my_eval.py", "notes.txt", "partials/readme", "posteriors/mine/x", "tuning.json", "weights.pt"]
 
@@ -285,7 +304,9 @@ def test_what_a_job_of_a_deleted_run_leaves_at_that_moment_does_not_count(store)
     clear(store)
     for name, content in kept.items():
         store.create(name, content)
-    with pytest.raises(SettingsError, match="holds no run.*but the weights.safetensors of another one. Nothing was changed"):
+    with pytest.raises(
+        SettingsError, match="holds no run.*but the weights.safetensors of another one. Nothing was changed"
+    ):
         start(store, weights=dump_weights(nn.Linear(3, 2)))
     assert {name: store.read(name) for name in store.list()} == kept
     assert start(store, weights=dump_weights(model)) == (PLAN, False)

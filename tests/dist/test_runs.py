@@ -95,9 +95,7 @@ def test_factors_of_one_entry_are_summed_as_any_other(tmp_path, structure, subse
     )
     run(config)
     ours = load_posterior(str(tmp_path), dist_cases.tiny(name))
-    alone = Laplace(
-        dist_cases.tiny(name), "regression", subset_of_weights=subset, hessian_structure=structure
-    )
+    alone = Laplace(dist_cases.tiny(name), "regression", subset_of_weights=subset, hessian_structure=structure)
     alone.fit(DataLoader(dist_cases.tiny_data("train", name), batch_size=4))
     for factor, value in ours.sums.to_tensors().items():
         assert value.abs().max() > 0 and distance(value, alone.sums.to_tensors()[factor]) < 1e-10, factor
@@ -154,7 +152,6 @@ def test_the_sum_does_not_depend_on_where_it_is_cut(monkeypatch, tmp_path):
     assert len(list((tmp_path / "many" / "parts").glob("*.json"))) > 10
     assert all(torch.equal(many[name], one[name]) for name in one)
     assert laplace_dist.verify(str(tmp_path / "many")).ok
-
 
 
 # ------------------------------------------------------------------ tuning and evaluation

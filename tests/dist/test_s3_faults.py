@@ -133,7 +133,9 @@ def test_an_outage_longer_than_the_patience_names_the_object_and_the_same_comman
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "create", then_gone)
-        with pytest.raises(RunFailed, match=r"StorageError: .*run/partials/000001.* could not .*Run the same command") as e:
+        with pytest.raises(
+            RunFailed, match=r"StorageError: .*run/partials/000001.* could not .*Run the same command"
+        ) as e:
             recorded_run(config)
     assert_no_secret(server, {"message": str(e.value)})
     server.start()

@@ -315,7 +315,9 @@ def test_credentials_in_a_url_are_refused_in_python_too(call):
 def test_messages_are_scrubbed_of_every_form_of_an_option():
     """Also of a password inside an endpoint's URL, and of values in nested options."""
     options = {"client_kwargs": {"endpoint_url": "http://me:planted-pw@host:9000"}, "list": [{"x": "planted-x"}]}
-    text = object_store.scrub("could not reach http://me:planted-pw@host:9000/bucket via planted-pw or planted-x", options)
+    text = object_store.scrub(
+        "could not reach http://me:planted-pw@host:9000/bucket via planted-pw or planted-x", options
+    )
     assert "planted" not in text
 
 

@@ -127,7 +127,11 @@ def test_options_for_what_is_no_url_are_refused_and_not_repeated(tmp_path, capsy
     secret = PASSWORDS[name]
     torch.save(dist_cases.convnet().state_dict(), tmp_path / "w.pt")
     argv = ["--model=dist_cases:convnet", "--data=dist_cases:blobs", f"--weights={tmp_path / 'w.pt'}", "--skip-tune"]
-    argv += [f"--checkpoint={tmp_path / 'run'}", f'--{name}-storage-options={{"password": "{secret}"}}', "--skip-evaluate"]
+    argv += [
+        f"--checkpoint={tmp_path / 'run'}",
+        f'--{name}-storage-options={{"password": "{secret}"}}',
+        "--skip-evaluate",
+    ]
     assert cli.main("fit", argv) == 2
     said = capsys.readouterr().err
     assert f"--{name}-storage-options: given, but --{name} is " in said and "is no URL" in said

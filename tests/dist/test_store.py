@@ -302,18 +302,33 @@ def test_a_file_system_without_hard_links_is_said_to_be_that(local, monkeypatch,
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "link", link)
-    with pytest.raises(SettingsError, match=r"has no hard links, which commits need: use another directory or an object") as caught:
+    with pytest.raises(
+        SettingsError, match=r"has no hard links, which commits need: use another directory or an object"
+    ) as caught:
         local.check_writable()
     assert local.url in str(caught.value) and "cannot write" not in str(caught.value)
     assert os.listdir(local.url) == []
 
 
-AMBIGUOUS = ["s3://bucket/a//b", "s3://bucket//a", "s3://bucket/./a", "s3://bucket/a/..", "memory://a/../b", "s3://", "s3:///a"]
+AMBIGUOUS = [
+    "s3://bucket/a//b",
+    "s3://bucket//a",
+    "s3://bucket/./a",
+    "s3://bucket/a/..",
+    "memory://a/../b",
+    "s3://",
+    "s3:///a",
+]
 
 
 @pytest.mark.parametrize("url", [*AMBIGUOUS, "s3://bucket/run?versionId=3"])
 def test_a_url_that_names_no_one_place_is_refused(url):
-    calls = (Checkpoint, laplace_dist.verify, laplace_dist.status, lambda u: dist_cases.run_inline(dist_cases.config(u)))
+    calls = (
+        Checkpoint,
+        laplace_dist.verify,
+        laplace_dist.status,
+        lambda u: dist_cases.run_inline(dist_cases.config(u)),
+    )
     for call in calls:
         with pytest.raises(SettingsError, match="expected parts joined by single slashes") as caught:
             call(url)
@@ -326,7 +341,9 @@ def test_slashes_at_the_end_of_a_url_change_nothing():
     assert Checkpoint(url).read("k") == b"v"
 
 
-@pytest.mark.parametrize("spelling", ["{}//run", "{}/./run/.", "{}/run/../run", "{}/link/../run", "file://{}//run", "/{}/run"])
+@pytest.mark.parametrize(
+    "spelling", ["{}//run", "{}/./run/.", "{}/run/../run", "{}/link/../run", "file://{}//run", "/{}/run"]
+)
 def test_a_local_path_means_what_the_operating_system_takes_it_for(tmp_path, spelling):
     (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "deep")
@@ -622,7 +639,9 @@ def test_chunks_are_decoded_as_zarr_decodes_them(how):
     for shape, chunk in (((100, 3), (32, 3)), ((), ())):
         memory = {}
         value = np.random.default_rng(0).standard_normal(shape)
-        array = zarr.create_array(zarr.storage.MemoryStore(memory), shape=shape, chunks=chunk, dtype="f8", **codecs[how])
+        array = zarr.create_array(
+            zarr.storage.MemoryStore(memory), shape=shape, chunks=chunk, dtype="f8", **codecs[how]
+        )
         array[...] = value
         stored = {key: data.to_bytes() for key, data in memory.items()}
         opened = {"zarr.json": memory["zarr.json"]}

@@ -174,7 +174,11 @@ def test_an_attempt_committed_while_verifying_is_not_collected(run, monkeypatch)
 def test_a_job_that_finishes_while_verifying_raises_no_alarm(finished, tmp_path, monkeypatch):
     """Its posterior version, tuning, evaluation and pointers come after the listing, or the listing met half of them."""
     whole = Checkpoint(str(finished))
-    late = [key for key in whole.list() if key.split("/")[0] in ("parts", "window.json", "posteriors", "tuning", "evaluation", "CURRENT.json")]
+    late = [
+        key
+        for key in whole.list()
+        if key.split("/")[0] in ("parts", "window.json", "posteriors", "tuning", "evaluation", "CURRENT.json")
+    ]
     shards = [key for key in late if key.count("/") == 2 and key.endswith(".json")]
     modified = Checkpoint.modified
     for number, unlisted in enumerate((late, [k for k in late if k not in (CURRENT, METRICS)], [CURRENT], shards)):

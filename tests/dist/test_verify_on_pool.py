@@ -178,7 +178,9 @@ def test_data_are_compared_by_whoever_opens_them(run, monkeypatch, capsys):
     shown = []
     for more in ([], ["--ray-address=inline"]):
         assert verify_main([*flags, *more]) == 1
-        shown.append([line for line in capsys.readouterr().out.splitlines() if not line.startswith(("verify:", "inline:"))])
+        shown.append(
+            [line for line in capsys.readouterr().out.splitlines() if not line.startswith(("verify:", "inline:"))]
+        )
     assert shown[0] == shown[1] and "partials/000003.json" in shown[0][0]
 
 

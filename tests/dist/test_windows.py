@@ -42,7 +42,13 @@ def days(split: str, day: str, kind: str = "float32") -> TensorDataset:
 
 
 def config(checkpoint, day="monday", **changes):
-    given = {"data": "test_windows:days", "data_args": {"day": day}, "margin_nll": 10.0, "margin_ece": 1.0, "grid_size": 5}
+    given = {
+        "data": "test_windows:days",
+        "data_args": {"day": day},
+        "margin_nll": 10.0,
+        "margin_ece": 1.0,
+        "grid_size": 5,
+    }
     return dist_cases.config(checkpoint, **{**given, "skip_tune": False, "skip_evaluate": False, **changes})
 
 
@@ -130,7 +136,9 @@ def test_which_windows_count(run):
     store = Checkpoint(str(run))
     there = windows_of(store, read_plan(store))
     assert [w.name for w in there] == ["monday", "tuesday", "wednesday"]
-    chosen = {text: [(w.name, x) for w, x in choose(there, text, 0.5)] for text in ("all", "last:2", "wednesday,monday")}
+    chosen = {
+        text: [(w.name, x) for w, x in choose(there, text, 0.5)] for text in ("all", "last:2", "wednesday,monday")
+    }
     assert chosen == {
         "all": [("monday", 0.25), ("tuesday", 0.5), ("wednesday", 1.0)],
         "last:2": [("tuesday", 0.5), ("wednesday", 1.0)],
@@ -244,7 +252,9 @@ def test_a_version_that_is_not_the_sum_of_its_windows_is_named(run):
     entries = store.write_arrays(prefix, values, symmetric)
     manifest["factors"] = {name: {"prefix": prefix, "entry": entry} for name, entry in entries.items()}
     store.replace(key, seal_json(manifest))
-    assert key in {key for key, text in laplace_dist.verify(str(run)).problems if "not the weighted sum of its windows" in text}
+    assert key in {
+        key for key, text in laplace_dist.verify(str(run)).problems if "not the weighted sum of its windows" in text
+    }
 
 
 # ------------------------------------------------------------------ two jobs, and what dies
@@ -320,7 +330,10 @@ REFUSED = {
     "partly shared data": ({"window": "copy", "day": "tuesday+wednesday"}, "copy shares examples with window tuesday"),
     "other data under a name": ({"window": "tuesday"}, r"--window tuesday: it was begun with other data"),
     "no data": ({"day": "none"}, "--data"),
-    "unknown windows": ({"windows": "monday,sunday"}, "--windows: got 'monday,sunday', but the run has no window sunday"),
+    "unknown windows": (
+        {"windows": "monday,sunday"},
+        "--windows: got 'monday,sunday', but the run has no window sunday",
+    ),
     "nonsense": ({"windows": "last:0"}, "--windows: got 'last:0'"),
     "another backend": ({"backend": "curvlinops"}, "--backend: stored 'native', now 'curvlinops'"),
     "another batch size": ({"batch_size": 5}, "--batch-size: stored 4, now 5"),
@@ -370,14 +383,25 @@ def test_a_window_that_a_deleted_run_has_left_does_not_count(run):
 
 
 def test_the_command_line_says_what_was_decided_and_by_which_figure(run, capsys):
-    given = ["--checkpoint", str(run), "--ray-address", "inline", "--window", "wednesday", "--data-args", "{day: wednesday}"]
+    given = [
+        "--checkpoint",
+        str(run),
+        "--ray-address",
+        "inline",
+        "--window",
+        "wednesday",
+        "--data-args",
+        "{day: wednesday}",
+    ]
     given += ["--model", "dist_cases:convnet", "--data", "test_windows:days", "--batch-size=4", "--segment-size=8"]
     given += ["--gpus-per-worker=0", "--grid-size=5"]
     assert cli.recalibrate_main([*given, "--margin-nll=0", "--margin-ece=0", "--windows=wednesday"]) == 3
     assert capsys.readouterr().out.splitlines()[-1].startswith("kept the current posterior: ")
     assert cli.recalibrate_main([*given, "--margin-nll=10", "--margin-ece=1"]) == 0
     out = capsys.readouterr().out
-    assert out.splitlines()[-1].startswith("promoted: ") and all(name in out for name in ("MAP", "current", "candidate"))
+    assert out.splitlines()[-1].startswith("promoted: ") and all(
+        name in out for name in ("MAP", "current", "candidate")
+    )
     version = open_json(Checkpoint(str(run)).read(layout.CURRENT), layout.CURRENT)["history"][0]["version"]
     assert cli.recalibrate_main([*given, "--rollback", version]) == 0
     assert cli.recalibrate_main([*given, "--windows", "x"]) == 2

@@ -32,7 +32,9 @@ def worker(tmp_path, monkeypatch):
 
 def test_a_gpu_that_torch_cannot_use_is_refused(worker, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SettingsError, match="gpus_per_worker=1.0: Ray gave this worker a GPU, but torch cannot use one"):
+    with pytest.raises(
+        SettingsError, match="gpus_per_worker=1.0: Ray gave this worker a GPU, but torch cannot use one"
+    ):
         raise worker.start().outcome.rebuilt()
     assert not torch.are_deterministic_algorithms_enabled()
 
