@@ -22,7 +22,7 @@ from laplace.capture.attribution import check_attribution, picks_by_mask, picks_
 from laplace.capture.calls import Call, recorded, that_reach
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.fallback import per_example_jacobians
-from laplace.capture.rules import gradients_by_position, inputs_by_position
+from laplace.capture.rules import gradients_by_position, inputs_by_position, widths
 from laplace.linalg.precision import without_autocast
 
 
@@ -89,6 +89,9 @@ class Capture:
     def input_chunks(self, layer: str, elements: int) -> Iterator[Tensor]:
         """Inputs of a layer as :meth:`inputs`, in chunks of examples of about so many elements."""
         module, n = self.modules[layer], len(self.f)
+        if layer not in self.called:  # in this batch
+            yield self._blank(layer)[0]
+            return
         calls = [self._by_example(call) for call in self._calls if call.layer == layer]
         one = sum(inputs_by_position(module, value[:1].flatten(0, 1)).numel() for value in calls)
         for start, stop in ranges(n, one, elements):
@@ -118,7 +121,15 @@ class Capture:
             ``(batch, positions, out)`` by layer.
         """
         found = self.output_gradients(v)
-        return {layer: self.positions_of(layer, found) for layer in dict.fromkeys(call.layer for call, _ in found)}
+        return {
+            layer: self.positions_of(layer, found) if layer in self.called else self._blank(layer)[1]
+            for layer in self.modules
+        }
+
+    def _blank(self, layer: str) -> list[Tensor]:
+        """Inputs and output gradients of a layer that does not run in this batch."""
+        n = len(self.f)
+        return [torch.zeros(n, 1, w, dtype=self.dtype, device=self.f.device) for w in widths(self.modules[layer])]
 
     def positions_of(self, layer: str, gradients: list[tuple[Call, Tensor]]) -> Tensor:
         """One layer's output gradients over all its calls, ``(batch, positions, out)``."""

@@ -69,6 +69,18 @@ def gradients_by_position(module: nn.Module, g: Tensor) -> Tensor:
     return _by_position(module, g)
 
 
+def widths(module: nn.Module) -> tuple[int, int]:
+    """What :func:`inputs_by_position` and :func:`gradients_by_position` give per position."""
+    shape = module.weight.shape
+    if isinstance(module, nn.Embedding):
+        return 1, shape[1]
+    if is_transposed(module):
+        return shape[0], shape[1]
+    if is_outer(module) or _is_conv(module):
+        return shape[1:].numel() * getattr(module, "groups", 1), shape[0]
+    return shape.numel(), shape.numel()
+
+
 def _by_position(module: nn.Module, values: Tensor) -> Tensor:
     """Values shaped like the module's output as ``(batch, positions, out)``."""
     if isinstance(module, _CHANNELS_FIRST):

@@ -30,7 +30,7 @@ def dense(model, x, names):
     total = 0.0
     for i in range(len(x)):
         f = model(x[i : i + 1])[0]
-        rows = [torch.autograd.grad(value, params, retain_graph=True) for value in f]
+        rows = [torch.autograd.grad(v, params, retain_graph=True, allow_unused=True, materialize_grads=True) for v in f]
         j = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
         total = total + j.T @ naive.output_hessian(f.detach(), "classification") @ j
     return total
@@ -334,3 +334,20 @@ def test_logits_that_can_be_read_in_two_ways_are_said(shape, both):
         warnings.simplefilter("always")
         Laplace(model, "classification", "all", "diag").fit(batches(x, y))
     assert any("with the classes last" in str(warning.message) for warning in found) is both
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", "kron"])
+def test_a_layer_that_does_not_run_in_a_later_batch(structure):
+    def forward(m, x):
+        chosen = x[:, :1] > 0
+        h = x @ torch.ones(3, 4).to(x)
+        return m.head(torch.tanh(h + chosen * m.body(x) if chosen.any() else h))
+
+    model, (x, y) = Net(forward), data()
+    x[:, 0] = torch.tensor([1.0, 2.0, -1.0, -1.0, -2.0, -3.0])
+    la = Laplace(model, "classification", "all", structure)
+    la.fit(batches(x, y))
+    truth = dense(model, x, [n for n, _ in model.named_parameters()])
+    if structure != "kron":
+        assert relative(la.H, truth if structure == "full" else truth.diagonal()) < 1e-10
+    la(x[3:])
