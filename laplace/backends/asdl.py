@@ -36,6 +36,7 @@ class AsdlInterface(PerExampleInterface):
     @property
     def loss_type(self) -> str:
         """ASDL's name of the loss, ``'mse'`` or ``'cross_entropy'``."""
+        self._require_torch_loss(self.package)
         return asdl.LOSS_MSE if isinstance(self.lossfunc, nn.MSELoss) else asdl.LOSS_CROSS_ENTROPY
 
     @honours("mc_samples")

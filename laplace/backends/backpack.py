@@ -68,6 +68,16 @@ class BackPackGGN(BackPackInterface, GGNInterface):
     seed and the index of its first example, not to the example.
     """
 
+    def initialize(self, x: Any, structure: str) -> SumsSpec:
+        """Decide from one batch which parameter's curvature comes from where.
+
+        Raises:
+            ValueError: If Kronecker factors are asked for and BackPACK does not know the likelihood.
+        """
+        if structure == "kron":
+            self._require_torch_loss(self.package)
+        return super().initialize(x, structure)
+
     @honours("mc_samples")
     def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """Kronecker factors of one batch (KFLR, or KFAC if stochastic), their input side divided by ``N``.

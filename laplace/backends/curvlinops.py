@@ -19,7 +19,7 @@ from laplace.capture.capture import eval_mode
 from laplace.linalg.kronecker import Kron
 from laplace.noise import fixed_directions, fresh_seed
 from laplace.structures import lowrank
-from laplace.structures.sums import CurvatureSums
+from laplace.structures.sums import CurvatureSums, SumsSpec
 
 curvlinops = import_optional("curvlinops", "curvlinops-for-pytorch", "curvlinops")
 
@@ -29,6 +29,15 @@ class CurvlinopsInterface(CurvatureInterface):
 
     _kfac_type: str
     kfac_approx = "expand"
+
+    def initialize(self, x: Any, structure: str) -> SumsSpec:
+        """Decide from one batch which parameter's curvature comes from where.
+
+        Raises:
+            ValueError: If curvlinops does not know the likelihood.
+        """
+        self._require_torch_loss("curvlinops")
+        return super().initialize(x, structure)
 
     def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
         """Add one batch to raw sums in place; see :meth:`CurvatureInterface.accumulate`.
@@ -144,6 +153,7 @@ class CurvlinopsInterface(CurvatureInterface):
 
     def _outputs(self, x: Any) -> tuple[Tensor, nn.Module, Any]:
         """Outputs, and the module and inputs to differentiate: features and the last layer where that is all."""
+        self._require_torch_loss("curvlinops")
         with torch.no_grad(), eval_mode(self.model):
             if self.last_layer:
                 f, features = self.model.forward_with_features(x)

@@ -157,6 +157,14 @@ class CurvatureInterface:
         self.spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs, kept)
         return self.spec
 
+    def _require_torch_loss(self, package: str) -> None:
+        """Refuse a likelihood that is none of torch's losses that a package knows."""
+        if self.likelihood_object.torch_loss()[0] is None:
+            raise ValueError(
+                f"{package} knows the likelihoods 'classification' and 'regression' alone, not "
+                f"{self.likelihood_object.identity}. Use the native backend."
+            )
+
     def _initialize_kron(self, x: Tensor | MutableMapping[str, Any], package: str) -> None:
         """Initialise for Kronecker factors, and refuse parameters that the package behind this backend has none for."""
         if self.spec is None or self.spec.structure != "kron":

@@ -36,7 +36,7 @@ def likelihood_of(value: BaseLikelihood | Likelihood | str) -> BaseLikelihood:
 class NamedLikelihood:
     """The attribute ``likelihood``: set by word or object, read as the word where there is one, else as the object.
 
-    The object itself is the owner's ``likelihood_object``.
+    The object itself is the owner's ``likelihood_object``, a property where something follows from it.
     """
 
     def __get__(self, owner: Any, kind: type | None = None) -> Any:

@@ -30,7 +30,8 @@ def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
     for method in metrics:
         table.add_column({"map": "MAP", "laplace": "Laplace"}.get(method, method), justify="right")
     for name in metrics["map"]:
-        text, higher = NAMES.get(name, (name.replace("ood_auroc/", "OOD AUROC, "), True))
+        higher = True if name.startswith("ood_auroc/") else None  # of what a user's own likelihood counts, nobody knows
+        text, higher = NAMES.get(name, (name.replace("ood_auroc/", "OOD AUROC, "), higher))
         arrow = {True: " ↑", False: " ↓", None: ""}[higher]
         table.add_row(text + arrow, *(f"{metrics[method][name]:.4f}" for method in metrics))
     return table

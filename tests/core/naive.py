@@ -28,8 +28,13 @@ def jacobians(model, xs):
     return torch.stack([example_jacobian(model, x) for x in xs])
 
 
-def output_hessian(f, likelihood):
-    """Hessian of one example's negative log likelihood in its outputs ``(..., outputs)``, flattened to a square."""
+def output_hessian(f, likelihood, y=None):
+    """Hessian of one example's negative log likelihood in its outputs ``(..., outputs)``, flattened to a square.
+
+    A likelihood without a name is an object with ``hessian(f, y)`` and ``loss(f, y)`` for one example with one position.
+    """
+    if not isinstance(likelihood, str):
+        return likelihood.hessian(f, y)
     if likelihood == "regression":
         return torch.eye(f.numel(), dtype=f.dtype)
     blocks = []
@@ -41,6 +46,8 @@ def output_hessian(f, likelihood):
 
 def example_loss(f, y, likelihood):
     """Negative log likelihood of one example, summed over its positions, without the Gaussian's constant."""
+    if not isinstance(likelihood, str):
+        return likelihood.loss(f, y)
     if likelihood == "regression":
         return 0.5 * ((f - y) ** 2).sum()
     total = 0.0
@@ -71,7 +78,7 @@ def full(model, xs, ys, likelihood, estimator):
             total = total + torch.outer(g, g)
         else:
             j = example_jacobian(model, x)
-            total = total + j.T @ output_hessian(model(x[None])[0].detach(), likelihood) @ j
+            total = total + j.T @ output_hessian(model(x[None])[0].detach(), likelihood, y) @ j
     return total
 
 
@@ -125,7 +132,7 @@ def layer_factors(model, module, xs, ys, likelihood, estimator):
     left, right = 0.0, 0.0
     for x, y in zip(xs, ys, strict=True):
         a, g, gradient, f = layer_records(model, module, x, y, likelihood)
-        hessian = output_hessian(f, likelihood)
+        hessian = output_hessian(f, likelihood, y)
         for r in range(len(a)):
             right = right + torch.outer(a[r], a[r]) / len(a)
             if estimator == "ef":
