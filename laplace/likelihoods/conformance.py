@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import pickle
 
-import pytest
 import torch
 from torch import Tensor
+
+try:
+    import pytest
+except ImportError as error:
+    raise ImportError("The conformance suite needs pytest: pip install 'laplace-dist[test]'.") from error
 
 from laplace.enums import LinkApprox
 from laplace.likelihoods.base import BaseLikelihood
