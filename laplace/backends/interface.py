@@ -81,10 +81,6 @@ class CurvatureInterface:
         self.spec: SumsSpec | None = None
         self._offset = 0  # index in the data set of the first example of the batch that is being added
 
-    def _likelihood_changed(self) -> None:
-        loss, self.factor = self.likelihood_object.torch_loss()
-        self.lossfunc = self.likelihood_object.loss if loss is None else loss
-
     @property
     def likelihood_object(self) -> BaseLikelihood:
         """The likelihood of the training data; loss and factor follow it."""

@@ -93,6 +93,10 @@ class Bernoulli(BaseLikelihood):
         """Probabilities of yes."""
         return prediction[0].exp()
 
+    def log_public(self, prediction: Prediction) -> Tensor:
+        """Their logarithms, finite where probabilities underflow."""
+        return prediction[0]
+
     def check_scored(self, prediction: Prediction, y: Tensor, offset: int = 0) -> None:
         """Refuse targets that do not fit the probabilities."""
         self.check_shapes(prediction[0], y, offset)

@@ -36,8 +36,7 @@ def likelihood_of(value: BaseLikelihood | Likelihood | str) -> BaseLikelihood:
 class NamedLikelihood:
     """The attribute ``likelihood``: set by word or object, read as the word where there is one, else as the object.
 
-    The object itself is the owner's ``likelihood_object``. An owner that has made something of it is told of a new one by
-    ``_likelihood_changed``.
+    The object itself is the owner's ``likelihood_object``, a property where something follows from it.
     """
 
     def __get__(self, owner: Any, kind: type | None = None) -> Any:
@@ -51,4 +50,3 @@ class NamedLikelihood:
             ValueError: If it is no likelihood.
         """
         owner.likelihood_object = likelihood_of(value)
-        getattr(owner, "_likelihood_changed", lambda: None)()

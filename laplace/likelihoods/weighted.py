@@ -115,7 +115,7 @@ class WeightedCategorical(Categorical):
 
     def loss(self, f: Tensor, y: Tensor) -> Tensor:
         """Their sum, float64."""
-        return self.nll(f.double(), y).sum()
+        return BaseLikelihood.loss(self, f, y)
 
     def torch_loss(self) -> tuple[nn.Module | None, float]:
         """None: other packages' factors leave out the weights."""
@@ -159,6 +159,6 @@ class WeightedCategorical(Categorical):
         log_probs = log_probs.detach().double().reshape(y.shape)
         return {**found, "nll": -(y * log_probs).sum(-1), "brier": (log_probs.exp() - y).square().sum(-1)}
 
-    def tuning_loss(self, prediction: Prediction, y: Tensor) -> float:
+    def tuning_loss(self, prediction: Prediction, y: Tensor, sigma_noise: float = 1.0) -> float:
         """Summed negative log likelihood of the scores."""
         return BaseLikelihood.tuning_loss(self, prediction, y)

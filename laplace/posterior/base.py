@@ -155,6 +155,8 @@ class BaseLaplace:
         except ValueError:
             self._likelihood_object = before
             raise
+        if self._backend is not None:
+            self._backend.likelihood = value  # of whoever holds it; what it was made with may depend on the old one
         self._backend = None
 
     def _check_likelihood(self, value: BaseLikelihood) -> None:
