@@ -56,12 +56,12 @@ def warn_of_layout(f: Tensor) -> None:
 
 
 def check_inputs(x: Any) -> None:
-    """Refuse inputs in which examples cannot be told from inputs.
+    """Refuse inputs in which examples cannot be told from inputs; a list of strings has one for each example.
 
     Raises:
-        TypeError: If they are a tuple or list.
+        TypeError: If they are a tuple or list of anything else.
     """
-    if isinstance(x, (tuple, list)):
+    if isinstance(x, (tuple, list)) and not all(isinstance(item, str) for item in x):
         raise TypeError(
             f"A batch's inputs are a {type(x).__name__}. Models take one tensor or one dictionary of inputs: let the data "
             "loader give a dictionary of the tensors and their targets, and wrap the model in a module that unpacks it."
