@@ -57,7 +57,7 @@ def _check_runs(runs: list[str]) -> Iterator[str]:
     if len(installs) != 2 or not all("--constraint cluster/constraints.txt" in line for line in installs):
         yield "RUN: expected two calls of pip install, each with --constraint cluster/constraints.txt"
     parts = (
-        "useradd --create-home --uid 1000 laplace",
+        "useradd --create-home --home-dir /opt/laplace --uid 1000 laplace",
         "mkdir /opt/model && chown laplace .",
         "apt-get update && apt-get install --yes --no-install-recommends openssh-client rsync && rm -rf /var/lib/apt/lists/*",
         'case "$DEVICE" in cuda) ;; cpu)',

@@ -206,10 +206,10 @@ def _check_values(config: Mapping[str, Any]) -> Iterator[str]:
         if not re.fullmatch(r"--env=RAY_AUTH_MODE=token|--ulimit=nofile=\d+:\d+|--shm-size=\d+[gm]", str(option)):
             yield f"docker.run_options: {option!r} is not known here"
     if "~/.ray/auth_token" not in (config.get("file_mounts") or {}).values():
-        yield "file_mounts: the token is missing: /home/laplace/.ray/auth_token: ~/.ray/auth_token"
+        yield "file_mounts: the token is missing: /opt/laplace/.ray/auth_token: ~/.ray/auth_token"
     for remote, local in (config.get("file_mounts") or {}).items():
-        if local == "~/.ray/auth_token" and remote != "/home/laplace/.ray/auth_token":
-            yield f"file_mounts: Ray looks for the token in /home/laplace/.ray/auth_token, not {remote}"
+        if local == "~/.ray/auth_token" and remote != "/opt/laplace/.ray/auth_token":
+            yield f"file_mounts: Ray looks for the token in /opt/laplace/.ray/auth_token, not {remote}"
     for name in ("max_workers", "upscaling_speed", "idle_timeout_minutes"):
         if config.get(name, 0) < 0:
             yield f"{name}: expected at least 0"
