@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from laplace.likelihoods.categorical import Categorical
 from laplace_dist.config.settings import Config
 from laplace_dist.execution.failures import event_of
 from laplace_dist.execution.raised import Raised, outcome_of
@@ -134,7 +135,7 @@ class Worker(Context):
         assert factors(self.store, self.plan, version) == serial(kind_of(self.plan))
         value = torch.tensor([1.0 + kind_of(self.plan)])
         return SimpleNamespace(
-            prior_precision=value, likelihood="classification", log_marginal_likelihood=lambda: torch.tensor(2.0)
+            prior_precision=value, likelihood_object=Categorical(), log_marginal_likelihood=lambda: torch.tensor(2.0)
         )
 
 
