@@ -118,6 +118,10 @@ class Bernoulli(BaseLikelihood):
         """Probability of the likelier answer to every label."""
         return torch.maximum(*prediction).detach().double().exp().flatten()
 
+    def monitored(self, prediction: Prediction, y: Tensor | None = None, sigma_noise: float = 1.0) -> dict[str, Tensor]:
+        """The entropy of every label."""
+        return {"entropy": sum(torch.special.entr(part.detach().double().exp()).flatten() for part in prediction)}
+
     def summarize(
         self, scores: Mapping[str, Tensor], ood_confidence: Mapping[str, Tensor] | None = None
     ) -> dict[str, float]:
