@@ -166,6 +166,13 @@ class RecalibrationJob(Job):
         self._left_out = [name for name in self._left_out if name not in chosen]
         return terms_of(choose(there, ",".join(chosen), self.config.decay))
 
+    def combine(self, terms: Sequence[Term]) -> str:
+        """Commit the posterior version that windows make; one that was never current and lost its arrays is made again."""
+        version, history = versions.version_of(terms), pointer.history_of(open_json(self._before, layout.CURRENT))
+        if all(entry["version"] != version for entry in history):
+            versions.discard_torn(self.store, self.plan, version)
+        return super().combine(terms)
+
     def decided(self, name: str, terms: Sequence[Term]) -> dict[str, Any] | None:
         """Return what was found before, if the same was asked then and the current posterior is still what that left."""
         found = recalibrations.read_decision(self.store, self.plan, name)
