@@ -147,15 +147,27 @@ def test_a_rollback_at_any_moment_is_refused_or_leaves_a_whole_posterior(before,
     assert outcomes == {"rolled back", "refused", "promoted", "lost"}
 
 
-def test_what_a_collection_marks_cannot_be_promoted_by_a_job_that_stood_still(before):
-    """It read what is current before, and its candidate is among what was deleted."""
+def test_a_job_that_stood_still_cannot_promote_what_was_collected_meanwhile(before):
+    """Its candidate was never current, so that the history has nothing to say of it."""
     objects = copied(before)
     store = Memory(objects)
+    assert recalibrate(store, "w004", better=False, keep=9, chosen="all") == "kept"
     plan, content = ownership.read_plan(store), store.read(layout.CURRENT)
-    candidate = pointer.history_of(pointer.read_current(store))[1]
-    assert recalibrate(store, "w004", better=False, keep=1, chosen="last:2") == "kept"
-    assert not pointer.promote(store, plan, content, candidate["version"], candidate["tuning"], "late")
+    (candidate,) = {k.split("/")[1][:16] for k in kinds(objects) - kinds(before) if k.startswith("posteriors")}
+    assert recalibrate(store, "w005", better=False, keep=9, chosen="all") == "kept"
+    assert not store.exists(layout.version_key(candidate))
+    assert not pointer.promote(store, plan, content, candidate, None, "late")
     read_all(objects)
+
+
+def test_a_version_whose_arrays_another_job_has_collected_is_made_again(before, undisturbed):
+    """A job that stood still commits the manifest when its arrays are gone already; the next one is not stuck there."""
+    objects = copied(before)
+    assert recalibrate(Memory(objects), "w004", better=False, keep=9) == "kept"
+    (candidate,) = {k.split("/")[1][:16] for k in kinds(objects) - kinds(before) if k.startswith("posteriors")}
+    Memory(objects).delete_tree(f"posteriors/{candidate}")
+    assert recalibrate(Memory(objects), "w004", keep=9) == "promoted"
+    assert read_all(objects)[-1]["version"] == candidate
 
 
 def test_a_year_of_daily_windows_keeps_storage_bounded():
@@ -306,7 +318,7 @@ class Schedules(RuleBasedStateMachine):
 
 def test_any_order_of_everything_leaves_one_current_version_that_the_history_names():
     chosen = settings(
-        max_examples=150,
+        max_examples=60,
         stateful_step_count=10,
         deadline=None,
         database=None,
