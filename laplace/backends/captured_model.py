@@ -16,7 +16,7 @@ from laplace.capture.contractions import require_jacobians
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.capture.last_layer import LastLayerCapture, last_layer_sources
-from laplace.capture.soundness import check_function, check_inputs, check_parameters, warn_of_layout
+from laplace.capture.soundness import check_function, check_inputs, check_parameters
 from laplace.capture.verify import find_layers
 from laplace.data.batches import is_divisible, length_of, part_of
 from laplace.data.mistakes import check_outputs
@@ -119,8 +119,7 @@ class CapturedModel:
             with torch.no_grad():
                 f = self.model(x)
         check_outputs(x, f)
-        if self.likelihood is Likelihood.CLASSIFICATION:
-            warn_of_layout(f)
+        self.likelihood_object.warn_of_outputs(f)
         n_outputs = self.likelihood_object.count_outputs(f)
         self.spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs, kept)
         warn_of_diagonal_blocks(self.spec, self.model.model if self.last_layer else self.model)

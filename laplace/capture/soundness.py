@@ -7,7 +7,6 @@ none of its own for any of them. Neither shows in the numbers, so a few examples
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,17 +41,6 @@ def tensor_output(output: Any) -> Tensor:
             ".unsqueeze(-1), and give regression targets of shape (batch, 1)."
         )
     return output
-
-
-def warn_of_layout(f: Tensor) -> None:
-    """Say so where logits may be read with the classes last, as they are here, or second, as torch's losses do."""
-    if f.ndim > 2 and f.shape[1:-1] == f.shape[2:]:
-        warnings.warn(
-            f"Logits of shape {tuple(f.shape)} are read as (batch, …, classes), with the classes last; read as "
-            "(batch, classes, …), they would fit the targets as well. If the model's classes are the second dimension, end "
-            "its forward with .movedim(1, -1).",
-            stacklevel=4,
-        )
 
 
 def check_inputs(x: Any) -> None:
