@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from laplace.data.batches import is_divisible, length_of, part_of
 from laplace.data.mistakes import check_outputs
@@ -60,8 +61,15 @@ def check_parameters(model: nn.Module) -> None:
     """Refuse parameters over which there is no real Gaussian.
 
     Raises:
-        ValueError: If one is complex; names it.
+        ValueError: If one is complex, or of a lazy module that has not run; names it.
     """
+    lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
+    if lazy:
+        owner = lazy[0].rpartition(".")[0]
+        raise ValueError(
+            f"Parameters {lazy} have no values yet, since {_named(owner, model)} takes its shape from its first input. Run "
+            "one forward pass, model(x), and train the model before the posterior is made."
+        )
     found = [name for name, p in model.named_parameters() if p.is_complex() and p.requires_grad]
     if found:
         raise ValueError(
