@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.core.families import OUTPUTS, TOLERANCE, TORCHVISION, compare, prepared, small  # noqa: E402
 
-SIZES = (32, 64, 128, 224)
+SIZES = (32, 64, 128, 224, 256)
 
 
 def smallest(family: str, largest: int) -> str | None:
