@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace.linalg.precision import widened
 from laplace.predictive import prediction
 from laplace_dist.config.compatibility import link_approx
 from laplace_dist.config.likelihood import likelihood_of
@@ -141,7 +142,7 @@ def _batch_scores(context: Any, la: Any, x: Any, y: Tensor, offset: int, split: 
         diagonal_output=likelihood.predicts_outputs,
         generator=generator,
     )
-    for method, found in (("map", likelihood.at(context.model(x))), ("laplace", laplace)):
+    for method, found in (("map", likelihood.at(widened(context.model(x)))), ("laplace", laplace)):
         if split == "test":
             scores = likelihood.scores(found, y, float(la.sigma_noise))
         else:
