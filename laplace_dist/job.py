@@ -286,7 +286,7 @@ class Job:
         """Score MAP and Laplace on the test and out-of-distribution splits and return the key of the evaluation."""
         config = self.config
         compatibility.check_predictive(config)
-        splits = self._splits("test", *compatibility.ood(config))
+        splits = self._splits(*compatibility.evaluated(config))
         found = {name: opening.fingerprint(config, split, name) for name, split in splits.items()}
         chosen = evaluate.settings(config, tuning, found, self.device_type)
         key = layout.evaluation_key(version, chosen)

@@ -68,6 +68,8 @@ def _parser(defaults: Mapping[str, Any]) -> argparse.ArgumentParser:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         elif name == "ood":
             parser.add_argument(flag, nargs="*", metavar="SPLIT", help=text)
+        elif name == "gate":
+            parser.add_argument(flag, action="append", metavar="THRESHOLD", help=text)
         else:
             parser.add_argument(flag, metavar=name.upper(), help=text)
     return parser

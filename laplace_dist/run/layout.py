@@ -12,6 +12,7 @@ from laplace_dist.plan.digests import digest
 from laplace_dist.run.schemas import (
     CurrentFields,
     DecompositionFields,
+    DriftFields,
     EvaluationFields,
     EvaluationShardFields,
     LeaseFields,
@@ -44,6 +45,7 @@ CLEARED = (
 PROBE = re.compile(r"probe-[0-9a-f]{16}\.safetensors")
 METRICS = "evaluation/metrics.json"
 RECALIBRATION_LEASE = "recalibration/lease.json"
+DRIFT = "recalibration/drift.json"
 LOSS = "loss"  # in 0.1 an array beside the factors
 WINDOW = "window.json"
 WINDOW_NAME = (
@@ -120,7 +122,7 @@ ATTEMPT = re.compile(
 _DIGEST = r"[0-9a-f]{16}"
 _OF_A_WINDOW = r"plan\.json|window\.json|partials/\d{6,}(\.json|/.+)|parts/\d{5,}(\.json|/.+)|probe-[0-9a-f]{32}"
 _OWNED = re.compile(
-    rf"CURRENT\.json|recalibration/(lease|{WINDOW_NAME}/decision)\.json|config\.yaml|weights\.safetensors|{PROBE.pattern}|evaluation/metrics\.json|jobs/[0-9a-f]{{32}}\.json"
+    rf"CURRENT\.json|recalibration/(lease|drift|{WINDOW_NAME}/decision)\.json|config\.yaml|weights\.safetensors|{PROBE.pattern}|evaluation/metrics\.json|jobs/[0-9a-f]{{32}}\.json"
     rf"|({WINDOWS}/{WINDOW_NAME}/)?({_OF_A_WINDOW})"
     rf"|posteriors/{_DIGEST}(\.json|/.+)|decompositions/{_DIGEST}/\d{{5,}}(\.json|/.+)"
     rf"|(tuning|evaluation)/{_DIGEST}-{_DIGEST}(\.json|/.+)"
@@ -137,6 +139,7 @@ _KINDS: dict[str, type[Strict]] = {
     r"CURRENT\.json": CurrentFields,
     r"jobs/[^/]+\.json": LeaseFields,
     r"recalibration/lease\.json": RecalibrationLeaseFields,
+    r"recalibration/drift\.json": DriftFields,
     r"recalibration/[^/]+/decision\.json": RecalibrationFields,
     r"partials/[^/]+\.json": PartialFields,
     r"parts/[^/]+\.json": PartFields,
@@ -202,6 +205,8 @@ def remedy(key: str) -> str:
         return f"Restore it from a copy, or delete {manifest} and run the same command again: it decomposes that factor anew."
     if parts[0] in ("tuning", "evaluation") and len(parts) > 1:
         return f"Restore it from a copy, or delete everything under {parts[0]}/ and run the same command again."
+    if key == DRIFT:
+        return "Restore it from a copy, or delete it: the watch for drift then begins anew."
     if key == WINDOW:
         return "Restore it from a copy, or delete it and run the same command again: it puts the parts together anew."
     return "Restore it from a copy, or start again with --fresh."
