@@ -18,6 +18,7 @@ from laplace.enums import LinkApprox, PredType, parse
 from laplace.fitted import Fitted
 from laplace.likelihoods.base import BaseLikelihood, Prediction
 from laplace.likelihoods.links import output_samples
+from laplace.linalg.precision import widened
 from laplace.noise import check_samples
 
 
@@ -90,7 +91,7 @@ def prediction(
 ) -> Prediction:
     """The predictive as a likelihood keeps it, for its scores; arguments as of :func:`predict`."""
     if PredType(pred_type) is PredType.NN:
-        return law.of_networks(sampled_outputs(la, x, n_samples, generator))
+        return law.of_networks(widened(sampled_outputs(la, x, n_samples, generator)))
     link_approx = LinkApprox(link_approx)
     f, variance = glm_distribution(la, x, diagonal_output or law.diagonal_suffices(link_approx))
     return law.integrate(f, variance, link_approx, n_samples, generator)

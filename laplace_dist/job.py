@@ -18,6 +18,7 @@ from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import plan_shards
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import (
+    decompositions,
     evaluations,
     layout,
     lifecycle,
@@ -31,7 +32,7 @@ from laplace_dist.run import (
 )
 from laplace_dist.run.checkpoint import open_json, open_store
 from laplace_dist.run.combination import Term, Window, alone
-from laplace_dist.stages import evaluate, map, opening, reduce, tune
+from laplace_dist.stages import decompose, evaluate, map, opening, reduce, tune
 from laplace_dist.storage.store import Store
 
 
@@ -236,6 +237,12 @@ class Job:
         pointer.write_current(self.store, self.plan, version, key)
         return key
 
+    def decompose(self, version: str) -> None:
+        """Commit the eigendecompositions of a version's large factors that are not there yet."""
+        if names := decompositions.missing(self.store, self.plan, version):
+            tasks = decompose.tasks(self.plan, version, names)
+            self._run(tasks, Progress("decompose", "groups of factors", len(tasks)), alike=False)
+
     def choose_prior(self, version: str) -> str:
         """Tune the prior precision of a posterior version and return the key of the tuning."""
         config = self.config
@@ -248,6 +255,7 @@ class Job:
         if not ownership.has(self.store, self.plan, key):
             common = self.plan.digest, version, key, chosen
             if grid:
+                self.decompose(version)
                 shards = plan_shards(len(splits["val"]), config.batch_size)
                 tasks, done = tune.shard_tasks(self.store, self.plan, *common[1:], shards)
                 self._run(tasks, Progress("tune", "shards", len(shards), done))
@@ -284,6 +292,8 @@ class Job:
         key = layout.evaluation_key(version, chosen)
         if not ownership.has(self.store, self.plan, key):
             shards = [(name, s) for name, split in splits.items() for s in plan_shards(len(split), config.batch_size)]
+            if self.plan.spec["structure"] == "kron":  # a dense precision has a root that costs less
+                self.decompose(version)
             tasks, done = evaluate.shard_tasks(self.store, self.plan, version, tuning, key, found, shards)
             self._run(tasks, Progress("evaluate", "shards", len(shards), done))
             ids = {name: [s.id for other, s in shards if other == name] for name in splits}

@@ -7,7 +7,6 @@ none of its own for any of them. Neither shows in the numbers, so a few examples
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace.capture.admission import named
+from laplace.capture.calls import is_batched
 from laplace.data.batches import is_divisible, length_of, part_of
 from laplace.data.mistakes import check_outputs
 from laplace.noise import fixed_directions
@@ -39,20 +40,9 @@ def tensor_output(output: Any) -> Tensor:
     if output.ndim < 2:
         raise ValueError(
             f"The model's output has shape {tuple(output.shape)}, but has to be (batch, outputs): end its forward with "
-            ".unsqueeze(-1), and give regression targets of shape (batch, 1)."
+            ".unsqueeze(-1), and give regression targets of shape (batch, 1); binary labels of a Bernoulli may stay (batch,)."
         )
     return output
-
-
-def warn_of_layout(f: Tensor) -> None:
-    """Say so where logits may be read with the classes last, as they are here, or second, as torch's losses do."""
-    if f.ndim > 2 and f.shape[1:-1] == f.shape[2:]:
-        warnings.warn(
-            f"Logits of shape {tuple(f.shape)} are read as (batch, …, classes), with the classes last; read as "
-            "(batch, classes, …), they would fit the targets as well. If the model's classes are the second dimension, end "
-            "its forward with .movedim(1, -1).",
-            stacklevel=4,
-        )
 
 
 def check_inputs(x: Any) -> None:
@@ -65,20 +55,6 @@ def check_inputs(x: Any) -> None:
         raise TypeError(
             f"A batch's inputs are a {type(x).__name__}. Models take one tensor or one dictionary of inputs: let the data "
             "loader give a dictionary of the tensors and their targets, and wrap the model in a module that unpacks it."
-        )
-
-
-def check_parameters(model: nn.Module) -> None:
-    """Refuse parameters over which there is no real Gaussian.
-
-    Raises:
-        ValueError: If one is complex; names it.
-    """
-    found = [name for name, p in model.named_parameters() if p.is_complex() and p.requires_grad]
-    if found:
-        raise ValueError(
-            f"Parameters {found} are complex; Laplace approximations are over real ones. Store the real and imaginary parts "
-            "as a real parameter (torch.view_as_complex(weight)), or set requires_grad=False."
         )
 
 
@@ -140,11 +116,11 @@ def _check(batch: Record, other: Record, i: int | None, model: nn.Module) -> Non
         if i is not None:
             a, f = _row(a, i), _row(f, i)
         if a is not None and f is not None and _same(a, b, tolerance) and not _same(f, g, tolerance, a):
-            raise (_random if i is None else _coupled)(_named(name, model))
+            raise (_random if i is None else _coupled)(named(name, model))
     if i is None and not _same(batch[-1][2], other[-1][2], tolerance):
-        raise _random(_named("", model))
+        raise _random(named("", model))
     if i is not None and not _same(_row(batch[-1][2], i), other[-1][2], tolerance):
-        raise _coupled(_named("", model))
+        raise _coupled(named("", model))
 
 
 def _random(module: str) -> ValueError:
@@ -177,7 +153,7 @@ def run(model: nn.Module, x: Any, of: str = "the first batch") -> Any:
         try:
             return model(x)
         except (RuntimeError, ValueError):
-            where = _named(running[-1], model) if running else _named("", model)
+            where = named(running[-1], model) if running else named("", model)
     raise ValueError(f"The model's forward pass of {of} fails in {where}: {failed}") from failed
 
 
@@ -193,11 +169,6 @@ def _entered(model: nn.Module, running: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _named(name: str, model: nn.Module) -> str:
-    kind = type(model.get_submodule(name)).__name__
-    return f"module {name!r} ({kind})" if name else f"the model ({kind})"
 
 
 def _recorded(model: nn.Module, x: Any) -> Record:
@@ -219,7 +190,7 @@ def _recorded(model: nn.Module, x: Any) -> Record:
 
 def _first(value: Any) -> Tensor | None:
     value = value[0] if isinstance(value, tuple) and value else value
-    return value.clone() if isinstance(value, Tensor) else None
+    return value.clone() if isinstance(value, Tensor) and not is_batched(value) else None
 
 
 def _row(value: Tensor | None, i: int) -> Tensor | None:

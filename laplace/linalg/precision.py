@@ -14,6 +14,11 @@ def double(values: Tensor) -> Tensor:
     return values.cpu().double() if values.device.type == "mps" else values.double()
 
 
+def widened(values: Tensor) -> Tensor:
+    """The tensor in float32 at least: of outputs with two digits, logarithms and scores would have no more."""
+    return values.float() if torch.finfo(values.dtype).bits < 32 else values
+
+
 @contextmanager
 def without_autocast() -> Iterator[None]:
     """Switch autocast off inside the block, or the function that this decorates: it would round sums to 8 bits."""

@@ -30,6 +30,11 @@ def check_predictive(config: Config) -> None:
         )
     if config.device == "cuda" and config.gpus_per_worker == 0:
         raise SettingsError("--gpus-per-worker: got 0 with --device cuda; leave one of them out")
+    if config.precision == "bf16" and config.backend != "native":
+        raise SettingsError(
+            f"--precision: got 'bf16' with --backend {config.backend}, whose package would round its sums of products to "
+            "two digits too; expected --backend native, float32 or tf32"
+        )
     likelihood = likelihood_of(config.likelihood)
     if config.pred_type == "nn" and not likelihood.predicts_outputs and config.link_approx != "mc":
         raise SettingsError(

@@ -85,8 +85,9 @@ class Config(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where workers compute; auto is cuda where the cluster has GPUs when the run begins"
     )
-    precision: Literal["float32", "tf32"] = Field(
-        "float32", description="of products in float32 on GPUs: tf32 is faster and has three digits"
+    precision: Literal["float32", "tf32", "bf16"] = Field(
+        "float32",
+        description="of forward and backward passes: tf32 has three digits on GPUs, bf16 (autocast) two; sums are float64",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of everything that is sampled")
     tune_method: Literal["marglik", "gridsearch"] | None = Field(

@@ -15,7 +15,7 @@ import torch
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError
 from laplace_dist.execution.failures import event_of
-from laplace_dist.execution.kernels import deterministic_kernels, precision
+from laplace_dist.execution.kernels import deterministic_kernels, passes, precision
 from laplace_dist.execution.raised import Raised, outcome_of
 from laplace_dist.execution.tasks import Event, Task
 from laplace_dist.execution.timeouts import Limit
@@ -106,7 +106,8 @@ def _computing_as_a_worker(config: Config, device: torch.device) -> Iterator[Non
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads_per_worker)
     try:
-        with precision(config.precision), deterministic_kernels() if device.type == "cuda" else nullcontext():
+        kernels = deterministic_kernels() if device.type == "cuda" else nullcontext()
+        with precision(config.precision), passes(config.precision, device.type), kernels:
             yield
     finally:
         torch.set_num_threads(threads)

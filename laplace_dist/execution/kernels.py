@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -39,7 +39,7 @@ def use_precision(wanted: str) -> None:
     Left alone, convolutions on GPUs use TF32 with its three digits, which no float64 sum mends afterwards.
 
     Args:
-        wanted: `float32` or `tf32`.
+        wanted: `float32`, `tf32`, or `bf16`, which leaves them alone.
     """
     torch.set_float32_matmul_precision("high" if wanted == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = wanted == "tf32"
@@ -55,3 +55,15 @@ def precision(wanted: str) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = cudnn
+
+
+def passes(wanted: str, device_type: str) -> AbstractContextManager[None]:
+    """Run forward passes, and so what is differentiated in them, in the precision that `--precision` names.
+
+    In bfloat16 torch's autocast decides which operations round, as in training with it; weights, and whatever the core
+    library computes from captured inputs and gradients, stay as they are. Rounded weights are not kept: autocast would
+    use them on after weights were loaded into the same tensors. Autocast is a matter of the thread.
+    """
+    if wanted != "bf16":
+        return nullcontext()
+    return torch.autocast(device_type, torch.bfloat16, cache_enabled=False)

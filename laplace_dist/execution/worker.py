@@ -13,7 +13,7 @@ import torch
 
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError
-from laplace_dist.execution.kernels import use_deterministic_kernels, use_precision
+from laplace_dist.execution.kernels import passes, use_deterministic_kernels, use_precision
 from laplace_dist.execution.raised import Raised, outcome_of
 from laplace_dist.execution.tasks import Answer, Task
 from laplace_dist.stages.context import Context
@@ -45,7 +45,8 @@ class Worker:
 
     def run(self, task: Task) -> Answer:
         """Carry out a task; if it gives a call that commits, that goes on beside the next one, unless the one before failed."""
-        outcome = outcome_of(lambda: self._context.begin(task))
+        with passes(self._config.precision, "cuda" if self._gpu else "cpu"):
+            outcome = outcome_of(lambda: self._context.begin(task))
         before = self._wait()
         if not callable(outcome):
             return Answer(outcome, before)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from laplace_dist.plan.digests import digest
 from laplace_dist.run.schemas import (
     CurrentFields,
+    DecompositionFields,
     DriftFields,
     EvaluationFields,
     EvaluationShardFields,
@@ -33,6 +34,7 @@ CLEARED = (
     "recalibration/",
     "evaluation/",
     "tuning/",
+    "decompositions/",
     "posteriors/",
     "windows/",
     "window.json",
@@ -82,6 +84,11 @@ def version_key(version: str) -> str:
     return f"posteriors/{version}.json"
 
 
+def decomposition_key(version: str, factor: str) -> str:
+    """Return the key of the manifest of a factor's eigendecomposition; the factor is given by its number in the plan."""
+    return f"decompositions/{version}/{factor}.json"
+
+
 def tuning_key(version: str, chosen: Mapping[str, Any]) -> str:
     """Return the key of the manifest of a tuning."""
     return f"tuning/{version}-{digest(chosen)}.json"
@@ -103,10 +110,13 @@ def evaluation_shard_key(key: str, split: str, shard: str) -> str:
 
 
 MANIFEST = re.compile(
-    r"(?:partials|parts|posteriors|tuning|evaluation)/[^/]+\.json|window\.json|(?:tuning|evaluation)/[^/]+/[^/]+\.json"
+    r"(?:partials|parts|posteriors|tuning|evaluation)/[^/]+\.json|window\.json"
+    r"|(?:tuning|evaluation|decompositions)/[^/]+/[^/]+\.json"
 )
 # Attempt directories, and the temporary files of a crashed commit: only these are ever collected.
-ATTEMPT = re.compile(r"((?:partials|parts|posteriors|tuning)/[^/]+/[^/]+|evaluation/[^/]+/[^/]+/[^/]+)/.+")
+ATTEMPT = re.compile(
+    r"((?:partials|parts|posteriors|tuning)/[^/]+/[^/]+|(?:evaluation|decompositions)/[^/]+/[^/]+/[^/]+)/.+"
+)
 
 
 _DIGEST = r"[0-9a-f]{16}"
@@ -114,7 +124,8 @@ _OF_A_WINDOW = r"plan\.json|window\.json|partials/\d{6,}(\.json|/.+)|parts/\d{5,
 _OWNED = re.compile(
     rf"CURRENT\.json|recalibration/(lease|drift|{WINDOW_NAME}/decision)\.json|config\.yaml|weights\.safetensors|{PROBE.pattern}|evaluation/metrics\.json|jobs/[0-9a-f]{{32}}\.json"
     rf"|({WINDOWS}/{WINDOW_NAME}/)?({_OF_A_WINDOW})"
-    rf"|posteriors/{_DIGEST}(\.json|/.+)|(tuning|evaluation)/{_DIGEST}-{_DIGEST}(\.json|/.+)"
+    rf"|posteriors/{_DIGEST}(\.json|/.+)|decompositions/{_DIGEST}/\d{{5,}}(\.json|/.+)"
+    rf"|(tuning|evaluation)/{_DIGEST}-{_DIGEST}(\.json|/.+)"
 )
 
 
@@ -134,6 +145,7 @@ _KINDS: dict[str, type[Strict]] = {
     r"parts/[^/]+\.json": PartFields,
     r"window\.json": WindowFields,
     r"posteriors/[^/]+\.json": VersionFields,
+    r"decompositions/[^/]+/[^/]+\.json": DecompositionFields,
     r"tuning/[^/]+\.json": TuningFields,
     r"tuning/[^/]+/[^/]+\.json": TuningShardFields,
     r"evaluation/[^/]+\.json": EvaluationFields,
@@ -188,6 +200,9 @@ def remedy(key: str) -> str:
             f" and {WINDOW}" if parts[0] == "parts" else ""
         )
         return f"Restore it from a copy, or delete {manifest} and run the same command again: {does[parts[0]]}."
+    if parts[0] == "decompositions" and len(parts) > 2:
+        manifest = "/".join(parts[:2] + [f"{parts[2].removesuffix('.json')}.json"])
+        return f"Restore it from a copy, or delete {manifest} and run the same command again: it decomposes that factor anew."
     if parts[0] in ("tuning", "evaluation") and len(parts) > 1:
         return f"Restore it from a copy, or delete everything under {parts[0]}/ and run the same command again."
     if key == DRIFT:

@@ -15,13 +15,14 @@ from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.data.calling import adapted
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan
+from laplace_dist.run import decompositions
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.layout import LOSS, PLAN
 from laplace_dist.run.lifecycle import check_model
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.pointer import history_of, read_current
 from laplace_dist.run.tunings import apply_tuning
-from laplace_dist.run.versions import read_loss, read_version
+from laplace_dist.run.versions import read_factor, read_loss, read_version
 from laplace_dist.run.weights import load_run_weights, weights_digest
 from laplace_dist.storage.store import Store
 
@@ -105,13 +106,11 @@ def build(store: Store, plan: Plan, model: nn.Module, version: str) -> Any:
         ) from error
     manifest = read_version(store, plan, version)
     device = next(model.parameters()).device
-    tensors = {
-        name: torch.from_numpy(store.read_array(place["prefix"], name, place["entry"])).to(device)
-        for name, place in manifest["factors"].items()
-        if name != LOSS
-    }
+    tensors = {name: read_factor(store, manifest, name).to(device) for name in manifest["factors"] if name != LOSS}
     tensors[LOSS] = torch.tensor(read_loss(store, manifest), dtype=torch.float64, device=device)
     la.set_sums(CurvatureSums.from_tensors(spec, tensors, manifest["n_data"]))
+    if (known := decompositions.read(store, plan, version, device)) is not None:
+        la.use_decompositions(known)
     return la
 
 

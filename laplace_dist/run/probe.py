@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from laplace.capture.evaluation import eval_mode
+from laplace.linalg.precision import without_autocast
 from laplace_dist.data.device import to_device
 from laplace_dist.data.nested import flat, is_flat, nested
 from laplace_dist.errors import CheckpointError, SettingsError
@@ -105,6 +106,7 @@ def _tolerance(outputs: Tensor) -> float:
 
 
 @torch.no_grad()
+@without_autocast()  # a job's --precision is no part of what the model is
 def _run(model: nn.Module, x: Any) -> Tensor:
     with eval_mode(model):
         return model(x).detach().cpu().nan_to_num()  # NaN is another check's business, and equals itself here

@@ -28,7 +28,7 @@ def environment(device: torch.device | str) -> dict[str, Any]:
         "device": _device_name(device.type),
         "driver": _driver(device.type),
         "threads": torch.get_num_threads(),
-        "precision": precision(),
+        "precision": precision(device.type),
     }
 
 
@@ -37,9 +37,11 @@ def node() -> str:
     return socket.gethostname()
 
 
-def precision() -> dict[str, Any]:
-    """Return the flags that change the precision of products."""
+def precision(device_type: str) -> dict[str, Any]:
+    """Return the flags that change the precision of this thread's products."""
+    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else ""
     return {
+        "autocast": str(autocast).removeprefix("torch."),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
         "mkl_cbwr": os.environ.get("MKL_CBWR", ""),

@@ -20,7 +20,7 @@ from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.combination import LAST, place_of, windows_of
 from laplace_dist.run.ownership import confirm, read_plan
 
-_STEM = re.compile(r"(?:posteriors|tuning|evaluation)/([0-9a-f]{16})(?:-[0-9a-f]{16})?")
+_STEM = re.compile(r"(?:decompositions|posteriors|tuning|evaluation)/([0-9a-f]{16})(?:-[0-9a-f]{16})?")
 
 
 def collect(
@@ -86,10 +86,10 @@ def _of(stay: Collection[str]) -> tuple[str, ...]:
 
 def _stems(store: Checkpoint, stay: Collection[str], named: Collection[str | None]) -> Iterator[str]:
     """Yield the keys, without `.json`, of versions that do not stay, and of tunings and evaluations that nothing names."""
-    for folder in ("posteriors", "tuning", "evaluation"):
+    for folder in ("decompositions", "posteriors", "tuning", "evaluation"):
         own = (match for key in store.list(folder) if layout.owned(key) and (match := _STEM.match(key)))
         for stem, version in sorted({(match[0], match[1]) for match in own}):
-            if version not in stay or (folder != "posteriors" and f"{stem}.json" not in named):
+            if version not in stay or (folder in ("tuning", "evaluation") and f"{stem}.json" not in named):
                 yield stem
 
 
@@ -125,6 +125,10 @@ def _is_left_over(store: Checkpoint, plan: Plan, name: str) -> bool:
 
 def _delete(store: Checkpoint, stem: str) -> None:
     """Delete what makes a thing exist for readers, then the rest of it."""
-    folder = stem.startswith(f"{layout.WINDOWS}/")
-    store.delete_tree(f"{stem}/{layout.PLAN}" if folder else f"{stem}.json")
-    store.delete_tree(stem)
+    folder = stem.partition("/")[0]
+    if folder == "decompositions":
+        first = [key for key in store.list(stem, recursive=False) if key.endswith(".json")]
+    else:
+        first = [f"{stem}/{layout.PLAN}" if folder == layout.WINDOWS else f"{stem}.json"]
+    for key in (*first, stem):
+        store.delete_tree(key)

@@ -291,6 +291,16 @@ class RecalibrationLeaseFields(Strict):
     node: str
 
 
+class DecompositionFields(_Owned):
+    """The manifest of the eigendecomposition of one factor of a posterior version."""
+
+    plan: str
+    factor: str
+    prefix: str
+    arrays: dict[Literal["values", "vectors"], Entry]
+    environment: Environment
+
+
 class TuningFields(_Owned):
     """The manifest of a tuning."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from laplace.structures.sums import weighted_sum_in_order
 from laplace_dist.errors import CheckpointError, ForeignError
@@ -132,6 +133,16 @@ def discard_torn(store: Store, plan: Plan, version: str) -> bool:
         return False
     store.delete_tree(key)
     return True
+
+
+def read_factor(store: Store, manifest: Mapping[str, Any], name: str) -> Tensor:
+    """Return one factor of a posterior version.
+
+    Raises:
+        CheckpointError: It is missing, truncated or altered.
+    """
+    place = manifest["factors"][name]
+    return torch.from_numpy(store.read_array(place["prefix"], name, place["entry"]))
 
 
 def read_loss(store: Store, manifest: Mapping[str, Any]) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from laplace.linalg.precision import without_autocast
 from laplace_dist.config.settings import Config
 from laplace_dist.data import loader, sources
 from laplace_dist.data.collate import Collate
@@ -78,6 +79,7 @@ class Context:
         return self._window
 
     @cached_property
+    @without_autocast()  # what builds a model may train it
     def model(self) -> nn.Module:
         """The run's model with the run's own weights, in eval mode, on the device."""
         model = weights.load_model(self.config.model_copy(update={"weights": None}))

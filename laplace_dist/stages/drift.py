@@ -151,13 +151,13 @@ class CompareSpectra:
         """Do so; the receipt has the relative distance of every factor, and the names of those that are too large."""
         store, plan, window = context.store, context.plan, context.window
         terms = alone(window.store, window.plan, windows.read_window(window.store, window.plan))
-        current = versions.read_version(store, plan, self.version)["factors"]
+        current = versions.read_version(store, plan, self.version)
         found, large = {}, []
         for name, factor in plan.spec["factors"].items():
             if factor["symmetric"] and factor["shape"][-1] > LARGEST:
                 large.append(name)
                 continue
-            old = torch.from_numpy(store.read_array(current[name]["prefix"], name, current[name]["entry"]))
+            old = versions.read_factor(store, current, name)
             new = torch.from_numpy(versions.factors_of(plan, terms, [name])[name])
             one = spectrum(new, window.plan.n_examples, symmetric=factor["symmetric"])
             distance = relative_distance(one, spectrum(old, self.n_data, symmetric=factor["symmetric"]))

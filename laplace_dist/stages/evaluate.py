@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from laplace.drift.features import LastInputs
+from laplace.linalg.precision import widened
 from laplace.predictive import prediction
 from laplace_dist.config.compatibility import link_approx
 from laplace_dist.config.likelihood import likelihood_of
@@ -148,7 +149,7 @@ def _batch_scores(context: Any, la: Any, x: Any, y: Tensor, offset: int, split: 
     with LastInputs(context.model) as last:
         outputs = context.model(x)
     labelled, noise = split == "test", float(la.sigma_noise)
-    for method, found in (("map", likelihood.at(outputs)), ("laplace", laplace)):
+    for method, found in (("map", likelihood.at(widened(outputs))), ("laplace", laplace)):
         if labelled:
             scores = likelihood.scores(found, y, noise)
         else:

@@ -46,12 +46,12 @@ class MapSegment:
         for offset, x, y in context.batches("train", data, segment.start, segment.stop, digest):
             context.la.accumulate(sums, x, y, offset=offset)
         tensors = sums.to_tensors()
-        commit = partial(self._commit, context, tensors, sums.n_data, digest.hexdigest())
+        made = {"data_sha256": digest.hexdigest(), "environment": environment(context.device)}
+        commit = partial(self._commit, context, tensors, sums.n_data, made)
         return commit if sum(tensor.nbytes for tensor in tensors.values()) <= BESIDE else commit()
 
-    def _commit(self, context: Context, tensors: Mapping[str, Tensor], n_data: int, data_sha256: str) -> dict[str, Any]:
+    def _commit(self, context: Context, tensors: Mapping[str, Tensor], n_data: int, made: Any) -> dict[str, Any]:
         segment, window = self.segment, context.window
-        made = {"data_sha256": data_sha256, "environment": environment(context.device)}
         receipt = partials.commit_partial(window.store, window.plan, segment, tensors, n_data, new_attempt(), **made)
         return {"examples": segment.stop - segment.start, "won": receipt.won, "seconds": receipt.seconds}
 

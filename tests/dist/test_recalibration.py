@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import test_windows
@@ -21,7 +22,7 @@ from laplace_dist.config import gates
 from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.recalibration import RecalibrationJob, recalibrate, rollback
 from laplace_dist.report import alert
-from laplace_dist.run import layout, pointer, recalibrations, retention
+from laplace_dist.run import decompositions, layout, pointer, recalibrations, retention
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.combination import windows_of
 from laplace_dist.run.ownership import read_plan
@@ -311,6 +312,15 @@ def test_only_what_kept_versions_need_stays(run):
     assert not store.exists(layout.METRICS), "it repeated the evaluation of a version that is gone"
     report = laplace_dist.verify(str(run))
     assert (report.problems, report.orphans) == ([], {})
+
+
+def test_decompositions_go_with_their_version(run, monkeypatch):
+    monkeypatch.setattr(decompositions, "WORTH", 1)
+    for number in (1, 2, 3):
+        day(run, number, keep_versions=2)
+    kept = {path.stem for path in Path(run, "posteriors").glob("*.json")}
+    assert {path.name for path in Path(run, "decompositions").iterdir()} == kept and len(kept) == 2
+    assert laplace_dist.verify(str(run)).ok
 
 
 def test_a_candidate_that_was_kept_can_be_looked_at_until_the_next_recalibration(run):
