@@ -20,7 +20,17 @@ from laplace_dist.job import Job
 from laplace_dist.plan.segments import plan_shards
 from laplace_dist.report import alert
 from laplace_dist.report.progress import Progress
-from laplace_dist.run import evaluations, layout, monitoring, pointer, recalibrations, retention, versions, windows
+from laplace_dist.run import (
+    evaluations,
+    layout,
+    monitoring,
+    ownership,
+    pointer,
+    recalibrations,
+    retention,
+    versions,
+    windows,
+)
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.combination import Term, Window, choose, chosen_names, is_rule, terms_of, windows_of
 from laplace_dist.run.ownership import read_plan
@@ -112,6 +122,7 @@ class RecalibrationJob(Job):
         """Become the one job that recalibrates the run; False, with a line, if another one that lives is at it."""
         self.current_version()
         self._before = self.store.read(layout.CURRENT)
+        self._current = open_json(self._before, layout.CURRENT)
         self.session.lease.show()
         holder = recalibrations.take(self.store, self.session.lease.job)
         if holder is not None:
@@ -122,7 +133,7 @@ class RecalibrationJob(Job):
         """Begin or continue the window, and see to it that its sum is committed."""
         if self.config.alert_cmd is not None:
             alert.arguments(self.config.alert_cmd)
-        self._left_out = pointer.left_out(open_json(self._before, layout.CURRENT))
+        self._left_out = pointer.left_out(self._current)
         if drop_window is not None:
             return
         there = windows_of(self.store, self.plan)
@@ -168,8 +179,8 @@ class RecalibrationJob(Job):
 
     def combine(self, terms: Sequence[Term]) -> str:
         """Commit the posterior version that windows make; one that was never current and lost its arrays is made again."""
-        version, history = versions.version_of(terms), pointer.history_of(open_json(self._before, layout.CURRENT))
-        if all(entry["version"] != version for entry in history):
+        version = versions.version_of(terms)
+        if all(entry["version"] != version for entry in pointer.history_of(self._current)):
             versions.discard_torn(self.store, self.plan, version)
         return super().combine(terms)
 
@@ -182,9 +193,9 @@ class RecalibrationJob(Job):
             or found["settings"] != stage.settings(self.config)
         ):
             return None
-        current = open_json(self._before, layout.CURRENT)
-        side = found["candidate" if found["promoted"] else "current"]
-        if (current["version"], current["tuning"]) != (side["version"], side["tuning"]):
+        current, side = self._current, found["candidate" if found["promoted"] else "current"]
+        there = ownership.has(self.store, self.plan, layout.version_key(current["version"]))
+        if (current["version"], current["tuning"]) != (side["version"], side["tuning"]) or not there:
             return None
         self.say(f"{name} was decided before: nothing to do")
         return found
@@ -193,7 +204,7 @@ class RecalibrationJob(Job):
         self, name: str, terms: Sequence[Term], version: str, tuning: str | None, *, dry_run: bool
     ) -> dict[str, Any]:
         """Compare the candidate with the current posterior on fresh data, and promote it if it is shown to be no worse."""
-        current = open_json(self._before, layout.CURRENT)
+        current = self._current
         sides = {
             side: {"version": v, "tuning": t, "evaluation": self.score(v, t)}
             for side, v, t in (("candidate", version, tuning), ("current", current["version"], current["tuning"]))
@@ -237,32 +248,25 @@ class RecalibrationJob(Job):
 
         A window is looked at once, whatever comes between, since a look that is counted twice is no evidence.
         """
-        config, before = self.config, open_json(self._before, layout.CURRENT)
+        config, before = self.config, self._current
         accepted = monitoring.evaluation_of(self.store, self.plan, before)
         kept = monitoring.read_state(self.store, self.plan)
         state = monitoring.reference(kept, before, accepted, current["evaluation"])
         if (last := state["last"]) and (last["name"], last["evaluation"]) == (name, current["evaluation"]):
             return last["record"]
-        measure = drift.MeasureDrift(
-            self.plan.digest, state, current["evaluation"], config.unlabelled, config.draws, config.level, config.seed
-        )
-        tasks: list[Any] = [measure]
+        fresh = state, current["evaluation"], config.unlabelled, config.draws, config.level, config.seed
+        tasks: list[Any] = [drift.MeasureDrift(self.plan.digest, *fresh)]
         if self.window is not None:
             n_data = versions.read_version(self.store, self.plan, current["version"])["n_data"]
             tasks.append(drift.CompareSpectra(self.plan.digest, current["version"], n_data))
         receipts = self._run(tasks, Progress("drift", "comparisons", len(tasks)), keep=True, alike=False)
-        found = {name: value for receipt in receipts for name, value in receipt.items()}
-        record = {**found["record"], "spectra": found.get("spectra")}
-        alarms = [stream for stream, shown in record["streams"].items() if shown["alarm"]]
-        noticed = {**{stream: name for stream in alarms}, **state["noticed"]}
-        record |= {"noticed": noticed}
-        for stream in alarms:
-            self.say(f"drift: {stream} is not what it was when the current posterior was accepted")
+        new = drift.looked(state, name, current["evaluation"], receipts)
+        for stream, at in new["noticed"].items():
+            if at == name:
+                self.say(f"drift: {stream} is not what it was when the current posterior was accepted")
         if not dry_run:
-            last = {"name": name, "evaluation": current["evaluation"], "record": record}
-            new = {key: found[key] for key in ("streams", "distance", "seen")}
-            monitoring.write_state(self.store, self.plan, {**state, **new, "noticed": noticed, "last": last})
-        return record
+            monitoring.write_state(self.store, self.plan, new)
+        return new["last"]["record"]
 
     def collect(self, found: Mapping[str, Any]) -> None:
         """Delete what is kept for nothing, if the settings say what to keep."""

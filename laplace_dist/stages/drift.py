@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
@@ -163,6 +163,23 @@ class CompareSpectra:
             distance = relative_distance(one, spectrum(old, self.n_data, symmetric=factor["symmetric"]))
             found[name] = distance if isfinite(distance) else None
         return {"spectra": {"relative_distance": found, "too_large": large}}
+
+
+def looked(state: Mapping[str, Any], name: str, fresh: str, receipts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the state after a look, with its record; what was noticed once stays so until there is another reference.
+
+    Args:
+        state: Before it.
+        name: Of the recalibration.
+        fresh: Key of the evaluation that was looked at.
+        receipts: Of the tasks above.
+    """
+    found = {name: value for receipt in receipts for name, value in receipt.items()}
+    alarms = {stream: name for stream, shown in found["record"]["streams"].items() if shown["alarm"]}
+    noticed = {**alarms, **state["noticed"]}
+    record = {**found["record"], "spectra": found.get("spectra"), "noticed": noticed}
+    new = {key: found[key] for key in ("streams", "distance", "seen")}
+    return {**state, **new, "noticed": noticed, "last": {"name": name, "evaluation": fresh, "record": record}}
 
 
 def _scores(context: Context, key: str, evaluation: Mapping[str, Any], split: str) -> dict[str, Tensor]:
