@@ -216,7 +216,7 @@ class RecalibrationJob(Job):
         (receipt,) = self._run([task], Progress("recalibrate", "comparisons", 1), keep=True)
         margins = {"nll": config.margin_nll, "ece": config.margin_ece}
         better, why = stage.decide(receipt["differences"], margins)
-        metrics = self._metrics(sides)
+        metrics = stage.metrics_of(self.store, sides)
         passed = gates.check(config.gate, metrics["candidate"], metrics["current"])
         if better and (failed := gates.why_not(passed)):
             better, why = False, failed
@@ -272,16 +272,9 @@ class RecalibrationJob(Job):
         """Delete what is kept for nothing, if the settings say what to keep."""
         if self.config.keep_versions is None:
             return
-        gone = retention.collect(
-            self.store,
-            self.plan,
-            self.session.lease.job,
-            keep=self.config.keep_versions,
-            sides=[found["candidate"], found["current"]],
-            chosen=self.config.windows,
-            say=self.say,
-        )
-        if gone:
+        sides, job = [found["candidate"], found["current"]], self.session.lease.job
+        how = {"keep": self.config.keep_versions, "chosen": self.config.windows, "say": self.say}
+        if gone := retention.collect(self.store, self.plan, job, sides=sides, **how):
             self.say(f"collected {listed(gone)}")
 
     def _promote(self, version: str, tuning: str | None, why: str, evaluation: str | None = None) -> bool:
@@ -295,13 +288,6 @@ class RecalibrationJob(Job):
                 "one before says nothing. Nothing was promoted: run the same command again."
             )
         return True
-
-    def _metrics(self, sides: dict[str, Any]) -> dict[str, dict[str, float]]:
-        found = {
-            name: open_json(self.store.read(s["evaluation"]), s["evaluation"])["metrics"] for name, s in sides.items()
-        }
-        own = {name: metrics["laplace"] for name, metrics in found.items()}
-        return {"map": found["candidate"]["map"], "current": own["current"], "candidate": own["candidate"]}
 
     def result(self, found: Mapping[str, Any]) -> Recalibration:
         """Return what was found as callers get it."""
