@@ -51,7 +51,10 @@ class Compare:
 
 def settings(config: Config) -> dict[str, Any]:
     """Return what a decision depends on beside the two evaluations."""
-    return {name: getattr(config, name) for name in ("draws", "level", "margin_nll", "margin_ece", "gate", "seed")}
+    return {
+        name: getattr(config, name)
+        for name in ("draws", "level", "margin_nll", "margin_ece", "gate", "unlabelled", "seed")
+    }
 
 
 def decide(differences: Mapping[str, Mapping[str, float]], margins: Mapping[str, float]) -> tuple[bool, str]:

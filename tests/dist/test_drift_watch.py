@@ -10,6 +10,7 @@ import shutil
 import sys
 
 import pytest
+import torch
 from recalibration_cases import SIZES, begin, day, decision
 from test_windows import config, fit_inline
 
@@ -20,6 +21,7 @@ from laplace_dist.report import alert
 from laplace_dist.run import layout, pointer
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.ownership import read_plan
+from laplace_dist.stages.evaluate import _per_example
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +175,18 @@ def test_an_alert_command_that_is_none_is_refused_before_anything_is_done(run, c
     with pytest.raises(SettingsError, match=f"--alert-cmd: {message}"):
         day(run, 2, alert_cmd=cmd)
     assert Checkpoint(str(run)).list() == before
+
+
+# ------------------------------------------------------------------ several terms per example
+
+
+def test_an_example_of_several_terms_counts_once():
+    """Terms of one example are not exchangeable with those of another; where some were left out nobody knows whose they are."""
+    outputs = torch.zeros(4, 3, 5)
+    terms = torch.arange(12.0)
+    torch.testing.assert_close(_per_example("loss", terms, outputs), terms.reshape(4, 3).mean(1))
+    assert _per_example("label", terms, outputs) is None and _per_example("loss", terms[:8], outputs) is None
+    torch.testing.assert_close(
+        _per_example("entropy", torch.arange(60.0), outputs), torch.arange(60.0).reshape(4, 15).mean(1)
+    )
+    assert _per_example("label", terms[:4], torch.zeros(4, 5)).tolist() == [0, 1, 2, 3]
