@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace.capture.caches import renew
 from laplace.capture.feature_extractor import FeatureExtractor
 
 
@@ -35,10 +36,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         handle = own.register_forward_pre_hook(_with_own_inputs, prepend=True, with_kwargs=True)
         try:
             model.eval()
+            renew(model)
             _set(scaled, "scale_grad_by_freq", False)
             yield
         finally:
             handle.remove()
+            renew(model)
             _set(training, "training", True)
             _set(scaled, "scale_grad_by_freq", True)
 
