@@ -213,6 +213,7 @@ class CurrentFields(Strict):
     version: Name
     tuning: TuningKey | None
     history: list[_Promotion] | None = None
+    collection: Name | None = None
 
 
 class _Side(Strict):
