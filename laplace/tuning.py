@@ -5,20 +5,18 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from laplace import _clash as _clash  # says so where laplace-torch has replaced laplace/__init__.py
-from laplace import predictive
 from laplace.data.batches import batches, is_metric, joined
 from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, parse
 from laplace.evidence import maximize_evidence
 from laplace.fitted import Fitted
-
-_SWEEP = 1 << 24  # elements of the variances of one sweep over priors
+from laplace.scoring import parts, sweep
 
 
 def optimize_prior_precision(
@@ -131,10 +129,9 @@ def score_grid(
     la._check_weights()
     total, n = torch.zeros(len(grid), dtype=torch.float64, device="cpu"), 0
     examples, law, noise = 0, la.likelihood_object.fitted, float(la.sigma_noise.detach())
-    for x, y in _parts(la, loader, progress_bar):
-        for index, prediction in _sweep(
-            la, x, grid, link_approx, pred_type, n_samples, seed, spread=True, diagonal=True
-        ):
+    arguments = grid, link_approx, pred_type, n_samples, seed, [la.logit_temperature]
+    for x, y in parts(la, loader, progress_bar):
+        for index, _, prediction in sweep(la, x, *arguments, with_map=False):
             if index == 0:
                 law.check_scored(prediction, y, examples)
             total[index] += law.tuning_loss(prediction, y, noise)
@@ -142,60 +139,6 @@ def score_grid(
     if n == 0:
         raise ValueError("The validation data is empty.")
     return total, n
-
-
-def _parts(la: Fitted, loader: Iterable, progress_bar: bool) -> Iterator[tuple[Any, Tensor]]:
-    for x, y in la._batches(loader, progress_bar, "Scoring prior precisions"):
-        yield from ((inputs, targets) for _, inputs, targets in la._parts(x, y))
-
-
-def _sweep(
-    la,
-    x: Any,
-    grid: Tensor,
-    link_approx,
-    pred_type,
-    n_samples: int,
-    seed: int,
-    spread: bool = False,
-    diagonal: bool = False,
-):
-    """The likelihood's predictions for every value of the grid, one forward and backward pass in all.
-
-    Yields indices with these; with the outputs alone where a prior precision does not change their mean, unless ``spread``
-    asks for their variances: covariances of the linearised network's outputs, but for ``diagonal``.
-    """
-    pred_type, link_approx = parse(PredType, pred_type, "pred_type"), parse(LinkApprox, link_approx, "link_approx")
-    predictive.check_combination(la, pred_type, link_approx)
-    law = la.likelihood_object.fitted
-    priors = [value.reshape(1).to(la._device, la._dtype) for value in grid]
-    if pred_type is PredType.NN:
-        yield from _sweep_networks(la, x, priors, n_samples, seed)
-        return
-    capture = la.backend.capture(x)
-    if not (law.grid_needs_variance or spread):
-        yield from ((index, (capture.f,)) for index in range(len(grid)))
-        return
-    diagonal = law.diagonal_suffices(link_approx) or (diagonal and law.predicts_outputs)
-    outputs = capture.f[0].numel()
-    step = max(1, _SWEEP // (len(capture.f) * outputs * (1 if diagonal else outputs)))
-    for start in range(0, len(priors), step):
-        variances = la._glm_variance(capture, priors[start : start + step], diagonal)
-        for index, variance in enumerate(variances.detach(), start):
-            generator = torch.Generator(la._device).manual_seed(seed)
-            yield index, law.integrate(capture.f, variance, link_approx, n_samples, generator)
-
-
-def _sweep_networks(la, x: Any, priors: list[Tensor], n_samples: int, seed: int):
-    before = la.prior_precision
-    try:
-        for index, prior in enumerate(priors):
-            la.prior_precision = prior
-            generator = torch.Generator(la._device).manual_seed(seed)
-            outputs = predictive.sampled_outputs(la, x, n_samples, generator)
-            yield index, la.likelihood_object.fitted.of_networks(outputs)
-    finally:
-        la.prior_precision = before
 
 
 def _score_with(
@@ -209,9 +152,10 @@ def _score_with(
     rows: list[list[tuple[Tensor, ...]]] = [[] for _ in grid]
     la._check_weights()
     seen = False
-    for x, y in _parts(la, loader, progress_bar):
+    arguments = grid, link_approx, pred_type, n_samples, 0, [la.logit_temperature]
+    for x, y in parts(la, loader, progress_bar):
         seen = True
-        for index, prediction in _sweep(la, x, grid, link_approx, pred_type, n_samples, seed=0, spread=not running):
+        for index, _, prediction in sweep(la, x, *arguments, spread=not running, diagonal=False, with_map=False):
             shown = as_tuple(la.likelihood_object.fitted.public(prediction))
             if running:
                 metrics[index].update(shown[0], y)

@@ -23,6 +23,7 @@ class Bernoulli(BaseLikelihood):
     """
 
     tuning = "gridsearch"
+    scales_logits = True
     has_confidence = True
 
     def check_shapes(self, f: Tensor, y: Tensor, offset: int = 0) -> None:

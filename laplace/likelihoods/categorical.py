@@ -26,6 +26,7 @@ class Categorical(BaseLikelihood):
 
     word: Likelihood | None = Likelihood.CLASSIFICATION
     tuning = "gridsearch"
+    scales_logits = True
     has_confidence = True
 
     def check_shapes(self, f: Tensor, y: Tensor, offset: int = 0) -> None:
