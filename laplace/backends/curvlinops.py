@@ -94,7 +94,7 @@ class CurvlinopsInterface(CurvatureInterface):
         """Dense curvature of one batch by applying the operator to the identity."""
         f, model, inputs = self._outputs(x)
         with eval_mode(self.model):
-            operator = self._dense_operator(model, inputs, self._targets(y))
+            operator = self._dense_operator(_DoubleOutputs(model), inputs, self._loss_targets(y))
             size = sum(p.numel() for p in self.params)
             dense = operator @ torch.eye(size, dtype=self.params[0].dtype, device=self.params[0].device)
         if self.subnetwork_indices is not None:
@@ -104,6 +104,10 @@ class CurvlinopsInterface(CurvatureInterface):
     def _targets(self, y: Tensor) -> Tensor:
         """Targets of the type that torch's losses insist on."""
         return y if y.is_floating_point() else y.long()
+
+    def _loss_targets(self, y: Tensor) -> Tensor:
+        """The same, beside outputs in float64."""
+        return y.double() if y.is_floating_point() else y.long()
 
     @property
     def _scale(self) -> float:
@@ -166,6 +170,17 @@ class CurvlinopsInterface(CurvatureInterface):
                 "takes positions between the two."
             )
         return f, model, x
+
+
+class _DoubleOutputs(nn.Module):
+    """A model whose outputs are of float64, and so its loss: in float32, the 1 - p of a sure example has no digits."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Any) -> Tensor:
+        return self.model(x).double()
 
 
 class CurvlinopsGGN(CurvlinopsInterface, GGNInterface):

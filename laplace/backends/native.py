@@ -56,7 +56,10 @@ class _Native:
         self._warn_of_passes(capture.f)
         f = capture.f.double()  # in float32, 1 - p of a sure example has no digits
         exact = isinstance(self, GGNInterface) and not self.stochastic
-        if self.last_layer and exact and last_layer.applies(sums, f):
+        closed = self.last_layer and last_layer.applies(sums, f)
+        if closed and sums.spec.structure == "full":
+            last_layer.add_full_(sums, capture, self.directions(f, y, offset))
+        elif closed and exact:
             last_layer.add_(sums, capture, self.likelihood_object, f, y)
         else:
             add_curvature_(sums, capture, self.directions(f, y, offset), reduce=self.kfac_approx == "reduce")

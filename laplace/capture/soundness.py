@@ -7,13 +7,13 @@ none of its own for any of them. Neither shows in the numbers, so a few examples
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from laplace.data.batches import is_divisible, length_of, part_of
 from laplace.data.mistakes import check_outputs
@@ -44,17 +44,6 @@ def tensor_output(output: Any) -> Tensor:
     return output
 
 
-def warn_of_layout(f: Tensor) -> None:
-    """Say so where logits may be read with the classes last, as they are here, or second, as torch's losses do."""
-    if f.ndim > 2 and f.shape[1:-1] == f.shape[2:]:
-        warnings.warn(
-            f"Logits of shape {tuple(f.shape)} are read as (batch, …, classes), with the classes last; read as "
-            "(batch, classes, …), they would fit the targets as well. If the model's classes are the second dimension, end "
-            "its forward with .movedim(1, -1).",
-            stacklevel=4,
-        )
-
-
 def check_inputs(x: Any) -> None:
     """Refuse inputs in which examples cannot be told from inputs; a list of strings has one for each example.
 
@@ -72,8 +61,15 @@ def check_parameters(model: nn.Module) -> None:
     """Refuse parameters over which there is no real Gaussian.
 
     Raises:
-        ValueError: If one is complex; names it.
+        ValueError: If one is complex, or of a lazy module that has not run; names it.
     """
+    lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
+    if lazy:
+        owner = lazy[0].rpartition(".")[0]
+        raise ValueError(
+            f"Parameters {lazy} have no values yet, since {_named(owner, model)} takes its shape from its first input. Run "
+            "one forward pass, model(x), and train the model before the posterior is made."
+        )
     found = [name for name, p in model.named_parameters() if p.is_complex() and p.requires_grad]
     if found:
         raise ValueError(

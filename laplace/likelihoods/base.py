@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from laplace import noise
 from laplace.enums import Likelihood, LinkApprox
 from laplace.likelihoods.checks import check_finite
-from laplace.likelihoods.links import log_mean, output_samples
+from laplace.likelihoods.links import log_mean, output_samples, variances_of
+from laplace.likelihoods.roots import eigen_columns
 from laplace.linalg.precision import double
 
 Prediction = tuple[Tensor, ...]
@@ -94,6 +95,9 @@ class BaseLikelihood:
             raise ValueError(f"There are {len(y)} targets for the outputs of {len(f)} examples; give one per example.")
         check_finite("The target", y, offset)
 
+    def warn_of_outputs(self, f: Tensor) -> None:
+        """Say so where outputs may be read in more than one way; asked once, with the first batch of a fit."""
+
     def check_length(self, y: Tensor, n_outputs: int) -> None:
         """Refuse targets of another number of values per example than the evidence counts on, if it counts any."""
 
@@ -154,26 +158,7 @@ class BaseLikelihood:
             ValueError: If the Hessian has a negative eigenvalue. A likelihood that is not log-concave in its outputs takes its
                 Fisher information here instead, as the Gauss-Newton matrix does.
         """
-        values, vectors = torch.linalg.eigh(self._hessian(f, y))
-        low, high = float(values.min()), float(values.abs().max())
-        if low < -1e-8 * high:
-            raise ValueError(
-                f"The Hessian of {self.identity} in the outputs has the eigenvalue {low:.3g}: this likelihood is not "
-                "log-concave. Give it root_columns(f, y), with a root of its Fisher information."
-            )
-        columns = vectors * values.clamp(min=0).sqrt()[..., None, :]
-        return iter(columns.to(f.dtype).unbind(-1))
-
-    def _hessian(self, f: Tensor, y: Tensor) -> Tensor:
-        """Hessians of the terms ``(batch, …, outputs, outputs)``."""
-        with torch.enable_grad():
-            leaf = f.detach().double().requires_grad_()
-            gradient = torch.autograd.grad(self.nll(leaf, y).sum(), leaf, create_graph=True)[0]
-            if not gradient.requires_grad:
-                return torch.zeros(*f.shape, f.shape[-1], dtype=torch.float64, device=f.device)
-            rows = [torch.autograd.grad(gradient[..., j].sum(), leaf, retain_graph=True)[0] for j in range(f.shape[-1])]
-        hessian = torch.stack(rows, -2)
-        return (hessian + hessian.mT) / 2
+        return eigen_columns(self.nll, f, y, self.identity)
 
     def hessian_diagonal(self, f: Tensor, y: Tensor) -> Tensor:
         r"""Diagonal of :math:`\nabla^2_f (-\log p)`, shaped like ``f``."""
@@ -235,7 +220,7 @@ class BaseLikelihood:
         n_samples: int = 100,
         generator: torch.Generator | None = None,
     ) -> Prediction:
-        """The prediction under a Gaussian over outputs; by default from draws, whatever the link.
+        """The prediction under a Gaussian over outputs: by :meth:`closed_form` where there is one, else from draws.
 
         Args:
             f: Means ``(batch, …, outputs)``.
@@ -248,7 +233,14 @@ class BaseLikelihood:
             ValueError: If there is no such integral.
         """
         self.refuse_bridge(link_approx)
-        return self.of_networks(output_samples(f.to(variance.dtype), variance, n_samples, generator))
+        f = f.to(variance.dtype)
+        variance = variances_of(variance) if self.diagonal_suffices(link_approx) else variance
+        found = self.closed_form(f, variances_of(variance).reshape(f.shape), link_approx)
+        return self.of_networks(output_samples(f, variance, n_samples, generator)) if found is None else found
+
+    def closed_form(self, f: Tensor, variance: Tensor, link_approx: LinkApprox) -> Prediction | None:
+        """The prediction under independent Gaussians over the outputs, means and variances of one shape; None: draw."""
+        return None
 
     def refuse_bridge(self, link_approx: LinkApprox) -> None:
         """Refuse the Laplace bridge, which is a map between softmax and Dirichlet."""

@@ -2,29 +2,26 @@ r"""Yes or no for every output: :math:`\log(1 + e^f) - y f`; one logit, or sever
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from laplace.enums import LinkApprox
-from laplace.likelihoods.base import BaseLikelihood, Prediction
+from laplace.likelihoods.base import Prediction
 from laplace.likelihoods.checks import check_finite, first_wrong
-from laplace.likelihoods.links import log_mean, output_samples, probit_scale, variances_of
-from laplace.likelihoods.scores import summarize_classification
+from laplace.likelihoods.links import log_mean, probit_scale
+from laplace.likelihoods.probabilities import ClassProbabilities
+from laplace.likelihoods.roots import diagonal_columns
 
 
-class Bernoulli(BaseLikelihood):
+class Bernoulli(ClassProbabilities):
     """Binary labels, one logit each; a prediction is the log-probabilities of yes and of no.
 
     Targets are 0 or 1 (bool, integer or float), or probabilities in between; they have the outputs' shape ``(batch, labels)``,
     or ``(batch,)`` where there is one logit. Calling a posterior returns probabilities of yes ``(batch, labels)``.
     """
-
-    tuning = "gridsearch"
-    scales_logits = True
-    has_confidence = True
 
     def check_shapes(self, f: Tensor, y: Tensor, offset: int = 0) -> None:
         """Refuse targets that are not one value in 0…1 for every logit."""
@@ -75,32 +72,9 @@ class Bernoulli(BaseLikelihood):
         """Labels are predicted one by one."""
         return True
 
-    def integrate(
-        self,
-        f: Tensor,
-        variance: Tensor,
-        link_approx: LinkApprox,
-        n_samples: int = 100,
-        generator: torch.Generator | None = None,
-    ) -> Prediction:
-        """The sigmoid under a Gaussian: MacKay's probit approximation, or samples."""
-        self.refuse_bridge(link_approx)
-        variance, f = variances_of(variance), f.to(variance.dtype)
-        if link_approx is LinkApprox.MC:
-            return self.of_networks(output_samples(f, variance, n_samples, generator))
-        return self.at(probit_scale(variance.reshape(f.shape)) * f)
-
-    def public(self, prediction: Prediction) -> Tensor:
-        """Probabilities of yes."""
-        return prediction[0].exp()
-
-    def log_public(self, prediction: Prediction) -> Tensor:
-        """Their logarithms, finite where probabilities underflow."""
-        return prediction[0]
-
-    def check_scored(self, prediction: Prediction, y: Tensor, offset: int = 0) -> None:
-        """Refuse targets that do not fit the probabilities."""
-        self.check_shapes(prediction[0], y, offset)
+    def closed_form(self, f: Tensor, variance: Tensor, link_approx: LinkApprox) -> Prediction | None:
+        """The sigmoid under a Gaussian by MacKay's probit approximation; draws for ``'mc'``."""
+        return None if link_approx is LinkApprox.MC else self.at(probit_scale(variance) * f)
 
     def scores(self, prediction: Prediction, y: Tensor, sigma_noise: float = 1.0) -> dict[str, Tensor]:
         """``confidence``, ``correct``, ``nll`` and ``brier`` of every label, as for a classification of two classes."""
@@ -119,20 +93,6 @@ class Bernoulli(BaseLikelihood):
         """Probability of the likelier answer to every label."""
         return torch.maximum(*prediction).detach().double().exp().flatten()
 
-    def summarize(
-        self, scores: Mapping[str, Tensor], ood_confidence: Mapping[str, Tensor] | None = None
-    ) -> dict[str, float]:
-        """See :func:`laplace.likelihoods.scores.summarize_classification`, over labels."""
-        return summarize_classification(scores, ood_confidence)
-
 
 def _like(f: Tensor, y: Tensor) -> Tensor:
     return y.to(f.dtype).reshape(f.shape)
-
-
-def diagonal_columns(root: Tensor) -> Iterator[Tensor]:
-    """Columns of a diagonal matrix per position, from its diagonal ``(batch, …, outputs)``."""
-    for j in range(root.shape[-1]):
-        column = torch.zeros_like(root)
-        column[..., j] = root[..., j]
-        yield column

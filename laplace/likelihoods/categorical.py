@@ -5,7 +5,7 @@ With mass :math:`m = \sum_c t_c` the gradient is :math:`m p - t` and the Hessian
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +13,19 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from laplace import noise
 from laplace.enums import Likelihood, LinkApprox
-from laplace.likelihoods.base import BaseLikelihood, Prediction
+from laplace.likelihoods.base import Prediction
 from laplace.likelihoods.checks import first_wrong
 from laplace.likelihoods.links import log_mean, softmax_link
-from laplace.likelihoods.mistakes import check_classes
-from laplace.likelihoods.scores import log_probability_scores, summarize_classification
+from laplace.likelihoods.mistakes import check_classes, warn_of_layout
+from laplace.likelihoods.probabilities import ClassProbabilities
+from laplace.likelihoods.scores import log_probability_scores
 from laplace.linalg.precision import double
 
 
-class Categorical(BaseLikelihood):
+class Categorical(ClassProbabilities):
     """Classification by a softmax over the last dimension; a prediction is log-probabilities."""
 
     word: Likelihood | None = Likelihood.CLASSIFICATION
-    tuning = "gridsearch"
-    scales_logits = True
-    has_confidence = True
 
     def check_shapes(self, f: Tensor, y: Tensor, offset: int = 0) -> None:
         """Refuse labels that are not integers, not one per position, or out of range."""
@@ -48,6 +46,10 @@ class Categorical(BaseLikelihood):
                 f"Label {value} of example {first} is out of range: the model has {f.shape[-1]} outputs, so labels "
                 f"must lie in 0…{f.shape[-1] - 1}. {affected} example(s) of this batch are affected."
             )
+
+    def warn_of_outputs(self, f: Tensor) -> None:
+        """Say so where the classes may be the last or the second dimension."""
+        warn_of_layout(f)
 
     def nll(self, f: Tensor, y: Tensor) -> Tensor:
         """Cross entropy of every position."""
@@ -142,18 +144,6 @@ class Categorical(BaseLikelihood):
         """See :func:`laplace.likelihoods.links.softmax_link`."""
         return (softmax_link(f, variance, link_approx, n_samples, generator),)
 
-    def public(self, prediction: Prediction) -> Tensor:
-        """Class probabilities."""
-        return prediction[0].exp()
-
-    def log_public(self, prediction: Prediction) -> Tensor:
-        """Their logarithms, finite where probabilities underflow."""
-        return prediction[0]
-
-    def check_scored(self, prediction: Prediction, y: Tensor, offset: int = 0) -> None:
-        """Refuse labels that do not fit the probabilities."""
-        self.check_shapes(prediction[0], y, offset)
-
     def scores(self, prediction: Prediction, y: Tensor, sigma_noise: float = 1.0) -> dict[str, Tensor]:
         """See :func:`laplace.likelihoods.scores.log_probability_scores`."""
         return log_probability_scores(prediction[0], y)
@@ -161,12 +151,6 @@ class Categorical(BaseLikelihood):
     def confidences(self, prediction: Prediction) -> Tensor:
         """Largest probability of every term."""
         return prediction[0].detach().double().reshape(-1, prediction[0].shape[-1]).amax(1).exp()
-
-    def summarize(
-        self, scores: Mapping[str, Tensor], ood_confidence: Mapping[str, Tensor] | None = None
-    ) -> dict[str, float]:
-        """See :func:`laplace.likelihoods.scores.summarize_classification`."""
-        return summarize_classification(scores, ood_confidence)
 
     def tuning_loss(self, prediction: Prediction, y: Tensor, sigma_noise: float = 1.0) -> float:
         """Summed negative log likelihood."""

@@ -1,6 +1,8 @@
-"""Everyday mistakes with the targets of a classifier: one sentence that says what they look like and what to give instead."""
+"""Everyday mistakes with outputs and targets of a classifier: what they look like, and what to give instead."""
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 from torch import Tensor
@@ -36,4 +38,15 @@ def check_classes(f: Tensor, y: Tensor) -> None:
         raise ValueError(
             f"Targets of shape {tuple(y.shape)} are probabilities of classes; likelihood='classification' takes labels, such "
             "as y.argmax(-1)."
+        )
+
+
+def warn_of_layout(f: Tensor) -> None:
+    """Say so where logits may be read with the classes last, as they are here, or second, as torch's losses do."""
+    if f.ndim > 2 and f.shape[1:-1] == f.shape[2:]:
+        warnings.warn(
+            f"Logits of shape {tuple(f.shape)} are read as (batch, …, classes), with the classes last; read as "
+            "(batch, classes, …), they would fit the targets as well. If the model's classes are the second dimension, end "
+            "its forward with .movedim(1, -1).",
+            stacklevel=5,
         )

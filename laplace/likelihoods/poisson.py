@@ -11,9 +11,9 @@ from torch import Tensor
 
 from laplace.enums import LinkApprox
 from laplace.likelihoods.base import BaseLikelihood, Prediction
-from laplace.likelihoods.bernoulli import diagonal_columns
 from laplace.likelihoods.checks import check_finite, first_wrong
-from laplace.likelihoods.links import log_mean, output_samples, variances_of
+from laplace.likelihoods.links import log_mean
+from laplace.likelihoods.roots import diagonal_columns
 
 _NODES, _STEPS = 32, 60  # of the Gauss-Hermite rule over the log rate, and of Newton's method to its centre
 _HALF_LOG_2PI = 0.5 * log(2 * pi)
@@ -84,20 +84,10 @@ class Poisson(BaseLikelihood):
         """Counts are predicted one by one."""
         return True
 
-    def integrate(
-        self,
-        f: Tensor,
-        variance: Tensor,
-        link_approx: LinkApprox,
-        n_samples: int = 100,
-        generator: torch.Generator | None = None,
-    ) -> Prediction:
-        """The mixture over a log-normal rate: exact, or samples for ``'mc'``."""
-        self.refuse_bridge(link_approx)
-        variance, f = variances_of(variance), f.to(variance.dtype)
+    def closed_form(self, f: Tensor, variance: Tensor, link_approx: LinkApprox) -> Prediction | None:
+        """The mixture over a log-normal rate, exactly; draws for ``'mc'``."""
         if link_approx is LinkApprox.MC:
-            return self.of_networks(output_samples(f, variance, n_samples, generator))
-        variance = variance.reshape(f.shape)
+            return None
         mean = (f + variance / 2).exp()
         return mean, mean + mean.square() * variance.expm1(), f[None], variance[None]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -11,36 +12,32 @@ from torch import Tensor
 from laplace.linalg.eigen import shifted
 
 
-class KronDecomposed:
-    r"""Blocks :math:`(Q_B \otimes Q_A)\,\mathrm{diag}(l_B \otimes l_A + \delta)\,(Q_B \otimes Q_A)^\top`.
+class KronSpectrum:
+    r"""Eigenvalues :math:`l_B \otimes l_A + \delta` of blocks that are Kronecker products: all that a log determinant needs.
 
     Attributes:
-        eigenvectors: For each block, one orthonormal matrix per factor (None for that of a diagonal one, the identity).
         eigenvalues: For each block, one vector per factor. Those that are zero but for rounding may be slightly negative;
             see :func:`shifted`.
         deltas: One additive constant per block, ``(blocks,)``.
         damping: Add :math:`\sqrt\delta` to the eigenvalues of each factor instead of :math:`\delta` to their product.
     """
 
-    def __init__(
-        self,
-        eigenvectors: list[list[Tensor | None]],
-        eigenvalues: list[list[Tensor]],
-        deltas: Tensor | None = None,
-        damping: bool = False,
-    ):
-        """Wrap a decomposition; see :meth:`Kron.decompose`."""
-        self.eigenvectors = eigenvectors
+    def __init__(self, eigenvalues: list[list[Tensor]], deltas: Tensor | None = None, damping: bool = False):
+        """Wrap eigenvalues; see :meth:`Kron.eigenvalues`."""
         self.eigenvalues = eigenvalues
         first = eigenvalues[0][0]
         self.deltas = torch.zeros(len(self), dtype=first.dtype, device=first.device) if deltas is None else deltas
         self.damping = damping
 
+    def _with(self, eigenvalues: list[list[Tensor]], deltas: Tensor) -> Self:
+        """The same with other numbers."""
+        return type(self)(eigenvalues, deltas, self.damping)
+
     def __len__(self) -> int:
         """Number of blocks."""
         return len(self.eigenvalues)
 
-    def __add__(self, deltas: Tensor | float) -> KronDecomposed:
+    def __add__(self, deltas: Tensor | float) -> Self:
         """Add a multiple of the identity to all blocks (scalar) or to each (one value per block).
 
         Raises:
@@ -51,9 +48,9 @@ class KronDecomposed:
             raise ValueError(
                 f"Expected a scalar or {len(self)} values, one per block; got shape {tuple(deltas.shape)}."
             )
-        return KronDecomposed(self.eigenvectors, self.eigenvalues, self.deltas + deltas, self.damping)
+        return self._with(self.eigenvalues, self.deltas + deltas)
 
-    def __mul__(self, scalar: Tensor | float) -> KronDecomposed:
+    def __mul__(self, scalar: Tensor | float) -> Self:
         """Scale the decomposed matrix, not the deltas.
 
         Raises:
@@ -63,17 +60,10 @@ class KronDecomposed:
             raise ValueError(f"Expected a scalar, got a tensor of shape {tuple(scalar.shape)}.")
         check_not_negative(scalar)
         scalar = scalar.squeeze() if isinstance(scalar, Tensor) else scalar
-        values = [[scalar ** (1 / len(ls)) * v for v in ls] for ls in self.eigenvalues]
-        return KronDecomposed(self.eigenvectors, values, self.deltas, self.damping)
+        return self._with([[scalar ** (1 / len(ls)) * v for v in ls] for ls in self.eigenvalues], self.deltas)
 
     __radd__ = __add__
     __rmul__ = __mul__
-
-    def detach(self) -> KronDecomposed:
-        """The same matrix without a graph: a prior or noise that requires gradients leaves one."""
-        vectors = [[None if q is None else q.detach() for q in qs] for qs in self.eigenvectors]
-        values = [[v.detach() for v in ls] for ls in self.eigenvalues]
-        return KronDecomposed(vectors, values, self.deltas.detach(), self.damping)
 
     def spectrum(self, block: int) -> Tensor:
         """Eigenvalues of one block including its delta, ``(out, in)`` or ``(out,)``."""
@@ -92,6 +82,37 @@ class KronDecomposed:
         """Log determinant minus that of the deltas alone, as one float64 sum: the two may be large where this is small."""
         terms = [(self.spectrum(i).double() / self.deltas[i].double()).log().sum() for i in range(len(self))]
         return torch.stack(terms).sum()
+
+
+class KronDecomposed(KronSpectrum):
+    r"""Blocks :math:`(Q_B \otimes Q_A)\,\mathrm{diag}(l_B \otimes l_A + \delta)\,(Q_B \otimes Q_A)^\top`.
+
+    Attributes:
+        eigenvectors: For each block, one orthonormal matrix per factor (None for that of a diagonal one, the identity).
+        eigenvalues: See :class:`KronSpectrum`, as for what follows.
+        deltas: See there.
+        damping: See there.
+    """
+
+    def __init__(
+        self,
+        eigenvectors: list[list[Tensor | None]],
+        eigenvalues: list[list[Tensor]],
+        deltas: Tensor | None = None,
+        damping: bool = False,
+    ):
+        """Wrap a decomposition; see :meth:`Kron.decompose`."""
+        self.eigenvectors = eigenvectors
+        super().__init__(eigenvalues, deltas, damping)
+
+    def _with(self, eigenvalues: list[list[Tensor]], deltas: Tensor) -> Self:
+        return type(self)(self.eigenvectors, eigenvalues, deltas, self.damping)
+
+    def detach(self) -> KronDecomposed:
+        """The same matrix without a graph: a prior or noise that requires gradients leaves one."""
+        vectors = [[None if q is None else q.detach() for q in qs] for qs in self.eigenvectors]
+        values = [[v.detach() for v in ls] for ls in self.eigenvalues]
+        return KronDecomposed(vectors, values, self.deltas.detach(), self.damping)
 
     def bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
         """Rows of ``W`` times the matrix raised to ``exponent``.

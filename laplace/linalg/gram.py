@@ -73,6 +73,25 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         _add_to_block_(total[start:stop], [(left[:, start:stop], right)])
 
 
+def add_weighted_gram_(total: Tensor, rows: Tensor, weights: Tensor) -> None:
+    """Add ``Σ wₙ rₙ rₙᵀ``, both triangles, to a float64 matrix; weights may be negative, everything is of float64."""
+    weighted = rows * weights[:, None]
+    if total.numel() <= _SMALL:
+        total.addmm_(weighted.T, rows)
+        return
+    for start, stop in _blocks(len(total)):
+        product = weighted[:, start:stop].T @ rows[:, start:]
+        total[start:stop, start:].add_(product)
+        total[stop:, start:stop].add_(product[:, stop - start :].T)
+
+
+def complete_blocks_(total: Tensor) -> None:
+    """Copy what is above the diagonal to below it, inside the blocks on the diagonal, which :func:`mirror_` leaves alone."""
+    for start, stop in _blocks(len(total)) if total.numel() > _SMALL else [(0, len(total))]:
+        block = total[start:stop, start:stop]
+        block.copy_(block.triu() + block.triu(1).mT)
+
+
 def add_gram_of_positions_(total: Tensor, values: Sequence[Tensor], scale: float = 1.0) -> None:
     """Add the Gram matrices of tensors ``(batch, positions, width)``, as :func:`add_gram_` does.
 

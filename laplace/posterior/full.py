@@ -14,7 +14,7 @@ from laplace.capture import contractions
 from laplace.capture.variance import dense_variance
 from laplace.linalg import memory
 from laplace.linalg.dense import invsqrt_precision, not_positive_definite
-from laplace.linalg.eigen import eigh_double, shifted
+from laplace.linalg.eigen import eigenvalues, eigh_double, shifted
 from laplace.noise import check_samples
 from laplace.posterior.arguments import by_name
 from laplace.posterior.parametric import ParametricLaplace
@@ -36,12 +36,13 @@ class FullLaplace(ParametricLaplace):
     @by_name
     def __init__(self, **kwargs: Any):
         """See :class:`laplace.BaseLaplace`."""
-        self._eigen: tuple[Tensor, Tensor, Tensor] | None = None
+        self._eigenvalues: Tensor | None = None
+        self._eigen: tuple[Tensor, Tensor] | None = None
         self._scale: Tensor | None = None
         super().__init__(**kwargs)
 
     def _finalize(self, sums: CurvatureSums) -> None:
-        self._eigen = None
+        self._eigenvalues = self._eigen = None
 
     @property
     def H(self) -> Tensor | None:
@@ -64,22 +65,31 @@ class FullLaplace(ParametricLaplace):
         self._scale = None
 
     @property
-    def _spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Eigenvalues of ``H``, which of them may be zero but for rounding, and eigenvectors; in float64."""
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and eigenvectors of ``H`` in float64."""
         self._check_fitted()
         if self._eigen is None:
             self._require(4, "The eigendecomposition")
-            values, vectors = eigh_double(self._curvature, "summed curvature")
-            rounding = len(values) * torch.finfo(self.params[0].dtype).eps * values.abs().max()
-            if isinstance(self.backend, (GGNInterface, EFInterface)):
-                rounding = math.inf
-            self._eigen = values, values > -rounding, vectors
+            self._eigen = eigh_double(self._curvature, "summed curvature")
         return self._eigen
 
-    def _shifted(self, prior_precision: Tensor) -> Tensor:
-        """Eigenvalues of the posterior precision for a scalar prior precision, in float64."""
-        values, rounded, _ = self._spectrum
+    @property
+    def _values(self) -> Tensor:
+        """Eigenvalues of ``H`` in float64, for the evidence: without eigenvectors while nobody has asked for them."""
+        self._check_fitted()
+        if self._eigenvalues is None:
+            self._require(4, "The eigenvalues")
+            known = self._eigen
+            self._eigenvalues = eigenvalues(self._curvature, "summed curvature") if known is None else known[0]
+        return self._eigenvalues
+
+    def _shifted(self, values: Tensor, prior_precision: Tensor) -> Tensor:
+        """Eigenvalues of the posterior precision for a scalar prior precision, in float64, from those of ``H``."""
         self._warn_of_rounding(prior_precision)
+        rounding = len(values) * torch.finfo(self.params[0].dtype).eps * values.abs().max()
+        if isinstance(self.backend, (GGNInterface, EFInterface)):
+            rounding = math.inf
+        rounded = values > -rounding  # may be zero but for rounding
         values, prior = self._H_factor.double() * values, prior_precision.double()
         values = torch.where(rounded, shifted(values, prior), values + prior)
         if not bool((values > 0).all()):
@@ -149,7 +159,7 @@ class FullLaplace(ParametricLaplace):
     def log_det_ratio(self) -> Tensor:
         r""":math:`\log\det P - \log\det P_0`, as one sum in float64: the two may be large where this is small."""
         if len(self.prior_precision) == 1:
-            terms = (self._shifted(self.prior_precision) / self.prior_precision.double()).log()
+            terms = (self._shifted(self._values, self.prior_precision) / self.prior_precision.double()).log()
         else:
             factor, info = torch.linalg.cholesky_ex(self._double_precision())
             if int(info) != 0:
@@ -187,7 +197,8 @@ class FullLaplace(ParametricLaplace):
         elif any(len(p) > 1 for p in prior_precisions):
             raise ValueError("A sweep over prior precisions of a full posterior takes scalars only.")
         else:
-            basis, weights = self._spectrum[2], [self._shifted(p).reciprocal() for p in prior_precisions]
+            values, basis = self._spectrum
+            weights = [self._shifted(values, p).reciprocal() for p in prior_precisions]
         parts = contractions.jacobian_chunks(capture, blocks)
         found = [
             dense_variance(self._in_own_order(rows.double()), basis, weights, diagonal).to(rows.dtype) for rows in parts

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from laplace.capture.variance import Basis, block_variance
-from laplace.linalg.kronecker import Kron, KronDecomposed
+from laplace.linalg.decomposed import KronDecomposed, KronSpectrum
+from laplace.linalg.kronecker import Kron
 from laplace.noise import check_samples
 from laplace.posterior.arguments import before, by_name
 from laplace.posterior.parametric import ParametricLaplace
@@ -42,6 +43,7 @@ class KronLaplace(ParametricLaplace):
         self.damping = damping
         self.H_facs: Kron | None = None
         self._decomposed: KronDecomposed | None = None
+        self._eigenvalues: KronSpectrum | None = None
         super().__init__(**kwargs)
 
     @property
@@ -55,13 +57,14 @@ class KronLaplace(ParametricLaplace):
         known = getattr(self, "_decomposed", None)
         if known is not None:
             self._decomposed = KronDecomposed(known.eigenvectors, known.eigenvalues, known.deltas, self._damping)
+        self._eigenvalues = None
 
     def _settings(self) -> tuple[str, ...]:
         return (*super()._settings(), "damping")
 
     def _finalize(self, sums: CurvatureSums) -> None:
         self.H_facs = Kron.from_sums(sums, sums.n_data)
-        self._decomposed = None
+        self._decomposed = self._eigenvalues = None
 
     @property
     def H(self) -> KronDecomposed | None:
@@ -90,14 +93,26 @@ class KronLaplace(ParametricLaplace):
         return self.H * self._H_factor + (prior_precision if len(prior_precision) > 1 else prior_precision[0])
 
     @property
+    def _spectrum(self) -> KronSpectrum:
+        """Eigenvalues of the posterior precision. Eigenvectors cost several times as much, and the evidence needs none."""
+        self._check_fitted()
+        if self._eigenvalues is None:
+            known = self._decomposed
+            self._eigenvalues = self.H_facs.eigenvalues(self.damping) if known is None else known
+        prior_precision = self.prior_precision
+        return self._eigenvalues * self._H_factor + (
+            prior_precision if len(prior_precision) > 1 else prior_precision[0]
+        )
+
+    @property
     def log_det_posterior_precision(self) -> Tensor:
         r"""Log determinant :math:`\log\det P`."""
-        return self.posterior_precision.logdet()
+        return self._spectrum.logdet()
 
     @property
     def log_det_ratio(self) -> Tensor:
         r""":math:`\log\det P - \log\det P_0`, as one sum: the two may be large where this is small."""
-        return self.posterior_precision.logdet_ratio()
+        return self._spectrum.logdet_ratio()
 
     def square_norm(self, value: Tensor) -> Tensor:
         r""":math:`\Delta^\top P \Delta` with :math:`\Delta` = ``value - mean``."""

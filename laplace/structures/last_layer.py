@@ -1,24 +1,30 @@
-r"""Exact curvature of a last layer in closed form: no output direction is formed.
+r"""Curvature of a last layer in closed form.
 
 With features :math:`a_n` and the output Hessians :math:`\Lambda_n`, the Kronecker factors are :math:`\sum_n \Lambda_n` and
-:math:`\sum_n a_n a_n^\top`, the diagonal is :math:`\sum_n \mathrm{diag}(\Lambda_n)\, (a_n^2)^\top`. Along the columns of a root
-of :math:`\Lambda_n`, the same sums cost as many times more as there are classes.
+:math:`\sum_n a_n a_n^\top`, the diagonal is :math:`\sum_n \mathrm{diag}(\Lambda_n)\, (a_n^2)^\top`, and the dense curvature is
+:math:`\sum_n \Lambda_n \otimes a_n a_n^\top`. Along the columns of a root of :math:`\Lambda_n`, each of them costs about as
+many times more as there are classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 
+from laplace.capture.capture import ranges
 from laplace.capture.contractions import is_bias
 from laplace.likelihoods.base import BaseLikelihood
-from laplace.linalg.gram import add_gram_of_positions_, add_product_
+from laplace.linalg.gram import add_gram_of_positions_, add_product_, add_weighted_gram_, complete_blocks_
 from laplace.structures.sums import CurvatureSums
+
+_ROOTS = 1 << 22  # elements of the roots of output Hessians that are held at once
 
 
 def applies(sums: CurvatureSums, f: Tensor) -> bool:
-    """Whether outputs ``f`` have one position, the structure a closed form, and the parameters are a plain layer's."""
-    plain = all(block.layer is not None for block in sums.spec.blocks)
-    return plain and f.ndim == 2 and sums.spec.structure in ("kron", "diag")
+    """Whether outputs ``f`` have one position, and the parameters are a plain layer's."""
+    return f.ndim == 2 and all(block.layer is not None for block in sums.spec.blocks)
 
 
 def add_(sums: CurvatureSums, capture, likelihood: BaseLikelihood, f: Tensor, y: Tensor) -> None:
@@ -46,3 +52,45 @@ def add_(sums: CurvatureSums, capture, likelihood: BaseLikelihood, f: Tensor, y:
             total.add_(diagonal.sum(0))
         else:
             add_product_(total, diagonal.to(squares.dtype), squares)
+
+
+def add_full_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
+    r"""Add the dense curvature of one batch, in float64: for every pair of outputs one weighted Gram matrix of the features.
+
+    Args:
+        sums: The state to add to, dense over the last layer alone.
+        capture: :class:`laplace.capture.last_layer.LastLayerCapture` of the batch.
+        directions: Columns :math:`v_k` of a root of the output Hessian or its estimate, ``(batch, outputs)``.
+    """
+    total, layer = sums.running("full"), sums.spec.blocks[0].layer
+    a, roots = capture.inputs(layer)[:, 0].double(), torch.stack(list(directions), 2).double()
+    sides = [torch.ones_like(a[:, :1]) if is_bias(block) else a for block in sums.spec.blocks]
+    for start, stop in ranges(len(a), roots.shape[1] ** 2, _ROOTS):
+        hessians = roots[start:stop] @ roots[start:stop].mT
+        _add_pairs_(total, hessians.permute(1, 2, 0).contiguous(), [side[start:stop] for side in sides])
+    complete_blocks_(total)
+
+
+def _add_pairs_(total: Tensor, hessians: Tensor, sides: list[Tensor]) -> None:
+    """Add, on and above the diagonal, the block of every pair of outputs of every pair of parameters.
+
+    Args:
+        total: The sum; the rows of a parameter are those of its outputs one after the other.
+        hessians: ``(outputs, outputs, batch)``.
+        sides: What each parameter is multiplied by: the features ``(batch, in)`` of a weight, the ones of a bias.
+    """
+    outputs, first = len(hessians), 0
+    for i, left in enumerate(sides):
+        second = first
+        for j, right in enumerate(sides[i:], i):
+            shape = (outputs, left.shape[1], outputs, right.shape[1])
+            area = total[first:, second:][: shape[0] * shape[1], : shape[2] * shape[3]].unflatten(0, shape[:2])
+            area = area.unflatten(2, shape[2:])
+            for o in range(outputs):
+                for p in range(o if i == j else 0, outputs):
+                    if i == j:
+                        add_weighted_gram_(area[o, :, p], left, hessians[o, p])
+                    else:
+                        area[o, :, p].addmm_((left * hessians[o, p, :, None]).T, right)
+            second += shape[2] * shape[3]
+        first += outputs * left.shape[1]

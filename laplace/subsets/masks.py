@@ -1,14 +1,13 @@
-"""Which parameters form the subnetwork: strategies that turn a model into indices of its parameter vector.
+"""Which parameters form the subnetwork: a model turned into indices of its parameter vector, here by names.
 
 The parameter vector consists of all parameters with ``requires_grad``, in the order of the model. A strategy of your
-own is a subclass of :class:`SubnetMask` with :meth:`~SubnetMask.get_subnet_mask`, or of :class:`ScoreBasedSubnetMask`
-with :meth:`~ScoreBasedSubnetMask.compute_param_scores`.
+own is a subclass of :class:`SubnetMask` with :meth:`~SubnetMask.get_subnet_mask`, or of
+:class:`laplace.subsets.scored_masks.ScoreBasedSubnetMask` with ``compute_param_scores``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,7 @@ from torch.utils.data import DataLoader
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.data.batches import batches
-from laplace.enums import Likelihood
-from laplace.likelihoods.base import BaseLikelihood
-from laplace.likelihoods.named import NamedLikelihood
 from laplace.linalg.dense import parameter_vector
-from laplace.posterior.diag import DiagLaplace
-from laplace.subsets.swag import fit_diagonal_swag_var
 
 
 class SubnetMask:
@@ -105,126 +99,6 @@ class SubnetMask:
         return torch.cat([torch.full((n,), name in chosen, device=device) for name, n in self._sizes.items()])
 
 
-class ScoreBasedSubnetMask(SubnetMask):
-    """The parameters with the largest scores.
-
-    Args:
-        model: Trained network.
-        n_params_subnet: Number of parameters to choose.
-    """
-
-    def __init__(self, model: nn.Module, n_params_subnet: int):
-        """See the class."""
-        super().__init__(model)
-        if n_params_subnet is None or not 0 < n_params_subnet <= self._n_params:
-            raise ValueError(
-                f"n_params_subnet={n_params_subnet} must lie in 1…{self._n_params}, the number of parameters."
-            )
-        self._n_params_subnet = n_params_subnet
-
-    @property
-    def n_params_subnet(self) -> int:
-        """Number of chosen parameters."""
-        return self._n_params_subnet
-
-    def compute_param_scores(self, train_loader: DataLoader | None) -> Tensor:
-        """The strategy: one score per parameter, ``(parameters,)``; the largest win."""
-        raise NotImplementedError
-
-    def get_subnet_mask(self, train_loader: DataLoader | None) -> Tensor:
-        """Ones on the parameters with the largest scores.
-
-        Raises:
-            ValueError: If the scores do not fit the model or are NaN.
-        """
-        scores = self.compute_param_scores(train_loader)
-        if scores.shape != (self._n_params,):
-            raise ValueError(f"The scores have shape {tuple(scores.shape)}, expected ({self._n_params},).")
-        if bool(scores.isnan().any()):
-            raise ValueError(f"{int(scores.isnan().sum())} of the scores are NaN; look at the model's weights.")
-        mask = torch.zeros(self._n_params, dtype=torch.bool, device=scores.device)
-        mask[scores.topk(self._n_params_subnet).indices] = True
-        return mask
-
-
-class RandomSubnetMask(ScoreBasedSubnetMask):
-    """Uniformly at random, from torch's global generator."""
-
-    def compute_param_scores(self, train_loader: DataLoader | None) -> Tensor:
-        """Uniform noise."""
-        return torch.rand(self._n_params, device=self.parameter_vector.device)
-
-
-class LargestMagnitudeSubnetMask(ScoreBasedSubnetMask):
-    """The largest absolute values."""
-
-    def compute_param_scores(self, train_loader: DataLoader | None) -> Tensor:
-        """Absolute values."""
-        return self.parameter_vector.abs()
-
-
-class LargestVarianceDiagLaplaceSubnetMask(ScoreBasedSubnetMask):
-    """The largest posterior variances of a diagonal Laplace approximation over all weights.
-
-    Args:
-        model: Trained network.
-        n_params_subnet: Number of parameters to choose.
-        diag_laplace_model: A :class:`laplace.DiagLaplace` of the same model; :meth:`select` fits it.
-    """
-
-    def __init__(self, model: nn.Module, n_params_subnet: int, diag_laplace_model: DiagLaplace):
-        """See the class."""
-        super().__init__(model, n_params_subnet)
-        self.diag_laplace_model = diag_laplace_model
-
-    def compute_param_scores(self, train_loader: DataLoader | None) -> Tensor:
-        """Posterior variances after a fit to the data."""
-        self.diag_laplace_model.fit(_required(train_loader))
-        return self.diag_laplace_model.posterior_variance.detach()
-
-
-class LargestVarianceSWAGSubnetMask(ScoreBasedSubnetMask):
-    """The largest variances along a run of SGD; see :func:`laplace.utils.fit_diagonal_swag_var`.
-
-    Args:
-        model: Trained network.
-        n_params_subnet: Number of parameters to choose.
-        likelihood: ``'classification'`` (cross entropy) or ``'regression'`` (mean squared error).
-        swag_n_snapshots: Number of snapshots.
-        swag_snapshot_freq: Epochs between two snapshots.
-        swag_lr: Step size of SGD.
-    """
-
-    likelihood = NamedLikelihood()
-    likelihood_object: BaseLikelihood
-
-    def __init__(
-        self,
-        model: nn.Module,
-        n_params_subnet: int,
-        likelihood: BaseLikelihood | Likelihood | str = Likelihood.CLASSIFICATION,
-        swag_n_snapshots: int = 40,
-        swag_snapshot_freq: int = 1,
-        swag_lr: float = 0.01,
-    ):
-        """See the class."""
-        super().__init__(model, n_params_subnet)
-        self.likelihood = likelihood
-        self._swag: dict[str, Any] = {
-            "n_snapshots_total": swag_n_snapshots,
-            "snapshot_freq": swag_snapshot_freq,
-            "lr": swag_lr,
-        }
-
-    def compute_param_scores(self, train_loader: DataLoader | None) -> Tensor:
-        """Variances over snapshots."""
-
-        def criterion(f: Tensor, y: Tensor) -> Tensor:
-            return self.likelihood_object.training_loss(f, y)[0]
-
-        return fit_diagonal_swag_var(self.model, _required(train_loader), criterion, **self._swag)
-
-
 class ParamNameSubnetMask(SubnetMask):
     """Whole parameter tensors, by name.
 
@@ -288,7 +162,7 @@ class LastLayerSubnetMask(ModuleNameSubnetMask):
     def get_subnet_mask(self, train_loader: DataLoader | None) -> Tensor:
         """Ones on the last layer's parameters."""
         if self._last_layer_name is None:
-            self._module_names = [self._find(_required(train_loader))]
+            self._module_names = [self._find(required(train_loader))]
         return super().get_subnet_mask(train_loader)
 
     def _find(self, train_loader: DataLoader) -> str:
@@ -299,7 +173,12 @@ class LastLayerSubnetMask(ModuleNameSubnetMask):
         return extractor.last_layer_name
 
 
-def _required(train_loader: DataLoader | None) -> DataLoader:
+def required(train_loader: DataLoader | None) -> DataLoader:
+    """The data that a strategy looks at.
+
+    Raises:
+        ValueError: If there are none.
+    """
     if train_loader is None:
         raise ValueError("This strategy looks at the training data: call select(train_loader).")
     return train_loader

@@ -14,14 +14,16 @@ from laplace.enums import (
 )
 from laplace.linalg.kronecker import Kron, KronDecomposed
 from laplace.subsets.masks import (
-    LargestMagnitudeSubnetMask,
-    LargestVarianceDiagLaplaceSubnetMask,
-    LargestVarianceSWAGSubnetMask,
     LastLayerSubnetMask,
     ModuleNameSubnetMask,
     ParamNameSubnetMask,
-    RandomSubnetMask,
     SubnetMask,
+)
+from laplace.subsets.scored_masks import (
+    LargestMagnitudeSubnetMask,
+    LargestVarianceDiagLaplaceSubnetMask,
+    LargestVarianceSWAGSubnetMask,
+    RandomSubnetMask,
 )
 from laplace.subsets.swag import fit_diagonal_swag_var
 from laplace.utils.utils import (

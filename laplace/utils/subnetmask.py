@@ -1,15 +1,17 @@
 """Choices of a subnetwork, under their customary import path."""
 
 from laplace.subsets.masks import (
-    LargestMagnitudeSubnetMask,
-    LargestVarianceDiagLaplaceSubnetMask,
-    LargestVarianceSWAGSubnetMask,
     LastLayerSubnetMask,
     ModuleNameSubnetMask,
     ParamNameSubnetMask,
+    SubnetMask,
+)
+from laplace.subsets.scored_masks import (
+    LargestMagnitudeSubnetMask,
+    LargestVarianceDiagLaplaceSubnetMask,
+    LargestVarianceSWAGSubnetMask,
     RandomSubnetMask,
     ScoreBasedSubnetMask,
-    SubnetMask,
 )
 
 __all__ = [

@@ -391,6 +391,8 @@ def _compare(plan: Plan, la: Any, prediction: Any, ref: Reference, warned: list[
     precision = temper * truth + PRIOR * torch.eye(len(truth), dtype=torch.float64)
     covariance = naive.glm_covariance(ref.js[..., chosen], precision)
     errors |= _prediction_errors(plan, prediction, ref, covariance)
+    js = ref.js[..., chosen].to(la.params[0].dtype)
+    errors["functional variance"] = _relative(la.functional_variance(js), covariance)
     what = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
     if not errors[what] <= tolerance:
         return Verdict("wrong", what, errors[what])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from laplace import Laplace
+from laplace.backends.native import NativeEF, NativeGGN
 from laplace.capture.last_layer import LastLayerCapture
 from laplace.likelihoods import Categorical
 
@@ -82,3 +83,45 @@ def test_many_classes_form_no_direction(structure, monkeypatch):
     stochastic = Laplace(model, "classification", "last_layer", structure, backend_kwargs={"stochastic": True})
     stochastic.fit([(x, y)])
     assert len(asked) == 1
+
+
+DENSE = {
+    # features and outputs: one block of the sum, a sum of several blocks whose borders lie inside an output's, and wide features
+    "one block": (7, 3),
+    "borders inside": (50, 9),
+    "wide features": (211, 2),
+    "one output": (20, 1),
+}
+
+
+@pytest.mark.parametrize("estimator", ["ggn", "mc", "ef"])
+@pytest.mark.parametrize("trained", ["weight and bias", "weight", "bias"])
+@pytest.mark.parametrize("shape", DENSE)
+def test_dense_curvature_is_that_of_the_outer_products(shape, trained, estimator, monkeypatch):
+    """Σ vvᵀ ⊗ aaᵀ written out in float64, and the same digits whether outputs' Hessians are held at once or not."""
+    (features, outputs), n = DENSE[shape], 5
+    model = nn.Sequential(nn.Linear(3, features), nn.Tanh(), nn.Linear(features, outputs)).double()
+    model[2].weight.requires_grad_(trained != "bias")
+    model[2].bias.requires_grad_(trained != "weight")
+    classes = outputs > 1
+    x = torch.randn(n, 3, dtype=torch.float64)
+    y = torch.randint(outputs, (n,)) if classes else torch.randn(n, 1, dtype=torch.float64)
+    likelihood, backend = "classification" if classes else "regression", NativeEF if estimator == "ef" else NativeGGN
+    kwargs = {"stochastic": True, "num_samples": 2, "seed": 3} if estimator == "mc" else {}
+    la = Laplace(model, likelihood, "last_layer", "full", backend=backend, backend_kwargs=kwargs, last_layer_name="2")
+    la.fit([(x, y)])
+    with torch.no_grad():
+        a, f = model[:2](x), model(x)
+    truth = torch.zeros_like(la.H)
+    for v in la.backend.directions(f, y):
+        parts = {"weight": torch.einsum("no,ni->noi", v, a).flatten(1), "bias": v}
+        rows = torch.cat([parts[name] for name in ("weight", "bias") if name in trained], 1)
+        truth += rows.T @ rows
+    assert naive.relative_error(la.H, truth) < 1e-14
+    assert torch.equal(la.H, la.H.T)
+    monkeypatch.setattr("laplace.structures.last_layer._ROOTS", 2 * outputs**2)
+    again = Laplace(
+        model, likelihood, "last_layer", "full", backend=backend, backend_kwargs=kwargs, last_layer_name="2"
+    )
+    again.fit([(x, y)])
+    assert naive.relative_error(again.H, truth) < 1e-14

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from laplace import Laplace
-from laplace.linalg.eigen import eigh, symeig
+from laplace.linalg.eigen import eigenvalues, eigh, symeig
 from laplace.utils.matrix import Kron, KronDecomposed
 
 from . import naive
@@ -276,6 +276,17 @@ def test_rows_of_zeros_are_left_out_of_the_search(used, monkeypatch):
     assert float(((vectors * values) @ vectors.T - matrix).norm()) < 1e-12
 
 
+@pytest.mark.parametrize("used", [0, 1, 7, 40])
+def test_eigenvalues_alone_are_the_same_ones(used, monkeypatch):
+    matrix, widths, found = with_zero_rows(40, used), [], torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda M: widths.append(len(M)) or found(M))
+    close(eigenvalues(matrix), eigh(matrix)[0])
+    assert widths == ([used] if used else [])
+    kron = make([("weight", 4, 3), ("left", 2, 2), ("bias", 3, 1)], 0)
+    for damping in (False, True):
+        close((kron.eigenvalues(damping) * 2 + 3).logdet_ratio(), (kron.decompose(damping) * 2 + 3).logdet_ratio())
+
+
 def no_convergence(M):
     raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
 
@@ -285,10 +296,12 @@ def test_another_algorithm_follows_where_the_first_does_not_converge(monkeypatch
     truth = dense(kron)
     monkeypatch.setattr(torch.linalg, "eigh", no_convergence)
     close(kron.decompose().to_matrix(), truth)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", no_convergence)
+    close(kron.eigenvalues().logdet(), truth.logdet())
 
 
 def test_a_factor_without_eigendecomposition_is_named(monkeypatch):
-    def fails(matrix, driver):
+    def fails(matrix, driver, **kwargs):
         raise scipy.linalg.LinAlgError("no convergence either")
 
     monkeypatch.setattr(torch.linalg, "eigh", no_convergence)
@@ -300,3 +313,6 @@ def test_a_factor_without_eigendecomposition_is_named(monkeypatch):
         ValueError, match=r"factor '0.weight/B' \(4, 4\) of block 0 has no eigendecomposition: .*either"
     ):
         _ = la.H
+    monkeypatch.setattr(torch.linalg, "eigvalsh", no_convergence)
+    with pytest.raises(ValueError, match=r"factor '0.weight/B' \(4, 4\) of block 0 has no eigendecomposition"):
+        la.log_marginal_likelihood()

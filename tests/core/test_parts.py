@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from laplace import Laplace, NotEnoughMemoryError
-from laplace.backends import interface
+from laplace.backends import captured_model
 from laplace.curvature import NativeEF, NativeGGN
 from laplace.linalg import memory
 
@@ -39,7 +39,7 @@ def seeded():
 @pytest.mark.parametrize("structure", ["full", "kron", "diag", "lowrank", "gp"])
 def test_one_example_at_a_time_gives_the_same(name, structure, monkeypatch):
     expected = everything(name, structure)
-    monkeypatch.setattr(interface, "_JACOBIANS", 1)
+    monkeypatch.setattr(captured_model, "_JACOBIANS", 1)
     torch.testing.assert_close(everything(name, structure), expected, rtol=1e-9, atol=1e-11)
 
 
@@ -52,14 +52,14 @@ def test_draws_and_targets_stay_with_their_examples(backend, kwargs, monkeypatch
         return torch.cat([value.flatten() for value in la.sums.to_tensors().values()])
 
     expected = factors()
-    monkeypatch.setattr(interface, "_JACOBIANS", 1)
+    monkeypatch.setattr(captured_model, "_JACOBIANS", 1)
     torch.testing.assert_close(factors(), expected, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("structure", ["kron", "diag"])
 def test_their_jacobians_stay_small(structure, monkeypatch):
     """The tied weight has 9 entries: its Jacobians over 200 examples and 3 outputs would have 5,400."""
-    monkeypatch.setattr(interface, "_JACOBIANS", 300)
+    monkeypatch.setattr(captured_model, "_JACOBIANS", 300)
     model, x, y = CASES["tied"].make(n=200)
     la = Laplace(model, "classification", "all", structure)
     with Largest() as largest:
@@ -82,7 +82,7 @@ def test_a_jacobian_of_one_example_that_cannot_fit_is_refused_by_name(monkeypatc
 
 
 def test_targets_of_another_number_are_refused(monkeypatch):
-    monkeypatch.setattr(interface, "_JACOBIANS", 1)
+    monkeypatch.setattr(captured_model, "_JACOBIANS", 1)
     model, x, y = CASES["tied"].make(n=5)
     la = Laplace(model, "classification", "all", "diag")
     for targets in (y[:4], y.repeat(2)):

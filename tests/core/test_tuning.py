@@ -310,9 +310,9 @@ class Counted(list):
 @pytest.mark.parametrize(
     "subset, structure, expected", [("all", "full", 1), ("last_layer", "full", 1), ("all", "kron", 4)]
 )
-def test_the_evidence_of_a_scalar_prior_costs_one_eigendecomposition(subset, structure, expected, monkeypatch):
-    """Of the whole matrix, or one of each Kronecker factor; and no factorisation at any step."""
-    la, counts = fitted(subset, structure), {"eigh": 0, "cholesky_ex": 0}
+def test_the_evidence_of_a_scalar_prior_costs_the_eigenvalues_once(subset, structure, expected, monkeypatch):
+    """Of the whole matrix, or of each Kronecker factor; no eigenvectors, and no factorisation at any step."""
+    la, counts = fitted(subset, structure), {"eigvalsh": 0, "eigh": 0, "cholesky_ex": 0}
     for name in counts:
         plain = getattr(torch.linalg, name)
 
@@ -323,7 +323,22 @@ def test_the_evidence_of_a_scalar_prior_costs_one_eigendecomposition(subset, str
         monkeypatch.setattr(torch.linalg, name, counted)
     la.optimize_prior_precision(method="marglik", n_steps=30)
     la.log_marginal_likelihood(torch.tensor(3.0))
-    assert counts == {"eigh": expected, "cholesky_ex": 0}
+    assert counts == {"eigvalsh": expected, "eigh": 0, "cholesky_ex": 0}
+
+
+@pytest.mark.parametrize("structure", ["full", "kron"])
+def test_the_evidence_is_the_same_number_before_and_after_eigenvectors_were_asked_for(structure):
+    la, later = fitted("all", structure), fitted("all", structure)
+    before = la.log_marginal_likelihood(torch.tensor(3.0))
+    la(torch.randn(2, 3, dtype=torch.float64))
+    later(torch.randn(2, 3, dtype=torch.float64))
+    if structure == "kron":
+        later.prior_precision = 3.0
+        assert float(later.posterior_precision.logdet()) == pytest.approx(
+            float(later.log_det_posterior_precision), rel=1e-13
+        )
+    assert la.log_marginal_likelihood(torch.tensor(3.0)) == before
+    assert float(later.log_marginal_likelihood(torch.tensor(3.0))) == pytest.approx(float(before), rel=1e-13)
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,193 @@
+r"""A model and its likelihood as a backend sees them: which parameters, from which layers, and one batch captured.
+
+What is then made of a captured batch is the backend's business; see :mod:`laplace.backends.interface`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace.capture.capture import Capture, ranges
+from laplace.capture.contractions import require_jacobians
+from laplace.capture.evaluation import eval_mode
+from laplace.capture.feature_extractor import FeatureExtractor
+from laplace.capture.last_layer import LastLayerCapture, last_layer_sources
+from laplace.capture.soundness import check_function, check_inputs, check_parameters
+from laplace.capture.verify import find_layers
+from laplace.data.batches import is_divisible, length_of, part_of
+from laplace.data.mistakes import check_outputs
+from laplace.enums import Likelihood
+from laplace.likelihoods.base import BaseLikelihood
+from laplace.likelihoods.named import NamedLikelihood
+from laplace.structures.registry import sums_spec, warn_of_diagonal_blocks
+from laplace.structures.subnetwork import check_subnetwork_indices, split_indices
+from laplace.structures.sums import SumsSpec
+
+_FEW = 8  # examples that are enough to compare captured gradients with automatic differentiation
+_JACOBIANS = 1 << 24  # elements of the Jacobians of parameters without a covered layer that are held at once
+
+
+class CapturedModel:
+    """What every backend knows of its model; the arguments are those of :class:`CurvatureInterface`."""
+
+    likelihood = NamedLikelihood()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: BaseLikelihood | Likelihood | str,
+        last_layer: bool = False,
+        subnetwork_indices: torch.LongTensor | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+    ):
+        """See the class."""
+        self.likelihood = likelihood
+        self.model = model
+        self.last_layer = last_layer
+        self.subnetwork_indices = subnetwork_indices
+        self.dict_key_x = dict_key_x
+        self.dict_key_y = dict_key_y
+        self.spec: SumsSpec | None = None
+
+    @property
+    def likelihood_object(self) -> BaseLikelihood:
+        """The likelihood of the training data; loss and factor follow it."""
+        return self._likelihood_object
+
+    @likelihood_object.setter
+    def likelihood_object(self, value: BaseLikelihood) -> None:
+        self._likelihood_object = value.fitted
+        loss, self.factor = self._likelihood_object.torch_loss()
+        self.lossfunc = self._likelihood_object.loss if loss is None else loss
+
+    @property
+    def named_params(self) -> dict[str, nn.Parameter]:
+        """The parameters under consideration by name, in the order of the parameter vector."""
+        if self.last_layer:
+            assert isinstance(self.model, FeatureExtractor)
+            prefix = self.model.last_layer_name
+            return {f"{prefix}.{n}": p for n, p in self.model.last_layer.named_parameters() if p.requires_grad}
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def kept_entries(self) -> dict[str, tuple[int, ...] | None]:
+        """Parameters that have to be differentiated, and which of their entries are kept (None for all).
+
+        Without a subnetwork these are all of :attr:`named_params`. With one, tensors that hold none of it are missing:
+        curvature is then computed for the others alone, and reduced to the chosen entries.
+        """
+        sizes = {name: p.numel() for name, p in self.named_params.items()}
+        if self.subnetwork_indices is None:
+            return dict.fromkeys(sizes)
+        return split_indices(check_subnetwork_indices(self.subnetwork_indices, sum(sizes.values())), sizes)
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """The parameters under consideration."""
+        return list(self.named_params.values())
+
+    @property
+    def sums_dtype(self) -> torch.dtype:
+        """Precision of the sums: that of the parameters, but float32 at least."""
+        return torch.promote_types(self.params[0].dtype, torch.float32)
+
+    def initialize(self, x: Tensor | MutableMapping[str, Any], structure: str) -> SumsSpec:
+        """Decide from one batch which parameter's curvature comes from where.
+
+        Raises:
+            ValueError: If a subnetwork is to be Kronecker-factored.
+        """
+        if structure == "kron" and self.subnetwork_indices is not None:
+            raise ValueError("Single entries of a weight have no Kronecker factors; subnetworks take 'full' or 'diag'.")
+        named, kept = self.named_params, self.kept_entries()
+        shapes = {name: tuple(named[name].shape) for name in kept}
+        check_inputs(x)
+        x = _few(x)
+        with eval_mode(self.model):
+            check_parameters(self.model)
+            check_function(self.model.model if self.last_layer else self.model, x)
+            if self.last_layer:
+                with torch.no_grad():
+                    _, features = self.model.forward_with_features(x)
+                found = last_layer_sources(self.model.last_layer, self.model.last_layer_name, shapes, features.detach())
+            else:
+                found = find_layers(self.model, list(shapes), x)
+            with torch.no_grad():
+                f = self.model(x)
+        check_outputs(x, f)
+        self.likelihood_object.warn_of_outputs(f)
+        n_outputs = self.likelihood_object.count_outputs(f)
+        self.spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs, kept)
+        warn_of_diagonal_blocks(self.spec, self.model.model if self.last_layer else self.model)
+        return self.spec
+
+    def capture(self, x: Tensor | MutableMapping[str, Any]) -> Capture | LastLayerCapture:
+        """One forward pass that remembers what every contraction needs."""
+        assert self.spec is not None, "initialize() comes first"
+        self._check_gradients()
+        with eval_mode(self.model):
+            others = [block.parameter for block in self.spec.blocks if block.layer is None]
+            if self.last_layer:
+                with torch.no_grad():
+                    out, features = self.model.forward_with_features(x)
+                    name, layer = self.model.last_layer_name, self.model.last_layer
+                    capture = LastLayerCapture(features.detach(), layer, name, self.spec.torch_dtype, others)
+                self.model.check_output(capture.f, out)
+                return capture
+            layers = dict.fromkeys(block.layer for block in self.spec.blocks if block.layer is not None)
+            capture = Capture(self.model, x, layers, others, self.spec.torch_dtype)
+        capture.check_attribution()
+        return capture
+
+    def parts(self, x: Tensor | MutableMapping[str, Any]) -> list[tuple[slice, Any]]:
+        """Parts of a batch that are captured one after the other, each with its range of examples.
+
+        There is one, the whole batch, unless parameters need Jacobians of their own: those of a part hold about ``_JACOBIANS``
+        elements.
+
+        Raises:
+            NotEnoughMemoryError: If those of one example are larger than the free memory.
+        """
+        assert self.spec is not None, "initialize() comes first"
+        others = [block for block in self.spec.blocks if block.layer is None]
+        if not others or not is_divisible(x):
+            return [(slice(0, None), x)]
+        n = length_of(x)
+        outputs, size = self._outputs_per_example(x), sum(torch.Size(block.shape).numel() for block in others)
+        names = ", ".join(block.parameter for block in others)
+        require_jacobians(1, outputs, size, self.spec.torch_dtype, self.params[0].device, f" ({names})")
+        found = [slice(start, stop) for start, stop in ranges(n, outputs * size, _JACOBIANS)]
+        return [(part, part_of(x, part)) for part in found] if len(found) > 1 else [(slice(0, n), x)]
+
+    def _check_gradients(self) -> None:
+        """Refuse a model whose ``requires_grad`` flags are not those that it was initialised with."""
+        now, then = self.named_params, {block.parameter for block in self.spec.blocks}
+        changed = [name for name in then if name not in now]
+        if self.subnetwork_indices is None:
+            changed += [name for name in now if name not in then]
+        if changed:
+            raise ValueError(
+                f"requires_grad of {sorted(changed)} has changed since the fit: the posterior is over {len(then)} parameter "
+                f"tensors, the model now has {len(now)} with gradients. Set it back, or fit a copy of the model for each."
+            )
+
+    def _outputs_per_example(self, x: Any) -> int:
+        """Number of outputs of an example, over all its positions."""
+        with eval_mode(self.model), torch.no_grad():
+            return self.model(part_of(x, slice(0, 2)))[0].numel()
+
+
+def _few(x: Any) -> Any:
+    """A few examples of a batch, but at least two, so that the batch can be told from other dimensions."""
+    if isinstance(x, MutableMapping):
+        sizes = {len(value) for value in x.values() if isinstance(value, Tensor) and value.ndim > 0}
+        if sizes != {1}:
+            return x
+        return {key: torch.cat([value, value]) if isinstance(value, Tensor) else value for key, value in x.items()}
+    if not isinstance(x, Tensor):
+        return x
+    return torch.cat([x, x]) if len(x) == 1 else x[:_FEW]

@@ -1,0 +1,36 @@
+"""What likelihoods share whose prediction starts with log-probabilities: of classes, or of yes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from laplace.likelihoods.base import BaseLikelihood, Prediction
+from laplace.likelihoods.scores import summarize_classification
+
+
+class ClassProbabilities(BaseLikelihood):
+    """Base of likelihoods that are scored as classifications."""
+
+    tuning = "gridsearch"
+    scales_logits = True
+    has_confidence = True
+
+    def public(self, prediction: Prediction) -> Tensor:
+        """Probabilities."""
+        return prediction[0].exp()
+
+    def log_public(self, prediction: Prediction) -> Tensor:
+        """Their logarithms, finite where probabilities underflow."""
+        return prediction[0]
+
+    def check_scored(self, prediction: Prediction, y: Tensor, offset: int = 0) -> None:
+        """Refuse targets that do not fit the probabilities."""
+        self.check_shapes(prediction[0], y, offset)
+
+    def summarize(
+        self, scores: Mapping[str, Tensor], ood_confidence: Mapping[str, Tensor] | None = None
+    ) -> dict[str, float]:
+        """See :func:`laplace.likelihoods.scores.summarize_classification`, over classes or labels."""
+        return summarize_classification(scores, ood_confidence)
