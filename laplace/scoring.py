@@ -15,6 +15,7 @@ from laplace.enums import LinkApprox, PredType, parse
 from laplace.fitted import Fitted
 from laplace.likelihoods.base import Prediction
 from laplace.linalg.precision import widened
+from laplace.search import vertex
 
 _SWEEP = 1 << 24  # elements of the variances of one sweep over priors
 MAP = None  # in place of a prior's number
@@ -39,11 +40,6 @@ class Scores:
     examples: dict[str, Tensor]
 
 
-def leaves_noise_open(la: Fitted, pred_type: PredType | str) -> bool:
-    """Whether the best observation noise follows from the scores of a candidate, so that it is none of the candidates' own."""
-    return la.likelihood_object.fitted.has_noise and PredType(pred_type) is PredType.GLM
-
-
 @torch.no_grad()
 def score_candidates(
     la: Fitted,
@@ -56,11 +52,12 @@ def score_candidates(
     n_samples: int = 100,
     seed: int = 0,
     keep: bool = False,
+    open_noise: bool = False,
     progress_bar: bool = False,
 ) -> Scores:
     r"""Score every pair of a prior precision and a temperature of the logits, and the MAP, in one pass over the data.
 
-    For a regression under ``pred_type='glm'`` the noise :math:`\sigma` is left open: a candidate :math:`\lambda` stands for the
+    With ``open_noise``, for a regression under ``pred_type='glm'``, a candidate :math:`\lambda` stands for the
     prior precisions :math:`\delta = \lambda / \sigma^2`, under which the predictive variance is
     :math:`\sigma^2 (1 + v_\lambda)` with :math:`v_\lambda = J (H + \lambda)^{-1} J^\top`, and the best noise is a closed form.
 
@@ -74,6 +71,7 @@ def score_candidates(
         n_samples: Samples of predictives that draw any.
         seed: Of these samples; all candidates see the same draws.
         keep: Keep the scores of every term.
+        open_noise: Leave the observation noise open.
         progress_bar: Show progress over batches.
 
     Raises:
@@ -81,7 +79,7 @@ def score_candidates(
     """
     la._check_weights()
     law, noise = la.likelihood_object.fitted, la.sigma_noise
-    free = leaves_noise_open(la, pred_type)
+    free = open_noise
     precisions = [la.prior_precision] if priors is None else torch.tensor(priors, dtype=torch.float64)
     columns = 2 if free else len(temperatures)
     totals = torch.zeros(len(precisions), columns, dtype=torch.float64)
@@ -126,6 +124,17 @@ def profile_noise(totals: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """
     spread, variance = totals[..., 0] / n, totals[..., 1] / n
     return (spread + (2 * math.pi * variance).log() + 1) / 2, variance.sqrt()
+
+
+def loss_under_noise(spread: Tensor, error: Tensor, noise: float) -> Tensor:
+    r"""Loss of every term under an observation noise, from :math:`\log(1 + v)` and :math:`(y - f)^2 / (1 + v)`."""
+    return (spread + error / noise**2 + math.log(2 * math.pi * noise**2)) / 2
+
+
+def lowest_over_temperatures(losses: Tensor) -> Tensor:
+    """The lowest loss of every row, by :func:`laplace.search.vertex`; columns are evenly spaced logarithms of temperatures."""
+    places = list(range(losses.shape[-1]))
+    return torch.tensor([vertex(places, row.tolist())[1] for row in losses], dtype=torch.float64)
 
 
 def parts(la: Fitted, loader: Iterable, progress_bar: bool) -> Iterator[tuple[Any, Tensor]]:

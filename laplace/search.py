@@ -120,6 +120,7 @@ class Found:
 
     Attributes:
         index: The best point.
+            Of those below which the loss no longer changes, the highest.
         where: ``'inside'``; ``'high'`` or ``'low'`` if the loss no longer changes on that side (above: differs from its limit
             by no more than the tolerance); ``'edge'`` if it does, and the search may not go on there.
     """
@@ -147,10 +148,11 @@ def next_step(lattice: Lattice, done: Sequence[Scored], to_limit: bool = False) 
         if isinstance(found, Round):
             return found
         return Round(lattice.around(found.index), coarse=False)
-    found = _look(lattice, fine, to_limit)
-    if isinstance(found, Round) or found.where != "inside" or lattice.stride == 1:
+    coarse = [scored for scored in done if scored.round.coarse]
+    found = _look(lattice, fine, to_limit, located=bool(coarse))
+    if isinstance(found, Round) or found.where != "inside" or not coarse:
         return found
-    where = _look(lattice, [scored for scored in done if scored.round.coarse], to_limit).where
+    where = _look(lattice, coarse, to_limit).where
     flat = {"low": lambda i: i <= found.index, "high": lambda i: i >= found.index}.get(where)
     scores = scores_of(fine)
     if flat and _flat(lattice, {i: score for i, score in scores.items() if flat(i)}, scores[found.index]):
@@ -166,20 +168,32 @@ def scores_of(done: Sequence[Scored]) -> dict[int, float]:
     return dict(sorted(found.items()))
 
 
-def _look(lattice: Lattice, done: Sequence[Scored], to_limit: bool) -> Round | Found:
-    """Judge rounds of one kind: is the best point inside, or where do they go on?"""
+def _look(lattice: Lattice, done: Sequence[Scored], to_limit: bool, located: bool = False) -> Round | Found:
+    """Judge rounds of one kind: is the best point inside, or where do they go on?
+
+    A loss that does not change may be all that is seen of one that changes elsewhere. So unless coarse rounds have ``located``
+    the best point, a limit counts only where something on its other side is worse.
+    """
     scores, limit, coarse = scores_of(done), done[-1].limit, done[-1].round.coarse
     low, high = min(scores), max(scores)
     best = lowest(scores)
     if to_limit or limit < scores[best] - lattice.tolerance:
         if _at_limit(lattice, scores, high, limit):
             return Found(min(i for i in scores if _at_limit(lattice, scores, i, limit)), "high")
-        best = high
-    if best not in (low, high) or len(scores) == 1:
-        return Found(best, _plateau(lattice, scores, best, limit))
-    if (where := _plateau(lattice, scores, best, limit)) != "inside":
+        further = lattice.beyond(high, True, fine=not (coarse or to_limit))
+        return Round(further, coarse) if further else Found(high, "edge")
+    where = _plateau(lattice, scores, best, limit)
+    if where in ("low", "high") and not located:
+        other = [score for i, score in scores.items() if (i > best if where == "low" else i < best)]
+        further = lattice.beyond(high if where == "low" else low, where == "low", fine=not coarse)
+        if further and not any(score > scores[best] + lattice.tolerance or math.isnan(score) for score in other):
+            return Round(further, coarse)
+    if where == "low":
+        same = [i for i in scores if all(abs(scores[j] - scores[best]) <= lattice.tolerance for j in scores if j <= i)]
+        return Found(max(same), where)
+    if where == "high" or best not in (low, high):
         return Found(best, where)
-    further = lattice.beyond(best, best == high, fine=not (coarse or to_limit))
+    further = lattice.beyond(best, best == high, fine=not coarse)
     return Round(further, coarse) if further else Found(best, "edge")
 
 
@@ -224,11 +238,14 @@ def vertex(values: Sequence[float], scores: Sequence[float]) -> tuple[float, flo
 
     Args:
         values: Where the scores were taken, ascending and evenly spaced.
-        scores: The scores; the lowest one is taken itself where it has no two neighbours, or these are not finite.
+        scores: The scores. The lowest one is taken itself where it has no two neighbours, or these are not finite; infinity
+            where none is.
 
     Returns:
         The point, and the parabola's value there.
     """
+    if not any(map(math.isfinite, scores)):
+        return values[0], math.inf
     best = lowest(dict(enumerate(scores)))
     if not 0 < best < len(scores) - 1:
         return values[best], scores[best]

@@ -16,7 +16,9 @@ from laplace.data.batches import batches, is_metric, joined
 from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, parse
 from laplace.evidence import maximize_evidence
 from laplace.fitted import Fitted
+from laplace.prior_search import search_prior
 from laplace.scoring import parts, sweep
+from laplace.search import Lattice
 
 
 def optimize_prior_precision(
@@ -37,6 +39,8 @@ def optimize_prior_precision(
     verbose: bool = False,
     progress_bar: bool = False,
     log_prior_prec_base: float = 10.0,
+    tune_noise: bool = False,
+    extend: bool = False,
 ) -> None:
     """Set ``la.prior_precision`` to the best value found.
 
@@ -61,27 +65,67 @@ def optimize_prior_precision(
         verbose: Print the chosen value.
         progress_bar: Show progress.
         log_prior_prec_base: Base of the grid's exponents.
+        tune_noise: Set ``la.sigma_noise`` of a regression to its best value together with the prior precision, as the jobs do,
+            instead of keeping it. By the evidence, from the value that it has; or on a grid, which then is one of the prior
+            precision in units of the noise's, so that the best noise of each value is a formula.
+        extend: Search the grid from coarse to fine, and go on beyond its ends until the best value lies inside, or the loss no
+            longer changes, as the jobs do; each round is a pass over the data.
+
+    Warns:
+        UserWarning: If the best value lies on the edge of the grid; under ``extend``, if the predictive is that of the MAP
+            there, so that no prior precision helps, or if the loss no longer changes towards weaker priors.
 
     Raises:
-        ValueError: On unknown arguments, a missing or empty ``val_loader``, or when no value has a finite score.
+        ValueError: On unknown arguments, a missing or empty ``val_loader``, or when no value has a finite score; for
+            ``tune_noise`` without a noise, or on a grid under ``pred_type='nn'`` or a ``loss``; for ``extend`` with a ``loss``.
     """
     la._check_fitted()
     method = parse(TuningMethod, method, "method")
+    _check_options(la, method, pred_type, loss, tune_noise, extend)
     if method is TuningMethod.MARGLIK:
         start = la.initial_prior_precision(init_prior_prec, prior_structure)
-        la.prior_precision, _ = maximize_evidence(la, start, None, n_steps, lr, progress_bar)
+        noise = la.sigma_noise if tune_noise else None
+        la.prior_precision, noise = maximize_evidence(la, start, noise, n_steps, lr, progress_bar)
+        la.sigma_noise = la.sigma_noise if noise is None else noise
     else:
         if val_loader is None:
             raise ValueError("method='gridsearch' needs val_loader; without validation data use method='marglik'.")
         grid = prior_precision_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
-        if loss is None:
+        if tune_noise or extend:
+            ends = log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base
+            how = {
+                "link_approx": link_approx,
+                "pred_type": pred_type,
+                "n_samples": n_samples,
+                "progress_bar": progress_bar,
+            }
+            la.prior_precision, la.sigma_noise = search_prior(
+                la, val_loader, Lattice(*ends, extends=extend), tune_noise, **how
+            )
+            scores = None
+        elif loss is None:
             total, n = score_grid(la, val_loader, grid, link_approx, pred_type, n_samples, progress_bar=progress_bar)
             scores = total / n
         else:
             scores = _score_with(la, val_loader, grid, loss, link_approx, pred_type, n_samples, progress_bar)
-        la.prior_precision = select_prior_precision(grid, scores)
+        if scores is not None:
+            la.prior_precision = select_prior_precision(grid, scores)
     if verbose:
         print(f"Optimized prior precision is {la.prior_precision}.")
+
+
+def _check_options(la: Fitted, method: TuningMethod, pred_type: Any, loss: Any, tune_noise: bool, extend: bool) -> None:
+    """Refuse options that mean nothing together."""
+    grid = method is TuningMethod.GRIDSEARCH
+    if tune_noise and not la.likelihood_object.has_noise:
+        raise ValueError(f"tune_noise=True has no meaning for {la.likelihood_object.identity}, which has no noise.")
+    if tune_noise and grid and (loss is not None or parse(PredType, pred_type, "pred_type") is not PredType.GLM):
+        raise ValueError(
+            "tune_noise=True on a grid takes the noise from the loss of the Gaussian of pred_type='glm'; leave out loss and "
+            "pred_type, or use method='marglik'."
+        )
+    if extend and (loss is not None or not grid):
+        raise ValueError("extend=True is for method='gridsearch' with the negative log likelihood; leave out loss.")
 
 
 def prior_precision_grid(log_min: float = -4, log_max: float = 4, size: int = 100, base: float = 10.0) -> Tensor:

@@ -86,7 +86,7 @@ def tuning_key(version: str, chosen: Mapping[str, Any]) -> str:
 
 
 def tuning_shard_key(key: str, shard: str) -> str:
-    """Return the key of one shard's scores."""
+    """Return the key of one shard's scores; of a search in rounds the shard's id has `r<round>-` before it."""
     return f"{key.removesuffix('.json')}/{shard}.json"
 
 
@@ -104,7 +104,10 @@ MANIFEST = re.compile(
     r"(?:partials|parts|posteriors|tuning|evaluation)/[^/]+\.json|window\.json|(?:tuning|evaluation)/[^/]+/[^/]+\.json"
 )
 # Attempt directories, and the temporary files of a crashed commit: only these are ever collected.
-ATTEMPT = re.compile(r"((?:partials|parts|posteriors|tuning)/[^/]+/[^/]+|evaluation/[^/]+/[^/]+/[^/]+)/.+")
+# Scores of a tuning's round lie under its key and their shard's, the prior precision that was chosen under the key alone.
+ATTEMPT = re.compile(
+    r"(tuning/[^/]+/r\d+-[^/]+/[^/]+|(?:partials|parts|posteriors|tuning)/[^/]+/[^/]+|evaluation/[^/]+/[^/]+/[^/]+)/.+"
+)
 
 
 _DIGEST = r"[0-9a-f]{16}"

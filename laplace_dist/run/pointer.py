@@ -34,6 +34,18 @@ def read_current(store: Store) -> dict[str, Any]:
     return current
 
 
+def tuning_of(store: Store) -> str | None:
+    """Return the key of the tuning that is in force, or None where there is none.
+
+    Raises:
+        CheckpointError: What says so is truncated or altered.
+    """
+    try:
+        return read_current(store)["tuning"]
+    except MissingObjectError:
+        return None
+
+
 def write_current(store: Store, plan: Plan, version: str, tuning: str | None, *, first: bool = False) -> None:
     """Make a posterior version current, with the tuning that belongs to it.
 

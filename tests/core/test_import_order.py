@@ -28,6 +28,7 @@ PLACES = (
     "search",
     "scoring",
     "temperature",
+    "prior_search",
     "tuning",
     "state",
     "posterior",
