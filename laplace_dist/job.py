@@ -18,6 +18,7 @@ from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import plan_shards
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import (
+    decompositions,
     evaluations,
     layout,
     lifecycle,
@@ -31,7 +32,7 @@ from laplace_dist.run import (
 )
 from laplace_dist.run.checkpoint import open_json, open_store
 from laplace_dist.run.combination import Term, Window, alone
-from laplace_dist.stages import evaluate, map, opening, reduce, tune, words
+from laplace_dist.stages import decompose, evaluate, map, opening, reduce, tune, words
 from laplace_dist.stages.search import Search
 from laplace_dist.storage.store import Store
 
@@ -240,6 +241,12 @@ class Job:
         pointer.write_current(self.store, self.plan, version, key)
         return key
 
+    def decompose(self, version: str) -> None:
+        """Commit the eigendecompositions of a version's large factors that are not there yet."""
+        if names := decompositions.missing(self.store, self.plan, version):
+            tasks = decompose.tasks(self.plan, version, names)
+            self._run(tasks, Progress("decompose", "groups of factors", len(tasks)), alike=False)
+
     def choose_prior(self, version: str, start: str | None = None) -> str:
         """Tune a posterior version and return the key of the tuning.
 
@@ -270,6 +277,7 @@ class Job:
         """Commit a tuning, by a search or by the evidence, if that is not done yet, and say what it is."""
         if not ownership.has(self.store, self.plan, key):
             if search is not None:
+                self.decompose(version)
                 task: Task = search.choose()
             else:
                 chosen = tune.settings(self.config, None, self.device_type)
@@ -295,12 +303,14 @@ class Job:
         """Score MAP and Laplace on the test and out-of-distribution splits and return the key of the evaluation."""
         config = self.config
         compatibility.check_predictive(config)
-        splits = self._splits("test", *compatibility.ood(config))
+        splits = self._splits(*compatibility.evaluated(config))
         found = {name: opening.fingerprint(config, split, name) for name, split in splits.items()}
         chosen = evaluate.settings(config, tuning, found, self.device_type)
         key = layout.evaluation_key(version, chosen)
         if not ownership.has(self.store, self.plan, key):
             shards = [(name, s) for name, split in splits.items() for s in plan_shards(len(split), config.batch_size)]
+            if self.plan.spec["structure"] == "kron":  # a dense precision has a root that costs less
+                self.decompose(version)
             tasks, done = evaluate.shard_tasks(self.store, self.plan, version, tuning, key, found, shards)
             self._run(tasks, Progress("evaluate", "shards", len(shards), done))
             ids = {name: [s.id for other, s in shards if other == name] for name in splits}

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace.capture.admission import check_model
 from laplace.capture.capture import Capture, ranges
 from laplace.capture.contractions import require_jacobians
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.capture.last_layer import LastLayerCapture, last_layer_sources
-from laplace.capture.soundness import check_function, check_inputs, check_parameters
+from laplace.capture.soundness import check_function, check_inputs
 from laplace.capture.verify import find_layers
 from laplace.data.batches import is_divisible, length_of, part_of
 from laplace.data.mistakes import check_outputs
@@ -108,7 +109,7 @@ class CapturedModel:
         check_inputs(x)
         x = _few(x)
         with eval_mode(self.model):
-            check_parameters(self.model)
+            check_model(self.model)
             check_function(self.model.model if self.last_layer else self.model, x)
             if self.last_layer:
                 with torch.no_grad():

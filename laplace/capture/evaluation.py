@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,7 +20,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
     Modules are in evaluation mode, embeddings give the gradient of their output and not one scaled by frequency, and the
     model is handed copies of its inputs: a forward pass that changes its input in place changes no data and no later pass.
-    Inside of ``torch.inference_mode()``, tensors are ordinary ones without gradient.
+    Inside of ``torch.inference_mode()``, tensors are ordinary ones without gradient. What was compiled runs as it was written:
+    hooks see none of the layers of a compiled graph.
     """
     training = [module for module in model.modules() if module.training]
     scaled = [module for module in model.modules() if getattr(module, "scale_grad_by_freq", False)]
@@ -28,6 +30,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         handle = own.register_forward_pre_hook(_with_own_inputs, prepend=True, with_kwargs=True)
         try:
             model.eval()

@@ -276,6 +276,14 @@ class BaseLikelihood:
         """Confidence of every prediction, without targets; for likelihoods that have one."""
         raise NotImplementedError(f"{self.identity} has no confidence.")
 
+    def monitored(self, prediction: Prediction, y: Tensor | None = None, sigma_noise: float = 1.0) -> dict[str, Tensor]:
+        """What is watched for drift, each ``(terms,)`` float64: the ``entropy`` (nats) of every predictive distribution.
+
+        Classifications have ``predicted``, and where there are targets ``label``, too. Nothing by default: of a prediction that
+        is samples of outputs there is no entropy in general.
+        """
+        return {}
+
     def summarize(
         self, scores: Mapping[str, Tensor], ood_confidence: Mapping[str, Tensor] | None = None
     ) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from laplace import tuning
 from laplace.backends.interface import CurvatureInterface
 from laplace.backends.native import NativeGGN
+from laplace.capture import admission
 from laplace.capture.feature_extractor import FeatureExtractor
-from laplace.capture.soundness import check_parameters
 from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, parse
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.named import NamedLikelihood
@@ -87,7 +87,7 @@ class BaseLaplace:
         self._mean: Tensor | None = None
         self._prior_precision_argument = prior_precision
         self._prior_mean_argument = prior_mean
-        check_parameters(model.model if isinstance(model, FeatureExtractor) else model)
+        admission.check_model(model.model if isinstance(model, FeatureExtractor) else model)
         self._find_params()
         self.sigma_noise = sigma_noise
 

@@ -70,6 +70,8 @@ def _parser(defaults: Mapping[str, Any]) -> argparse.ArgumentParser:
             parser.add_argument(flag, nargs="*", metavar="SPLIT", help=text)
         elif name == "prior_range":
             parser.add_argument(flag, nargs=2, metavar=("LOW", "HIGH"), help=text)
+        elif name == "gate":
+            parser.add_argument(flag, action="append", metavar="THRESHOLD", help=text)
         else:
             parser.add_argument(flag, metavar=name.upper(), help=text)
     return parser

@@ -12,6 +12,12 @@ def ood(config: Config) -> list[str]:
     return config.ood if likelihood_of(config.likelihood).has_confidence else []
 
 
+def evaluated(config: Config) -> list[str]:
+    """Return the splits that an evaluation scores: `test`, those out of distribution, and the one without labels."""
+    unlabelled = [] if config.unlabelled is None else [config.unlabelled]
+    return ["test", *(name for name in ood(config) if name != config.unlabelled), *unlabelled]
+
+
 def check_predictive(config: Config) -> None:
     """Refuse combinations of settings that would fail, or mean nothing, only after the fit.
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from laplace_dist.config import gates
 from laplace_dist.config.import_path import IMPORT_PATH
 from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.errors import SettingsError
@@ -125,6 +126,18 @@ class Config(BaseModel):
     )
     level: Annotated[float, Field(gt=0.5, lt=1)] = Field(0.95, description="one-sided level of the comparison")
     draws: Annotated[int, Field(ge=100)] = Field(2000, description="of the bootstrap of the comparison")
+    gate: list[str] = Field(
+        [], description="a threshold that a candidate has to meet too, such as nll<=0.005; may be given several times"
+    )
+    keep_versions: Count | None = Field(
+        None, description="keep so many of the versions that were current last, and delete what only older ones need"
+    )
+    unlabelled: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="name of a split of fresh examples without labels, which are watched for drift"
+    )
+    alert_cmd: Annotated[str, Field(min_length=1)] | None = Field(
+        None, repr=False, exclude=True, description="command that is given the record of a recalibration with drift"
+    )
     skip_tune: bool = Field(False, description="do not tune the prior precision")
     skip_evaluate: bool = Field(False, description="do not evaluate the predictive")
     fresh: bool = Field(False, description="delete the run at --checkpoint first")
@@ -165,6 +178,20 @@ class Config(BaseModel):
     def _range(cls, value: list[float] | None) -> list[float] | None:
         if value is not None and not 0 < value[0] < value[1] < float("inf"):
             raise ValueError("two positive numbers, the lower one first")
+        return value
+
+    @field_validator("unlabelled")
+    @classmethod
+    def _new_split(cls, value: str | None) -> str | None:
+        if value is not None and (value in ("train", "val", "test") or not re.fullmatch(r"[\w.-]+", value)):
+            raise ValueError("a name of letters, digits, '_', '-' or '.', other than train, val and test")
+        return value
+
+    @field_validator("gate")
+    @classmethod
+    def _gates(cls, value: list[str]) -> list[str]:
+        for text in value:
+            gates.parse(text)
         return value
 
     @property

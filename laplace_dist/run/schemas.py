@@ -192,12 +192,18 @@ class LeaseFields(Strict):
 
 
 TuningKey = Annotated[str, Field(pattern=r"^tuning/[^/]+\.json$")]
+EvaluationKey = Annotated[str, Field(pattern=r"^evaluation/[^/]+\.json$")]
 
 
 class _Promotion(Strict):
+    """One entry of the history: what was current, by which evaluation, without which windows, and whether it is gone."""
+
     version: Name
     tuning: TuningKey | None
     why: str
+    evaluation: EvaluationKey | None = None
+    left_out: list[Name] = []
+    collected: bool = False
 
 
 class CurrentFields(Strict):
@@ -212,7 +218,7 @@ class CurrentFields(Strict):
 class _Side(Strict):
     version: Name
     tuning: TuningKey | None
-    evaluation: Annotated[str, Field(pattern=r"^evaluation/[^/]+\.json$")]
+    evaluation: EvaluationKey
 
 
 class _Compared(Strict):
@@ -220,6 +226,12 @@ class _Compared(Strict):
     low: Finite
     high: Finite
     margin: Annotated[Finite, Field(ge=0)]
+
+
+class _Gate(Strict):
+    gate: str
+    value: Finite
+    met: bool
 
 
 class RecalibrationFields(Strict):
@@ -234,9 +246,40 @@ class RecalibrationFields(Strict):
     settings: dict[str, Any]
     differences: dict[Literal["nll", "ece"], _Compared]
     metrics: dict[Literal["map", "current", "candidate"], dict[str, Finite]]
+    gates: list[_Gate] = []
+    drift: dict[str, Any] | None = None
     promoted: bool
     why: str
     environment: Environment
+
+
+class _Stream(Strict):
+    edges: list[Finite]
+    counts: list[Number]
+    looks: Number
+    log_capital: Finite | None
+
+
+class _Look(Strict):
+    name: Name
+    evaluation: EvaluationKey
+    record: dict[str, Any]
+
+
+class DriftFields(Strict):
+    """What is kept between recalibrations of the watch for drift: how the reference lay, and what was seen since."""
+
+    format_version: Positive
+    plan: str
+    number: Positive
+    version: Name
+    tuning: TuningKey | None
+    evaluation: EvaluationKey
+    streams: dict[str, _Stream]
+    distance: dict[str, list[list[Finite]]] | None
+    noticed: dict[str, str]
+    seen: list[str]
+    last: _Look | None
 
 
 class RecalibrationLeaseFields(Strict):
@@ -273,6 +316,16 @@ class TuningSearch(Strict):
     compared: dict[Literal["nll", "ece"], _Interval]
     map_noise: Annotated[Finite, Field(gt=0)] | None = None
     said: list[str]
+
+
+class DecompositionFields(_Owned):
+    """The manifest of the eigendecomposition of one factor of a posterior version."""
+
+    plan: str
+    factor: str
+    prefix: str
+    arrays: dict[Literal["values", "vectors"], Entry]
+    environment: Environment
 
 
 class TuningFields(_Owned):

@@ -212,10 +212,12 @@ def apply_tuning(store: Store, la: Any, key: str) -> None:
 
 
 def start_of(store: Store, key: str | None) -> str | None:
-    """Return the tuning whose prior a tuning of the temperature alone has kept; any other tuning is its own."""
-    if key is None:
-        return None
-    return open_json(store.read(key), key)["settings"].get("prior_of", key)
+    """Return the tuning whose prior a tuning of the temperature alone has kept; any other tuning is its own.
+
+    So that a temperature that is tuned again is the same tuning; if the other one was collected meanwhile, it is a new one.
+    """
+    first = None if key is None else open_json(store.read(key), key)["settings"].get("prior_of", key)
+    return first if first is None or store.exists(first) else key
 
 
 def notes(manifest: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from laplace.structures.sums import weighted_sum_in_order
 from laplace_dist.errors import CheckpointError, ForeignError
@@ -117,6 +118,16 @@ def read_version(store: Store, plan: Plan, version: str) -> dict[str, Any]:
     arrays = {name: place["entry"] for name, place in manifest["factors"].items()}
     refuse_emptied(arrays, manifest["format_version"], key, "Start again with --fresh.")
     return manifest
+
+
+def read_factor(store: Store, manifest: Mapping[str, Any], name: str) -> Tensor:
+    """Return one factor of a posterior version.
+
+    Raises:
+        CheckpointError: It is missing, truncated or altered.
+    """
+    place = manifest["factors"][name]
+    return torch.from_numpy(store.read_array(place["prefix"], name, place["entry"]))
 
 
 def read_loss(store: Store, manifest: Mapping[str, Any]) -> float:

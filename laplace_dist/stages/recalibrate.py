@@ -49,7 +49,7 @@ class Compare:
 
 def settings(config: Config) -> dict[str, Any]:
     """Return what a decision depends on beside the two evaluations."""
-    chosen = {name: getattr(config, name) for name in ("draws", "level", "margin_nll", "margin_ece", "seed")}
+    chosen = {name: getattr(config, name) for name in ("draws", "level", "margin_nll", "margin_ece", "gate", "seed")}
     return chosen if config.recalibrate == "prior" else {**chosen, "recalibrate": config.recalibrate}
 
 

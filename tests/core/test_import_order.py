@@ -34,6 +34,7 @@ PLACES = (
     "posterior",
     "subsets",
     "laplace",
+    "drift",
     "marglik_training",
     "backends.conformance",  # tests to inherit, which fit whole posteriors
     "transforms",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import nn
@@ -11,7 +9,8 @@ from torch import nn
 from laplace import Laplace
 
 from .dense_reference import examine
-from .random_models import RIGHT, Case, Plan
+from .planned import planned
+from .random_models import Case
 from .torch_layers import LAYERS, LAZY, VOCABULARY, Around, Layer, classes, is_known
 
 CASES = {
@@ -20,43 +19,6 @@ CASES = {
     for variant, case in variants.items()
     if name in classes()
 }
-
-
-@dataclass(frozen=True)
-class SweepPlan(Plan):
-    """A plan whose model is that around a layer, or another one of this module's making."""
-
-    made: object = None
-
-    @property
-    def outcome(self) -> str:
-        return RIGHT
-
-    def build(self) -> Case:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return self.made()
-
-
-def planned(made, structure, precision="float64", batch_size=2, subset="all", likelihood="classification"):
-    """A plan around a function that makes a model and its data."""
-    return SweepPlan(
-        seed=1,
-        layers=(),
-        activations=(),
-        wrapped="",
-        wrapped_head=False,
-        outer="",
-        inputs="",
-        context="",
-        output="vector output",
-        likelihood=likelihood,
-        structure=structure,
-        subset=subset,
-        precision=precision,
-        batch_size=batch_size,
-        made=made,
-    )
 
 
 def case_of(layer: Layer) -> Case:
