@@ -2,8 +2,8 @@ r"""Capture once, contract many: one forward pass that remembers what every cont
 
 A capture holds, for every covered layer, the inputs :math:`a` of each of its calls, and gives the output gradients
 :math:`g = (\partial f / \partial z)^\top v` for any direction :math:`v` in output space by one backward pass that stops at
-the layers' outputs: no gradient of any weight is formed. Parameters without a covered layer get per-example Jacobians of
-their own through :mod:`torch.func`.
+the layers' outputs: no gradient of any weight is formed. Parameters without a covered layer get rows of their
+their own, from the same direction; see :mod:`laplace.capture.pullback`.
 
 The directions are taken one at a time rather than stacked under ``vmap``: on CPUs the batched convolution backward is an
 order of magnitude slower, for linear layers the two are equal, and memory stays at one direction.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from laplace.capture.attribution import check_attribution, picks_by_mask, picks_rows
 from laplace.capture.calls import Call, recorded, that_reach
 from laplace.capture.evaluation import eval_mode
-from laplace.capture.fallback import per_example_jacobians
+from laplace.capture.pullback import pullback
 from laplace.capture.rules import gradients_by_position, inputs_by_position, widths
 from laplace.linalg.precision import without_autocast
 
@@ -31,8 +31,7 @@ class Capture:
 
     Attributes:
         f: Outputs ``(batch, …, outputs)`` without graph.
-        jacobians: For every parameter without a covered layer, its Jacobian ``(batch, outputs, parameter size)``, where
-            ``outputs`` counts all positions and classes.
+        modules: The covered layers by name.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class Capture:
         self.modules = {name: model.get_submodule(name) for name in layers}
         self._forward(model, x)
         self.f = self._output.detach()
-        self.jacobians = per_example_jacobians(model, x, list(others), dtype)
+        self._rows = pullback(model, x, list(others))
         self._inputs: dict[str, Tensor] = {}
 
     def _forward(self, model: nn.Module, x: Any) -> None:
@@ -112,14 +111,20 @@ class Capture:
         return value.unflatten(0, (n, len(value) // n)) if len(value) % n == 0 else value[None]
 
     def gradients(self, v: Tensor) -> dict[str, Tensor]:
-        """Output gradients of every layer for one direction.
+        """Output gradients of every layer for one direction, and the rows of parameters without a layer.
 
         Args:
             v: Direction in output space, shaped like :attr:`f`.
 
         Returns:
-            ``(batch, positions, out)`` by layer.
+            ``(batch, positions, out)`` by layer, ``(batch, size)`` by parameter.
         """
+        with eval_mode(self._model):
+            rows = {name: row.reshape(len(row), -1).to(self.dtype) for name, row in self._rows(v).items()}
+        return {**self.layer_gradients(v), **rows}
+
+    def layer_gradients(self, v: Tensor) -> dict[str, Tensor]:
+        """Those of the layers alone."""
         found = self.output_gradients(v)
         return {
             layer: self.positions_of(layer, found) if layer in self.called else self._blank(layer)[1]

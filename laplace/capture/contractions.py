@@ -39,8 +39,7 @@ def row_of_block(
     if block.layer is not None:
         a = None if is_bias(block) else capture.inputs(block.layer)[part]
         return row_of_layer(block, capture.modules[block.layer], a, gradients[block.layer][part])
-    jacobian = capture.jacobians[block.parameter][part]
-    row = torch.bmm(v[part].to(jacobian.dtype).reshape(len(jacobian), 1, -1), jacobian)[:, 0]
+    row = gradients[block.parameter][part]
     return row if block.chosen is None else row[:, block.indices.to(row.device)]
 
 

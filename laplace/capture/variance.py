@@ -62,12 +62,13 @@ def block_variance(
     shape = (n_priors, capture.f.shape[0], outputs) + (() if diagonal else (outputs,))
     total = torch.zeros(shape, dtype=capture.dtype, device=capture.f.device)
     by_layer: dict[str, list[int]] = {}
+    directions = [capture.gradients(v) for v in output_directions(capture.f)]
     for index, block in enumerate(blocks):
         if block.layer is None:
-            _add_rows(total, capture.jacobians[block.parameter], weights[index], diagonal)
+            rows = torch.stack([gradients.pop(block.parameter) for gradients in directions], 1)
+            _add_rows(total, rows, weights[index], diagonal)
         else:
             by_layer.setdefault(block.layer, []).append(index)
-    directions = [capture.gradients(v) for v in output_directions(capture.f)] if by_layer else []
     for layer, indices in by_layer.items():
         g = torch.stack([gradients.pop(layer) for gradients in directions], 1)  # (batch, outputs, positions, out)
         for index in indices:

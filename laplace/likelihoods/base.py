@@ -37,6 +37,7 @@ class BaseLikelihood:
         tuning: How the jobs tune a scalar prior precision by default, ``'gridsearch'`` or ``'marglik'``.
         predicts_outputs: Whether its predictive is the Gaussian over the outputs itself.
         grid_needs_variance: Whether the prior precision changes the mean of its predictive under ``pred_type='glm'``.
+        scales_logits: Whether its outputs are logits, which a temperature may divide.
         has_confidence: Whether its scores hold a ``confidence``, by which out-of-distribution data can be told.
     """
 
@@ -46,6 +47,7 @@ class BaseLikelihood:
     tuning = "marglik"
     predicts_outputs = False
     grid_needs_variance = True
+    scales_logits = False
     has_confidence = False
 
     def __init_subclass__(cls, **kwargs: Any):

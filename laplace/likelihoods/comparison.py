@@ -26,6 +26,11 @@ class Difference:
     high: float
 
 
+def not_worse(differences: Mapping[str, Difference], tolerance: float = 0.0) -> bool:
+    """Whether no score of the one is shown to be worse: of none does the whole interval lie above the tolerance."""
+    return all(difference.low <= tolerance for difference in differences.values())
+
+
 def paired_differences(
     one: Mapping[str, Tensor],
     other: Mapping[str, Tensor],

@@ -137,6 +137,15 @@ class Gaussian(BaseLikelihood):
         """See :func:`laplace.likelihoods.scores.summarize_regression`."""
         return summarize_regression(scores)
 
+    def free_noise_terms(self, prediction: Prediction, y: Tensor) -> dict[str, Tensor]:
+        r"""For every output, what its loss consists of while the noise is open and the predictive variance in units of it.
+
+        Under :math:`\mathcal N(f, \sigma^2 (1 + v))` that is ``spread``, :math:`\log(1 + v)`, and ``error``,
+        :math:`(y - f)^2 / (1 + v)`, each ``(batch, outputs)`` float64.
+        """
+        mean, variance = (t.detach().double().reshape(len(y), -1) for t in prediction)
+        return {"spread": variance.log1p(), "error": (y.double().reshape(mean.shape) - mean).square() / (1 + variance)}
+
     def tuning_loss(self, prediction: Prediction, y: Tensor, sigma_noise: float = 1.0) -> float:
         """Summed negative log likelihood of a Gaussian whose variance is the predictive one plus the observation noise's."""
         mean, variance = (t.double().reshape(y.shape) for t in prediction)

@@ -20,6 +20,7 @@ from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.named import NamedLikelihood
 from laplace.posterior.arguments import ORDER, by_name, check_model, signature
 from laplace.prior import as_value, spread
+from laplace.temperature import optimize_logit_temperature
 
 
 class BaseLaplace:
@@ -46,6 +47,7 @@ class BaseLaplace:
 
     order = ORDER
     likelihood = NamedLikelihood()
+    _logit_temperature = 1.0  # objects that were pickled before there was one have none of their own
 
     def __init_subclass__(cls, **kwargs: Any):
         """Show every documented argument of a class; a class with a constructor of its own shows that."""
@@ -152,6 +154,7 @@ class BaseLaplace:
             return
         try:
             self.sigma_noise = self.sigma_noise
+            self.logit_temperature = self.logit_temperature
         except ValueError:
             self._likelihood_object = before
             raise
@@ -280,6 +283,30 @@ class BaseLaplace:
         self._prior_changed()
 
     @property
+    def logit_temperature(self) -> float:
+        r"""What predictions divide the logits by, :math:`T` of temperature scaling; 1 unless it is set or fitted.
+
+        A predictive is that of the network whose logits are :math:`f / T`: of the mean :math:`f / T` and the covariance
+        :math:`\Sigma / T^2` under ``pred_type='glm'``, of every sampled network's :math:`f / T` under ``'nn'`` (Guo et al., "On
+        calibration of modern neural networks", ICML 2017, for the predictive). Not to be confused with ``temperature``, the
+        temperature of the posterior, which scales the curvature: that changes variances alone, evidence and samples with them;
+        this one changes mean and variance of the logits, and neither evidence nor weights. ``optimize_logit_temperature`` and
+        the jobs fit it.
+        """
+        return self._logit_temperature
+
+    @logit_temperature.setter
+    def logit_temperature(self, value: float) -> None:
+        if not isinstance(value, (int, float, Tensor)) or isinstance(value, bool) or not 0 < value < inf:
+            raise ValueError(f"logit_temperature={value!r} must be positive and finite.")
+        if value != 1 and not self.likelihood_object.scales_logits:
+            raise ValueError(
+                f"logit_temperature={float(value)} has no meaning for {self.likelihood_object.identity}, whose outputs are no "
+                "logits; it must be 1."
+            )
+        self._logit_temperature = float(value)
+
+    @property
     def _H_factor(self) -> Tensor:
         """Scale of the summed curvature: ``1 / (σ² · temperature)``."""
         return 1 / self.sigma_noise.square() / self.temperature
@@ -342,3 +369,4 @@ class BaseLaplace:
         return self(x, pred_type=pred_type, link_approx=link_approx, n_samples=n_samples, **kwargs)
 
     optimize_prior_precision = tuning.optimize_prior_precision
+    optimize_logit_temperature = optimize_logit_temperature

@@ -32,8 +32,9 @@ def add_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
     squared: dict[str, Tensor] = {}
     for v in directions:
         gradients = capture.gradients(v)
-        for name, g in gradients.items():
-            if g.shape[1] == 1 and is_outer(capture.modules[name]):
+        for name, module in capture.modules.items():
+            g = gradients[name]
+            if g.shape[1] == 1 and is_outer(module):
                 square = g[:, 0].square()
                 squared[name] = squared[name].add_(square) if name in squared else square.double()
         for block in sums.spec.blocks:

@@ -41,7 +41,7 @@ class Config(BaseModel):
     model: str = Field(description="import path module:callable that returns an nn.Module")
     model_args: dict[str, Any] = Field({}, description="keyword arguments of --model, as JSON or YAML")
     weights: str | None = Field(None, description="URL or path of a state dict: .safetensors, or torch.save's format")
-    data: str = Field(description="import path module:callable that takes split=, or the URL of a Zarr group")
+    data: str = Field(description="import path module:callable that takes split=, or the path or URL of data in files")
     data_args: dict[str, Any] = Field({}, description="keyword arguments of --data, as JSON or YAML")
     ood: list[str] = Field([], description="names of out-of-distribution splits for the evaluation")
     checkpoint: Annotated[str, Field(min_length=1)] = Field(description="directory or fsspec URL of the run")
@@ -93,8 +93,14 @@ class Config(BaseModel):
     tune_method: Literal["marglik", "gridsearch"] | None = Field(
         None, description="gridsearch for classification with a scalar prior, else marglik"
     )
+    recalibrate: Literal["prior", "temperature", "both"] = Field(
+        "prior", description="what is tuned; a temperature of the logits needs a val split"
+    )
     prior_structure: Literal["scalar", "layerwise", "diag"] = Field("scalar", description="of the prior precision")
-    grid_size: Annotated[int, Field(ge=2)] = Field(41, description="values of the grid search")
+    prior_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="the grid search stays between these prior precisions; begins with 1e-4 to 1e4 if not given"
+    )
+    grid_size: Annotated[int, Field(ge=2)] = Field(41, description="values in the range of the grid search")
     link_approx: Literal["probit", "mc", "bridge"] = Field("probit", description="approximation of the predictive")
     pred_type: Literal["glm", "nn"] = Field("glm", description="linearised, or by sampling networks")
     segment_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
@@ -167,6 +173,13 @@ class Config(BaseModel):
                 raise ValueError("distinct names of letters, digits, '_', '-' or '.', other than train, val and test")
         return value
 
+    @field_validator("prior_range")
+    @classmethod
+    def _range(cls, value: list[float] | None) -> list[float] | None:
+        if value is not None and not 0 < value[0] < value[1] < float("inf"):
+            raise ValueError("two positive numbers, the lower one first")
+        return value
+
     @field_validator("unlabelled")
     @classmethod
     def _new_split(cls, value: str | None) -> str | None:
@@ -198,6 +211,21 @@ class Config(BaseModel):
             return self.tune_method
         scalar = self.prior_structure == "scalar"
         return likelihood_of(self.likelihood).tuning if scalar else "marglik"
+
+    @property
+    def searches_prior(self) -> bool:
+        """Whether the prior precision is searched on validation data."""
+        return self.recalibrate != "temperature" and self.tuning == "gridsearch"
+
+    @property
+    def searches(self) -> bool:
+        """Whether anything is tuned on validation data."""
+        return self.searches_prior or self.recalibrate != "prior"
+
+    @property
+    def tuned_pred_type(self) -> str:
+        """Predictive that a search scores: of a likelihood with noise the linearised one, where the best noise is a formula."""
+        return "glm" if likelihood_of(self.likelihood).has_noise else self.pred_type
 
     @property
     def batching(self) -> dict[str, Any]:

@@ -52,6 +52,9 @@ def show_result(result: Any, loading: str, out: TextIO | None = None) -> None:
         print("\n".join(f"    {line}" for line in loading.splitlines()), file=out)
     if result.metrics is not None:
         print(file=out)
+        for text in result.notes:
+            print(text, file=out)
+        print(*[""] * bool(result.notes), sep="\n", end="", file=out)
         Console(file=out, width=80, highlight=False, soft_wrap=True).print(metrics_table(result.metrics))
     out.flush()
 

@@ -95,7 +95,7 @@ def tuning_key(version: str, chosen: Mapping[str, Any]) -> str:
 
 
 def tuning_shard_key(key: str, shard: str) -> str:
-    """Return the key of one shard's scores."""
+    """Return the key of one shard's scores; of a search in rounds the shard's id has `r<round>-` before it."""
     return f"{key.removesuffix('.json')}/{shard}.json"
 
 
@@ -114,8 +114,10 @@ MANIFEST = re.compile(
     r"|(?:tuning|evaluation|decompositions)/[^/]+/[^/]+\.json"
 )
 # Attempt directories, and the temporary files of a crashed commit: only these are ever collected.
+# Scores of a tuning's round lie under its key and their shard's, the prior precision that was chosen under the key alone.
 ATTEMPT = re.compile(
-    r"((?:partials|parts|posteriors|tuning)/[^/]+/[^/]+|(?:evaluation|decompositions)/[^/]+/[^/]+/[^/]+)/.+"
+    r"(tuning/[^/]+/r\d+-[^/]+/[^/]+|(?:partials|parts|posteriors|tuning)/[^/]+/[^/]+"
+    r"|(?:evaluation|decompositions)/[^/]+/[^/]+/[^/]+)/.+"
 )
 
 

@@ -43,6 +43,18 @@ def _opened(store: Store, content: bytes) -> dict[str, Any]:
     return current
 
 
+def tuning_of(store: Store) -> str | None:
+    """Return the key of the tuning that is in force, or None where there is none.
+
+    Raises:
+        CheckpointError: What says so is truncated or altered.
+    """
+    try:
+        return read_current(store)["tuning"]
+    except MissingObjectError:
+        return None
+
+
 def history_of(current: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return what was current, from the fit's version to the current one; what no recalibration has touched has one entry."""
     first = {"version": current["version"], "tuning": current["tuning"], "why": "the first"}

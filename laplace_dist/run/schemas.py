@@ -71,6 +71,7 @@ class _Data(Strict):
     length: Positive
     sha256: str
     examples: dict[Annotated[str, Field(pattern=r"^[0-9]+$")], str] = {}
+    files: Sha256 | None = None
 
 
 class _Model(Strict):
@@ -291,6 +292,34 @@ class RecalibrationLeaseFields(Strict):
     node: str
 
 
+class _SearchRound(Strict):
+    """One pass over validation data: the mean loss of every value, by temperature within prior precision."""
+
+    priors: list[Finite]
+    temperatures: list[Finite]
+    losses: list[Finite | None]
+    map: Finite | None
+    terms: Positive
+    coarse: bool
+
+
+class _Interval(Strict):
+    value: Finite
+    low: Finite
+    high: Finite
+
+
+class TuningSearch(Strict):
+    """How a prior precision or a temperature was found on validation data, and how the result compares with the MAP."""
+
+    rounds: list[_SearchRound]
+    limit: Literal["MAP", "prior", "edge"] | None
+    helps: bool
+    compared: dict[Literal["nll", "ece"], _Interval]
+    map_noise: Annotated[Finite, Field(gt=0)] | None = None
+    said: list[str]
+
+
 class DecompositionFields(_Owned):
     """The manifest of the eigendecomposition of one factor of a posterior version."""
 
@@ -310,6 +339,8 @@ class TuningFields(_Owned):
     prefix: str
     arrays: dict[Literal["prior_precision"], Entry]
     sigma_noise: Annotated[Finite, Field(gt=0)] | None
+    logit_temperature: Annotated[Finite, Field(gt=0)] | None = None
+    search: TuningSearch | None = None
     log_marginal_likelihood: Finite
     environment: Environment | None = None
 
@@ -326,6 +357,8 @@ class TuningShardFields(_Owned):
     plan: str | None = None
     environment: Environment | None = None
     scores: str
+    prefix: str | None = None
+    arrays: dict[str, Entry] = {}
 
 
 class EvaluationFields(_Owned):

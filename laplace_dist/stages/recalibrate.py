@@ -51,10 +51,9 @@ class Compare:
 
 def settings(config: Config) -> dict[str, Any]:
     """Return what a decision depends on beside the two evaluations."""
-    return {
-        name: getattr(config, name)
-        for name in ("draws", "level", "margin_nll", "margin_ece", "gate", "unlabelled", "seed")
-    }
+    names = ("draws", "level", "margin_nll", "margin_ece", "gate", "unlabelled", "seed")
+    chosen = {name: getattr(config, name) for name in names}
+    return chosen if config.recalibrate == "prior" else {**chosen, "recalibrate": config.recalibrate}
 
 
 def decide(differences: Mapping[str, Mapping[str, float]], margins: Mapping[str, float]) -> tuple[bool, str]:
