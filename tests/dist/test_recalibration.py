@@ -99,7 +99,7 @@ def test_a_threshold_on_a_figure_that_there_is_not_is_refused(run):
 def test_only_what_kept_versions_need_stays(run):
     store = Checkpoint(str(run))
     for number in (2, 3, 4, 5):
-        day(run, number, keep_versions=2, windows="last:2")
+        day(run, number, keep_versions=2, windows="last:2", skip_tune=False)
     history = pointer.read_current(store)["history"]
     last = [entry["version"] for entry in history][-2:]
     assert [entry.get("collected", False) for entry in history] == [True] * 4 + [False] * 2
@@ -256,7 +256,7 @@ def test_the_lease_is_looked_at_before_every_deletion(run, monkeypatch):
 
 
 def retune(place):
-    given = {"data": "recalibration_cases:fresh", "data_args": {"day": 1}, **SIZES, "grid_size": 7}
+    given = {"data": "recalibration_cases:fresh", "data_args": {"day": 1}, **SIZES, "skip_tune": False}
     return tune_posterior(config(place, **given), laplace_dist.Inline)
 
 
