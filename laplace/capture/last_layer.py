@@ -54,9 +54,14 @@ class LastLayerCapture:
         prefix = f"{name}."
         self._rows = pullback(layer, features, [other.removeprefix(prefix) for other in others])
 
-    def inputs(self, layer: str) -> Tensor:
-        """Features, ``(batch, positions, in)``."""
-        return inputs_by_position(self.modules[layer], self._features).to(self.dtype)
+    @property
+    def width(self) -> int:
+        """Elements that come out of the layer for one example."""
+        return self.f[0].numel()
+
+    def inputs(self, layer: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Features, ``(batch, positions, in)``; of a range of examples."""
+        return inputs_by_position(self.modules[layer], self._features[start:stop]).to(self.dtype)
 
     def input_chunks(self, layer: str, elements: int) -> Iterator[Tensor]:
         """All features at once; they exist already."""
