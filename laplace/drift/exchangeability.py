@@ -54,7 +54,7 @@ class Stream:
     @property
     def log_evidence(self) -> float:
         r"""Logarithm of :math:`E_t`."""
-        unspent = -math.log(self.looks + 1)
+        unspent = math.log(1 / (self.looks + 1))
         return unspent if self.log_capital is None else _log_add(self.log_capital, unspent)
 
     def to_plain(self) -> dict[str, Any]:

@@ -130,7 +130,8 @@ class Config(BaseModel):
         [], description="a threshold that a candidate has to meet too, such as nll<=0.005; may be given several times"
     )
     keep_versions: Count | None = Field(
-        None, description="keep so many of the versions that were current last, and delete what only older ones need"
+        None,
+        description="keep the versions that were current last, so many with this one, and delete what only older ones need",
     )
     unlabelled: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="name of a split of fresh examples without labels, which are watched for drift"

@@ -14,7 +14,7 @@ from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.ownership import read_plan
 
 N = 200  # fresh examples of a day
-SIZES = {"batch_size": 24, "segment_size": 24}
+SIZES = {"batch_size": 24, "segment_size": 24, "skip_tune": True}  # tunings are the concern of two tests alone
 
 
 def fresh(split: str, day: int, shift: float = 0.0, share: float = 1 / 3, change: bool = False) -> TensorDataset:

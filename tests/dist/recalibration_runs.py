@@ -120,7 +120,7 @@ def tune(store, plan, version):
     if not ownership.has(store, plan, key):
         la = SimpleNamespace(
             prior_precision=torch.ones(1),
-            likelihood_object=SimpleNamespace(has_noise=False),
+            likelihood_object=SimpleNamespace(has_noise=False, scales_logits=False),
             log_marginal_likelihood=lambda: torch.zeros(()),
         )
         tunings.commit_tuning(store, plan, key, chosen, la, environment=environment("cpu"))

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import test_windows
-from recalibration_cases import begin, day, decision
+from recalibration_cases import SIZES, begin, day, decision
 from test_windows import config
 
 import laplace_dist
 from laplace_dist import cli
 from laplace_dist.config import gates
 from laplace_dist.errors import CheckpointError, SettingsError
+from laplace_dist.job import Job, tune_posterior
 from laplace_dist.recalibration import RecalibrationJob, rollback
 from laplace_dist.run import decompositions, layout, pointer, retention
 from laplace_dist.run.checkpoint import Checkpoint
@@ -98,7 +99,7 @@ def test_a_threshold_on_a_figure_that_there_is_not_is_refused(run):
 def test_only_what_kept_versions_need_stays(run):
     store = Checkpoint(str(run))
     for number in (2, 3, 4, 5):
-        day(run, number, keep_versions=2, windows="last:2")
+        day(run, number, keep_versions=2, windows="last:2", skip_tune=False)
     history = pointer.read_current(store)["history"]
     last = [entry["version"] for entry in history][-2:]
     assert [entry.get("collected", False) for entry in history] == [True] * 4 + [False] * 2
@@ -249,3 +250,37 @@ def test_the_lease_is_looked_at_before_every_deletion(run, monkeypatch):
     with pytest.raises(CheckpointError, match="lease"):
         day(run, 2, keep_versions=1)
     assert len(deleted) == 1
+
+
+# ------------------------------------------------------------------ a tuning beside promotions
+
+
+def retune(place):
+    given = {"data": "recalibration_cases:fresh", "data_args": {"day": 1}, **SIZES, "skip_tune": False}
+    return tune_posterior(config(place, **given), laplace_dist.Inline)
+
+
+def test_a_tuning_of_what_is_not_current_any_more_is_not_put_in_force(run, monkeypatch):
+    store, real = Checkpoint(str(run)), Job.choose_prior
+    first = pointer.read_current(store)["history"][0]["version"]
+
+    def meanwhile(self, version):
+        key = real(self, version)
+        rollback(str(run), first)
+        return key
+
+    monkeypatch.setattr(Job, "choose_prior", meanwhile)
+    with pytest.raises(
+        SettingsError, match=f"another job has made version {first} current .* while this one worked on"
+    ):
+        retune(run)
+    assert pointer.read_current(store)["history"][-1]["why"] == "rolled back"
+
+
+def test_a_tuning_leaves_the_windows_that_were_dropped_out(run):
+    day(run, 1, drop_window="day-1")
+    retune(run)
+    current = pointer.read_current(Checkpoint(str(run)))
+    assert current["history"][-1]["why"] == "tuned" and pointer.left_out(current) == ["day-1"]
+    found = day(run, 2, gate=["nll<=-10"])
+    assert found.noticed == () and decision(run, "day-2")["drift"]["passed_over"], "no evaluation accepted this tuning"
