@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from laplace_dist.config import compatibility
+from laplace_dist.config.import_path import IMPORT_PATH
 from laplace_dist.config.settings import Config
 from laplace_dist.data import sources
 from laplace_dist.errors import MissingObjectError, SettingsError
@@ -334,7 +335,8 @@ class Job:
 
 def _absolute(config: Config) -> Config:
     """Return the settings with relative paths, and those that begin with `~`, made absolute."""
-    paths = {"checkpoint": config.checkpoint, "weights": config.weights}
+    data = None if IMPORT_PATH.fullmatch(config.data) else config.data
+    paths = {"checkpoint": config.checkpoint, "weights": config.weights, "data": data}
     return config.model_copy(
         update={
             name: os.path.abspath(os.path.expanduser(path))

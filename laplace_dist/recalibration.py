@@ -20,7 +20,17 @@ from laplace_dist.job import Job
 from laplace_dist.plan.segments import plan_shards
 from laplace_dist.report import alert
 from laplace_dist.report.progress import Progress
-from laplace_dist.run import evaluations, layout, monitoring, pointer, recalibrations, retention, versions, windows
+from laplace_dist.run import (
+    evaluations,
+    layout,
+    monitoring,
+    ownership,
+    pointer,
+    recalibrations,
+    retention,
+    versions,
+    windows,
+)
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.combination import Term, Window, choose, chosen_names, is_rule, terms_of, windows_of
 from laplace_dist.run.ownership import read_plan
@@ -112,6 +122,7 @@ class RecalibrationJob(Job):
         """Become the one job that recalibrates the run; False, with a line, if another one that lives is at it."""
         self.current_version()
         self._before = self.store.read(layout.CURRENT)
+        self._current = open_json(self._before, layout.CURRENT)
         self.session.lease.show()
         holder = recalibrations.take(self.store, self.session.lease.job)
         if holder is not None:
@@ -122,7 +133,7 @@ class RecalibrationJob(Job):
         """Begin or continue the window, and see to it that its sum is committed."""
         if self.config.alert_cmd is not None:
             alert.arguments(self.config.alert_cmd)
-        self._left_out = pointer.left_out(open_json(self._before, layout.CURRENT))
+        self._left_out = pointer.left_out(self._current)
         if drop_window is not None:
             return
         there = windows_of(self.store, self.plan)
@@ -166,6 +177,13 @@ class RecalibrationJob(Job):
         self._left_out = [name for name in self._left_out if name not in chosen]
         return terms_of(choose(there, ",".join(chosen), self.config.decay))
 
+    def combine(self, terms: Sequence[Term]) -> str:
+        """Commit the posterior version that windows make; one that was never current and lost its arrays is made again."""
+        version = versions.version_of(terms)
+        if all(entry["version"] != version for entry in pointer.history_of(self._current)):
+            versions.discard_torn(self.store, self.plan, version)
+        return super().combine(terms)
+
     def decided(self, name: str, terms: Sequence[Term]) -> dict[str, Any] | None:
         """Return what was found before, if the same was asked then and the current posterior is still what that left."""
         found = recalibrations.read_decision(self.store, self.plan, name)
@@ -175,9 +193,9 @@ class RecalibrationJob(Job):
             or found["settings"] != stage.settings(self.config)
         ):
             return None
-        current = open_json(self._before, layout.CURRENT)
-        side = found["candidate" if found["promoted"] else "current"]
-        if (current["version"], current["tuning"]) != (side["version"], side["tuning"]):
+        current, side = self._current, found["candidate" if found["promoted"] else "current"]
+        there = ownership.has(self.store, self.plan, layout.version_key(current["version"]))
+        if (current["version"], current["tuning"]) != (side["version"], side["tuning"]) or not there:
             return None
         self.say(f"{name} was decided before: nothing to do")
         return found
@@ -186,7 +204,7 @@ class RecalibrationJob(Job):
         self, name: str, terms: Sequence[Term], version: str, tuning: str | None, *, dry_run: bool
     ) -> dict[str, Any]:
         """Compare the candidate with the current posterior on fresh data, and promote it if it is shown to be no worse."""
-        current = open_json(self._before, layout.CURRENT)
+        current = self._current
         sides = {
             side: {"version": v, "tuning": t, "evaluation": self.score(v, t)}
             for side, v, t in (("candidate", version, tuning), ("current", current["version"], current["tuning"]))
@@ -198,7 +216,7 @@ class RecalibrationJob(Job):
         (receipt,) = self._run([task], Progress("recalibrate", "comparisons", 1), keep=True)
         margins = {"nll": config.margin_nll, "ece": config.margin_ece}
         better, why = stage.decide(receipt["differences"], margins)
-        metrics = self._metrics(sides)
+        metrics = stage.metrics_of(self.store, sides)
         passed = gates.check(config.gate, metrics["candidate"], metrics["current"])
         if better and (failed := gates.why_not(passed)):
             better, why = False, failed
@@ -230,47 +248,33 @@ class RecalibrationJob(Job):
 
         A window is looked at once, whatever comes between, since a look that is counted twice is no evidence.
         """
-        config, before = self.config, open_json(self._before, layout.CURRENT)
+        config, before = self.config, self._current
         accepted = monitoring.evaluation_of(self.store, self.plan, before)
         kept = monitoring.read_state(self.store, self.plan)
         state = monitoring.reference(kept, before, accepted, current["evaluation"])
         if (last := state["last"]) and (last["name"], last["evaluation"]) == (name, current["evaluation"]):
             return last["record"]
-        measure = drift.MeasureDrift(
-            self.plan.digest, state, current["evaluation"], config.unlabelled, config.draws, config.level, config.seed
-        )
-        tasks: list[Any] = [measure]
+        fresh = state, current["evaluation"], config.unlabelled, config.draws, config.level, config.seed
+        tasks: list[Any] = [drift.MeasureDrift(self.plan.digest, *fresh)]
         if self.window is not None:
             n_data = versions.read_version(self.store, self.plan, current["version"])["n_data"]
             tasks.append(drift.CompareSpectra(self.plan.digest, current["version"], n_data))
         receipts = self._run(tasks, Progress("drift", "comparisons", len(tasks)), keep=True, alike=False)
-        found = {name: value for receipt in receipts for name, value in receipt.items()}
-        record = {**found["record"], "spectra": found.get("spectra")}
-        alarms = [stream for stream, shown in record["streams"].items() if shown["alarm"]]
-        noticed = {**{stream: name for stream in alarms}, **state["noticed"]}
-        record |= {"noticed": noticed}
-        for stream in alarms:
-            self.say(f"drift: {stream} is not what it was when the current posterior was accepted")
+        new = drift.looked(state, name, current["evaluation"], receipts)
+        for stream, at in new["noticed"].items():
+            if at == name:
+                self.say(f"drift: {stream} is not what it was when the current posterior was accepted")
         if not dry_run:
-            last = {"name": name, "evaluation": current["evaluation"], "record": record}
-            new = {key: found[key] for key in ("streams", "distance", "seen")}
-            monitoring.write_state(self.store, self.plan, {**state, **new, "noticed": noticed, "last": last})
-        return record
+            monitoring.write_state(self.store, self.plan, new)
+        return new["last"]["record"]
 
     def collect(self, found: Mapping[str, Any]) -> None:
         """Delete what is kept for nothing, if the settings say what to keep."""
         if self.config.keep_versions is None:
             return
-        gone = retention.collect(
-            self.store,
-            self.plan,
-            self.session.lease.job,
-            keep=self.config.keep_versions,
-            sides=[found["candidate"], found["current"]],
-            chosen=self.config.windows,
-            say=self.say,
-        )
-        if gone:
+        sides, job = [found["candidate"], found["current"]], self.session.lease.job
+        how = {"keep": self.config.keep_versions, "chosen": self.config.windows, "say": self.say}
+        if gone := retention.collect(self.store, self.plan, job, sides=sides, **how):
             self.say(f"collected {listed(gone)}")
 
     def _promote(self, version: str, tuning: str | None, why: str, evaluation: str | None = None) -> bool:
@@ -284,13 +288,6 @@ class RecalibrationJob(Job):
                 "one before says nothing. Nothing was promoted: run the same command again."
             )
         return True
-
-    def _metrics(self, sides: dict[str, Any]) -> dict[str, dict[str, float]]:
-        found = {
-            name: open_json(self.store.read(s["evaluation"]), s["evaluation"])["metrics"] for name, s in sides.items()
-        }
-        own = {name: metrics["laplace"] for name, metrics in found.items()}
-        return {"map": found["candidate"]["map"], "current": own["current"], "candidate": own["candidate"]}
 
     def result(self, found: Mapping[str, Any]) -> Recalibration:
         """Return what was found as callers get it."""

@@ -31,6 +31,7 @@ from torch import Tensor
 
 BINS = 20  # of scores
 _RANKS = 10  # bins of the p-values
+_LOOK = 100_000  # examples of one look, at most: more are no clearer, and take memory
 _PRIORS = (1.0, 10.0, 100.0, 1000.0)  # pseudo-examples per bin: from quick to learn to hard to convince
 
 
@@ -53,7 +54,7 @@ class Stream:
     @property
     def log_evidence(self) -> float:
         r"""Logarithm of :math:`E_t`."""
-        unspent = -math.log(self.looks + 1)
+        unspent = math.log(1 / (self.looks + 1))
         return unspent if self.log_capital is None else _log_add(self.log_capital, unspent)
 
     def to_plain(self) -> dict[str, Any]:
@@ -79,8 +80,9 @@ def begin(scores: Tensor, bins: int = BINS) -> Stream:
     scores = _checked(scores, "the reference")
     if len(scores) < 2:
         raise ValueError(f"The reference has {len(scores)} example(s); expected at least two.")
+    half = scores[::2].sort().values
     levels = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
-    edges = torch.quantile(scores[::2], levels, interpolation="lower").unique()
+    edges = half[(levels * (len(half) - 1)).long()].unique()
     return Stream(tuple(edges.tolist()), tuple(_count(scores[1::2], edges).tolist()))
 
 
@@ -89,8 +91,8 @@ def look(stream: Stream, scores: Tensor, seed: int = 0) -> Stream:
 
     Args:
         stream: As it was.
-        scores: Of the new examples, ``(examples,)``, in an order that does not depend on them.
-        seed: Of the numbers that break ties; each look has its own by its number.
+        scores: Of the new examples, ``(examples,)``, in any order: they are taken in a random one, at most 100,000 of them.
+        seed: Of that order and of the numbers that break ties; each look has its own by its number.
 
     Raises:
         ValueError: There is no example, or a score is not finite.
@@ -98,10 +100,11 @@ def look(stream: Stream, scores: Tensor, seed: int = 0) -> Stream:
     scores = _checked(scores, "the look")
     if len(scores) == 0:
         raise ValueError("A look needs at least one example.")
-    edges, counts = torch.tensor(stream.edges, dtype=torch.float64), torch.tensor(stream.counts)
-    which = _bin(scores, edges)
     number = stream.looks + 1
     generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+    scores = scores[torch.randperm(len(scores), generator=generator)[:_LOOK]]
+    edges, counts = torch.tensor(stream.edges, dtype=torch.float64), torch.tensor(stream.counts)
+    which = _bin(scores, edges)
     p = conformal_p_values(counts, which, torch.rand(len(which), generator=generator, dtype=torch.float64))
     weight = -math.log(number * (number + 1))
     before = weight if stream.log_capital is None else _log_add(stream.log_capital, weight)

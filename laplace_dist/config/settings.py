@@ -41,7 +41,7 @@ class Config(BaseModel):
     model: str = Field(description="import path module:callable that returns an nn.Module")
     model_args: dict[str, Any] = Field({}, description="keyword arguments of --model, as JSON or YAML")
     weights: str | None = Field(None, description="URL or path of a state dict: .safetensors, or torch.save's format")
-    data: str = Field(description="import path module:callable that takes split=, or the URL of a Zarr group")
+    data: str = Field(description="import path module:callable that takes split=, or the path or URL of data in files")
     data_args: dict[str, Any] = Field({}, description="keyword arguments of --data, as JSON or YAML")
     ood: list[str] = Field([], description="names of out-of-distribution splits for the evaluation")
     checkpoint: Annotated[str, Field(min_length=1)] = Field(description="directory or fsspec URL of the run")
@@ -130,7 +130,8 @@ class Config(BaseModel):
         [], description="a threshold that a candidate has to meet too, such as nll<=0.005; may be given several times"
     )
     keep_versions: Count | None = Field(
-        None, description="keep so many of the versions that were current last, and delete what only older ones need"
+        None,
+        description="keep the versions that were current last, so many with this one, and delete what only older ones need",
     )
     unlabelled: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="name of a split of fresh examples without labels, which are watched for drift"

@@ -71,4 +71,7 @@ def show_recalibration(found: Any, out: TextIO | None = None) -> None:
     out = out or sys.stdout
     print(f"\ncheckpoint: {found.checkpoint}\ncandidate:  {found.version}\n", file=out)
     Console(file=out, width=80, highlight=False, soft_wrap=True).print(metrics_table(found.metrics))
+    if found.noticed:
+        names = ", ".join(found.noticed)
+        print(f"\ndrift: {names}: not what it was when the current posterior was accepted", file=out)
     print(f"\n{'promoted' if found.promoted else 'kept the current posterior'}: {found.why}", file=out, flush=True)

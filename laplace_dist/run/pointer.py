@@ -156,15 +156,23 @@ def roll_back(store: Store, plan: Plan, version: str) -> None:
         )
 
 
-def mark_collected(store: Store, before: bytes, versions: set[str]) -> bool:
+def mark_collected(store: Store, before: bytes, versions: set[str], collection: str) -> bool:
     """Say in the history that versions are gone, before they are: from then on no rollback can make one current.
+
+    The bytes change in any case, so that a job that has stood still since it read them can promote nothing that is deleted now.
+
+    Args:
+        store: The checkpoint.
+        before: The bytes of `CURRENT.json` on which the decision rests.
+        versions: Those that go.
+        collection: An id.
 
     Returns:
         Whether the history says so; False if another job has changed it meanwhile.
     """
     current = open_json(before, CURRENT)
     history = [{**e, "collected": True} if e["version"] in versions else e for e in history_of(current)]
-    return history == history_of(current) or store.swap(CURRENT, before, seal_json({**current, "history": history}))
+    return store.swap(CURRENT, before, seal_json({**current, "history": history, "collection": collection}))
 
 
 def _append(store: Store, before: bytes, entry: Mapping[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from laplace_dist.errors import MissingObjectError
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run import evaluations, layout, leases, monitoring, pointer, recalibrations, versions
+from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.combination import LAST, place_of, windows_of
 from laplace_dist.run.ownership import confirm, read_plan
@@ -60,13 +61,17 @@ def collect(
     named = {key for e in (*live, *sides) for key in (e["tuning"], e.get("evaluation"))}
     named |= {shown := evaluations.shown(store), (monitoring.read_state(store, plan) or {}).get("evaluation")}
     windows = _idle_windows(store, plan, stay, pointer.left_out(open_json(content, layout.CURRENT)), chosen)
+    outdated = [layout.METRICS.removesuffix(".json")] if shown and not shown.startswith(_of(stay)) else []
+    stems = [*outdated, *_stems(store, stay, named), *windows]
+    old = {entry["version"] for entry in live} - set(last)
+    if not stems and not old:
+        return []
     confirm(store, plan)
-    if not pointer.mark_collected(store, content, {entry["version"] for entry in live} - set(last)):
+    if not pointer.mark_collected(store, content, old, new_attempt()):
         say("nothing is collected: another job has changed what is current at this moment")
         return []
     gone = []
-    outdated = [layout.METRICS.removesuffix(".json")] if shown and not shown.startswith(_of(stay)) else []
-    for stem in (*outdated, *_stems(store, stay, named), *windows):
+    for stem in stems:
         if not recalibrations.holds(store, job):
             say("another recalibration has taken over; it collects the rest")
             break
@@ -120,6 +125,10 @@ def _is_left_over(store: Checkpoint, plan: Plan, name: str) -> bool:
 
 def _delete(store: Checkpoint, stem: str) -> None:
     """Delete what makes a thing exist for readers, then the rest of it."""
-    folder = stem.startswith(f"{layout.WINDOWS}/")
-    store.delete_tree(f"{stem}/{layout.PLAN}" if folder else f"{stem}.json")
-    store.delete_tree(stem)
+    folder = stem.partition("/")[0]
+    if folder == "decompositions":
+        first = [key for key in store.list(stem, recursive=False) if key.endswith(".json")]
+    else:
+        first = [f"{stem}/{layout.PLAN}" if folder == layout.WINDOWS else f"{stem}.json"]
+    for key in (*first, stem):
+        store.delete_tree(key)

@@ -71,6 +71,7 @@ class _Data(Strict):
     length: Positive
     sha256: str
     examples: dict[Annotated[str, Field(pattern=r"^[0-9]+$")], str] = {}
+    files: Sha256 | None = None
 
 
 class _Model(Strict):
@@ -213,6 +214,7 @@ class CurrentFields(Strict):
     version: Name
     tuning: TuningKey | None
     history: list[_Promotion] | None = None
+    collection: Name | None = None
 
 
 class _Side(Strict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
@@ -63,15 +63,15 @@ class MeasureDrift:
         latest = labelled if split == "test" else _scores(context, self.fresh, now, split)
         digests = {name: now["settings"]["data"][name]["sha256"] for name in {"test", split}}
         seen = {*self.state["seen"], before["settings"]["data"]["test"]["sha256"]}
-        streams, distance = self._begun(reference)
+        streams, distance = self._begun(reference, before["settings"]["data"]["test"]["length"])
         looked, passed_over = {}, {}
         for name, stream in streams.items():
             source, scores = ("test", labelled) if name in _WITH_LABELS else (split, latest)
-            values = _values(name, scores, distance)
+            values = _values(name, scores, distance, now["settings"]["data"][source]["length"])
             if digests[source] in seen:
                 passed_over[name] = f"the examples of {source} are no new ones"
             elif values is None or not len(values) or not bool(torch.isfinite(values).all()):
-                passed_over[name] = f"the examples of {source} have none, or one that is not finite"
+                passed_over[name] = f"the examples of {source} have no such number each, or one that is not finite"
             else:
                 looked[name] = exchangeability.look(stream, values, self.seed)
         streams |= looked
@@ -89,7 +89,7 @@ class MeasureDrift:
         plain = None if distance is None else distance.to_plain()
         return {"record": record, "streams": kept, "distance": plain, "seen": sorted(seen)}
 
-    def _begun(self, reference: Scores) -> tuple[dict[str, exchangeability.Stream], Distance | None]:
+    def _begun(self, reference: Scores, examples: int) -> tuple[dict[str, exchangeability.Stream], Distance | None]:
         """Return the streams with the distance of features: those that are kept, or from the reference."""
         if self.state["streams"]:
             kept = self.state["distance"]
@@ -100,7 +100,7 @@ class MeasureDrift:
             predicted = reference.get("predicted")
             one_each = predicted is not None and len(predicted) == len(features)
             distance = fit_distance(features[::2], predicted[::2] if one_each else None)
-        values = {name: _values(name, reference, distance) for name in ("entropy", "features", *_WITH_LABELS)}
+        values = {name: _values(name, reference, distance, examples) for name in ("entropy", "features", *_WITH_LABELS)}
         usable = {n: v for n, v in values.items() if v is not None and len(v) > 1 and bool(torch.isfinite(v).all())}
         return {name: exchangeability.begin(value) for name, value in usable.items()}, distance
 
@@ -118,7 +118,7 @@ class MeasureDrift:
     def _changes(self, reference: Scores, labelled: Scores, latest: Scores) -> dict[str, Any]:
         found = changes(reference, labelled, draws=self.draws, level=self.level, seed=self.seed)
         record: dict[str, Any] = {"changes": {name: asdict(change) for name, change in found.items()}}
-        if "label" in reference:
+        if "label" in reference and "label" in labelled and "predicted" in latest:
             top = max(float(scores[n].max()) for scores in (reference, labelled) for n in ("label", "predicted"))
             classes = 1 + int(max(top, float(latest["predicted"].max())))
             record["labels"] = {"before": proportions(reference["label"], classes).tolist()}
@@ -151,18 +151,35 @@ class CompareSpectra:
         """Do so; the receipt has the relative distance of every factor, and the names of those that are too large."""
         store, plan, window = context.store, context.plan, context.window
         terms = alone(window.store, window.plan, windows.read_window(window.store, window.plan))
-        current = versions.read_version(store, plan, self.version)["factors"]
+        current = versions.read_version(store, plan, self.version)
         found, large = {}, []
         for name, factor in plan.spec["factors"].items():
             if factor["symmetric"] and factor["shape"][-1] > LARGEST:
                 large.append(name)
                 continue
-            old = torch.from_numpy(store.read_array(current[name]["prefix"], name, current[name]["entry"]))
+            old = versions.read_factor(store, current, name)
             new = torch.from_numpy(versions.factors_of(plan, terms, [name])[name])
             one = spectrum(new, window.plan.n_examples, symmetric=factor["symmetric"])
             distance = relative_distance(one, spectrum(old, self.n_data, symmetric=factor["symmetric"]))
             found[name] = distance if isfinite(distance) else None
         return {"spectra": {"relative_distance": found, "too_large": large}}
+
+
+def looked(state: Mapping[str, Any], name: str, fresh: str, receipts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the state after a look, with its record; what was noticed once stays so until there is another reference.
+
+    Args:
+        state: Before it.
+        name: Of the recalibration.
+        fresh: Key of the evaluation that was looked at.
+        receipts: Of the tasks above.
+    """
+    found = {name: value for receipt in receipts for name, value in receipt.items()}
+    alarms = {stream: name for stream, shown in found["record"]["streams"].items() if shown["alarm"]}
+    noticed = {**alarms, **state["noticed"]}
+    record = {**found["record"], "spectra": found.get("spectra"), "noticed": noticed}
+    new = {key: found[key] for key in ("streams", "distance", "seen")}
+    return {**state, **new, "noticed": noticed, "last": {"name": name, "evaluation": fresh, "record": record}}
 
 
 def _scores(context: Context, key: str, evaluation: Mapping[str, Any], split: str) -> dict[str, Tensor]:
@@ -174,8 +191,9 @@ def _scores(context: Context, key: str, evaluation: Mapping[str, Any], split: st
     }
 
 
-def _values(name: str, scores: Scores, distance: Distance | None) -> Tensor | None:
-    """Return the scores of a stream, one per example or term; None where there are none."""
-    if name == "features":
-        return None if distance is None or "features" not in scores else distance(scores["features"])
-    return scores.get({"labels": "label"}.get(name, name))
+def _values(name: str, scores: Scores, distance: Distance | None, examples: int) -> Tensor | None:
+    """Return the scores of a stream, one per example, since only examples are exchangeable; None where there are none."""
+    values = scores.get({"labels": "label", "nll": "loss"}.get(name, name))
+    if values is None or len(values) != examples or (name == "features" and distance is None):
+        return None
+    return distance(values) if name == "features" else values

@@ -157,7 +157,22 @@ def _batch_scores(context: Any, la: Any, x: Any, y: Tensor, offset: int, split: 
         for name, values in scores.items():
             yield f"{method}/{name}", values
     if labelled or split == config.unlabelled:
-        for name, values in likelihood.monitored(laplace, y if labelled else None, noise).items():
-            yield f"{MONITOR}/{name}", values
+        watched = likelihood.monitored(laplace, y if labelled else None, noise)
+        watched |= {"loss": scores["nll"]} if labelled else {}
+        for name, values in watched.items():
+            if (each := _per_example(name, values, outputs)) is not None:
+                yield f"{MONITOR}/{name}", each
         if (features := last.projected()) is not None:
             yield f"{MONITOR}/features", features.float()
+
+
+def _per_example(name: str, values: Tensor, outputs: Tensor) -> Tensor | None:
+    """Return the mean over an example's terms, such as positions of a sequence; None where terms were left out of some.
+
+    A class has no mean: where there are several there is none.
+    """
+    batch = len(outputs)
+    if len(values) == batch:
+        return values
+    terms = outputs[..., 0].numel(), outputs.numel()
+    return values.reshape(batch, -1).mean(1) if len(values) in terms and name in ("entropy", "loss") else None

@@ -107,6 +107,15 @@ def test_a_stream_is_kept_as_plain_values_and_goes_on_as_if_it_had_not_been():
     assert exchangeability.look(again, normal(20, 3)) == exchangeability.look(stream, normal(20, 3))
 
 
+def test_the_order_of_the_examples_does_not_matter():
+    """Data sets are often sorted, by class or by time; that is no drift."""
+    for seed in range(5):
+        stream = exchangeability.begin(normal(400, 100 * seed).sort().values)
+        for number in range(1, 6):
+            stream = exchangeability.look(stream, normal(400, 100 * seed + number).sort().values)
+        assert stream.log_evidence < 1
+
+
 def test_ties_and_constants_do_no_harm():
     stream = exchangeability.begin(torch.ones(10))
     for _ in range(5):

@@ -49,6 +49,26 @@ def test_a_layer_without_a_right_number_is_refused_by_name(name):
         Laplace(case.model, "classification", "all", "diag").fit(case.batches(4))
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda c: nn.InstanceNorm2d(c, affine=True)])
+def test_a_norm_before_a_transposed_sequence_in_batches_of_one(norm):
+    """Torch's own gradient of one example is wrong there; that of two is right."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(2, 3, 1), norm(3), nn.Flatten(2), Transposed(), nn.LayerNorm(3), nn.Flatten(), nn.Linear(24, 2))
+    model = nn.Sequential(*layers).double().eval()
+    x, y = torch.randn(4, 2, 2, 4).double(), torch.tensor([0, 1, 1, 0])
+    for structure in ("diag", "full"):
+        one, all_at_once = (Laplace(model, "classification", "all", structure) for _ in range(2))
+        one.fit([(x[i : i + 1], y[i : i + 1]) for i in range(4)])
+        all_at_once.fit([(x, y)])
+        torch.testing.assert_close(one.H, all_at_once.H)
+        torch.testing.assert_close(one(x[:1]), all_at_once(x)[:1])
+
+
+class Transposed(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
 @pytest.mark.parametrize("name", LAZY)
 def test_a_lazy_layer_is_refused_until_its_first_pass_and_then_an_ordinary_one(name):
     make, shape = LAZY[name]

@@ -232,3 +232,57 @@ def test_one_logit_of_a_bernoulli(structure):
     flat = nn.Sequential(model, nn.Flatten(0))
     with pytest.raises(ValueError, match=r"unsqueeze\(-1\).*labels of a Bernoulli may stay \(batch,\)"):
         Laplace(flat, Bernoulli(), "all", structure).fit([(x, y)])
+
+
+class Biased(nn.Module):
+    """A position bias that is indexed once in evaluation mode and kept, as LeViT's: in a dictionary, or as an attribute."""
+
+    def __init__(self, attribute):
+        super().__init__()
+        self.attribute, self.kept = attribute, {}
+        self.bias, self.head = nn.Parameter(torch.randn(2)), nn.Linear(3, 2)
+        self.register_buffer("places", torch.tensor([0, 1, 1]))
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode:
+            self.kept = {}
+            self.__dict__.pop("indexed", None)
+        elif self.attribute:
+            self.indexed = self.bias[self.places]
+        return self
+
+    def forward(self, x):
+        if self.attribute:
+            bias = self.bias[self.places] if self.training else self.indexed
+        elif self.training:
+            bias = self.bias[self.places]
+        else:
+            bias = self.kept.setdefault(str(x.device), self.bias[self.places])
+        return self.head(torch.tanh(x + bias))
+
+
+def biased(attribute):
+    with torch.no_grad():
+        model = Biased(attribute).double().eval()
+        model(torch.randn(2, 3).double())  # what is kept now has no gradient
+    return vectors(model, "head")
+
+
+@pytest.mark.parametrize("attribute", [True, False])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_what_modules_keep_between_passes_has_its_gradient(attribute, structure):
+    def fresh():
+        case = biased(attribute)
+        case.model.train().eval()
+        return case
+
+    la = {}
+    for name, made in (("stale", biased), ("fresh", lambda attribute: fresh())):
+        torch.manual_seed(0)
+        case = made(attribute)
+        la[name] = Laplace(case.model, "classification", "all", structure)
+        la[name].fit([(case.x.double(), case.y)])
+    assert torch.equal(la["stale"].log_marginal_likelihood(), la["fresh"].log_marginal_likelihood())
+    verdict = examine(planned(fresh, structure))
+    assert verdict.kind == "right", verdict

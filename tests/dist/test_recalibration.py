@@ -1,76 +1,37 @@
-"""What a recalibration does beside promoting: thresholds, the watch for drift, alerts, and what it keeps."""
+"""What a recalibration asks of a candidate beside the comparison, and what it keeps."""
 
 from __future__ import annotations
 
-import json
-import math
-import re
-import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import test_windows
-import torch
-from test_windows import config, fit_inline
-from torch.utils.data import TensorDataset
+from recalibration_cases import SIZES, begin, day, decision
+from test_windows import config
 
 import laplace_dist
 from laplace_dist import cli
 from laplace_dist.config import gates
 from laplace_dist.errors import CheckpointError, SettingsError
-from laplace_dist.recalibration import RecalibrationJob, recalibrate, rollback
-from laplace_dist.report import alert
-from laplace_dist.run import decompositions, layout, pointer, recalibrations, retention
+from laplace_dist.job import Job, tune_posterior
+from laplace_dist.recalibration import RecalibrationJob, rollback
+from laplace_dist.run import decompositions, layout, pointer, retention
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.combination import windows_of
 from laplace_dist.run.ownership import read_plan
-
-N = 200  # fresh examples of a day
-SIZES = {"batch_size": 24, "segment_size": 24}
-
-
-def fresh(split: str, day: int, shift: float = 0.0, share: float = 1 / 3, change: bool = False) -> TensorDataset:
-    """Return a day's training data, and fresh examples of its own: shifted, with other shares of labels, or with other labels."""
-    generator = torch.Generator().manual_seed(1000 * day + ["train", "val", "test", "recent"].index(split))
-    n = 24 if split == "train" else N
-    x = torch.randn(n, 1, 6, 6, generator=generator)
-    y = (x.mean((1, 2, 3)) * 8 + 1.5).long().clamp(0, 2)
-    if change:
-        with torch.no_grad():  # what the model thinks least likely
-            y = test_windows.dist_cases.convnet()(x).argmin(1)
-    if share != 1 / 3:
-        kept = torch.multinomial(torch.where(y == 0, share, (1 - share) / 2), n, replacement=True, generator=generator)
-        x, y = x[kept], y[kept]
-    return TensorDataset(x + shift, y)
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
     """A run with a fit and one recalibration; tests copy it."""
-    place = tmp_path_factory.mktemp("recalibration") / "run"
-    fit_inline(config(place, data="test_recalibration:fresh", data_args={"day": 0}, window="day-0", **SIZES))
-    day(place, 1)
-    return place
+    return begin(tmp_path_factory.mktemp("recalibration") / "run")
 
 
 @pytest.fixture
 def run(kept, tmp_path):
     shutil.copytree(kept, tmp_path / "run")
     return tmp_path / "run"
-
-
-def day(place, number, **changes):
-    data = {name: changes.pop(name) for name in ("shift", "share", "change") if name in changes}
-    extra = {name: changes.pop(name) for name in ("dry_run", "drop_window") if name in changes}
-    given = {"data": "test_recalibration:fresh", "data_args": {"day": number, **data}, "window": f"day-{number}"}
-    return recalibrate(config(place, **{**SIZES, **given, **changes}), laplace_dist.Inline, **extra)
-
-
-def decision(place, name):
-    store = Checkpoint(str(place))
-    return recalibrations.read_decision(store, read_plan(store), name)
 
 
 # ------------------------------------------------------------------ thresholds
@@ -132,171 +93,13 @@ def test_a_threshold_on_a_figure_that_there_is_not_is_refused(run):
     assert Checkpoint(str(run)).read(layout.CURRENT) == before
 
 
-# ------------------------------------------------------------------ drift
-
-
-def test_nothing_is_noticed_while_nothing_changes(run):
-    for number in range(2, 6):
-        found = day(run, number)
-        shown = decision(run, f"day-{number}")["drift"]
-        assert found.noticed == () and shown["noticed"] == {}
-        assert set(shown["streams"]) == {"entropy", "features", "nll", "labels"} and shown["false_alarms"] == 0.05
-        assert shown["reference"]["number"] == number, "every promotion is a new reference"
-        assert all(stream["looks"] == 1 for stream in shown["streams"].values())
-        change = shown["changes"]["nll"]
-        assert change["change"] == pytest.approx(change["now"] - change["before"])
-        assert change["now"] == pytest.approx(found.metrics["current"]["nll"], abs=1e-9)
-
-
-def test_the_first_look_compares_with_what_the_fit_has_evaluated(kept):
-    shown = decision(kept, "day-1")["drift"]
-    first = pointer.read_current(Checkpoint(str(kept)))["history"][0]["version"]
-    assert shown["reference"]["number"] == 1 and shown["reference"]["version"] == first and not shown["passed_over"]
-
-
-@pytest.mark.parametrize(
-    "data, streams",
-    [({"shift": 1.0}, {"features"}), ({"share": 0.9}, {"labels"}), ({"change": True}, {"nll"})],
-    ids=["other inputs", "other shares of labels", "other labels for the same inputs"],
-)
-def test_drift_is_noticed_by_the_stream_that_shows_it_and_stays_so(run, data, streams, capsys):
-    found = day(run, 2, **data, gate=["nll<=-10"])
-    assert streams <= set(found.noticed), decision(run, "day-2")["drift"]["streams"]
-    assert "is not what it was when the current posterior was accepted" in capsys.readouterr().out
-    day(run, 3, gate=["nll<=-10"])
-    shown = decision(run, "day-3")["drift"]
-    assert all(shown["noticed"][name] == "day-2" for name in streams)
-    assert day(run, 4).promoted and day(run, 5).noticed == (), "a promotion is a new reference"
-
-
-def test_a_window_is_looked_at_once(run):
-    state = layout.DRIFT
-    store = Checkpoint(str(run))
-    day(run, 2, gate=["nll<=-10"])
-    before = store.read(state)
-    day(run, 2, gate=["nll<=-11"])
-    assert store.read(state) == before
-    day(run, 2, gate=["nll<=-12"], dry_run=True)
-    day(run, 3, dry_run=True)
-    assert store.read(state) == before, "a dry run is no look"
-
-
-def test_examples_that_were_seen_are_no_new_evidence(run):
-    day(run, 2, gate=["nll<=-10"], data="test_recalibration:old_examples")
-    shown = decision(run, "day-2")["drift"]
-    assert set(shown["passed_over"]) == {"entropy", "features", "nll", "labels"}
-    assert {stream["looks"] for stream in shown["streams"].values()} == {0} and "changes" not in shown
-
-
-def old_examples(split: str, day: int) -> TensorDataset:
-    """Return fresh training data, and the test examples of the day before."""
-    return fresh(split, day - 1 if split == "test" else day)
-
-
-def test_examples_without_labels_are_watched_and_what_they_will_cost_is_estimated(run):
-    found = day(run, 2, data="test_recalibration:without_labels", unlabelled="recent", gate=["nll<=-10"])
-    shown = decision(run, "day-2")["drift"]
-    assert "features" in found.noticed and not {"nll", "labels"} & set(found.noticed)
-    assert set(shown["estimated_without_labels"]) == {"test", "recent"}
-    assert set(shown["estimated_without_labels"]["recent"]) == {"accuracy_atc", "accuracy_doc", "nll_doc"}
-    assert math.isclose(sum(shown["labels"]["estimated_without_labels"]), 1)
-    assert "ood_auroc/recent" not in found.metrics["current"]
-
-
-def without_labels(split: str, day: int) -> TensorDataset:
-    """Return recent examples that are shifted, with nonsense for labels, beside test examples that are not."""
-    x, y = fresh(split, day, 1.0 if split == "recent" else 0.0).tensors
-    return TensorDataset(x, y if split != "recent" else torch.zeros_like(y))
-
-
-@pytest.mark.parametrize("name", ["test", "a b", ""])
-def test_a_name_that_no_unlabelled_split_can_have_is_refused(run, name):
-    with pytest.raises(SettingsError, match=f"--unlabelled: got {name!r}"):
-        day(run, 2, unlabelled=name)
-
-
-def test_spectra_of_the_new_window_are_compared_with_the_current_posterior(run):
-    day(run, 2)
-    same = decision(run, "day-2")["drift"]["spectra"]["relative_distance"]
-    day(run, 3, shift=3.0)
-    other = decision(run, "day-3")["drift"]["spectra"]["relative_distance"]
-    assert set(same) == set(read_plan(Checkpoint(str(run))).spec["factors"])
-    assert other["0.weight/A"] > 5 * same["0.weight/A"]
-
-
-def test_a_regression_is_watched_too(tmp_path):
-    given = {"data": "test_recalibration:numbers", "likelihood": "regression", "margin_nll": 10.0, **SIZES}
-    fit_inline(config(tmp_path / "run", window="0", **{**given, "data_args": {"day": 0}}))
-    for number, shift in ((1, 0.0), (2, 4.0)):
-        recalibrate(config(tmp_path / "run", window=f"day-{number}", **given, data_args={"day": number, "shift": shift}),
-                    laplace_dist.Inline)  # fmt: skip
-    shown = decision(tmp_path / "run", "day-2")["drift"]
-    assert set(shown["streams"]) == {"entropy", "features", "nll"} and "features" in shown["noticed"]
-    assert set(shown["changes"]) == {"nll"} and "labels" not in shown and "estimated_without_labels" not in shown
-
-
-def numbers(split: str, day: int, shift: float = 0.0) -> TensorDataset:
-    """Return a regression's data."""
-    x, _ = fresh(split, day).tensors
-    return TensorDataset(x + shift, torch.stack([x.sum((1, 2, 3)), x.std((1, 2, 3)), x[:, 0, 0, 0]], 1))
-
-
-# ------------------------------------------------------------------ alerts
-
-
-def command(code: str) -> str:
-    return shlex.join([sys.executable, "-c", code])
-
-
-def test_an_alert_is_given_the_record_when_something_has_drifted(run, tmp_path, capsys):
-    told = command(f"import sys; open({str(tmp_path / 'told')!r}, 'a').write(sys.stdin.read())")
-    day(run, 2, gate=["nll<=-10"], alert_cmd=told)
-    assert not (tmp_path / "told").exists(), "nothing has drifted"
-    day(run, 3, shift=1.0, gate=["nll<=-10"], alert_cmd=told)
-    record = json.loads((tmp_path / "told").read_text())
-    assert record["window"] == "day-3" and record["checkpoint"] == str(run)
-    assert {name: record[name] for name in ("drift", "promoted", "why")} == {
-        name: decision(run, "day-3")[name] for name in ("drift", "promoted", "why")
-    }
-    assert "--alert-cmd: " in capsys.readouterr().out
-    assert "alert" not in (run / layout.CONFIG).read_text()
-
-
-@pytest.mark.parametrize(
-    "cmd, why",
-    [
-        (command("import sys; sys.exit('no such pager')"), "ended with status 1: no such pager"),
-        ("/no/such/command", "was not told: .*No such file"),
-        (command("import time; time.sleep(60)"), "did not end within 0.5 s"),
-    ],
-)
-def test_an_alert_that_fails_is_reported_and_changes_nothing(run, cmd, why, capsys, monkeypatch):
-    monkeypatch.setattr(alert.send, "__defaults__", (0.5,))
-    wanted = day(run, 2, shift=1.0)
-    current = Checkpoint(str(run)).read(layout.CURRENT)
-    again = run.parent / "again"
-    shutil.copytree(run, again)
-    rollback(str(again), pointer.read_current(Checkpoint(str(run)))["history"][-2]["version"])
-    found = day(again, 2, shift=1.0, alert_cmd=cmd)
-    assert re.search(why, capsys.readouterr().out)
-    assert found.promoted and found.version == wanted.version and Checkpoint(str(run)).read(layout.CURRENT) == current
-
-
-@pytest.mark.parametrize("cmd, message", [("mail 'ops", "cannot be split"), ("  ", "holds no word")])
-def test_an_alert_command_that_is_none_is_refused_before_anything_is_done(run, cmd, message):
-    before = Checkpoint(str(run)).list()
-    with pytest.raises(SettingsError, match=f"--alert-cmd: {message}"):
-        day(run, 2, alert_cmd=cmd)
-    assert Checkpoint(str(run)).list() == before
-
-
 # ------------------------------------------------------------------ what is kept
 
 
 def test_only_what_kept_versions_need_stays(run):
     store = Checkpoint(str(run))
     for number in (2, 3, 4, 5):
-        day(run, number, keep_versions=2, windows="last:2")
+        day(run, number, keep_versions=2, windows="last:2", skip_tune=False)
     history = pointer.read_current(store)["history"]
     last = [entry["version"] for entry in history][-2:]
     assert [entry.get("collected", False) for entry in history] == [True] * 4 + [False] * 2
@@ -447,3 +250,37 @@ def test_the_lease_is_looked_at_before_every_deletion(run, monkeypatch):
     with pytest.raises(CheckpointError, match="lease"):
         day(run, 2, keep_versions=1)
     assert len(deleted) == 1
+
+
+# ------------------------------------------------------------------ a tuning beside promotions
+
+
+def retune(place):
+    given = {"data": "recalibration_cases:fresh", "data_args": {"day": 1}, **SIZES, "skip_tune": False}
+    return tune_posterior(config(place, **given), laplace_dist.Inline)
+
+
+def test_a_tuning_of_what_is_not_current_any_more_is_not_put_in_force(run, monkeypatch):
+    store, real = Checkpoint(str(run)), Job.choose_prior
+    first = pointer.read_current(store)["history"][0]["version"]
+
+    def meanwhile(self, version):
+        key = real(self, version)
+        rollback(str(run), first)
+        return key
+
+    monkeypatch.setattr(Job, "choose_prior", meanwhile)
+    with pytest.raises(
+        SettingsError, match=f"another job has made version {first} current .* while this one worked on"
+    ):
+        retune(run)
+    assert pointer.read_current(store)["history"][-1]["why"] == "rolled back"
+
+
+def test_a_tuning_leaves_the_windows_that_were_dropped_out(run):
+    day(run, 1, drop_window="day-1")
+    retune(run)
+    current = pointer.read_current(Checkpoint(str(run)))
+    assert current["history"][-1]["why"] == "tuned" and pointer.left_out(current) == ["day-1"]
+    found = day(run, 2, gate=["nll<=-10"])
+    assert found.noticed == () and decision(run, "day-2")["drift"]["passed_over"], "no evaluation accepted this tuning"
