@@ -90,7 +90,17 @@ class SourceConformance:
         """Whatever was read before, and whatever is done to a batch that was handed out."""
         folder, values = self.made(tmp_path)
         dataset = self.load(folder)
-        for start, stop in ((0, self.n), (5, self.n), (3, 4), (self.n - 1, self.n), (0, 9), (2, 17)):
+        for start, stop in (
+            (0, self.n),
+            (5, self.n),
+            (3, 4),
+            (3, 4),
+            (self.n - 1, self.n),
+            (0, 9),
+            (2, 6),
+            (1, 6),
+            (2, 17),
+        ):
             at = start
             for offset, x, y in batches(dataset, start, stop, batch_size):
                 rows = slice(at, min(at + batch_size, stop))
