@@ -51,8 +51,8 @@ def check_attribution(capture) -> None:
     order = torch.arange(n, device=capture.f.device)
     weights = (1 - 2 * (order % 2)) * 2.0 ** (order // 2 % 4)
     v = fixed_directions(capture.f)
-    plain = capture.gradients(v)
-    weighted = capture.gradients(v * weights.to(v.dtype).view(-1, *[1] * (v.ndim - 1)))
+    plain = capture.layer_gradients(v)
+    weighted = capture.layer_gradients(v * weights.to(v.dtype).view(-1, *[1] * (v.ndim - 1)))
     for layer, g in plain.items():
         same = len(g) == n
         if same:

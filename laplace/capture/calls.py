@@ -64,6 +64,8 @@ def recorded(modules: dict[str, nn.Module]) -> Iterator[tuple[list[Call], set[st
 
     def remember(name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+            if is_batched(output):
+                return None
             if not output.requires_grad:
                 without.add(name)
                 return None
@@ -83,6 +85,11 @@ def recorded(modules: dict[str, nn.Module]) -> Iterator[tuple[list[Call], set[st
     finally:
         for handle in handles:
             handle.remove()
+
+
+def is_batched(value: Tensor) -> bool:
+    """Whether a tensor belongs to a ``vmap`` or another transform of the model's own, outside of which it means nothing."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 def that_reach(output: Tensor, calls: Sequence[Call]) -> list[Call]:

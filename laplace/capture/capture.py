@@ -2,8 +2,8 @@ r"""Capture once, contract many: one forward pass that remembers what every cont
 
 A capture holds, for every covered layer, the inputs :math:`a` of each of its calls, and gives the output gradients
 :math:`g = (\partial f / \partial z)^\top v` for any direction :math:`v` in output space by one backward pass that stops at
-the layers' outputs: no gradient of any weight is formed. Parameters without a covered layer get per-example Jacobians of
-their own through :mod:`torch.func`.
+the layers' outputs: no gradient of any weight is formed. Parameters without a covered layer get rows of their
+their own, from the same direction; see :mod:`laplace.capture.pullback`.
 
 The directions are taken one at a time rather than stacked under ``vmap``: on CPUs the batched convolution backward is an
 order of magnitude slower, for linear layers the two are equal, and memory stays at one direction.
@@ -11,7 +11,6 @@ order of magnitude slower, for linear layers the two are equal, and memory stays
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
@@ -21,9 +20,11 @@ from torch import Tensor, nn
 from laplace.capture.attribution import check_attribution, picks_by_mask, picks_rows
 from laplace.capture.calls import Call, recorded, that_reach
 from laplace.capture.evaluation import eval_mode
-from laplace.capture.fallback import per_example_jacobians
+from laplace.capture.pullback import pullback
 from laplace.capture.rules import gradients_by_position, inputs_by_position, widths
 from laplace.linalg.precision import without_autocast
+
+_KEPT = 1 << 22  # elements of a layer's inputs up to which they are kept from one direction to the next
 
 
 class Capture:
@@ -31,8 +32,7 @@ class Capture:
 
     Attributes:
         f: Outputs ``(batch, …, outputs)`` without graph.
-        jacobians: For every parameter without a covered layer, its Jacobian ``(batch, outputs, parameter size)``, where
-            ``outputs`` counts all positions and classes.
+        modules: The covered layers by name.
     """
 
     def __init__(
@@ -57,8 +57,9 @@ class Capture:
         self.modules = {name: model.get_submodule(name) for name in layers}
         self._forward(model, x)
         self.f = self._output.detach()
-        self.jacobians = per_example_jacobians(model, x, list(others), dtype)
+        self._rows = pullback(model, x, list(others))
         self._inputs: dict[str, Tensor] = {}
+        self._sizes: dict[str, int] = {}
 
     def _forward(self, model: nn.Module, x: Any) -> None:
         with recorded(self.modules) as (calls, without), torch.enable_grad():
@@ -80,26 +81,38 @@ class Capture:
         if dead:
             raise _dead(dead[0])
 
-    def inputs(self, layer: str) -> Tensor:
-        """Inputs of a layer over all its calls, ``(batch, positions, in)``."""
-        if layer not in self._inputs:
-            self._inputs[layer] = next(self.input_chunks(layer, sys.maxsize))
-        return self._inputs[layer]
+    def inputs(self, layer: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Inputs of a layer over all its calls, ``(batch, positions, in)``; of a range of examples.
+
+        They are kept for the next direction, unless those of the batch are many: patches of convolutions are then made anew.
+        """
+        stop = len(self.f) if stop is None else stop
+        if layer not in self._inputs and self._input_size(layer) * len(self.f) <= _KEPT:
+            self._inputs[layer] = self._make_inputs(layer, 0, len(self.f))
+        kept = self._inputs.get(layer)
+        return self._make_inputs(layer, start, stop) if kept is None else kept[start:stop]
 
     def input_chunks(self, layer: str, elements: int) -> Iterator[Tensor]:
         """Inputs of a layer as :meth:`inputs`, in chunks of examples of about so many elements."""
-        module, n = self.modules[layer], len(self.f)
+        for start, stop in ranges(len(self.f), self._input_size(layer), elements):
+            yield self._make_inputs(layer, start, stop)
+
+    def _input_size(self, layer: str) -> int:
+        """Elements of a layer's inputs for one example."""
+        if layer not in self._sizes:
+            self._sizes[layer] = self._make_inputs(layer, 0, 1).numel()
+        return self._sizes[layer]
+
+    def _make_inputs(self, layer: str, start: int, stop: int) -> Tensor:
         if layer not in self.called:  # in this batch
-            yield self._blank(layer)[0]
-            return
-        calls = [self._by_example(call) for call in self._calls if call.layer == layer]
-        one = sum(inputs_by_position(module, value[:1].flatten(0, 1)).numel() for value in calls)
-        for start, stop in ranges(n, one, elements):
-            parts = []
-            for value in calls:
-                a = inputs_by_position(module, value[start:stop].flatten(0, 1)).to(self.dtype)
-                parts.append(_join_positions(a, stop - start))
-            yield parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            return self._blank(layer)[0][start:stop]
+        parts = []
+        for call in self._calls:
+            if call.layer == layer:
+                value = self._by_example(call)[start:stop]
+                a = inputs_by_position(self.modules[layer], value.flatten(0, 1)).to(self.dtype)
+                parts.append(_join_positions(a, len(value)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _by_example(self, call: Call) -> Tensor:
         """A layer's input or output as ``(batch, parts, …)``.
@@ -112,14 +125,20 @@ class Capture:
         return value.unflatten(0, (n, len(value) // n)) if len(value) % n == 0 else value[None]
 
     def gradients(self, v: Tensor) -> dict[str, Tensor]:
-        """Output gradients of every layer for one direction.
+        """Output gradients of every layer for one direction, and the rows of parameters without a layer.
 
         Args:
             v: Direction in output space, shaped like :attr:`f`.
 
         Returns:
-            ``(batch, positions, out)`` by layer.
+            ``(batch, positions, out)`` by layer, ``(batch, size)`` by parameter.
         """
+        with eval_mode(self._model):
+            rows = {name: row.reshape(len(row), -1).to(self.dtype) for name, row in self._rows(v).items()}
+        return {**self.layer_gradients(v), **rows}
+
+    def layer_gradients(self, v: Tensor) -> dict[str, Tensor]:
+        """Those of the layers alone."""
         found = self.output_gradients(v)
         return {
             layer: self.positions_of(layer, found) if layer in self.called else self._blank(layer)[1]
@@ -153,6 +172,11 @@ class Capture:
             if g is None:
                 raise _dead(call.layer)
         return [(call, g.reshape(call.shape)) for call, g in zip(self._calls, grads, strict=True)]
+
+    @property
+    def width(self) -> int:
+        """Elements that come out of the layers for one example, over all calls."""
+        return sum(call.shape.numel() for call in self._calls) // len(self.f)
 
     def check_attribution(self) -> None:
         """See :func:`laplace.capture.attribution.check_attribution`; nothing where all rows are those of examples in order."""

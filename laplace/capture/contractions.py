@@ -37,10 +37,9 @@ def row_of_block(
     """Per-example gradients of one parameter along a direction, ``(batch, kept entries)``; of a range of examples."""
     part = slice(start, stop)
     if block.layer is not None:
-        a = None if is_bias(block) else capture.inputs(block.layer)[part]
+        a = None if is_bias(block) else capture.inputs(block.layer, start, stop)
         return row_of_layer(block, capture.modules[block.layer], a, gradients[block.layer][part])
-    jacobian = capture.jacobians[block.parameter][part]
-    row = torch.bmm(v[part].to(jacobian.dtype).reshape(len(jacobian), 1, -1), jacobian)[:, 0]
+    row = gradients[block.parameter][part]
     return row if block.chosen is None else row[:, block.indices.to(row.device)]
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
+from laplace.capture.caches import renew
+from laplace.capture.calls import is_batched
 from laplace.capture.feature_extractor import FeatureExtractor
 
 
@@ -19,7 +23,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
     Modules are in evaluation mode, embeddings give the gradient of their output and not one scaled by frequency, and the
     model is handed copies of its inputs: a forward pass that changes its input in place changes no data and no later pass.
-    Inside of ``torch.inference_mode()``, tensors are ordinary ones without gradient.
+    Inside of ``torch.inference_mode()``, tensors are ordinary ones without gradient. What was compiled runs as it was written:
+    hooks see none of the layers of a compiled graph. Gradients of normalisations come in order.
     """
     training = [module for module in model.modules() if module.training]
     scaled = [module for module in model.modules() if getattr(module, "scale_grad_by_freq", False)]
@@ -28,13 +33,21 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-        handle = own.register_forward_pre_hook(_with_own_inputs, prepend=True, with_kwargs=True)
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        handles = [own.register_forward_pre_hook(_with_own_inputs, prepend=True, with_kwargs=True)]
+        handles += [
+            module.register_forward_hook(_in_order) for module in model.modules() if isinstance(module, _NormBase)
+        ]
         try:
             model.eval()
+            renew(model)
             _set(scaled, "scale_grad_by_freq", False)
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+            renew(model)
             _set(training, "training", True)
             _set(scaled, "scale_grad_by_freq", True)
 
@@ -42,6 +55,16 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def _set(modules: list[nn.Module], name: str, value: bool) -> None:
     for module in modules:
         setattr(module, name, value)
+
+
+def _in_order(module: nn.Module, args: tuple, output: Tensor) -> None:
+    """Hand the backward pass of a normalisation its gradient in memory as it is in order.
+
+    Of a single example, torch 2.14 takes the gradient's values in another order where it is transposed, as before a
+    flattened sequence, and gives a wrong one without a word.
+    """
+    if output.requires_grad and len(output) == 1 and not is_batched(output):
+        output.register_hook(lambda gradient: gradient.contiguous())
 
 
 def _with_own_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

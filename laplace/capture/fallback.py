@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from laplace.capture.caches import kept_attributes
 from laplace.data.batches import length_of, part_of
 from laplace.linalg.precision import without_autocast
 from laplace.noise import fixed_directions
@@ -104,24 +105,14 @@ def _gradients(value: Tensor, params: list[Tensor], create_graph: bool) -> list[
     if not value.requires_grad:
         return [torch.zeros_like(p) for p in params]
     grads = torch.autograd.grad(value, params, create_graph=create_graph, retain_graph=True, allow_unused=True)
-    return [_dense(g, p) for g, p in zip(grads, params, strict=True)]
+    return [dense(g, p) for g, p in zip(grads, params, strict=True)]
 
 
-def _dense(g: Tensor | None, p: Tensor) -> Tensor:
+def dense(g: Tensor | None, p: Tensor) -> Tensor:
+    """A gradient as automatic differentiation gives it, dense and of a parameter's shape."""
     if g is None:
         return torch.zeros_like(p)
     return g.to_dense() if g.is_sparse else g
-
-
-def per_example_jacobians(
-    model: nn.Module, x: Any, names: list[str], dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """Jacobians of the outputs with respect to the named parameters alone, ``(batch, outputs, size)`` each."""
-    if not names:
-        return {}
-    found, f = jacobians(model, x, names)
-    flat = {name: value.detach().flatten(1, f.ndim - 1) for name, value in found.items()}
-    return {name: value.reshape(*value.shape[:2], -1).to(dtype) for name, value in flat.items()}
 
 
 def jacobians(
@@ -134,7 +125,7 @@ def jacobians(
     """
     names = list(names)
     refused: Exception | None = None
-    if not (_has_own_weight_lists(model) or (create_graph and calls_layer_norm(model, x))):
+    if not (has_own_weight_lists(model) or (create_graph and calls_layer_norm(model, x))):
         try:
             found, f = _vmapped(model, x, names)
         except Exception as error:  # noqa: BLE001 - vmap refuses in many ways what plain autograd can do
@@ -146,7 +137,7 @@ def jacobians(
         return plain_jacobians(model, x, names, create_graph)
     except RuntimeError as error:
         error.__cause__ = error.__cause__ or refused
-        raise _refusal(model, names, error) from error
+        raise refusal(model, names, error) from error
 
 
 def _sums_agree(model: nn.Module, x: Any, found: dict[str, Tensor]) -> bool:
@@ -157,10 +148,10 @@ def _sums_agree(model: nn.Module, x: Any, found: dict[str, Tensor]) -> bool:
     if not f.requires_grad:
         return False
     v = fixed_directions(f)
-    truth = torch.autograd.grad(f, [known[name] for name in found], v, allow_unused=True)
+    truth = torch.autograd.grad(f, [known[name] for name in found], v, retain_graph=True, allow_unused=True)
     for js, g in zip(found.values(), truth, strict=True):
         rows = v.detach().reshape(-1, 1).to(js.dtype) * js.detach().reshape(v.numel(), -1)
-        expected = _dense(g, js[(0,) * f.ndim]).flatten()
+        expected = dense(g, js[(0,) * f.ndim]).flatten()
         scale = torch.maximum(rows.abs().sum(0), expected.abs()).norm()
         spacing = max(torch.finfo(t.dtype).eps for t in (f, expected))
         if not (rows.sum(0) - expected).norm() <= min(1e3 * spacing, 0.05) * scale:
@@ -177,28 +168,17 @@ def _vmapped(model: nn.Module, x: Any, names: list[str]) -> tuple[dict[str, Tens
         return f, f
 
     chosen = {name: known[name].detach() for name in names}
-    with _attributes_kept(model):
+    with kept_attributes(model):
         return torch.func.vmap(torch.func.jacrev(outputs, has_aux=True), in_dims=(None, 0))(chosen, input_tensors(x))
 
 
-def _has_own_weight_lists(model: nn.Module) -> bool:
+def has_own_weight_lists(model: nn.Module) -> bool:
     """Whether modules keep lists of their weights, which parameters that ``torch.func`` puts in place do not reach."""
     return any(isinstance(module, nn.RNNBase) for module in model.modules())
 
 
-@contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Leave tensors that hooks compute before a forward pass, as those of ``weight_norm``, as they were."""
-    hooked = [module for module in model.modules() if module._forward_pre_hooks]
-    kept = [(m, {k: v for k, v in m.__dict__.items() if isinstance(v, Tensor)}) for m in hooked]
-    try:
-        yield
-    finally:
-        for module, attributes in kept:
-            module.__dict__.update(attributes)
-
-
-def _refusal(model: nn.Module, names: list[str], error: Exception) -> ValueError:
+def refusal(model: nn.Module, names: Iterable[str], error: Exception) -> ValueError:
+    """What to say of parameters that cannot be differentiated; names them and their modules."""
     owners = [f"{name} ({type(model.get_submodule(name.rpartition('.')[0])).__name__})" for name in names]
     return ValueError(
         f"Neither torch.func.vmap nor plain autograd can differentiate the outputs of single examples with respect to "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace.capture.calls import is_batched
 from laplace.capture.soundness import run, tensor_output
 from laplace.enums import parse
 
@@ -113,10 +114,16 @@ class FeatureExtractor(nn.Module):
             self.last_layer.register_forward_hook(lambda module, args, output: logits.append(output)),
         )
         try:
-            return tensor_output(run(self.model, x)), list(zip(given, logits, strict=True))
+            out = tensor_output(run(self.model, x))
         finally:
             for handle in handles:
                 handle.remove()
+        if any(map(is_batched, logits)):
+            raise ValueError(
+                f"The last layer {self.last_layer_name!r} runs inside of torch.func.vmap or another transform in the model's "
+                "forward, where its inputs cannot be seen. Call it on the whole batch, or use subset_of_weights='all'."
+            )
+        return out, list(zip(given, logits, strict=True))
 
     def find_last_layer(self, x: Tensor | MutableMapping[str, Any]) -> Tensor:
         """Take the layer that ran last, and check that the model's output is its output.

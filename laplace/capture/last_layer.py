@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from laplace.capture.fallback import per_example_jacobians
+from laplace.capture.pullback import pullback
 from laplace.capture.rules import gradients_by_position, inputs_by_position
 from laplace.capture.verify import Source, find_layers
 
@@ -41,7 +41,7 @@ class LastLayerCapture:
 
     Attributes:
         f: Outputs ``(batch, …, outputs)`` without graph.
-        jacobians: Of the parameters without a closed form, ``(batch, outputs, parameter size)``.
+        modules: The layer by its name.
     """
 
     def __init__(self, features: Tensor, layer: nn.Module, name: str, dtype: torch.dtype, others: Iterable[str] = ()):
@@ -52,20 +52,27 @@ class LastLayerCapture:
         f, self._features = apply_last_layer(layer, features)
         self.f = f.detach()
         prefix = f"{name}."
-        found = per_example_jacobians(layer, features, [other.removeprefix(prefix) for other in others], dtype)
-        self.jacobians = {prefix + local: value for local, value in found.items()}
+        self._rows = pullback(layer, features, [other.removeprefix(prefix) for other in others])
 
-    def inputs(self, layer: str) -> Tensor:
-        """Features, ``(batch, positions, in)``."""
-        return inputs_by_position(self.modules[layer], self._features).to(self.dtype)
+    @property
+    def width(self) -> int:
+        """Elements that come out of the layer for one example."""
+        return self.f[0].numel()
+
+    def inputs(self, layer: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Features, ``(batch, positions, in)``; of a range of examples."""
+        return inputs_by_position(self.modules[layer], self._features[start:stop]).to(self.dtype)
 
     def input_chunks(self, layer: str, elements: int) -> Iterator[Tensor]:
         """All features at once; they exist already."""
         yield self.inputs(layer)
 
     def gradients(self, v: Tensor) -> dict[str, Tensor]:
-        """The direction itself, ``(batch, positions, out)``."""
-        return {self._name: gradients_by_position(self.modules[self._name], v).to(self.dtype)}
+        """The direction itself, ``(batch, positions, out)``, and the rows of parameters without a closed form."""
+        rows = {
+            f"{self._name}.{local}": row.reshape(len(row), -1).to(self.dtype) for local, row in self._rows(v).items()
+        }
+        return {self._name: gradients_by_position(self.modules[self._name], v).to(self.dtype), **rows}
 
 
 def apply_last_layer(layer: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
+from laplace.capture.admission import named
+from laplace.capture.calls import is_batched
 from laplace.data.batches import is_divisible, length_of, part_of
 from laplace.data.mistakes import check_outputs
 from laplace.noise import fixed_directions
@@ -39,7 +40,7 @@ def tensor_output(output: Any) -> Tensor:
     if output.ndim < 2:
         raise ValueError(
             f"The model's output has shape {tuple(output.shape)}, but has to be (batch, outputs): end its forward with "
-            ".unsqueeze(-1), and give regression targets of shape (batch, 1)."
+            ".unsqueeze(-1), and give regression targets of shape (batch, 1); binary labels of a Bernoulli may stay (batch,)."
         )
     return output
 
@@ -54,27 +55,6 @@ def check_inputs(x: Any) -> None:
         raise TypeError(
             f"A batch's inputs are a {type(x).__name__}. Models take one tensor or one dictionary of inputs: let the data "
             "loader give a dictionary of the tensors and their targets, and wrap the model in a module that unpacks it."
-        )
-
-
-def check_parameters(model: nn.Module) -> None:
-    """Refuse parameters over which there is no real Gaussian.
-
-    Raises:
-        ValueError: If one is complex, or of a lazy module that has not run; names it.
-    """
-    lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
-    if lazy:
-        owner = lazy[0].rpartition(".")[0]
-        raise ValueError(
-            f"Parameters {lazy} have no values yet, since {_named(owner, model)} takes its shape from its first input. Run "
-            "one forward pass, model(x), and train the model before the posterior is made."
-        )
-    found = [name for name, p in model.named_parameters() if p.is_complex() and p.requires_grad]
-    if found:
-        raise ValueError(
-            f"Parameters {found} are complex; Laplace approximations are over real ones. Store the real and imaginary parts "
-            "as a real parameter (torch.view_as_complex(weight)), or set requires_grad=False."
         )
 
 
@@ -136,11 +116,11 @@ def _check(batch: Record, other: Record, i: int | None, model: nn.Module) -> Non
         if i is not None:
             a, f = _row(a, i), _row(f, i)
         if a is not None and f is not None and _same(a, b, tolerance) and not _same(f, g, tolerance, a):
-            raise (_random if i is None else _coupled)(_named(name, model))
+            raise (_random if i is None else _coupled)(named(name, model))
     if i is None and not _same(batch[-1][2], other[-1][2], tolerance):
-        raise _random(_named("", model))
+        raise _random(named("", model))
     if i is not None and not _same(_row(batch[-1][2], i), other[-1][2], tolerance):
-        raise _coupled(_named("", model))
+        raise _coupled(named("", model))
 
 
 def _random(module: str) -> ValueError:
@@ -173,7 +153,7 @@ def run(model: nn.Module, x: Any, of: str = "the first batch") -> Any:
         try:
             return model(x)
         except (RuntimeError, ValueError):
-            where = _named(running[-1], model) if running else _named("", model)
+            where = named(running[-1], model) if running else named("", model)
     raise ValueError(f"The model's forward pass of {of} fails in {where}: {failed}") from failed
 
 
@@ -189,11 +169,6 @@ def _entered(model: nn.Module, running: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _named(name: str, model: nn.Module) -> str:
-    kind = type(model.get_submodule(name)).__name__
-    return f"module {name!r} ({kind})" if name else f"the model ({kind})"
 
 
 def _recorded(model: nn.Module, x: Any) -> Record:
@@ -215,7 +190,7 @@ def _recorded(model: nn.Module, x: Any) -> Record:
 
 def _first(value: Any) -> Tensor | None:
     value = value[0] if isinstance(value, tuple) and value else value
-    return value.clone() if isinstance(value, Tensor) else None
+    return value.clone() if isinstance(value, Tensor) and not is_batched(value) else None
 
 
 def _row(value: Tensor | None, i: int) -> Tensor | None:

@@ -193,7 +193,6 @@ class LowRankLaplace(NotASum, ParametricLaplace):
     def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor:
         """Prior variance minus what the data took away; scalar priors share all that depends on the batch."""
         dtype, capture.dtype = capture.dtype, torch.float64
-        capture.jacobians = {name: value.double() for name, value in capture.jacobians.items()}
         blocks = self.sums_spec().blocks
         scalars: tuple[Tensor, Tensor] | None = None
         variances = []

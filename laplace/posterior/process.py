@@ -111,7 +111,6 @@ class ConditionedProcess(NoWeights, ParametricLaplace):
     def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor:
         """Prior variance minus what the data took away; all priors share what depends on the batch."""
         dtype, capture.dtype = capture.dtype, torch.float64
-        capture.jacobians = {name: value.double() for name, value in capture.jacobians.items()}
         blocks = self._spec.blocks
         only_diagonal = diagonal or self.independent_outputs
         widths = [b.shape[0] if b.shape else 1 for b in blocks]

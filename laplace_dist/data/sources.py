@@ -9,7 +9,7 @@ from typing import Any
 import fsspec
 from torch.utils.data import IterableDataset
 
-from laplace_dist.config.compatibility import is_url, ood
+from laplace_dist.config.compatibility import evaluated, is_url
 from laplace_dist.config.import_path import IMPORT_PATH, call
 from laplace_dist.config.settings import Config
 from laplace_dist.data.arrow_ipc import ArrowFiles
@@ -136,7 +136,7 @@ def check_splits(config: Config) -> dict[str, Any]:
     """
     tuning = ["val"] if not config.skip_tune and config.tuning == "gridsearch" else []
     found = {}
-    for name in tuning + ([] if config.skip_evaluate else ["test", *ood(config)]):
+    for name in tuning + ([] if config.skip_evaluate else evaluated(config)):
         try:
             found[name] = load_split(config, name)
         except (ValueError, KeyError) as error:

@@ -139,8 +139,8 @@ class _Run:
             self.report.add(found)
 
     def _follows(self, key: str) -> bool:
-        """Say whether an object is a manifest of a tuning or an evaluation, or of one of their shards."""
-        within = key.startswith(("tuning/", "evaluation/"))
+        """Say whether an object is a manifest of a decomposition, a tuning or an evaluation, or of one of their shards."""
+        within = key.startswith(("decompositions/", "tuning/", "evaluation/"))
         return within and bool(layout.MANIFEST.fullmatch(key)) and key != layout.METRICS
 
     def _of_this_run(self, key: str) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import nn
@@ -11,7 +9,8 @@ from torch import nn
 from laplace import Laplace
 
 from .dense_reference import examine
-from .random_models import RIGHT, Case, Plan
+from .planned import planned
+from .random_models import Case
 from .torch_layers import LAYERS, LAZY, VOCABULARY, Around, Layer, classes, is_known
 
 CASES = {
@@ -20,43 +19,6 @@ CASES = {
     for variant, case in variants.items()
     if name in classes()
 }
-
-
-@dataclass(frozen=True)
-class SweepPlan(Plan):
-    """A plan whose model is that around a layer, or another one of this module's making."""
-
-    made: object = None
-
-    @property
-    def outcome(self) -> str:
-        return RIGHT
-
-    def build(self) -> Case:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return self.made()
-
-
-def planned(made, structure, precision="float64", batch_size=2, subset="all", likelihood="classification"):
-    """A plan around a function that makes a model and its data."""
-    return SweepPlan(
-        seed=1,
-        layers=(),
-        activations=(),
-        wrapped="",
-        wrapped_head=False,
-        outer="",
-        inputs="",
-        context="",
-        output="vector output",
-        likelihood=likelihood,
-        structure=structure,
-        subset=subset,
-        precision=precision,
-        batch_size=batch_size,
-        made=made,
-    )
 
 
 def case_of(layer: Layer) -> Case:
@@ -85,6 +47,26 @@ def test_a_layer_without_a_right_number_is_refused_by_name(name):
     case = case_of(CASES[name])
     with pytest.raises(ValueError, match=CASES[name].refused):
         Laplace(case.model, "classification", "all", "diag").fit(case.batches(4))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda c: nn.InstanceNorm2d(c, affine=True)])
+def test_a_norm_before_a_transposed_sequence_in_batches_of_one(norm):
+    """Torch's own gradient of one example is wrong there; that of two is right."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(2, 3, 1), norm(3), nn.Flatten(2), Transposed(), nn.LayerNorm(3), nn.Flatten(), nn.Linear(24, 2))
+    model = nn.Sequential(*layers).double().eval()
+    x, y = torch.randn(4, 2, 2, 4).double(), torch.tensor([0, 1, 1, 0])
+    for structure in ("diag", "full"):
+        one, all_at_once = (Laplace(model, "classification", "all", structure) for _ in range(2))
+        one.fit([(x[i : i + 1], y[i : i + 1]) for i in range(4)])
+        all_at_once.fit([(x, y)])
+        torch.testing.assert_close(one.H, all_at_once.H)
+        torch.testing.assert_close(one(x[:1]), all_at_once(x)[:1])
+
+
+class Transposed(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
 
 
 @pytest.mark.parametrize("name", LAZY)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,22 @@ def test_the_jobs_package_contains_no_mathematics():
         if "laplace_dist" in path.parts:
             names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
             assert not names & forbidden, path
+
+
+@pytest.mark.parametrize("module", ["laplace", "laplace_dist.cli"])
+def test_what_a_start_does_not_need_is_not_loaded(module):
+    """Packages that take a tenth of a second and more, and are for one kind of storage, failure or backend."""
+    code = f"import sys, {module}; print(sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for package in (
+        "aiohttp",
+        "botocore",
+        "scipy",
+        "ray",
+        "sklearn",
+        "curvlinops",
+        "matplotlib",
+        "torchmetrics",
+        "transformers",
+    ):
+        assert f"'{package}'" not in loaded, package

@@ -1,0 +1,67 @@
+"""Which models are let in at all, before any pass: those whose modules can be seen and whose parameters are real numbers here.
+
+Each of the others gets one sentence that names the module or parameter and the way out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse models that no hook can look into, and parameters over which there is no Gaussian.
+
+    Raises:
+        ValueError: If a module is scripted, traced or exported, or a parameter is complex, sharded, or without values yet.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{_start(in_words(name, module))} is scripted or traced by torch.jit, so that the inputs of its layers "
+                "cannot be seen. Give the module that was scripted, with the weights of its state_dict()."
+            )
+        if isinstance(module, torch.fx.GraphModule) and "eval" in vars(module):
+            raise ValueError(
+                f"{_start(in_words(name, module))} is a program of torch.export, which has no evaluation mode and no layers. "
+                "Give the module that was exported."
+            )
+    _check_parameters(model)
+
+
+def _check_parameters(model: nn.Module) -> None:
+    lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
+    if lazy:
+        owner = named(lazy[0].rpartition(".")[0], model)
+        raise ValueError(
+            f"Parameters {lazy} have no values yet, since {owner} takes its shape from its first input. Run "
+            "one forward pass, model(x), and train the model before the posterior is made."
+        )
+    sharded = [name for name, p in model.named_parameters() if hasattr(p, "full_tensor")]
+    if sharded:
+        raise ValueError(
+            f"Parameters {sharded} are sharded over processes (DTensor, as of fully_shard). Load the full state dict into a "
+            "module of one process; laplace_dist fits on many workers."
+        )
+    found = [name for name, p in model.named_parameters() if p.is_complex() and p.requires_grad]
+    if found:
+        raise ValueError(
+            f"Parameters {found} are complex; Laplace approximations are over real ones. Store the real and imaginary parts "
+            "as a real parameter (torch.view_as_complex(weight)), or set requires_grad=False."
+        )
+
+
+def _start(words: str) -> str:
+    return words[:1].upper() + words[1:]
+
+
+def named(name: str, model: nn.Module) -> str:
+    """A module in words, by its name and class."""
+    return in_words(name, model.get_submodule(name))
+
+
+def in_words(name: str, module: nn.Module) -> str:
+    """A module in words; the model itself has no name."""
+    kind = type(module).__name__
+    return f"module {name!r} ({kind})" if name else f"the model ({kind})"

@@ -1,0 +1,51 @@
+"""Tensors that modules keep between forward passes, computed from their parameters.
+
+Some attention layers keep their position biases indexed while they are in evaluation mode (LeViT and its family): as plain
+attributes or in a dictionary, dropped by their own ``train``. Made without a graph, or inside of a transform, these are of
+no use to any other pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def renew(model: nn.Module) -> None:
+    """Have modules in evaluation mode drop or renew what they have kept, by their own ``train``."""
+    for module in model.modules():
+        if type(module).train is not nn.Module.train and not module.training and _kept(module):
+            with torch.inference_mode(False), torch.enable_grad():
+                module.train(True)
+                module.train(False)
+
+
+@contextmanager
+def kept_attributes(model: nn.Module) -> Iterator[None]:
+    """Leave tensors that modules keep, or that hooks compute before a pass as those of ``weight_norm``, as they were."""
+    keepers = [m for m in model.modules() if m._forward_pre_hooks or type(m).train is not nn.Module.train]
+    before = [(module, _kept(module)) for module in keepers]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            for name in _kept(module).keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+
+
+def _kept(module: nn.Module) -> dict[str, Any]:
+    """Attributes that are tensors, or copies of dictionaries of tensors, and no parameters or buffers."""
+    found: dict[str, Any] = {}
+    for name, value in module.__dict__.items():
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif (
+            isinstance(value, dict) and not name.startswith("_") and any(isinstance(v, Tensor) for v in value.values())
+        ):
+            found[name] = dict(value)
+    return found
