@@ -10,6 +10,7 @@ __all__ = [
     "Config",
     "Inline",
     "__version__",
+    "check_model",
     "estimate",
     "fit",
     "load_posterior",
@@ -22,6 +23,7 @@ __all__ = [
 _LAZY = {
     "Config": "config.settings",
     "Inline": "execution.inline",
+    "check_model": "stages.model_check",
     "estimate": "planning",
     "fit": "job",
     "load_posterior": "run.posterior",
