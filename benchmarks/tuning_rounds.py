@@ -3,7 +3,7 @@
     python benchmarks/tuning_rounds.py
 
 Random images and a small convolutional network, one thread, CPU seconds: 41 prior precisions in one pass, against the two
-rounds of a search whose best value lies inside (a sixteenth of the batches, then all of them, with every example's scores kept).
+rounds of a search whose best value lies inside (a sixteenth of the batches, then all, every score kept).
 """
 
 from __future__ import annotations
