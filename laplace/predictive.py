@@ -131,7 +131,7 @@ def glm_distribution(la: Fitted, x: Any, diagonal: bool = False) -> tuple[Tensor
         covariance = la.functional_variance(js)
         return f, covariance.diagonal(dim1=-2, dim2=-1) if diagonal else covariance
     found = []
-    for _, inputs in la.backend.parts(x):
+    for _, inputs in la.backend.parts(x, every_output=True):
         capture = la.backend.capture(inputs)
         found.append((capture.f, la._glm_variance(capture, [la.prior_precision], diagonal)[0].detach()))
     f, variance = joined(found)

@@ -47,7 +47,8 @@ class Result:
         version: Posterior version, or None.
         tuning: Key of the tuning in force, or None.
         metrics: For `map` and `laplace` the metrics by name, or None if not evaluated.
-        notes: What belongs beside them: the noise or temperature that they are of, and whether the posterior helps.
+        notes: What belongs beside them: the noise or temperature that they are of, and what the tuning said.
+        helps: False where a tuning has found nothing better than MAP, and has kept the limit in which the posterior is that.
     """
 
     checkpoint: str
@@ -55,6 +56,7 @@ class Result:
     tuning: str | None = None
     metrics: dict[str, dict[str, float]] | None = None
     notes: tuple[str, ...] = ()
+    helps: bool = True
 
 
 # ------------------------------------------------------------------ jobs
@@ -96,8 +98,8 @@ def evaluate_posterior(config: Config, executor: ExecutorType | None = None) -> 
 def _follow_on(job: Job, version: str, *, tuning: bool, evaluation: bool) -> Result:
     key = job.tune(version) if tuning else pointer.read_current(job.store)["tuning"]
     metrics = job.evaluate(version, key) if evaluation else None
-    notes = () if key is None else tuple(tunings.notes(tunings.read_tuning(job.store, key)[0]))
-    return Result(job.store.url, version, key, metrics, notes)
+    tuned = {"sigma_noise": None} if key is None else tunings.read_tuning(job.store, key)[0]
+    return Result(job.store.url, version, key, metrics, tuple(tunings.notes(tuned)), tunings.helps(tuned))
 
 
 @dataclass

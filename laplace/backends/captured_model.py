@@ -19,7 +19,7 @@ from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.capture.last_layer import LastLayerCapture, last_layer_sources
 from laplace.capture.soundness import check_function, check_inputs
 from laplace.capture.verify import find_layers
-from laplace.data.batches import is_divisible, length_of, part_of
+from laplace.data.batches import is_divisible, length_of, part_of, tensors_of
 from laplace.data.mistakes import check_outputs
 from laplace.enums import Likelihood
 from laplace.likelihoods.base import BaseLikelihood
@@ -29,7 +29,7 @@ from laplace.structures.subnetwork import check_subnetwork_indices, split_indice
 from laplace.structures.sums import SumsSpec
 
 _FEW = 8  # examples that are enough to compare captured gradients with automatic differentiation
-_JACOBIANS = 1 << 24  # elements of the Jacobians of parameters without a covered layer that are held at once
+_HELD = 1 << 24  # elements of rows and gradients that are held at once, beyond those of one backward pass
 
 
 class CapturedModel:
@@ -54,6 +54,10 @@ class CapturedModel:
         self.dict_key_x = dict_key_x
         self.dict_key_y = dict_key_y
         self.spec: SumsSpec | None = None
+        self._sizes: tuple[SumsSpec | None, dict[Any, tuple[int, int]]] = (
+            None,
+            {},
+        )  # of examples, by the shapes of inputs
 
     @property
     def likelihood_object(self) -> BaseLikelihood:
@@ -144,25 +148,38 @@ class CapturedModel:
         capture.check_attribution()
         return capture
 
-    def parts(self, x: Tensor | MutableMapping[str, Any]) -> list[tuple[slice, Any]]:
+    def parts(self, x: Tensor | MutableMapping[str, Any], every_output: bool = False) -> list[tuple[slice, Any]]:
         """Parts of a batch that are captured one after the other, each with its range of examples.
 
-        There is one, the whole batch, unless parameters need Jacobians of their own: those of a part hold about ``_JACOBIANS``
-        elements.
+        There is one, the whole batch, unless what is held of it at once is more than about ``_HELD`` elements: the rows of
+        parameters without a layer along one direction, or where ``every_output`` is needed at once, as for variances, these and
+        the layers' output gradients along as many directions as there are outputs.
 
         Raises:
-            NotEnoughMemoryError: If those of one example are larger than the free memory.
+            NotEnoughMemoryError: If the rows of one example are larger than the free memory.
         """
         assert self.spec is not None, "initialize() comes first"
         others = [block for block in self.spec.blocks if block.layer is None]
-        if not others or not is_divisible(x):
+        if not is_divisible(x) or not (others or every_output):
             return [(slice(0, None), x)]
-        n = length_of(x)
-        outputs, size = self._outputs_per_example(x), sum(torch.Size(block.shape).numel() for block in others)
-        names = ", ".join(block.parameter for block in others)
-        require_jacobians(1, outputs, size, self.spec.torch_dtype, self.params[0].device, f" ({names})")
-        found = [slice(start, stop) for start, stop in ranges(n, outputs * size, _JACOBIANS)]
+        n, size = length_of(x), sum(torch.Size(block.shape).numel() for block in others)
+        outputs, inner = self._size_of_example(x) if every_output else (1, 0)
+        if others:
+            names = ", ".join(block.parameter for block in others)
+            require_jacobians(1, outputs, size, self.spec.torch_dtype, self.params[0].device, f" ({names})")
+        found = [slice(start, stop) for start, stop in ranges(n, outputs * (size + inner), _HELD)]
         return [(part, part_of(x, part)) for part in found] if len(found) > 1 else [(slice(0, n), x)]
+
+    def _size_of_example(self, x: Any) -> tuple[int, int]:
+        """Number of outputs of an example over all its positions, and elements of what comes out of its layers."""
+        shapes = tuple(value.shape[1:] for value in tensors_of(x))
+        if self._sizes[0] is not self.spec or not shapes:
+            self._sizes = (self.spec, {})
+        known = self._sizes[1]
+        if shapes not in known:
+            capture = self.capture(part_of(x, slice(0, 2)))
+            known[shapes] = capture.f[0].numel(), capture.width
+        return known[shapes]
 
     def _check_gradients(self) -> None:
         """Refuse a model whose ``requires_grad`` flags are not those that it was initialised with."""

@@ -95,7 +95,7 @@ class _Native:
         size, dtype = sum(block.size for block in blocks), self.spec.torch_dtype
         contractions.require_jacobians(length_of(x), self._outputs_per_example(x), size, dtype, self.params[0].device)
         found = []
-        for _, inputs in self.parts(x):
+        for _, inputs in self.parts(x, every_output=True):
             capture = self.capture(inputs)
             found.append((torch.cat(list(contractions.jacobian_chunks(capture, blocks))), capture.f))
         js, f = joined(found)

@@ -11,7 +11,6 @@ order of magnitude slower, for linear layers the two are equal, and memory stays
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
@@ -19,11 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from laplace.capture.attribution import check_attribution, picks_by_mask, picks_rows
+from laplace.capture.blocks import row_key
 from laplace.capture.calls import Call, recorded, that_reach
 from laplace.capture.evaluation import eval_mode
+from laplace.capture.products import calls_of, product
 from laplace.capture.pullback import pullback
 from laplace.capture.rules import gradients_by_position, inputs_by_position, widths
 from laplace.linalg.precision import without_autocast
+
+_KEPT = 1 << 22  # elements of a layer's inputs up to which they are kept from one direction to the next
 
 
 class Capture:
@@ -53,17 +56,22 @@ class Capture:
         """
         self.dtype = dtype
         self._model = model
-        self.modules = {name: model.get_submodule(name) for name in layers}
+        self._products = {name: found for name in layers if (found := product(model, name)) is not None}
+        self.modules = {name: self._products.get(name) or model.get_submodule(name) for name in layers}
         self._forward(model, x)
         self.f = self._output.detach()
         self._rows = pullback(model, x, list(others))
         self._inputs: dict[str, Tensor] = {}
+        self._sizes: dict[str, int] = {}
 
     def _forward(self, model: nn.Module, x: Any) -> None:
-        with recorded(self.modules) as (calls, without), torch.enable_grad():
+        hooked = {name: module for name, module in self.modules.items() if name not in self._products}
+        with recorded(hooked) as (calls, without), torch.enable_grad():
             self._output = model(x)
         names = [call.layer for call in calls]
+        products = list(calls_of(self._output, self._products, len(self._output)))
         self._calls = that_reach(self._output, calls) if len(set(names)) < len(names) else calls
+        self._calls = [*self._calls, *products]
         self.called = {call.layer for call in self._calls}
         self._without_gradient = without | set(names)
 
@@ -79,26 +87,38 @@ class Capture:
         if dead:
             raise _dead(dead[0])
 
-    def inputs(self, layer: str) -> Tensor:
-        """Inputs of a layer over all its calls, ``(batch, positions, in)``."""
-        if layer not in self._inputs:
-            self._inputs[layer] = next(self.input_chunks(layer, sys.maxsize))
-        return self._inputs[layer]
+    def inputs(self, layer: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Inputs of a layer over all its calls, ``(batch, positions, in)``; of a range of examples.
+
+        They are kept for the next direction, unless those of the batch are many: patches of convolutions are then made anew.
+        """
+        stop = len(self.f) if stop is None else stop
+        if layer not in self._inputs and self._input_size(layer) * len(self.f) <= _KEPT:
+            self._inputs[layer] = self._make_inputs(layer, 0, len(self.f))
+        kept = self._inputs.get(layer)
+        return self._make_inputs(layer, start, stop) if kept is None else kept[start:stop]
 
     def input_chunks(self, layer: str, elements: int) -> Iterator[Tensor]:
         """Inputs of a layer as :meth:`inputs`, in chunks of examples of about so many elements."""
-        module, n = self.modules[layer], len(self.f)
+        for start, stop in ranges(len(self.f), self._input_size(layer), elements):
+            yield self._make_inputs(layer, start, stop)
+
+    def _input_size(self, layer: str) -> int:
+        """Elements of a layer's inputs for one example."""
+        if layer not in self._sizes:
+            self._sizes[layer] = self._make_inputs(layer, 0, 1).numel()
+        return self._sizes[layer]
+
+    def _make_inputs(self, layer: str, start: int, stop: int) -> Tensor:
         if layer not in self.called:  # in this batch
-            yield self._blank(layer)[0]
-            return
-        calls = [self._by_example(call) for call in self._calls if call.layer == layer]
-        one = sum(inputs_by_position(module, value[:1].flatten(0, 1)).numel() for value in calls)
-        for start, stop in ranges(n, one, elements):
-            parts = []
-            for value in calls:
-                a = inputs_by_position(module, value[start:stop].flatten(0, 1)).to(self.dtype)
-                parts.append(_join_positions(a, stop - start))
-            yield parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            return self._blank(layer)[0][start:stop]
+        parts = []
+        for call in self._calls:
+            if call.layer == layer:
+                value = self._by_example(call)[start:stop]
+                a = inputs_by_position(self.modules[layer], value.flatten(0, 1)).to(self.dtype)
+                parts.append(_join_positions(a, len(value)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _by_example(self, call: Call) -> Tensor:
         """A layer's input or output as ``(batch, parts, …)``.
@@ -117,10 +137,10 @@ class Capture:
             v: Direction in output space, shaped like :attr:`f`.
 
         Returns:
-            ``(batch, positions, out)`` by layer, ``(batch, size)`` by parameter.
+            ``(batch, positions, out)`` by layer, ``(batch, size)`` by :func:`row_key`.
         """
         with eval_mode(self._model):
-            rows = {name: row.reshape(len(row), -1).to(self.dtype) for name, row in self._rows(v).items()}
+            rows = {row_key(name): row.reshape(len(row), -1).to(self.dtype) for name, row in self._rows(v).items()}
         return {**self.layer_gradients(v), **rows}
 
     def layer_gradients(self, v: Tensor) -> dict[str, Tensor]:
@@ -157,7 +177,12 @@ class Capture:
         for call, g in zip(self._calls, grads, strict=True):
             if g is None:
                 raise _dead(call.layer)
-        return [(call, g.reshape(call.shape)) for call, g in zip(self._calls, grads, strict=True)]
+        return [(call, call.in_order(g.reshape(call.shape))) for call, g in zip(self._calls, grads, strict=True)]
+
+    @property
+    def width(self) -> int:
+        """Elements that come out of the layers for one example, over all calls."""
+        return sum(call.shape.numel() for call in self._calls) // len(self.f)
 
     def check_attribution(self) -> None:
         """See :func:`laplace.capture.attribution.check_attribution`; nothing where all rows are those of examples in order."""

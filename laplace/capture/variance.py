@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from laplace.capture.blocks import Block
+from laplace.capture.blocks import Block, row_key
 from laplace.capture.contractions import chunks, is_bias, output_directions, row_of_layer
 from laplace.capture.last_layer import LastLayerCapture
 from laplace.capture.last_layer_variance import last_layer_variance
@@ -65,7 +65,7 @@ def block_variance(
     directions = [capture.gradients(v) for v in output_directions(capture.f)]
     for index, block in enumerate(blocks):
         if block.layer is None:
-            rows = torch.stack([gradients.pop(block.parameter) for gradients in directions], 1)
+            rows = torch.stack([gradients.pop(row_key(block.parameter)) for gradients in directions], 1)
             _add_rows(total, rows, weights[index], diagonal)
         else:
             by_layer.setdefault(block.layer, []).append(index)
@@ -87,22 +87,24 @@ def _add_layer(total, capture, g: Tensor, block: Block, basis: Basis, weight, di
     if is_transposed(module):
         basis, weight_in_out = Basis(basis.right, basis.left), weight
         weight = lambda t: weight_in_out(t).T  # noqa: E731
-    a = _project(capture.inputs(block.layer), basis.right)
     if g.shape[2] == 1:
+        a = _project(capture.inputs(block.layer), basis.right)
         _add_outer(total, _project(g[:, :, 0], basis.left), a[:, 0].square(), weight, diagonal)
         return
-    width = g.shape[1] * g.shape[3] * a.shape[2]
-    for start, stop in chunks(g.shape[0], width):
-        rows = torch.einsum("ncro,nri->ncoi", _project(g[start:stop], basis.left), a[start:stop])
+    first = capture.inputs(block.layer, 0, 1)
+    for start, stop in chunks(g.shape[0], max(g.shape[1] * g.shape[3] * first.shape[2], first.numel())):
+        a = _project(capture.inputs(block.layer, start, stop), basis.right)
+        rows = torch.einsum("ncro,nri->ncoi", _project(g[start:stop], basis.left), a)
         _add_rows(total[:, start:stop], rows.flatten(2), weight, diagonal)
 
 
 def _add_row_layer(total, capture, g: Tensor, block: Block, weight, diagonal: bool) -> None:
     """Add the variance of a layer whose rows are neither outer products nor sums of them; their covariance is diagonal."""
-    module, a = capture.modules[block.layer], capture.inputs(block.layer)
+    module = capture.modules[block.layer]
     whole = replace(block, chosen=None)
     for start, stop in chunks(g.shape[0], g.shape[1] * torch.Size(block.shape).numel()):
-        rows = [row_of_layer(whole, module, a[start:stop], g[start:stop, c]) for c in range(g.shape[1])]
+        a = capture.inputs(block.layer, start, stop)
+        rows = [row_of_layer(whole, module, a, g[start:stop, c]) for c in range(g.shape[1])]
         _add_rows(total[:, start:stop], torch.stack(rows, 1), weight, diagonal)
 
 

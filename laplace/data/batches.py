@@ -43,6 +43,12 @@ def is_divisible(x: Any) -> bool:
     return isinstance(x, (Tensor, MutableMapping, Sequence))
 
 
+def tensors_of(x: Any) -> list[Tensor]:
+    """The tensors of a batch of inputs that have a batch dimension."""
+    values = x.values() if isinstance(x, MutableMapping) else [x]
+    return [value for value in values if isinstance(value, Tensor) and value.ndim]
+
+
 def part_of(x: Any, part: slice | Tensor) -> Any:
     """Some examples of a batch of inputs, by a range or by indices: of a tensor, or of every tensor of a dict-like batch.
 

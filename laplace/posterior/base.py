@@ -258,7 +258,10 @@ class BaseLaplace:
     def sigma_noise(self, value: float | Tensor) -> None:
         value = as_value("sigma_noise", value, self._dtype, self._device)
         if value.numel() != 1:
-            raise ValueError(f"sigma_noise must be a scalar, but has shape {tuple(value.shape)}.")
+            raise ValueError(
+                f"sigma_noise must be a scalar, but has shape {tuple(value.shape)}. Noises that differ between outputs change "
+                "the curvature, so give their ratios before the fit: likelihood=laplace.likelihoods.GaussianPerOutput(noise)."
+            )
         value = value.reshape(())
         if not bool((value > 0) & torch.isfinite(value)):
             raise ValueError(f"sigma_noise must be positive and finite, but is {value.item()}.")

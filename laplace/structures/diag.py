@@ -41,8 +41,7 @@ def add_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
             if block.layer in squared:
                 continue
             if is_outer_weight(block, capture):
-                left, right = _sides(capture, block.layer, gradients[block.layer])
-                _add_squared_rows(sums.running(block.factors[0]), left, right)
+                _add_squared_rows(sums.running(block.factors[0]), capture, block.layer, gradients[block.layer])
             else:
                 add_square_of_row_(sums, block, gradients, capture, v)
     for block in sums.spec.blocks:
@@ -67,16 +66,15 @@ def _add_chosen_diag(sums: CurvatureSums, capture, directions: Iterator[Tensor])
         sums.running(block.factors[0]).add_(kept)
 
 
-def _sides(capture, layer: str, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Output gradients and inputs of an outer layer, that of the weight's first dimension first."""
-    a = capture.inputs(layer)
-    return (a, g) if is_transposed(capture.modules[layer]) else (g, a)
-
-
-def _add_squared_rows(total: Tensor, left: Tensor, right: Tensor) -> None:
-    total = total.view(left.shape[-1], -1)
-    for start, stop in chunks(left.shape[0], left.shape[-1] * right.shape[-1]):
-        total += torch.bmm(left[start:stop].transpose(1, 2), right[start:stop]).square_().sum(0)
+def _add_squared_rows(total: Tensor, capture, layer: str, g: Tensor) -> None:
+    """Add the squares of ``Σᵣ gᵣ aᵣᵀ`` of a few examples at a time, whose inputs are made as they are needed."""
+    turned = is_transposed(capture.modules[layer])
+    first = capture.inputs(layer, 0, 1)
+    total = total.view(first.shape[-1] if turned else g.shape[-1], -1)
+    for start, stop in chunks(len(g), max(total.numel(), first.numel())):
+        a, part = capture.inputs(layer, start, stop), g[start:stop]
+        left, right = (a, part) if turned else (part, a)
+        total += torch.bmm(left.transpose(1, 2), right).square_().sum(0)
 
 
 def add_square_of_row_(sums: CurvatureSums, block: Block, gradients: dict[str, Tensor], capture, v: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,9 @@ KINDS = {
     ".tar": "tar",
 }
 _PART = re.compile(r"-(?:[0-9]+|part|shard)")  # what follows the split in train-00000-of-00012.parquet
-_VERSIONS = (("ETag",), ("etag",), ("generation",), ("mtime", "ino"), ("created",))  # by file system
+# By file system; a listing and a look at one file have to agree on it, which they do not on times of objects.
+_VERSIONS = (("ETag",), ("etag",), ("generation",), ("mtime", "ino"))
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _AT_ONCE = 64  # files whose ends are in memory together
 
 
@@ -42,6 +45,16 @@ class File:
     name: str
     size: int
     version: str
+
+
+class FileError(OSError):
+    """A file cannot be read, is cut off, or is not the one that it was; the message names it.
+
+    Attributes:
+        passing: Whether another attempt may succeed: the file system failed, and did not say that there is no such file.
+    """
+
+    passing = False
 
 
 class Place:
@@ -79,6 +92,15 @@ class Place:
             return {}
         names = {info["name"].rstrip("/"): info["type"] for info in found}
         return {name.rpartition("/")[2]: kind for name, kind in names.items() if name != root}
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the URL is that of a file of a known kind."""
+        try:
+            fs, root = self._opened
+            return _kind(root) is not None and fs.isfile(root)
+        except Exception:  # as of `top`
+            return False
 
     @property
     def splits(self) -> list[str]:
@@ -145,12 +167,12 @@ class Place:
         """Refuse a file that is not the one it was when the data set was opened.
 
         Raises:
-            OSError: Naming the file.
+            FileError: Naming the file.
         """
         with self._naming(file):
             now = self._file(self._opened[0].info(file.path))
         if (now.size, now.version) != (file.size, file.version):
-            raise OSError(
+            raise FileError(
                 f"{file.name} has changed since the data set was opened ({file.size} bytes then, {now.size} now); leave "
                 "the data as they are while a job is at work, and start it again"
             )
@@ -159,7 +181,7 @@ class Place:
         """Return byte ranges of a file, given as `(start, stop)`, asked for together.
 
         Raises:
-            OSError: They cannot be read or are not there; naming the file.
+            FileError: They cannot be read or are not there; naming the file.
         """
         if not ranges:
             return []
@@ -172,14 +194,14 @@ class Place:
             )
         for content, (start, stop) in zip(found, ranges, strict=True):
             if len(content) != stop - start:
-                raise OSError(f"{file.name} ends within bytes {start} to {stop}: it is truncated; restore it")
+                raise FileError(f"{file.name} ends within bytes {start} to {stop}: it is truncated; restore it")
         return found
 
     def ends(self, files: Sequence[File], count: int) -> Iterator[tuple[File, bytes]]:
         """Yield files with the last bytes of each, up to `count`, asked for together in groups.
 
         Raises:
-            OSError: Naming the file, or the first of its group.
+            FileError: Naming the file, or the first of its group.
         """
         for first in range(0, len(files), _AT_ONCE):
             group = files[first : first + _AT_ONCE]
@@ -194,24 +216,51 @@ class Place:
         with self._naming(file):
             return self._opened[0].open(file.path, "rb")
 
+    def content(self, name: str) -> bytes | None:
+        """Return a small file below the URL, or None if there is none.
+
+        Raises:
+            FileError: It cannot be read.
+        """
+        fs, root = self._opened
+        with _Naming(name, self.options):
+            try:
+                return fs.cat_file(f"{root}/{name}")
+            except FileNotFoundError:
+                return None
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write a file below the URL, whole or not at all.
+
+        Raises:
+            FileError: It cannot be written.
+        """
+        fs, root = self._opened
+        path = f"{root}/{name}"
+        other = f"{path}.{uuid.uuid4().hex}"
+        with _Naming(f"{self.url}/{name}", self.options, "cannot be written"):
+            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            fs.pipe_file(other, content)
+            fs.mv(other, path)
+
     def _naming(self, file: File) -> _Naming:
         return _Naming(file.name, self.options)
 
 
 class _Naming:
-    """Turns any error of a file system into an `OSError` that names the file and no option."""
+    """Turns any error of a file system into a `FileError` that names the file and no option."""
 
-    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
-        self.name, self.options = name, options
+    def __init__(self, name: str, options: Mapping[str, Any], what: str = "cannot be read") -> None:
+        self.name, self.options, self.what = name, options, what
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         if isinstance(error, Exception):  # every file system has errors of its own
-            raise OSError(
-                scrub(f"{self.name} cannot be read ({type(error).__name__}: {error})", self.options)
-            ) from None
+            found = FileError(scrub(f"{self.name} {self.what} ({type(error).__name__}: {error})", self.options))
+            found.passing = not isinstance(error, _LASTING)
+            raise found from None
 
 
 def _split_of(name: str) -> str | None:
@@ -234,5 +283,5 @@ def _hidden(name: str) -> bool:
 def _version(info: Mapping[str, Any]) -> str:
     for keys in _VERSIONS:
         if all(key in info for key in keys):
-            return " ".join(str(info[key]) for key in keys)
+            return " ".join(str(info[key]).strip('"') for key in keys)
     return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from laplace_dist.data.rows import Rows, Values
 from laplace_dist.errors import SettingsError, listed
 
 _STATE = "state.json"
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 _ROWS = 256  # examples that are taken at once out of the memory map
 
 
@@ -58,6 +60,8 @@ class SavedDataset(Rows):
         choice = choose(config, there, self._where)
         self._files = [entry["filename"] for entry in rows.cache_files]
         self._versions = self._now()
+        for name in self._files:
+            _check_end(name)
         known = [(os.path.basename(name), size) for name, (size, *_) in zip(self._files, self._versions, strict=True)]
         counts = [min(_ROWS, len(rows) - first) for first in range(0, len(rows), _ROWS)]
         super().__init__(counts, choice, hashlib.sha256(repr((str(schema), known)).encode()).hexdigest())
@@ -86,6 +90,14 @@ class SavedDataset(Rows):
         return found
 
 
+def _check_end(name: str) -> None:
+    """Refuse a file that is cut off: Arrow would take what is left for all there is."""
+    with open(name, "rb") as file:
+        file.seek(-min(len(_END), os.path.getsize(name)), os.SEEK_END)
+        if file.read() != _END:
+            raise SettingsError(f"--data: {name} is truncated; restore it")
+
+
 def _load_from_disk(place: Place, split: str) -> Any:
     try:
         datasets = importlib.import_module("datasets")
@@ -95,7 +107,11 @@ def _load_from_disk(place: Place, split: str) -> Any:
             "pip install datasets, or the extra laplace-dist[hf]"
         ) from None
     try:
+        if not json.loads(place.content(f"{split}/{_STATE}") or b"")["_data_files"]:  # which the package cannot load
+            raise SettingsError(f"--data: {place.url!r} has an empty data set for split {split!r}")
         return datasets.load_from_disk(f"{place.url.rstrip('/')}/{split}", storage_options=place.options or None)
+    except SettingsError:
+        raise
     except Exception as error:  # of the package, of Arrow, of the file system
         text = (str(error).strip().splitlines() or [""])[0][:200]
         raise SettingsError(

@@ -116,7 +116,9 @@ class Rows(ABC):
         rows = [row for part in parts for row in part]
         if not any(isinstance(row, np.ndarray) for row in rows):
             return rows
-        other = next(i for i, row in enumerate(rows) if np.shape(row) != np.shape(rows[0]))
+        other = next((i for i, row in enumerate(rows) if np.shape(row) != np.shape(rows[0])), None)
+        if other is None:
+            return _tensor(np.stack(rows))
         raise ValueError(
             f"column {name!r} has shape {np.shape(rows[0])} in {self.where(start)} and {np.shape(rows[other])} in "
             f"{self.where(start + other)}; give all rows one shape (pad, crop or resize), or join them with --collate"

@@ -14,12 +14,12 @@ from laplace_dist.config.import_path import IMPORT_PATH, call
 from laplace_dist.config.settings import Config
 from laplace_dist.data.arrow_ipc import ArrowFiles
 from laplace_dist.data.choice import ARGUMENTS
-from laplace_dist.data.files import Place
+from laplace_dist.data.files import FileError, Place
 from laplace_dist.data.hugging_face import SavedDataset, is_saved
 from laplace_dist.data.parquet import ParquetFiles
 from laplace_dist.data.tar_shards import TarShards
 from laplace_dist.data.zarr_split import ZarrSplit
-from laplace_dist.errors import SettingsError, listed
+from laplace_dist.errors import SettingsError, StorageError, listed
 
 _FILES = {"parquet": ParquetFiles, "arrow": ArrowFiles, "tar": TarShards}
 
@@ -94,8 +94,27 @@ def load_split(config: Config, split: str) -> Any:
 
 
 def _at_url(config: Config, split: str) -> Any:
-    """Return a split of what lies at a path or URL: a saved data set, files, or a Zarr group."""
+    """Return a split of what lies at a path or URL: a saved data set, files, or a Zarr group.
+
+    Raises:
+        SettingsError: It cannot be found, is damaged, or does not have what the settings ask for.
+        StorageError: The file system failed; another attempt may succeed.
+    """
+    try:
+        return _open(config, split)
+    except FileError as error:
+        raise (StorageError if error.passing else SettingsError)(f"--data: {error}") from None
+
+
+def _open(config: Config, split: str) -> Any:
     place = Place(config.data, config.data_storage_options)
+    if place.is_file:
+        raise SettingsError(
+            f"--data: {config.data!r} is one file; give the folder that it lies in, where split {split!r} is {split}.parquet "
+            f"or the folder {split}"
+        )
+    if split not in place.splits and place.top.get("data") == "directory":  # as data sets on Hugging Face's hub have it
+        place = Place(f"{config.data.rstrip('/')}/data", config.data_storage_options)
     if is_saved(place, split):
         return SavedDataset(place, config, split)
     if place.holds_files:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from laplace_dist.config.settings import Config
 from laplace_dist.data.choice import choose
 from laplace_dist.data.columns import check_same, obstacles, values_of
-from laplace_dist.data.files import File, Place
+from laplace_dist.data.files import File, FileError, Place
 from laplace_dist.data.rows import Rows, Values
 from laplace_dist.errors import SettingsError
 
@@ -100,13 +100,18 @@ class TableFiles(Rows):
         first = self.start_of(chunk) - self.start_of(int(np.searchsorted(self._owners, number)))
         try:
             table = self._table(self._opened(number), int(self._local[chunk]), names)
-        except pa.ArrowException as error:
-            self._current = None
-            raise OSError(
+        except FileError:
+            raise
+        except (
+            pa.ArrowException,
+            OSError,
+            ValueError,
+        ) as error:  # of bytes that pyarrow cannot make sense of
+            raise FileError(
                 f"{file.name} is damaged in the chunk that begins with row {first} ({_line(error)}); restore it"
             ) from None
         if len(table) != int(self._stops[chunk]) - self.start_of(chunk):
-            raise OSError(
+            raise FileError(
                 f"{file.name} has {len(table)} rows in the chunk that begins with row {first}, its footer says otherwise"
             )
         return values_of(table, names, lambda row: f"row {first + row} of {file.name}")
@@ -118,10 +123,10 @@ class TableFiles(Rows):
         return f"row {index - first} of {self._files[number].name}"
 
     def _opened(self, number: int) -> Any:
-        """Return the reader of a file; that of the last one is kept, and another is checked to be the one it was."""
+        """Return the reader of a file, which is checked to be the one it was; that of the last file is kept."""
+        file = self._files[number]
+        self._place.check(file)
         if self._current is None or self._current[0] != number:
-            file = self._files[number]
-            self._place.check(file)
             (footer,) = self._place.read(file, [(file.size - int(self._footers[number]), file.size)])
             self._current = number, self._reader(file, footer)
         return self._current[1]

@@ -6,7 +6,8 @@ import hashlib
 import io
 import json
 import tarfile
-import uuid
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,7 @@ def scan(place: Place, file: File) -> Table:
                     raise ValueError(f"it ends within member {member.name!r}")
                 rows[key][column] = member.offset_data, member.size
                 last = key
-            _check_end(content, tar.offset, file.size)
+            _check_end(content, tar.offset)
     except (tarfile.TarError, ValueError, EOFError) as error:
         raise SettingsError(
             f"--data: {file.name} is no whole, plain tar file ({type(error).__name__}: {error}); restore it"
@@ -98,14 +99,16 @@ def _check_plain(member: tarfile.TarInfo) -> None:
         raise ValueError(f"member {member.name!r} is a link or the like")
 
 
-def _check_end(content: Any, offset: int, size: int) -> None:
-    """Refuse a tar file of which headers after the first were not understood: for `tarfile` these are its end."""
+def _check_end(content: Any, offset: int) -> None:
+    """Refuse a tar file that does not end in blocks of zeros: cut off, or with a damaged header, where `tarfile` just ends."""
     content.seek(offset)
+    length = 0
     while block := content.read(2**20):
-        if any(block):
-            raise ValueError(f"at byte {offset} there is neither a member nor the end")
-        offset += len(block)
-    assert offset <= size
+        length += len(block)
+        if block.count(0) != len(block):
+            raise ValueError(f"after byte {offset} there is neither a member nor the end")
+    if not length or length % tarfile.BLOCKSIZE:
+        raise ValueError("its end is cut off")
 
 
 class Index:
@@ -125,7 +128,7 @@ class Index:
         known = self._read_manifest()
         self.shards = [self._shard(place, number, known.get(file.name)) for number, file in enumerate(files)]
         if self._kept is not None and [shard for shard in self.shards if known.get(shard["name"]) != shard]:
-            self._write(self._manifest, json.dumps({"format": _FORMAT, "shards": self.shards}).encode())
+            self._kept.put(self._manifest, json.dumps({"format": _FORMAT, "shards": self.shards}).encode())
 
     def table(self, number: int) -> Table:
         """Return the table of a shard; of those that are kept elsewhere only the last one stays in memory.
@@ -138,7 +141,8 @@ class Index:
             found = self._read_table(shard)
             if found is None:
                 raise OSError(
-                    f"the index {self._kept.url}/{_file(shard)} is missing or damaged; delete {self._manifest}"
+                    f"the index {self._kept.url}/{_file(shard)} is missing or damaged; delete {self._manifest} "
+                    "beside it, so that it is written again"
                 )
             self._tables = {number: found}
         return self._tables[number]
@@ -153,7 +157,7 @@ class Index:
         if self._kept is None:
             self._tables[number] = table
         else:
-            self._write(_file(shard), table.to_bytes())
+            self._kept.put(_file(shard), table.to_bytes())
         return shard
 
     @property
@@ -163,33 +167,28 @@ class Index:
     def _read_manifest(self) -> dict[str, dict[str, Any]]:
         if self._kept is None:
             return {}
-        fs, root = self._kept.file_system
-        try:
-            found = json.loads(fs.cat_file(f"{root}/{self._manifest}"))
-        except FileNotFoundError:
+        content = self._kept.content(self._manifest)
+        if content is None:
             return {}
-        if found.get("format") != _FORMAT:
+        try:
+            found = json.loads(content)
+            wrong = "" if found["format"] == _FORMAT else "of another version"
+        except (ValueError, KeyError, TypeError):
+            wrong = "damaged"
+        if wrong:
             raise SettingsError(
-                f"--data-args: index {self._kept.url}/{self._manifest} is of another version; delete it"
+                f"--data-args: the index {self._kept.url}/{self._manifest} is {wrong}; delete it, so that it is written again"
             )
         return {shard["name"]: shard for shard in found["shards"]}
 
     def _read_table(self, shard: dict[str, Any]) -> Table | None:
-        fs, root = self._kept.file_system
+        """Return the stored table of a shard, or None if it is missing or damaged."""
+        content = self._kept.content(_file(shard))
         try:
-            table = Table.from_bytes(fs.cat_file(f"{root}/{_file(shard)}"))
-        except Exception:  # of the file system, of zip, of JSON: all the same to whoever reads it
+            table = Table.from_bytes(content or b"")
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             return None
         return table if table.sha256 == shard["sha256"] else None
-
-    def _write(self, name: str, content: bytes) -> None:
-        """Write a file whole or not at all; of several writers one wins, and all write the same."""
-        fs, root = self._kept.file_system
-        path = f"{root}/{name}"
-        fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        other = f"{path}.{uuid.uuid4().hex}"
-        fs.pipe_file(other, content)
-        fs.mv(other, path)
 
 
 def _file(shard: dict[str, Any]) -> str:

@@ -57,6 +57,8 @@ class TarShards(Rows):
         if url is not None and not isinstance(url, str):
             raise SettingsError("--data-args: index takes a path or URL, where the index of the shards is written once")
         self._index = Index(place, files, split, url)
+        if not any(shard["examples"] for shard in self._index.shards):
+            raise SettingsError(f"--data: {place.url!r} has an empty data set for split {split!r}")
         self._members = {_column(name): name for shard in self._index.shards for name in shard["columns"]}
         there = {column: _READ.get(_ending(name), (None, _BYTES))[1] for column, name in self._members.items()}
         choice = choose(config, there, f"split {split!r} of {place.url!r}")
@@ -65,15 +67,12 @@ class TarShards(Rows):
         ]
         self._owners = np.array([number for number, _ in counts], np.int64)
         known = json.dumps([[shard["name"], shard["size"], shard["sha256"]] for shard in self._index.shards])
-        self._checked: int | None = None
         super().__init__([n for _, n in counts], choice, hashlib.sha256(known.encode()).hexdigest())
 
     def _load(self, chunk: int, names: Sequence[str]) -> Mapping[str, Values]:
         number = int(self._owners[chunk])
         file, table = self._files[number], self._index.table(number)
-        if self._checked != number:
-            self._place.check(file)
-            self._checked = number
+        self._place.check(file)
         first = self.start_of(chunk) - self._first(number)
         rows = slice(first, first + int(self._stops[chunk]) - self.start_of(chunk))
         places = {name: self._places(table, name, rows, file) for name in names}
@@ -93,9 +92,7 @@ class TarShards(Rows):
         found = table.places[rows, column] if column is not None else np.full((rows.stop - rows.start, 2), -1)
         if (found < 0).any():
             row = int(np.flatnonzero(found[:, 0] < 0)[0])
-            raise ValueError(
-                f"example {table.keys[rows][row]!r}, row {rows.start + row} of {file.name}, has no member .{member}"
-            )
+            raise ValueError(f"row {rows.start + row} ({table.keys[rows][row]}) of {file.name} has no member .{member}")
         return [(int(offset), int(size)) for offset, size in found]
 
     def _values(self, name: str, contents: Sequence[bytes], members: Sequence[str], file: File) -> Values:
@@ -120,9 +117,6 @@ class TarShards(Rows):
     def _first(self, number: int) -> int:
         """Return the first example of a shard."""
         return self.start_of(int(np.searchsorted(self._owners, number)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_checked": None}
 
 
 def _column(member: str) -> str:

@@ -230,6 +230,11 @@ def notes(manifest: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def helps(manifest: Mapping[str, Any]) -> bool:
+    """Say whether a tuning has found anything better than MAP, as far as it has looked."""
+    return (manifest.get("search") or {}).get("helps", True)
+
+
 def curve(manifest: Mapping[str, Any]) -> list[tuple[float, float | None]]:
     """Return the mean loss on all validation data over the prior precision, lowest over temperatures; None where infinite."""
     found: dict[float, float] = {}

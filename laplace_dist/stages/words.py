@@ -26,7 +26,11 @@ def ending(limit: str | None, prior: float | None, helps: bool, given: Sequence[
     """
     if limit == "MAP":
         text = f"The loss is lowest where the prior precision is so large ({prior:.3g}) that the predictive is MAP's"
-        return [f"{text}." if helps else f"{text}: no prior precision makes this posterior better than MAP."]
+        return [
+            f"{text}, but for the temperature."
+            if helps
+            else f"{text}: no prior precision makes this posterior better than MAP."
+        ]
     if limit == "prior":
         return [
             f"The loss no longer changes towards weaker priors: {prior:.3g} stands for all smaller prior precisions."

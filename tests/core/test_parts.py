@@ -7,6 +7,7 @@ import torch
 
 from laplace import Laplace, NotEnoughMemoryError
 from laplace.backends import captured_model
+from laplace.capture import capture, contractions
 from laplace.curvature import NativeEF, NativeGGN
 from laplace.linalg import memory
 
@@ -39,7 +40,7 @@ def seeded():
 @pytest.mark.parametrize("structure", ["full", "kron", "diag", "lowrank", "gp"])
 def test_one_example_at_a_time_gives_the_same(name, structure, monkeypatch):
     expected = everything(name, structure)
-    monkeypatch.setattr(captured_model, "_JACOBIANS", 1)
+    monkeypatch.setattr(captured_model, "_HELD", 1)
     torch.testing.assert_close(everything(name, structure), expected, rtol=1e-9, atol=1e-11)
 
 
@@ -52,14 +53,14 @@ def test_draws_and_targets_stay_with_their_examples(backend, kwargs, monkeypatch
         return torch.cat([value.flatten() for value in la.sums.to_tensors().values()])
 
     expected = factors()
-    monkeypatch.setattr(captured_model, "_JACOBIANS", 1)
+    monkeypatch.setattr(captured_model, "_HELD", 1)
     torch.testing.assert_close(factors(), expected, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("structure", ["kron", "diag"])
 def test_their_jacobians_stay_small(structure, monkeypatch):
     """The tied weight has 9 entries: its Jacobians over 200 examples and 3 outputs would have 5,400."""
-    monkeypatch.setattr(captured_model, "_JACOBIANS", 300)
+    monkeypatch.setattr(captured_model, "_HELD", 300)
     model, x, y = CASES["tied"].make(n=200)
     la = Laplace(model, "classification", "all", structure)
     with Largest() as largest:
@@ -75,14 +76,45 @@ def test_a_jacobian_of_one_example_that_cannot_fit_is_refused_by_name(monkeypatc
     sums = la.zero_sums()
     monkeypatch.setattr(memory, "free_bytes", lambda device: 100)
     with pytest.raises(
-        NotEnoughMemoryError, match=r"1 examples x 3 outputs x 9 parameters \(one.weight\) needs 432 bytes"
+        NotEnoughMemoryError, match=r"1 examples x 1 outputs x 9 parameters \(one.weight\) needs 144 bytes"
     ):
         la.accumulate(sums, x, y)
     assert sums.n_data == 0
 
 
+class OneConvolution(torch.nn.Sequential):
+    """Few weights, many pixels, and 20 outputs."""
+
+    def __init__(self):
+        super().__init__(torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.Tanh(), torch.nn.AdaptiveAvgPool2d(1))
+        self.append(torch.nn.Flatten())
+        self.append(torch.nn.Linear(4, 20))
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag"])
+def test_memory_of_predictions_and_diagonal_fits_does_not_grow_with_the_batch(structure, monkeypatch):
+    """Of 20 outputs, gradients of all pixels; of a convolution, patches: neither of more than a few examples at once."""
+    monkeypatch.setattr(captured_model, "_HELD", 20000)
+    monkeypatch.setattr(contractions, "_CHUNK", 20000)
+    monkeypatch.setattr(capture, "_KEPT", 1000)
+    model, sizes = OneConvolution().double(), []
+    la = Laplace(model, "classification", "all", structure, prior_precision=2.0)
+    x, y = torch.randn(64, 2, 8, 8).double(), torch.randint(20, (64,))
+    la.fit([(x[:4], y[:4])])
+    for n in (16, 64):
+        with Largest() as largest:
+            if structure == "diag":
+                la.fit([(x[:n], y[:n])])
+            la(x[:n])
+        sizes.append(largest.shape.numel())
+    rest = 64 * 4 * 64  # what the model itself makes of 64 images
+    assert sizes[0] <= 20000 and sizes[1] <= max(20000, rest, 64 * 20 * 20)
+    expected = torch.cat([la(x[i : i + 1]) for i in range(64)])
+    torch.testing.assert_close(la(x), expected, rtol=1e-9, atol=1e-12)
+
+
 def test_targets_of_another_number_are_refused(monkeypatch):
-    monkeypatch.setattr(captured_model, "_JACOBIANS", 1)
+    monkeypatch.setattr(captured_model, "_HELD", 1)
     model, x, y = CASES["tied"].make(n=5)
     la = Laplace(model, "classification", "all", "diag")
     for targets in (y[:4], y.repeat(2)):

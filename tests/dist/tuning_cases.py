@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from laplace.likelihoods import GaussianPerOutput
 from laplace_dist.config.settings import Config
 
 FEATURES, SIZES = 5, {"train": 40, "val": 300, "test": 100}
@@ -50,6 +51,11 @@ def line() -> nn.Module:
     with torch.no_grad():
         model.weight.copy_(truth.T + 0.1 * torch.randn(2, FEATURES, generator=torch.Generator().manual_seed(8)))
     return model.eval()
+
+
+def two_noises() -> GaussianPerOutput:
+    """Return a likelihood that takes the second output for four times as noisy."""
+    return GaussianPerOutput([0.3, 1.2])
 
 
 def _logits(x: Tensor) -> Tensor:
