@@ -23,6 +23,7 @@ class Fitted(Protocol):
     pred_types: tuple[PredType, ...]
     enable_backprop: bool
     temperature: float
+    logit_temperature: float
     mean: Tensor
     prior_mean: Tensor
     prior_precision: Tensor

@@ -59,15 +59,9 @@ def predict(
         NotFittedError: Before ``fit``.
         ValueError: On an unknown or impossible combination of arguments.
     """
-    la._check_fitted()
-    la._check_weights()
-    la._check_inputs(x)
-    check_samples(n_samples)
-    pred_type = parse(PredType, pred_type, "pred_type")
-    link_approx = parse(LinkApprox, link_approx, "link_approx")
     if model_kwargs:
         raise ValueError(f"Unknown arguments {sorted(model_kwargs)}; the model is called with x alone.")
-    check_combination(la, pred_type, link_approx)
+    pred_type, link_approx = _checked(la, x, pred_type, link_approx, n_samples)
     law = la.likelihood_object.predicting(fitting)
     if joint and not law.predicts_outputs:
         raise ValueError("joint=True is for regression; class probabilities have no joint Gaussian.")
@@ -75,8 +69,22 @@ def predict(
         raise ValueError("joint=True is the covariance of a Gaussian over all outputs: give it pred_type='glm'.")
     if joint:
         return _joint(la, x)
-    found = prediction(la, law, x, pred_type, link_approx, n_samples, diagonal_output, generator)
+    found = _prediction(la, law, x, pred_type, link_approx, n_samples, diagonal_output, generator)
     return law.log_public(found) if log_probs else law.public(found)
+
+
+def _checked(
+    la: Fitted, x: Any, pred_type: PredType | str, link_approx: LinkApprox | str, n_samples: int
+) -> tuple[PredType, LinkApprox]:
+    """Refuse what cannot be predicted, and weights that are not those of the fit; returns the choices as enumerations."""
+    la._check_fitted()
+    la._check_weights()
+    la._check_inputs(x)
+    check_samples(n_samples)
+    pred_type = parse(PredType, pred_type, "pred_type")
+    link_approx = parse(LinkApprox, link_approx, "link_approx")
+    check_combination(la, pred_type, link_approx)
+    return pred_type, link_approx
 
 
 def prediction(
@@ -89,11 +97,18 @@ def prediction(
     diagonal_output: bool = False,
     generator: torch.Generator | None = None,
 ) -> Prediction:
-    """The predictive as a likelihood keeps it, for its scores; arguments as of :func:`predict`."""
-    if PredType(pred_type) is PredType.NN:
-        return law.of_networks(widened(sampled_outputs(la, x, n_samples, generator)))
-    link_approx = LinkApprox(link_approx)
+    """The predictive as a likelihood keeps it, for its scores; arguments and errors as of :func:`predict`."""
+    pred_type, link_approx = _checked(la, x, pred_type, link_approx, n_samples)
+    return _prediction(la, law, x, pred_type, link_approx, n_samples, diagonal_output, generator)
+
+
+def _prediction(la, law, x, pred_type, link_approx, n_samples, diagonal_output, generator) -> Prediction:
+    scale = la.logit_temperature if law.scales_logits else 1.0
+    if pred_type is PredType.NN:
+        return law.of_networks(widened(sampled_outputs(la, x, n_samples, generator)) / scale)
     f, variance = glm_distribution(la, x, diagonal_output or law.diagonal_suffices(link_approx))
+    if scale != 1:
+        f, variance = f / scale, variance / scale**2
     return law.integrate(f, variance, link_approx, n_samples, generator)
 
 
@@ -151,6 +166,13 @@ def _joint(la: Fitted, x: Any) -> tuple[Tensor, Tensor]:
     return f.flatten(), covariance if la.enable_backprop else covariance.detach()
 
 
+@torch.no_grad()
+def map_outputs(la: Fitted, x: Any) -> Tensor:
+    """Outputs ``(batch, …, outputs)`` of the network itself."""
+    with eval_mode(la.model):
+        return widened(la.model(x))
+
+
 def sampled_outputs(la: Fitted, x: Any, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
     """Outputs ``(n_samples, batch, …, outputs)`` of networks drawn from the posterior; the model is left as it is."""
     module, names, inputs = la.model, list(la.backend.named_params), x
@@ -175,7 +197,7 @@ def function_samples(
     diagonal_output: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draws of the network's outputs under the posterior, ``(n_samples, batch, …, outputs)``.
+    """Draws of the network's outputs under the posterior, ``(n_samples, batch, …, outputs)``; ``logit_temperature`` is no part.
 
     Args:
         la: A fitted posterior.
@@ -207,4 +229,4 @@ def samples(
 ) -> Tensor:
     """Draws of the target's mean: probabilities, or outputs for regression; arguments as of :func:`function_samples`."""
     draws = function_samples(la, x, pred_type, n_samples, diagonal_output, generator)
-    return la.likelihood_object.mean(draws)
+    return la.likelihood_object.mean(draws / la.logit_temperature)

@@ -12,8 +12,8 @@ from laplace.fitted import Fitted
 from laplace.linalg.dense import parameter_vector
 from laplace.structures.sums import SumsSpec
 
-SCHEMA_VERSION = 2
-_READABLE = (1, 2)  # 1 lacks the estimator and the settings of the structure and the subset
+SCHEMA_VERSION = 3
+_READABLE = (1, 2, 3)  # 1 lacks the estimator and settings of structure and subset, 2 the temperature of the logits
 
 
 def state_dict(la: Fitted) -> dict[str, Any]:
@@ -24,6 +24,7 @@ def state_dict(la: Fitted) -> dict[str, Any]:
         "cls_name": type(la).__name__,
         "likelihood": la.likelihood_object.identity,
         "temperature": float(la.temperature),
+        "logit_temperature": float(la.logit_temperature),
         "mean": la.mean,
         "prior_mean": la.prior_mean,
         "prior_precision": la.prior_precision.detach(),
@@ -56,7 +57,7 @@ def load_state_dict(la: Fitted, state: dict[str, Any]) -> None:
     spec = SumsSpec.from_json(state["spec"])
     content = la._read_state(state)
     settings = [name for name in la._settings() if name in state]
-    names = (*settings, "temperature", "sigma_noise", "prior_mean", "prior_precision")
+    names = (*settings, "temperature", "logit_temperature", "sigma_noise", "prior_mean", "prior_precision")
     before = {name: getattr(la, name) for name in names}
     forget = la._adopt_parameters(spec)
     try:
@@ -67,7 +68,7 @@ def load_state_dict(la: Fitted, state: dict[str, Any]) -> None:
                 "The state was fitted at other parameters than the model has now. Load the model's own state dict first."
             )
         for name in names:
-            setattr(la, name, state[name])
+            setattr(la, name, state.get(name, 1.0) if name == "logit_temperature" else state[name])
         la._take_state(content)
     except ValueError:
         forget()

@@ -5,20 +5,20 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from laplace import _clash as _clash  # says so where laplace-torch has replaced laplace/__init__.py
-from laplace import predictive
 from laplace.data.batches import batches, is_metric, joined
 from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, parse
 from laplace.evidence import maximize_evidence
 from laplace.fitted import Fitted
-
-_SWEEP = 1 << 24  # elements of the variances of one sweep over priors
+from laplace.prior_search import search_prior
+from laplace.scoring import parts, sweep
+from laplace.search import Lattice
 
 
 def optimize_prior_precision(
@@ -39,6 +39,8 @@ def optimize_prior_precision(
     verbose: bool = False,
     progress_bar: bool = False,
     log_prior_prec_base: float = 10.0,
+    tune_noise: bool = False,
+    extend: bool = False,
 ) -> None:
     """Set ``la.prior_precision`` to the best value found.
 
@@ -63,27 +65,67 @@ def optimize_prior_precision(
         verbose: Print the chosen value.
         progress_bar: Show progress.
         log_prior_prec_base: Base of the grid's exponents.
+        tune_noise: Set ``la.sigma_noise`` of a regression to its best value together with the prior precision, as the jobs do,
+            instead of keeping it. By the evidence, from the value that it has; or on a grid, which then is one of the prior
+            precision in units of the noise's, so that the best noise of each value is a formula.
+        extend: Search the grid from coarse to fine, and go on beyond its ends until the best value lies inside, or the loss no
+            longer changes, as the jobs do; each round is a pass over the data.
+
+    Warns:
+        UserWarning: If the best value lies on the edge of the grid; under ``extend``, if the predictive is that of the MAP
+            there, so that no prior precision helps, or if the loss no longer changes towards weaker priors.
 
     Raises:
-        ValueError: On unknown arguments, a missing or empty ``val_loader``, or when no value has a finite score.
+        ValueError: On unknown arguments, a missing or empty ``val_loader``, or when no value has a finite score; for
+            ``tune_noise`` without a noise, or on a grid under ``pred_type='nn'`` or a ``loss``; for ``extend`` with a ``loss``.
     """
     la._check_fitted()
     method = parse(TuningMethod, method, "method")
+    _check_options(la, method, pred_type, loss, tune_noise, extend)
     if method is TuningMethod.MARGLIK:
         start = la.initial_prior_precision(init_prior_prec, prior_structure)
-        la.prior_precision, _ = maximize_evidence(la, start, None, n_steps, lr, progress_bar)
+        noise = la.sigma_noise if tune_noise else None
+        la.prior_precision, noise = maximize_evidence(la, start, noise, n_steps, lr, progress_bar)
+        la.sigma_noise = la.sigma_noise if noise is None else noise
     else:
         if val_loader is None:
             raise ValueError("method='gridsearch' needs val_loader; without validation data use method='marglik'.")
         grid = prior_precision_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
-        if loss is None:
+        if tune_noise or extend:
+            ends = log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base
+            how = {
+                "link_approx": link_approx,
+                "pred_type": pred_type,
+                "n_samples": n_samples,
+                "progress_bar": progress_bar,
+            }
+            la.prior_precision, la.sigma_noise = search_prior(
+                la, val_loader, Lattice(*ends, extends=extend), tune_noise, **how
+            )
+            scores = None
+        elif loss is None:
             total, n = score_grid(la, val_loader, grid, link_approx, pred_type, n_samples, progress_bar=progress_bar)
             scores = total / n
         else:
             scores = _score_with(la, val_loader, grid, loss, link_approx, pred_type, n_samples, progress_bar)
-        la.prior_precision = select_prior_precision(grid, scores)
+        if scores is not None:
+            la.prior_precision = select_prior_precision(grid, scores)
     if verbose:
         print(f"Optimized prior precision is {la.prior_precision}.")
+
+
+def _check_options(la: Fitted, method: TuningMethod, pred_type: Any, loss: Any, tune_noise: bool, extend: bool) -> None:
+    """Refuse options that mean nothing together."""
+    grid = method is TuningMethod.GRIDSEARCH
+    if tune_noise and not la.likelihood_object.has_noise:
+        raise ValueError(f"tune_noise=True has no meaning for {la.likelihood_object.identity}, which has no noise.")
+    if tune_noise and grid and (loss is not None or parse(PredType, pred_type, "pred_type") is not PredType.GLM):
+        raise ValueError(
+            "tune_noise=True on a grid takes the noise from the loss of the Gaussian of pred_type='glm'; leave out loss and "
+            "pred_type, or use method='marglik'."
+        )
+    if extend and (loss is not None or not grid):
+        raise ValueError("extend=True is for method='gridsearch' with the negative log likelihood; leave out loss.")
 
 
 def prior_precision_grid(log_min: float = -4, log_max: float = 4, size: int = 100, base: float = 10.0) -> Tensor:
@@ -131,10 +173,9 @@ def score_grid(
     la._check_weights()
     total, n = torch.zeros(len(grid), dtype=torch.float64, device="cpu"), 0
     examples, law, noise = 0, la.likelihood_object.fitted, float(la.sigma_noise.detach())
-    for x, y in _parts(la, loader, progress_bar):
-        for index, prediction in _sweep(
-            la, x, grid, link_approx, pred_type, n_samples, seed, spread=True, diagonal=True
-        ):
+    arguments = grid, link_approx, pred_type, n_samples, seed, [la.logit_temperature]
+    for x, y in parts(la, loader, progress_bar):
+        for index, _, prediction in sweep(la, x, *arguments, with_map=False):
             if index == 0:
                 law.check_scored(prediction, y, examples)
             total[index] += law.tuning_loss(prediction, y, noise)
@@ -142,60 +183,6 @@ def score_grid(
     if n == 0:
         raise ValueError("The validation data is empty.")
     return total, n
-
-
-def _parts(la: Fitted, loader: Iterable, progress_bar: bool) -> Iterator[tuple[Any, Tensor]]:
-    for x, y in la._batches(loader, progress_bar, "Scoring prior precisions"):
-        yield from ((inputs, targets) for _, inputs, targets in la._parts(x, y))
-
-
-def _sweep(
-    la,
-    x: Any,
-    grid: Tensor,
-    link_approx,
-    pred_type,
-    n_samples: int,
-    seed: int,
-    spread: bool = False,
-    diagonal: bool = False,
-):
-    """The likelihood's predictions for every value of the grid, one forward and backward pass in all.
-
-    Yields indices with these; with the outputs alone where a prior precision does not change their mean, unless ``spread``
-    asks for their variances: covariances of the linearised network's outputs, but for ``diagonal``.
-    """
-    pred_type, link_approx = parse(PredType, pred_type, "pred_type"), parse(LinkApprox, link_approx, "link_approx")
-    predictive.check_combination(la, pred_type, link_approx)
-    law = la.likelihood_object.fitted
-    priors = [value.reshape(1).to(la._device, la._dtype) for value in grid]
-    if pred_type is PredType.NN:
-        yield from _sweep_networks(la, x, priors, n_samples, seed)
-        return
-    capture = la.backend.capture(x)
-    if not (law.grid_needs_variance or spread):
-        yield from ((index, (capture.f,)) for index in range(len(grid)))
-        return
-    diagonal = law.diagonal_suffices(link_approx) or (diagonal and law.predicts_outputs)
-    outputs = capture.f[0].numel()
-    step = max(1, _SWEEP // (len(capture.f) * outputs * (1 if diagonal else outputs)))
-    for start in range(0, len(priors), step):
-        variances = la._glm_variance(capture, priors[start : start + step], diagonal)
-        for index, variance in enumerate(variances.detach(), start):
-            generator = torch.Generator(la._device).manual_seed(seed)
-            yield index, law.integrate(capture.f, variance, link_approx, n_samples, generator)
-
-
-def _sweep_networks(la, x: Any, priors: list[Tensor], n_samples: int, seed: int):
-    before = la.prior_precision
-    try:
-        for index, prior in enumerate(priors):
-            la.prior_precision = prior
-            generator = torch.Generator(la._device).manual_seed(seed)
-            outputs = predictive.sampled_outputs(la, x, n_samples, generator)
-            yield index, la.likelihood_object.fitted.of_networks(outputs)
-    finally:
-        la.prior_precision = before
 
 
 def _score_with(
@@ -209,9 +196,10 @@ def _score_with(
     rows: list[list[tuple[Tensor, ...]]] = [[] for _ in grid]
     la._check_weights()
     seen = False
-    for x, y in _parts(la, loader, progress_bar):
+    arguments = grid, link_approx, pred_type, n_samples, 0, [la.logit_temperature]
+    for x, y in parts(la, loader, progress_bar):
         seen = True
-        for index, prediction in _sweep(la, x, grid, link_approx, pred_type, n_samples, seed=0, spread=not running):
+        for index, _, prediction in sweep(la, x, *arguments, spread=not running, diagonal=False, with_map=False):
             shown = as_tuple(la.likelihood_object.fitted.public(prediction))
             if running:
                 metrics[index].update(shown[0], y)

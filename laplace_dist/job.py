@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from laplace_dist.config import compatibility
+from laplace_dist.config.import_path import IMPORT_PATH
 from laplace_dist.config.settings import Config
 from laplace_dist.data import sources
 from laplace_dist.errors import MissingObjectError, SettingsError
@@ -18,6 +19,7 @@ from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import plan_shards
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import (
+    decompositions,
     evaluations,
     layout,
     lifecycle,
@@ -31,7 +33,8 @@ from laplace_dist.run import (
 )
 from laplace_dist.run.checkpoint import open_json, open_store
 from laplace_dist.run.combination import Term, Window, alone
-from laplace_dist.stages import evaluate, map, opening, reduce, tune
+from laplace_dist.stages import decompose, evaluate, map, opening, reduce, tune, words
+from laplace_dist.stages.search import Search
 from laplace_dist.storage.store import Store
 
 
@@ -44,12 +47,16 @@ class Result:
         version: Posterior version, or None.
         tuning: Key of the tuning in force, or None.
         metrics: For `map` and `laplace` the metrics by name, or None if not evaluated.
+        notes: What belongs beside them: the noise or temperature that they are of, and what the tuning said.
+        helps: False where a tuning has found nothing better than MAP, and has kept the limit in which the posterior is that.
     """
 
     checkpoint: str
     version: str | None = None
     tuning: str | None = None
     metrics: dict[str, dict[str, float]] | None = None
+    notes: tuple[str, ...] = ()
+    helps: bool = True
 
 
 # ------------------------------------------------------------------ jobs
@@ -91,7 +98,8 @@ def evaluate_posterior(config: Config, executor: ExecutorType | None = None) -> 
 def _follow_on(job: Job, version: str, *, tuning: bool, evaluation: bool) -> Result:
     key = job.tune(version) if tuning else pointer.read_current(job.store)["tuning"]
     metrics = job.evaluate(version, key) if evaluation else None
-    return Result(job.store.url, version, key, metrics)
+    tuned = {"sigma_noise": None} if key is None else tunings.read_tuning(job.store, key)[0]
+    return Result(job.store.url, version, key, metrics, tuple(tunings.notes(tuned)), tunings.helps(tuned))
 
 
 @dataclass
@@ -236,36 +244,56 @@ class Job:
         pointer.write_current(self.store, self.plan, version, key)
         return key
 
-    def choose_prior(self, version: str) -> str:
-        """Tune the prior precision of a posterior version and return the key of the tuning."""
+    def decompose(self, version: str) -> None:
+        """Commit the eigendecompositions of a version's large factors that are not there yet."""
+        if names := decompositions.missing(self.store, self.plan, version):
+            tasks = decompose.tasks(self.plan, version, names)
+            self._run(tasks, Progress("decompose", "groups of factors", len(tasks)), alike=False)
+
+    def choose_prior(self, version: str, start: str | None = None) -> str:
+        """Tune a posterior version and return the key of the tuning.
+
+        Args:
+            version: The posterior version.
+            start: The tuning whose prior is kept where the temperature alone is tuned; the one in force if not given.
+        """
         config = self.config
         compatibility.check_predictive(config)
-        grid = config.tuning == "gridsearch"
-        splits = self._splits("val") if grid else {}
-        found = opening.fingerprint(config, splits["val"], "val") if grid else None
-        chosen = tune.settings(config, found, self.device_type)
+        splits = self._splits("val") if config.searches else {}
+        if not config.searches_prior and config.recalibrate != "temperature":
+            self._choose(
+                version, None, start := layout.tuning_key(version, tune.settings(config, None, self.device_type))
+            )
+        if not config.searches:
+            return start
+        found = opening.fingerprint(config, splits["val"], "val")
+        start = None if config.searches_prior else tunings.start_of(self.store, start or pointer.tuning_of(self.store))
+        chosen = tune.settings(config, found, self.device_type, start)
         key = layout.tuning_key(version, chosen)
-        if not ownership.has(self.store, self.plan, key):
-            common = self.plan.digest, version, key, chosen
-            if grid:
-                shards = plan_shards(len(splits["val"]), config.batch_size)
-                tasks, done = tune.shard_tasks(self.store, self.plan, *common[1:], shards)
-                self._run(tasks, Progress("tune", "shards", len(shards), done))
-                choice = tune.ChooseFromGrid(*common, tuple(shard.id for shard in shards))
-            else:
-                choice = tune.MaximizeEvidence(*common)
-            (receipt,) = self._run([choice], Progress("tune", "results", 1), keep=True)
-            for warning in receipt.get("warnings", []):
-                self.say(f"tune: warning: {warning}")
-        manifest, value = tunings.read_tuning(self.store, key)
-        shown = (
-            f"{value.item():.4g}"
-            if value.numel() == 1
-            else f"{value.numel()} values, {value.min():.4g} to {value.max():.4g}"
+        shards = plan_shards(len(splits["val"]), config.batch_size)
+        self._choose(
+            version, Search(self.store, self.plan, version, key, chosen, config, shards, start, self._tune), key
         )
-        noise = "" if manifest["sigma_noise"] is None else f", observation noise {manifest['sigma_noise']:.4g}"
-        self.say(f"tune: prior precision {shown}{noise} ({config.tuning})")
         return key
+
+    def _choose(self, version: str, search: Search | None, key: str) -> None:
+        """Commit a tuning, by a search or by the evidence, if that is not done yet, and say what it is."""
+        if not ownership.has(self.store, self.plan, key):
+            if search is not None:
+                self.decompose(version)
+                task: Task = search.choose()
+            else:
+                chosen = tune.settings(self.config, None, self.device_type)
+                task = tune.MaximizeEvidence(self.plan.digest, version, key, chosen)
+            self._tune([task], "results", 1, 0)
+        manifest, value = tunings.read_tuning(self.store, key)
+        method, temperature = manifest["settings"]["method"], manifest.get("logit_temperature") or 1.0
+        self.say(f"tune: {words.chosen(value, manifest['sigma_noise'], temperature, method)}")
+        for text in (manifest.get("search") or {}).get("said", []):
+            self.say(f"tune: {text}")
+
+    def _tune(self, tasks: Sequence[Task], unit: str, total: int, done: int) -> list[Mapping[str, Any]]:
+        return self._run(tasks, Progress("tune", unit, total, done), keep=True)
 
     def evaluate(self, version: str, tuning: str | None) -> dict[str, dict[str, float]]:
         """Evaluate MAP and Laplace, put the metrics where people look for them, and return those of both."""
@@ -278,12 +306,14 @@ class Job:
         """Score MAP and Laplace on the test and out-of-distribution splits and return the key of the evaluation."""
         config = self.config
         compatibility.check_predictive(config)
-        splits = self._splits("test", *compatibility.ood(config))
+        splits = self._splits(*compatibility.evaluated(config))
         found = {name: opening.fingerprint(config, split, name) for name, split in splits.items()}
         chosen = evaluate.settings(config, tuning, found, self.device_type)
         key = layout.evaluation_key(version, chosen)
         if not ownership.has(self.store, self.plan, key):
             shards = [(name, s) for name, split in splits.items() for s in plan_shards(len(split), config.batch_size)]
+            if self.plan.spec["structure"] == "kron":  # a dense precision has a root that costs less
+                self.decompose(version)
             tasks, done = evaluate.shard_tasks(self.store, self.plan, version, tuning, key, found, shards)
             self._run(tasks, Progress("evaluate", "shards", len(shards), done))
             ids = {name: [s.id for other, s in shards if other == name] for name in splits}
@@ -305,7 +335,8 @@ class Job:
 
 def _absolute(config: Config) -> Config:
     """Return the settings with relative paths, and those that begin with `~`, made absolute."""
-    paths = {"checkpoint": config.checkpoint, "weights": config.weights}
+    data = None if IMPORT_PATH.fullmatch(config.data) else config.data
+    paths = {"checkpoint": config.checkpoint, "weights": config.weights, "data": data}
     return config.model_copy(
         update={
             name: os.path.abspath(os.path.expanduser(path))

@@ -7,22 +7,34 @@ worse.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from laplace_dist.config import gates
 from laplace_dist.config.settings import Config
-from laplace_dist.errors import SettingsError
+from laplace_dist.errors import SettingsError, listed
 from laplace_dist.execution.session import ExecutorType
 from laplace_dist.job import Job
 from laplace_dist.plan.segments import plan_shards
+from laplace_dist.report import alert
 from laplace_dist.report.progress import Progress
-from laplace_dist.run import layout, pointer, recalibrations, windows
+from laplace_dist.run import (
+    evaluations,
+    layout,
+    monitoring,
+    ownership,
+    pointer,
+    recalibrations,
+    retention,
+    versions,
+    windows,
+)
 from laplace_dist.run.checkpoint import Checkpoint, open_json
-from laplace_dist.run.combination import Term, choose, chosen_names, terms_of, windows_of
+from laplace_dist.run.combination import Term, Window, choose, chosen_names, is_rule, terms_of, windows_of
 from laplace_dist.run.ownership import read_plan
-from laplace_dist.stages import opening
+from laplace_dist.stages import drift, opening
 from laplace_dist.stages import recalibrate as stage
 
 
@@ -36,6 +48,7 @@ class Recalibration:
         promoted: Whether it is current now.
         why: The figure that decided, with its interval.
         metrics: Those of `map`, `current` and `candidate` by name, on the same fresh examples.
+        noticed: What has drifted since the current posterior was accepted: see the record under `drift`.
     """
 
     checkpoint: str
@@ -43,6 +56,7 @@ class Recalibration:
     promoted: bool
     why: str
     metrics: dict[str, dict[str, float]]
+    noticed: tuple[str, ...] = ()
 
 
 def recalibrate(
@@ -72,36 +86,32 @@ def recalibrate(
         job.begin(drop_window)
         terms = job.terms(drop_window)
         name = f"without-{drop_window}" if drop_window else job.window.name
-        if (done := job.decided(name, terms)) is not None:
-            return done
-        version = job.combine(terms)
-        tuning = None if config.skip_tune else job.choose_prior(version)
-        return job.decide(name, terms, version, tuning, dry_run=dry_run)
+        found = job.decided(name, terms)
+        if found is None:
+            version = job.combine(terms)
+            tuning = None if config.skip_tune else job.choose_prior(version)
+            found = job.decide(name, terms, version, tuning, dry_run=dry_run)
+        if not dry_run:
+            job.collect(found)
+        return job.result(found)
 
 
 def rollback(url: str, version: str, *, storage_options: dict[str, Any] | None = None) -> None:
     """Make a posterior version current again that was so before.
 
     Raises:
-        SettingsError: The version is not in the history; or another job has changed what is current at this moment.
+        SettingsError: The version is not in the history, or was collected; or another job has changed what is current at this
+            moment.
     """
     store = Checkpoint(url, storage_options)
-    plan, content = read_plan(store), store.read(layout.CURRENT)
-    history = open_json(content, layout.CURRENT).get("history") or []
-    found = [entry for entry in history if entry["version"] == version]
-    if not found:
-        known = ", ".join(dict.fromkeys(entry["version"] for entry in history)) or "none"
-        raise SettingsError(
-            f"--rollback: got {version!r}, which was never current at {url!r}; versions that were: {known}"
-        )
-    if not pointer.promote(store, plan, content, version, found[-1]["tuning"], "rolled back"):
-        raise SettingsError(
-            f"--rollback: another job has changed what is current at {url!r} at this moment. Look again."
-        )
+    pointer.roll_back(store, read_plan(store), version)
 
 
 class RecalibrationJob(Job):
     """The stages of a recalibration over one run."""
+
+    window: Window | None = None
+    _left_out: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.given.window is None:
@@ -112,6 +122,7 @@ class RecalibrationJob(Job):
         """Become the one job that recalibrates the run; False, with a line, if another one that lives is at it."""
         self.current_version()
         self._before = self.store.read(layout.CURRENT)
+        self._current = open_json(self._before, layout.CURRENT)
         self.session.lease.show()
         holder = recalibrations.take(self.store, self.session.lease.job)
         if holder is not None:
@@ -120,33 +131,60 @@ class RecalibrationJob(Job):
 
     def begin(self, drop_window: str | None) -> None:
         """Begin or continue the window, and see to it that its sum is committed."""
+        if self.config.alert_cmd is not None:
+            alert.arguments(self.config.alert_cmd)
+        self._left_out = pointer.left_out(self._current)
         if drop_window is not None:
             return
         there = windows_of(self.store, self.plan)
         names = [window.name for window in there]
-        chosen_names([*names, *({self.config.window} - set(names))], self.config.windows)  # before anything is computed
+        self._chosen([*names, *({self.config.window} - set(names))])  # before anything is computed
+        if self.config.window not in names and recalibrations.read_decision(self.store, self.plan, self.config.window):
+            raise SettingsError(
+                f"--window: got {self.config.window!r}, which was decided before and whose sum is gone (--keep-versions). Give "
+                "new data a name of their own."
+            )
         self.window, self._continued = opening.begin_window(self.config, self.store, there, self.device_type)
         self.say(f"{'continuing' if self._continued else 'adding'} window {self.window.name} of {self.store.url}")
         if windows.find_window(self.window.store, self.window.plan) is None:
             self.map()
             self.sum_window()
-        if not self.config.keep_partials:
+        if not self.config.keep_partials and self.window.store.list("partials"):
+            windows.check_arrays(self.window.store, windows.read_window(self.window.store, self.window.plan))
             self.window.store.delete_tree("partials")
+
+    def _chosen(self, there: Sequence[str]) -> list[str]:
+        """Return the names of the windows that `--windows` means: those that were dropped are in only if they are named."""
+        staying = [name for name in there if name not in self._left_out]
+        return chosen_names(staying if is_rule(self.config.windows) else there, self.config.windows)
 
     def terms(self, drop_window: str | None) -> list[Term]:
         """Return the windows that the candidate is made of, with their weights."""
         there = windows_of(self.store, self.plan)
-        if drop_window is None:
-            return terms_of(choose(there, self.config.windows, self.config.decay))
         names = [window.name for window in there]
-        if drop_window not in names or len(names) == 1:
+        if drop_window is not None:
+            if drop_window not in names or len(names) == 1:
+                raise SettingsError(
+                    f"--drop-window: got {drop_window!r}; expected one of several windows, and the run has "
+                    f"{', '.join(names)}"
+                )
+            self._left_out = [*(name for name in self._left_out if name != drop_window), drop_window]
+        chosen = self._chosen([name for name in names if name != drop_window])
+        if not chosen:
             raise SettingsError(
-                f"--drop-window: got {drop_window!r}; expected one of several windows, and the run has {', '.join(names)}"
+                f"--windows: got {self.config.windows!r}, and every window there is was dropped; name some"
             )
-        left = ",".join(name for name in names if name != drop_window)
-        return terms_of(choose(there, left, self.config.decay))
+        self._left_out = [name for name in self._left_out if name not in chosen]
+        return terms_of(choose(there, ",".join(chosen), self.config.decay))
 
-    def decided(self, name: str, terms: Sequence[Term]) -> Recalibration | None:
+    def combine(self, terms: Sequence[Term]) -> str:
+        """Commit the posterior version that windows make; one that was never current and lost its arrays is made again."""
+        version = versions.version_of(terms)
+        if all(entry["version"] != version for entry in pointer.history_of(self._current)):
+            versions.discard_torn(self.store, self.plan, version)
+        return super().combine(terms)
+
+    def decided(self, name: str, terms: Sequence[Term]) -> dict[str, Any] | None:
         """Return what was found before, if the same was asked then and the current posterior is still what that left."""
         found = recalibrations.read_decision(self.store, self.plan, name)
         if (
@@ -155,18 +193,18 @@ class RecalibrationJob(Job):
             or found["settings"] != stage.settings(self.config)
         ):
             return None
-        current = open_json(self._before, layout.CURRENT)
-        side = found["candidate" if found["promoted"] else "current"]
-        if (current["version"], current["tuning"]) != (side["version"], side["tuning"]):
+        current, side = self._current, found["candidate" if found["promoted"] else "current"]
+        there = ownership.has(self.store, self.plan, layout.version_key(current["version"]))
+        if (current["version"], current["tuning"]) != (side["version"], side["tuning"]) or not there:
             return None
         self.say(f"{name} was decided before: nothing to do")
-        return self._result(found)
+        return found
 
     def decide(
         self, name: str, terms: Sequence[Term], version: str, tuning: str | None, *, dry_run: bool
-    ) -> Recalibration:
+    ) -> dict[str, Any]:
         """Compare the candidate with the current posterior on fresh data, and promote it if it is shown to be no worse."""
-        current = open_json(self._before, layout.CURRENT)
+        current = self._current
         sides = {
             side: {"version": v, "tuning": t, "evaluation": self.score(v, t)}
             for side, v, t in (("candidate", version, tuning), ("current", current["version"], current["tuning"]))
@@ -178,29 +216,72 @@ class RecalibrationJob(Job):
         (receipt,) = self._run([task], Progress("recalibrate", "comparisons", 1), keep=True)
         margins = {"nll": config.margin_nll, "ece": config.margin_ece}
         better, why = stage.decide(receipt["differences"], margins)
-        promoted = better and not dry_run and self._promote(version, tuning, why)
+        metrics = stage.metrics_of(self.store, sides)
+        passed = gates.check(config.gate, metrics["candidate"], metrics["current"])
+        if better and (failed := gates.why_not(passed)):
+            better, why = False, failed
+        watched = self.watch(name, sides["current"], dry_run=dry_run)
+        promoted = better and not dry_run and self._promote(version, tuning, why, sides["candidate"]["evaluation"])
         found = {
             "windows": stage.weights_of(terms),
             **sides,
             "settings": stage.settings(config),
             "differences": {name: {**d, "margin": margins[name]} for name, d in receipt["differences"].items()},
-            "metrics": self._metrics(sides),
+            "metrics": metrics,
+            "gates": passed,
+            "drift": watched,
             "promoted": promoted,
-            "why": why
-            if promoted or not better
-            else f"{why}; not promoted, since this is a dry run"
-            if dry_run
-            else why,
+            "why": f"{why}; not promoted, since this is a dry run" if better and dry_run else why,
             "environment": receipt["environment"],
         }
+        if promoted:
+            shown = {"map": metrics["map"], "laplace": metrics["candidate"]}
+            self.store.replace(layout.METRICS, evaluations.metrics_json(version, tuning, shown))
         if not dry_run:
+            if watched["noticed"] and config.alert_cmd is not None:
+                alert.send(config.alert_cmd, {"checkpoint": self.store.url, "window": name, **found}, self.say)
             recalibrations.write_decision(self.store, self.plan, name, found)
-        return self._result(found)
+        return found
 
-    def _promote(self, version: str, tuning: str | None, why: str) -> bool:
+    def watch(self, name: str, current: Mapping[str, Any], *, dry_run: bool) -> dict[str, Any]:
+        """Look whether the fresh data are still like those on which the current posterior was accepted; returns the record.
+
+        A window is looked at once, whatever comes between, since a look that is counted twice is no evidence.
+        """
+        config, before = self.config, self._current
+        accepted = monitoring.evaluation_of(self.store, self.plan, before)
+        kept = monitoring.read_state(self.store, self.plan)
+        state = monitoring.reference(kept, before, accepted, current["evaluation"])
+        if (last := state["last"]) and (last["name"], last["evaluation"]) == (name, current["evaluation"]):
+            return last["record"]
+        fresh = state, current["evaluation"], config.unlabelled, config.draws, config.level, config.seed
+        tasks: list[Any] = [drift.MeasureDrift(self.plan.digest, *fresh)]
+        if self.window is not None:
+            n_data = versions.read_version(self.store, self.plan, current["version"])["n_data"]
+            tasks.append(drift.CompareSpectra(self.plan.digest, current["version"], n_data))
+        receipts = self._run(tasks, Progress("drift", "comparisons", len(tasks)), keep=True, alike=False)
+        new = drift.looked(state, name, current["evaluation"], receipts)
+        for stream, at in new["noticed"].items():
+            if at == name:
+                self.say(f"drift: {stream} is not what it was when the current posterior was accepted")
+        if not dry_run:
+            monitoring.write_state(self.store, self.plan, new)
+        return new["last"]["record"]
+
+    def collect(self, found: Mapping[str, Any]) -> None:
+        """Delete what is kept for nothing, if the settings say what to keep."""
+        if self.config.keep_versions is None:
+            return
+        sides, job = [found["candidate"], found["current"]], self.session.lease.job
+        how = {"keep": self.config.keep_versions, "chosen": self.config.windows, "say": self.say}
+        if gone := retention.collect(self.store, self.plan, job, sides=sides, **how):
+            self.say(f"collected {listed(gone)}")
+
+    def _promote(self, version: str, tuning: str | None, why: str, evaluation: str | None = None) -> bool:
         if not recalibrations.holds(self.store, self.session.lease.job):
             raise SettingsError(f"another recalibration of {self.store.url} has taken over. Nothing was promoted.")
-        if not pointer.promote(self.store, self.plan, self._before, version, tuning, why):
+        beside = {"evaluation": evaluation, "left_out": self._left_out}
+        if not pointer.promote(self.store, self.plan, self._before, version, tuning, why, **beside):
             now = pointer.read_current(self.store)["version"]
             raise SettingsError(
                 f"another job has made version {now} current at {self.store.url} meanwhile, so that the comparison with the "
@@ -208,13 +289,8 @@ class RecalibrationJob(Job):
             )
         return True
 
-    def _metrics(self, sides: dict[str, Any]) -> dict[str, dict[str, float]]:
-        found = {
-            name: open_json(self.store.read(s["evaluation"]), s["evaluation"])["metrics"] for name, s in sides.items()
-        }
-        own = {name: metrics["laplace"] for name, metrics in found.items()}
-        return {"map": found["candidate"]["map"], "current": own["current"], "candidate": own["candidate"]}
-
-    def _result(self, found: dict[str, Any]) -> Recalibration:
+    def result(self, found: Mapping[str, Any]) -> Recalibration:
+        """Return what was found as callers get it."""
+        noticed = tuple((found.get("drift") or {}).get("noticed", ()))
         version = found["candidate"]["version"]
-        return Recalibration(self.store.url, version, found["promoted"], found["why"], found["metrics"])
+        return Recalibration(self.store.url, version, found["promoted"], found["why"], found["metrics"], noticed)

@@ -6,6 +6,7 @@ from laplace.likelihoods.categorical import Categorical
 from laplace.likelihoods.gaussian import Gaussian
 from laplace.likelihoods.heteroscedastic import HeteroscedasticGaussian
 from laplace.likelihoods.named import likelihood_of
+from laplace.likelihoods.per_output import GaussianPerOutput
 from laplace.likelihoods.poisson import Poisson
 from laplace.likelihoods.preference import Preference
 from laplace.likelihoods.weighted import WeightedCategorical
@@ -15,6 +16,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Gaussian",
+    "GaussianPerOutput",
     "HeteroscedasticGaussian",
     "Poisson",
     "Preference",

@@ -37,6 +37,7 @@ class BaseLikelihood:
         tuning: How the jobs tune a scalar prior precision by default, ``'gridsearch'`` or ``'marglik'``.
         predicts_outputs: Whether its predictive is the Gaussian over the outputs itself.
         grid_needs_variance: Whether the prior precision changes the mean of its predictive under ``pred_type='glm'``.
+        scales_logits: Whether its outputs are logits, which a temperature may divide.
         has_confidence: Whether its scores hold a ``confidence``, by which out-of-distribution data can be told.
     """
 
@@ -46,6 +47,7 @@ class BaseLikelihood:
     tuning = "marglik"
     predicts_outputs = False
     grid_needs_variance = True
+    scales_logits = False
     has_confidence = False
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -273,6 +275,14 @@ class BaseLikelihood:
     def confidences(self, prediction: Prediction) -> Tensor:
         """Confidence of every prediction, without targets; for likelihoods that have one."""
         raise NotImplementedError(f"{self.identity} has no confidence.")
+
+    def monitored(self, prediction: Prediction, y: Tensor | None = None, sigma_noise: float = 1.0) -> dict[str, Tensor]:
+        """What is watched for drift, each ``(terms,)`` float64: the ``entropy`` (nats) of every predictive distribution.
+
+        Classifications have ``predicted``, and where there are targets ``label``, too. Nothing by default: of a prediction that
+        is samples of outputs there is no entropy in general.
+        """
+        return {}
 
     def summarize(
         self, scores: Mapping[str, Tensor], ood_confidence: Mapping[str, Tensor] | None = None

@@ -93,6 +93,10 @@ class Bernoulli(ClassProbabilities):
         """Probability of the likelier answer to every label."""
         return torch.maximum(*prediction).detach().double().exp().flatten()
 
+    def monitored(self, prediction: Prediction, y: Tensor | None = None, sigma_noise: float = 1.0) -> dict[str, Tensor]:
+        """The entropy of every label."""
+        return {"entropy": sum(torch.special.entr(part.detach().double().exp()).flatten() for part in prediction)}
+
 
 def _like(f: Tensor, y: Tensor) -> Tensor:
     return y.to(f.dtype).reshape(f.shape)

@@ -152,6 +152,15 @@ class Categorical(ClassProbabilities):
         """Largest probability of every term."""
         return prediction[0].detach().double().reshape(-1, prediction[0].shape[-1]).amax(1).exp()
 
+    def monitored(self, prediction: Prediction, y: Tensor | None = None, sigma_noise: float = 1.0) -> dict[str, Tensor]:
+        """See :meth:`BaseLikelihood.monitored`."""
+        log_probs = prediction[0].detach().double().reshape(-1, prediction[0].shape[-1])
+        found = {
+            "entropy": torch.special.entr(log_probs.exp()).sum(1),
+            "predicted": log_probs.argmax(1).double(),
+        }
+        return found if y is None else {**found, "label": y.flatten().double().to(log_probs.device)}
+
     def tuning_loss(self, prediction: Prediction, y: Tensor, sigma_noise: float = 1.0) -> float:
         """Summed negative log likelihood."""
         return float(-prediction[0].double().gather(-1, y.long()[..., None]).sum())

@@ -26,6 +26,11 @@ class Difference:
     high: float
 
 
+def not_worse(differences: Mapping[str, Difference], tolerance: float = 0.0) -> bool:
+    """Whether no score of the one is shown to be worse: of none does the whole interval lie above the tolerance."""
+    return all(difference.low <= tolerance for difference in differences.values())
+
+
 def paired_differences(
     one: Mapping[str, Tensor],
     other: Mapping[str, Tensor],
@@ -65,7 +70,7 @@ def paired_differences(
         )
     columns = {"nll": (one["nll"] - other["nll"]).double()[:, None]}
     if "confidence" in one:
-        columns["ece"] = torch.cat([_gaps(one, bins), _gaps(other, bins)], 1)
+        columns["ece"] = torch.cat([calibration_gaps(one, bins), calibration_gaps(other, bins)], 1)
     generator = torch.Generator().manual_seed(seed)
     values = {name: _statistic(name, column.sum(0, keepdim=True), n) for name, column in columns.items()}
     drawn: dict[str, list[Tensor]] = {name: [] for name in columns}
@@ -81,7 +86,7 @@ def paired_differences(
     return {name: Difference(float(values[name]), *found[name]) for name in columns}
 
 
-def _gaps(scores: Mapping[str, Tensor], bins: int) -> Tensor:
+def calibration_gaps(scores: Mapping[str, Tensor], bins: int) -> Tensor:
     """Return what each example adds to the gap between accuracy and confidence of its bin, `(examples, bins)`."""
     confidence = scores["confidence"].double()
     which = (confidence * bins).ceil().long().clamp(1, bins) - 1  # the right edge belongs to a bin

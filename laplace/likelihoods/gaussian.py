@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from laplace.enums import Likelihood, LinkApprox
 from laplace.likelihoods.base import BaseLikelihood, Prediction
 from laplace.likelihoods.checks import check_finite
-from laplace.likelihoods.scores import regression_scores, summarize_regression
+from laplace.likelihoods.scores import gaussian_entropy, regression_scores, summarize_regression
 from laplace.linalg.precision import double
 
 _LOG_SQRT_2PI = log(sqrt(2 * pi))
@@ -127,11 +127,24 @@ class Gaussian(BaseLikelihood):
         mean, variance = prediction
         return regression_scores(mean, variance + sigma_noise**2, y)
 
+    def monitored(self, prediction: Prediction, y: Tensor | None = None, sigma_noise: float = 1.0) -> dict[str, Tensor]:
+        """The differential entropy of every example's Gaussian, averaged over outputs."""
+        return {"entropy": gaussian_entropy(prediction[0], prediction[1], sigma_noise)}
+
     def summarize(
         self, scores: Mapping[str, Tensor], ood_confidence: Mapping[str, Tensor] | None = None
     ) -> dict[str, float]:
         """See :func:`laplace.likelihoods.scores.summarize_regression`."""
         return summarize_regression(scores)
+
+    def free_noise_terms(self, prediction: Prediction, y: Tensor) -> dict[str, Tensor]:
+        r"""For every output, what its loss consists of while the noise is open and the predictive variance in units of it.
+
+        Under :math:`\mathcal N(f, \sigma^2 (1 + v))` that is ``spread``, :math:`\log(1 + v)`, and ``error``,
+        :math:`(y - f)^2 / (1 + v)`, each ``(batch, outputs)`` float64.
+        """
+        mean, variance = (t.detach().double().reshape(len(y), -1) for t in prediction)
+        return {"spread": variance.log1p(), "error": (y.double().reshape(mean.shape) - mean).square() / (1 + variance)}
 
     def tuning_loss(self, prediction: Prediction, y: Tensor, sigma_noise: float = 1.0) -> float:
         """Summed negative log likelihood of a Gaussian whose variance is the predictive one plus the observation noise's."""

@@ -14,6 +14,7 @@ class Preference(Categorical):
     """The likelihood of which of two inputs is preferred, from their rewards as logits; predictions are of rewards."""
 
     structures = ("kron", "diag")
+    scales_logits = False  # what is predicted are rewards
 
     @property
     def word(self) -> Likelihood:

@@ -14,6 +14,7 @@ class ClassProbabilities(BaseLikelihood):
     """Base of likelihoods that are scored as classifications."""
 
     tuning = "gridsearch"
+    scales_logits = True
     has_confidence = True
 
     def public(self, prediction: Prediction) -> Tensor:

@@ -64,6 +64,19 @@ def regression_scores(mean: Tensor, variance: Tensor, y: Tensor) -> dict[str, Te
     return {"nll": nll.mean(1), "squared_error": error.mean(1), "covered_90": covered.mean(1)}
 
 
+def gaussian_entropy(mean: Tensor, variance: Tensor, sigma_noise: float = 0.0) -> Tensor:
+    r"""Entropies :math:`\tfrac12 \log 2\pi e (v + \sigma^2)` averaged over outputs, ``(batch,)`` float64.
+
+    Args:
+        mean: ``(batch, outputs)``.
+        variance: Variances ``(batch, outputs)``, or covariances ``(batch, outputs, outputs)`` of which the diagonal counts.
+        sigma_noise: Standard deviation of the observation noise.
+    """
+    variance = variance.detach().double()
+    variance = variance.diagonal(dim1=-2, dim2=-1) if variance.ndim > mean.ndim else variance
+    return 0.5 * (2 * math.pi * math.e * (variance + sigma_noise**2)).log().reshape(len(mean), -1).mean(1)
+
+
 def summarize_classification(
     scores: Mapping[str, Tensor], ood_confidence: Mapping[str, Tensor] | None = None, bins: int = 15
 ) -> dict[str, float]:

@@ -159,6 +159,16 @@ class WeightedCategorical(Categorical):
         log_probs = log_probs.detach().double().reshape(y.shape)
         return {**found, "nll": -(y * log_probs).sum(-1), "brier": (log_probs.exp() - y).square().sum(-1)}
 
+    def monitored(self, prediction: Prediction, y: Tensor | None = None, sigma_noise: float = 1.0) -> dict[str, Tensor]:
+        """Of the terms that count; the label of a distribution is its mode."""
+        if y is None:
+            return super().monitored(prediction)
+        found = super().monitored(prediction, y.argmax(-1) if self.soft_targets else y)
+        if self.ignore_index is None:
+            return found
+        kept = y.flatten() != self.ignore_index
+        return {name: values[kept] for name, values in found.items()}
+
     def tuning_loss(self, prediction: Prediction, y: Tensor, sigma_noise: float = 1.0) -> float:
         """Summed negative log likelihood of the scores."""
         return BaseLikelihood.tuning_loss(self, prediction, y)

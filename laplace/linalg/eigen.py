@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -75,6 +74,8 @@ def _eigenvalues_of_used(M: Tensor, what: str) -> Tensor:
 
 
 def _by_qr_iteration(M: Tensor, what: str, first: Exception, **kwargs: bool) -> Any:
+    import scipy.linalg  # rarely needed, and a third of a second
+
     try:
         return scipy.linalg.eigh(M.cpu().numpy(), driver="ev", **kwargs)
     except (scipy.linalg.LinAlgError, ValueError) as second:

@@ -6,7 +6,7 @@ matrix :math:`B`. A one-dimensional tensor stands for a factor that is diagonal,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ class Kron:
         """
         rounded = {}  # once for every name: blocks that share a factor share its eigendecomposition
         for name, value in sums.tensors.items():
-            rounded[name] = (value / n_data if name.endswith("/A") else value).to(sums.spec.torch_dtype)
+            rounded[name] = rounded_factor(name, value, n_data, sums.spec.torch_dtype)
         kfacs = []
         for block in sums.spec.blocks:
             factors = [rounded[name] for name in block.factors]
@@ -110,15 +110,22 @@ class Kron:
         """Number of blocks."""
         return len(self.kfacs)
 
-    def decompose(self, damping: bool = False) -> KronDecomposed:
+    def decompose(
+        self, damping: bool = False, known: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    ) -> KronDecomposed:
         """Eigendecompose every factor once, in float64; factors shared between blocks are decomposed once.
+
+        Args:
+            damping: See :class:`KronDecomposed`.
+            known: Eigenvalues and eigenvectors of some factors by their names, which are not decomposed again.
 
         Raises:
             ValueError: If a factor holds NaN or Inf, or has no eigendecomposition; the message names it.
             NotEnoughMemoryError: If the widest factor's eigenvectors do not fit into the free memory.
         """
-        self._require(4)
-        found = self._for_each(lambda f, what: eigh(f, what) if f.ndim == 2 else (f.clamp(min=0), None))
+        known = known or {}
+        self._require(4, known)
+        found = self._for_each(lambda f, what: eigh(f, what) if f.ndim == 2 else (f.clamp(min=0), None), known)
         vectors = [[found[id(f)][1] for f in fs] for fs in self.kfacs]
         values = [[found[id(f)][0].to(f.dtype) for f in fs] for fs in self.kfacs]
         return KronDecomposed(vectors, values, damping=damping)
@@ -129,8 +136,13 @@ class Kron:
         found = self._for_each(lambda f, what: eigenvalues(f, what) if f.ndim == 2 else f.clamp(min=0))
         return KronSpectrum([[found[id(f)].to(f.dtype) for f in fs] for fs in self.kfacs], damping=damping)
 
-    def _require(self, copies: int) -> None:
-        widest = max((f for fs in self.kfacs for f in fs if f.ndim == 2), key=len, default=None)
+    def _name(self, number: int, place: int) -> str | None:
+        return self.names[number][place] if self.names else None
+
+    def _require(self, copies: int, known: Collection[str] = ()) -> None:
+        """Stop before a decomposition that cannot fit into memory."""
+        places = ((f, self._name(i, j)) for i, fs in enumerate(self.kfacs) for j, f in enumerate(fs))
+        widest = max((f for f, name in places if f.ndim == 2 and name not in known), key=len, default=None)
         if widest is not None:
             memory.require(
                 copies * memory.tensor_bytes(*widest.shape),
@@ -139,14 +151,18 @@ class Kron:
                 "Use hessian_structure='diag', or set requires_grad=False on the parameters of that layer.",
             )
 
-    def _for_each(self, decomposition: Callable[[Tensor, str], Any]) -> dict[int, Any]:
-        """What a function makes of every factor and its name, by the factor's identity, once for shared ones."""
+    def _for_each(
+        self, decomposition: Callable[[Tensor, str], Any], known: Mapping[str, Any] | None = None
+    ) -> dict[int, Any]:
+        """What is known of a factor, or what a function makes of it and its name, by its identity, once for shared ones."""
         done: dict[int, Any] = {}
         for number, factors in enumerate(self.kfacs):
             for place, factor in enumerate(factors):
+                name = self._name(number, place)
+                if known and name in known:
+                    done[id(factor)] = known[name]
                 if id(factor) not in done:
-                    name = f" {self.names[number][place]!r}" if self.names else ""
-                    what = f"Kronecker factor{name} {tuple(factor.shape)} of block {number}"
+                    what = f"Kronecker factor{f' {name!r}' if name else ''} {tuple(factor.shape)} of block {number}"
                     if not bool(torch.isfinite(factor).all()):
                         raise ValueError(f"The {what} holds NaN or Inf.")
                     done[id(factor)] = decomposition(factor, what)
@@ -171,6 +187,11 @@ class Kron:
     def logdet(self) -> Tensor:
         """Log determinant of the matrix."""
         return self.eigenvalues().logdet()
+
+
+def rounded_factor(name: str, value: Tensor, n_data: float, dtype: torch.dtype) -> Tensor:
+    """One summed factor as the posterior has it: that of the inputs divided by the number of examples, in its type."""
+    return (value / n_data if name.endswith("/A") else value).to(dtype)
 
 
 def weight_shape_2d(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:

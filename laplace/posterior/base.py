@@ -20,6 +20,7 @@ from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.named import NamedLikelihood
 from laplace.posterior.arguments import ORDER, by_name, check_model, signature
 from laplace.prior import as_value, spread
+from laplace.temperature import optimize_logit_temperature
 
 
 class BaseLaplace:
@@ -46,6 +47,7 @@ class BaseLaplace:
 
     order = ORDER
     likelihood = NamedLikelihood()
+    _logit_temperature = 1.0  # objects that were pickled before there was one have none of their own
 
     def __init_subclass__(cls, **kwargs: Any):
         """Show every documented argument of a class; a class with a constructor of its own shows that."""
@@ -152,6 +154,7 @@ class BaseLaplace:
             return
         try:
             self.sigma_noise = self.sigma_noise
+            self.logit_temperature = self.logit_temperature
         except ValueError:
             self._likelihood_object = before
             raise
@@ -255,7 +258,10 @@ class BaseLaplace:
     def sigma_noise(self, value: float | Tensor) -> None:
         value = as_value("sigma_noise", value, self._dtype, self._device)
         if value.numel() != 1:
-            raise ValueError(f"sigma_noise must be a scalar, but has shape {tuple(value.shape)}.")
+            raise ValueError(
+                f"sigma_noise must be a scalar, but has shape {tuple(value.shape)}. Noises that differ between outputs change "
+                "the curvature, so give their ratios before the fit: likelihood=laplace.likelihoods.GaussianPerOutput(noise)."
+            )
         value = value.reshape(())
         if not bool((value > 0) & torch.isfinite(value)):
             raise ValueError(f"sigma_noise must be positive and finite, but is {value.item()}.")
@@ -278,6 +284,30 @@ class BaseLaplace:
             raise ValueError(f"temperature={value!r} must be positive and finite.")
         self._temperature = value
         self._prior_changed()
+
+    @property
+    def logit_temperature(self) -> float:
+        r"""What predictions divide the logits by, :math:`T` of temperature scaling; 1 unless it is set or fitted.
+
+        A predictive is that of the network whose logits are :math:`f / T`: of the mean :math:`f / T` and the covariance
+        :math:`\Sigma / T^2` under ``pred_type='glm'``, of every sampled network's :math:`f / T` under ``'nn'`` (Guo et al., "On
+        calibration of modern neural networks", ICML 2017, for the predictive). Not to be confused with ``temperature``, the
+        temperature of the posterior, which scales the curvature: that changes variances alone, evidence and samples with them;
+        this one changes mean and variance of the logits, and neither evidence nor weights. ``optimize_logit_temperature`` and
+        the jobs fit it.
+        """
+        return self._logit_temperature
+
+    @logit_temperature.setter
+    def logit_temperature(self, value: float) -> None:
+        if not isinstance(value, (int, float, Tensor)) or isinstance(value, bool) or not 0 < value < inf:
+            raise ValueError(f"logit_temperature={value!r} must be positive and finite.")
+        if value != 1 and not self.likelihood_object.scales_logits:
+            raise ValueError(
+                f"logit_temperature={float(value)} has no meaning for {self.likelihood_object.identity}, whose outputs are no "
+                "logits; it must be 1."
+            )
+        self._logit_temperature = float(value)
 
     @property
     def _H_factor(self) -> Tensor:
@@ -342,3 +372,4 @@ class BaseLaplace:
         return self(x, pred_type=pred_type, link_approx=link_approx, n_samples=n_samples, **kwargs)
 
     optimize_prior_precision = tuning.optimize_prior_precision
+    optimize_logit_temperature = optimize_logit_temperature

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -63,6 +64,11 @@ class FullLaplace(ParametricLaplace):
 
     def _prior_changed(self) -> None:
         self._scale = None
+
+    def use_decompositions(self, known: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Take over the eigenvalues and eigenvectors of the sum, as :mod:`laplace.structures.decomposition` makes them."""
+        self._check_fitted()
+        self._eigen, self._eigenvalues = known["full"], None
 
     @property
     def _spectrum(self) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@ r"""Kronecker-factored posterior: :math:`P = \bigoplus_l \left(B_l \otimes A_l /
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -75,6 +76,11 @@ class KronLaplace(ParametricLaplace):
             parameters = [p if p.ndim else p[None] for p in self.params]
             return Kron.init_from_model(parameters, self._device, self._dtype).decompose(damping=self.damping)
         return self._decomposed
+
+    def use_decompositions(self, known: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Take over eigenvalues and eigenvectors of factors by name, as :mod:`laplace.structures.decomposition` makes them."""
+        self._check_fitted()
+        self._decomposed, self._eigenvalues = self.H_facs.decompose(self.damping, known), None
 
     def _check_prior_structure(self, value: Tensor) -> None:
         if len(value) not in (1, self.n_layers):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from laplace.capture.feature_extractor import FeatureExtractor, FeatureReduction
+from laplace.capture.residuals import residual_noise
 from laplace.enums import (
     HessianStructure,
     Likelihood,
@@ -45,6 +46,7 @@ from laplace.utils.utils import (
 __all__ = [
     "_is_batchnorm",
     "FeatureExtractor",
+    "residual_noise",
     "FeatureReduction",
     "HessianStructure",
     "Kron",

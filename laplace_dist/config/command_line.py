@@ -68,6 +68,10 @@ def _parser(defaults: Mapping[str, Any]) -> argparse.ArgumentParser:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         elif name == "ood":
             parser.add_argument(flag, nargs="*", metavar="SPLIT", help=text)
+        elif name == "prior_range":
+            parser.add_argument(flag, nargs=2, metavar=("LOW", "HIGH"), help=text)
+        elif name == "gate":
+            parser.add_argument(flag, action="append", metavar="THRESHOLD", help=text)
         else:
             parser.add_argument(flag, metavar=name.upper(), help=text)
     return parser
@@ -84,6 +88,8 @@ def _from_text(name: str, text: Any, label: str) -> Any:
         if not isinstance(value, dict):
             raise SettingsError(f'{label}: expected a mapping as JSON or YAML text, such as \'{{"name": "value"}}\'')
         return value
+    if name == "prior_range":
+        return [_from_text("decay", part, label) for part in text]  # two numbers
     kinds = [kind for kind in (int, float) if kind in plain_types(annotation)]
     for kind in kinds:
         try:

@@ -12,6 +12,12 @@ def ood(config: Config) -> list[str]:
     return config.ood if likelihood_of(config.likelihood).has_confidence else []
 
 
+def evaluated(config: Config) -> list[str]:
+    """Return the splits that an evaluation scores: `test`, those out of distribution, and the one without labels."""
+    unlabelled = [] if config.unlabelled is None else [config.unlabelled]
+    return ["test", *(name for name in ood(config) if name != config.unlabelled), *unlabelled]
+
+
 def check_predictive(config: Config) -> None:
     """Refuse combinations of settings that would fail, or mean nothing, only after the fit.
 
@@ -34,17 +40,17 @@ def check_predictive(config: Config) -> None:
         raise SettingsError(
             f"--link-approx: got {config.link_approx!r} with --pred-type nn, which samples networks; expected mc"
         )
-    if config.tuning == "gridsearch" and not likelihood.grid_needs_variance and config.pred_type == "glm":
+    if config.recalibrate != "prior" and not likelihood.scales_logits:
         raise SettingsError(
-            f"--tune-method: got 'gridsearch' for {likelihood.identity}, where the mean of the linearised network does not "
-            "depend on the prior; expected marglik, or --pred-type nn"
+            f"--recalibrate: got {config.recalibrate!r} for {likelihood.identity}, whose outputs are no logits that a "
+            "temperature could divide; expected prior"
         )
     if config.prior_structure == "diag" and config.hessian_structure == "kron":
         raise SettingsError(
             "--prior-structure: got 'diag' for a kron posterior, whose factors do not commute with a diagonal; expected "
             "scalar or layerwise, or a diag or full fit"
         )
-    if config.tuning == "gridsearch" and config.prior_structure != "scalar":
+    if config.searches_prior and config.prior_structure != "scalar":
         raise SettingsError(
             f"--prior-structure: got {config.prior_structure!r} with --tune-method gridsearch; expected scalar"
         )

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from laplace_dist.config import gates
 from laplace_dist.config.import_path import IMPORT_PATH
 from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.errors import SettingsError
@@ -40,7 +41,7 @@ class Config(BaseModel):
     model: str = Field(description="import path module:callable that returns an nn.Module")
     model_args: dict[str, Any] = Field({}, description="keyword arguments of --model, as JSON or YAML")
     weights: str | None = Field(None, description="URL or path of a state dict: .safetensors, or torch.save's format")
-    data: str = Field(description="import path module:callable that takes split=, or the URL of a Zarr group")
+    data: str = Field(description="import path module:callable that takes split=, or the path or URL of data in files")
     data_args: dict[str, Any] = Field({}, description="keyword arguments of --data, as JSON or YAML")
     ood: list[str] = Field([], description="names of out-of-distribution splits for the evaluation")
     checkpoint: Annotated[str, Field(min_length=1)] = Field(description="directory or fsspec URL of the run")
@@ -92,8 +93,14 @@ class Config(BaseModel):
     tune_method: Literal["marglik", "gridsearch"] | None = Field(
         None, description="gridsearch for classification with a scalar prior, else marglik"
     )
+    recalibrate: Literal["prior", "temperature", "both"] = Field(
+        "prior", description="what is tuned; a temperature of the logits needs a val split"
+    )
     prior_structure: Literal["scalar", "layerwise", "diag"] = Field("scalar", description="of the prior precision")
-    grid_size: Annotated[int, Field(ge=2)] = Field(41, description="values of the grid search")
+    prior_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="the grid search stays between these prior precisions; begins with 1e-4 to 1e4 if not given"
+    )
+    grid_size: Annotated[int, Field(ge=2)] = Field(41, description="values in the range of the grid search")
     link_approx: Literal["probit", "mc", "bridge"] = Field("probit", description="approximation of the predictive")
     pred_type: Literal["glm", "nn"] = Field("glm", description="linearised, or by sampling networks")
     segment_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
@@ -119,6 +126,19 @@ class Config(BaseModel):
     )
     level: Annotated[float, Field(gt=0.5, lt=1)] = Field(0.95, description="one-sided level of the comparison")
     draws: Annotated[int, Field(ge=100)] = Field(2000, description="of the bootstrap of the comparison")
+    gate: list[str] = Field(
+        [], description="a threshold that a candidate has to meet too, such as nll<=0.005; may be given several times"
+    )
+    keep_versions: Count | None = Field(
+        None,
+        description="keep the versions that were current last, so many with this one, and delete what only older ones need",
+    )
+    unlabelled: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="name of a split of fresh examples without labels, which are watched for drift"
+    )
+    alert_cmd: Annotated[str, Field(min_length=1)] | None = Field(
+        None, repr=False, exclude=True, description="command that is given the record of a recalibration with drift"
+    )
     skip_tune: bool = Field(False, description="do not tune the prior precision")
     skip_evaluate: bool = Field(False, description="do not evaluate the predictive")
     fresh: bool = Field(False, description="delete the run at --checkpoint first")
@@ -154,6 +174,27 @@ class Config(BaseModel):
                 raise ValueError("distinct names of letters, digits, '_', '-' or '.', other than train, val and test")
         return value
 
+    @field_validator("prior_range")
+    @classmethod
+    def _range(cls, value: list[float] | None) -> list[float] | None:
+        if value is not None and not 0 < value[0] < value[1] < float("inf"):
+            raise ValueError("two positive numbers, the lower one first")
+        return value
+
+    @field_validator("unlabelled")
+    @classmethod
+    def _new_split(cls, value: str | None) -> str | None:
+        if value is not None and (value in ("train", "val", "test") or not re.fullmatch(r"[\w.-]+", value)):
+            raise ValueError("a name of letters, digits, '_', '-' or '.', other than train, val and test")
+        return value
+
+    @field_validator("gate")
+    @classmethod
+    def _gates(cls, value: list[str]) -> list[str]:
+        for text in value:
+            gates.parse(text)
+        return value
+
     @property
     def threads_per_worker(self) -> int:
         """Threads that a worker computes with: the CPUs that it is given, since their number changes bits."""
@@ -171,6 +212,21 @@ class Config(BaseModel):
             return self.tune_method
         scalar = self.prior_structure == "scalar"
         return likelihood_of(self.likelihood).tuning if scalar else "marglik"
+
+    @property
+    def searches_prior(self) -> bool:
+        """Whether the prior precision is searched on validation data."""
+        return self.recalibrate != "temperature" and self.tuning == "gridsearch"
+
+    @property
+    def searches(self) -> bool:
+        """Whether anything is tuned on validation data."""
+        return self.searches_prior or self.recalibrate != "prior"
+
+    @property
+    def tuned_pred_type(self) -> str:
+        """Predictive that a search scores: of a likelihood with noise the linearised one, where the best noise is a formula."""
+        return "glm" if likelihood_of(self.likelihood).has_noise else self.pred_type
 
     @property
     def batching(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from laplace_dist.data.collate import Collate
+from laplace_dist.data.rows import Rows
 from laplace_dist.data.zarr_split import ZarrSplit
 from laplace_dist.errors import ExampleError
 
@@ -22,7 +23,7 @@ def batches(
     """Yield the batches of a contiguous range of examples, in order.
 
     Args:
-        dataset: Map-style; one that slices (`TensorDataset`, a Zarr split) is sliced, one with `__getitems__` is asked
+        dataset: Map-style; one that slices (`TensorDataset`, what lies at a URL) is sliced, one with `__getitems__` is asked
             for a batch at a time.
         start: First example.
         stop: One past the last example.
@@ -47,7 +48,7 @@ def read_batch(dataset: Any, start: int, stop: int, collate: Collate = DEFAULT) 
 
 
 def _read(dataset: Any, start: int, stop: int, collate: Collate) -> Any:
-    if isinstance(dataset, TensorDataset | ZarrSplit) and collate.path is None:
+    if isinstance(dataset, TensorDataset | ZarrSplit | Rows) and collate.path is None:
         with _naming(start, stop):
             return dataset[start:stop]
     if hasattr(dataset, "__getitems__"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,17 +25,17 @@ class _Ranges:
 
     Args:
         batch_size: Examples per batch.
-        rows: Examples that the data set reads at once; batches that begin in the same of these groups make a unit, so that
-            no two processes decode the same chunk.
+        chunk_of: Returns the chunk that an example is read with; batches that begin in the same one make a unit, so that no two
+            processes decode the same chunk.
     """
 
-    def __init__(self, batch_size: int, rows: int) -> None:
-        self.batch_size, self.rows = batch_size, rows
+    def __init__(self, batch_size: int, chunk_of: Callable[[int], int]) -> None:
+        self.batch_size, self.chunk_of = batch_size, chunk_of
         self.start = self.stop = 0
 
     def __iter__(self) -> Iterator[Unit]:
         offsets = range(self.start, self.stop, self.batch_size)
-        for _, unit in itertools.groupby(offsets, key=lambda offset: offset // self.rows):
+        for _, unit in itertools.groupby(offsets, key=self.chunk_of):
             yield tuple((offset, min(offset + self.batch_size, self.stop)) for offset in unit)
 
 
@@ -107,17 +107,15 @@ class ReadAhead:
         self._loader: DataLoader | None = None
         self.workers, self._turn = workers, 0
         self._length = len(dataset)
-        rows = getattr(dataset, "rows_per_read", 1) if workers else 1
-        self._ranges = _Ranges(batch_size, rows)
+        chunk_of = getattr(dataset, "chunk_of", None) if workers else None
+        self._ranges = _Ranges(batch_size, chunk_of or _each)
         self._units = _Units(dataset, collate)
         self._options: dict[str, Any] = {"pin_memory": pin, "num_workers": workers}
         if workers:
             self._options |= {
                 "multiprocessing_context": METHOD,
                 "persistent_workers": True,
-                "prefetch_factor": 1
-                if rows > batch_size
-                else 2,  # units per process, each of several batches or of one
+                "prefetch_factor": 1 if chunk_of else 2,  # units per process, each of several batches or of one
                 "worker_init_fn": partial(prepare, threads, torch.get_default_dtype()),
             }
 
@@ -185,6 +183,10 @@ class ReadAhead:
                 "If memory or /dev/shm is short, which batches pass through, give fewer of them; 0 reads in the worker itself.",
                 tuple(range(at, stop)),
             ) from error
+
+
+def _each(index: int) -> int:
+    return index
 
 
 def _as_it_is(item: Any) -> Any:

@@ -9,11 +9,19 @@ from typing import Any
 import fsspec
 from torch.utils.data import IterableDataset
 
-from laplace_dist.config.compatibility import is_url, ood
+from laplace_dist.config.compatibility import evaluated, is_url
 from laplace_dist.config.import_path import IMPORT_PATH, call
 from laplace_dist.config.settings import Config
+from laplace_dist.data.arrow_ipc import ArrowFiles
+from laplace_dist.data.choice import ARGUMENTS
+from laplace_dist.data.files import FileError, Place
+from laplace_dist.data.hugging_face import SavedDataset, is_saved
+from laplace_dist.data.parquet import ParquetFiles
+from laplace_dist.data.tar_shards import TarShards
 from laplace_dist.data.zarr_split import ZarrSplit
-from laplace_dist.errors import SettingsError, listed
+from laplace_dist.errors import SettingsError, StorageError, listed
+
+_FILES = {"parquet": ParquetFiles, "arrow": ArrowFiles, "tar": TarShards}
 
 
 def read_file(url: str, storage_options: Mapping[str, Any], field: str, hint: str = "") -> bytes:
@@ -72,10 +80,8 @@ def load_split(config: Config, split: str) -> Any:
     """
     if IMPORT_PATH.fullmatch(config.data):
         dataset = call(config.data, "--data", {"split": split, **config.data_args})
-    elif config.data_args:
-        raise SettingsError(f"--data-args: {listed(list(config.data_args))} given, but {config.data!r} is no callable")
     else:
-        dataset = ZarrSplit(config.data, split, config.data_storage_options, hint(config, "data"))
+        dataset = _at_url(config, split)
     sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     if isinstance(dataset, IterableDataset | Mapping | str) or not sized:
         raise SettingsError(
@@ -87,6 +93,41 @@ def load_split(config: Config, split: str) -> Any:
     return dataset
 
 
+def _at_url(config: Config, split: str) -> Any:
+    """Return a split of what lies at a path or URL: a saved data set, files, or a Zarr group.
+
+    Raises:
+        SettingsError: It cannot be found, is damaged, or does not have what the settings ask for.
+        StorageError: The file system failed; another attempt may succeed.
+    """
+    try:
+        return _open(config, split)
+    except FileError as error:
+        raise (StorageError if error.passing else SettingsError)(f"--data: {error}") from None
+
+
+def _open(config: Config, split: str) -> Any:
+    place = Place(config.data, config.data_storage_options)
+    if place.is_file:
+        raise SettingsError(
+            f"--data: {config.data!r} is one file; give the folder that it lies in, where split {split!r} is {split}.parquet "
+            f"or the folder {split}"
+        )
+    if split not in place.splits and place.top.get("data") == "directory":  # as data sets on Hugging Face's hub have it
+        place = Place(f"{config.data.rstrip('/')}/data", config.data_storage_options)
+    if is_saved(place, split):
+        return SavedDataset(place, config, split)
+    if place.holds_files:
+        kind, files = place.files(split)
+        return _FILES[kind](place, files, config, split)
+    if config.data_args:
+        raise SettingsError(
+            f"--data-args: {listed(list(config.data_args))} given, but {config.data!r} is no callable; "
+            f"{listed(list(ARGUMENTS))} are for the path or URL of files"
+        )
+    return ZarrSplit(config.data, split, config.data_storage_options, hint(config, "data"))
+
+
 def check_splits(config: Config) -> dict[str, Any]:
     """Return the splits which tuning and evaluation will ask for, and refuse data that lacks one.
 
@@ -95,7 +136,7 @@ def check_splits(config: Config) -> dict[str, Any]:
     """
     tuning = ["val"] if not config.skip_tune and config.tuning == "gridsearch" else []
     found = {}
-    for name in tuning + ([] if config.skip_evaluate else ["test", *ood(config)]):
+    for name in tuning + ([] if config.skip_evaluate else evaluated(config)):
         try:
             found[name] = load_split(config, name)
         except (ValueError, KeyError) as error:

@@ -53,9 +53,6 @@ class ZarrSplit:
         split: Name of the subgroup.
         storage_options: For the URL; never shown.
         hint: A sentence about the options that were given elsewhere, for the message if the group cannot be opened.
-
-    Attributes:
-        rows_per_read: Examples that are read at once: those of a chunk of `x`.
     """
 
     def __init__(self, url: str, split: str, storage_options: Mapping[str, Any] | None = None, hint: str = "") -> None:
@@ -66,7 +63,8 @@ class ZarrSplit:
         except Exception as error:  # every file system has errors of its own
             raise SettingsError(
                 f"--data: got {url!r}; expected an import path of the form module:callable, or the path or URL of a "
-                f"Zarr group ({type(error).__name__} when it was opened). {hint}".rstrip()
+                "Zarr group, or of a folder of Parquet, Arrow or tar files such as train/*.parquet "
+                f"({type(error).__name__} when it was opened). {hint}".rstrip()
             ) from None
         if split not in group:
             raise SettingsError(f"--data: {url!r} has no split {split!r}; it has {listed(sorted(group.keys()))}")
@@ -77,10 +75,14 @@ class ZarrSplit:
         lengths = [array.shape[0] for array in arrays]
         if lengths[0] != lengths[1]:
             raise SettingsError(f"--data: split {split!r} of {url!r} has {lengths[0]} x but {lengths[1]} y")
-        self._length, self.rows_per_read = lengths[0], self._x.step
+        self._length = lengths[0]
 
     def __len__(self) -> int:
         return self._length
+
+    def chunk_of(self, index: int) -> int:
+        """Return the chunk of `x` that an example is read with."""
+        return index // self._x.step
 
     def __getitem__(self, index: int | slice) -> tuple[Tensor, Tensor]:
         if isinstance(index, slice):

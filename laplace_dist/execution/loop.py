@@ -11,6 +11,7 @@ from typing import Any
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
 from laplace_dist.execution import signals
 from laplace_dist.execution.failures import Budget
+from laplace_dist.execution.stragglers import InFlight
 from laplace_dist.execution.tasks import Event, Task, Workers
 from laplace_dist.execution.timeouts import GRACE_SECONDS, Limit
 
@@ -25,12 +26,15 @@ def run_tasks(
     limit: Limit | None = None,
     tick: Callable[[int, str], None] = lambda busy, oldest: None,
     say: Callable[[str], None] = lambda text: None,
+    alike: bool = True,
+    clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Carry out every task at least once.
 
     Tasks are drawn as workers become free, so that a generator of them is never held in memory; a failed one goes to
-    the back of what has been drawn. A worker with which anything went wrong is not used again. After SIGINT or SIGTERM no
-    task is submitted, and those in flight have some time to finish.
+    the back of what has been drawn. A worker with which anything went wrong is not used again. When none is left to draw, idle
+    workers begin those again that take too long; what finishes first counts, and nobody waits for the other. After SIGINT or
+    SIGTERM no task is submitted, and those in flight have some time to finish.
 
     Args:
         pool: The workers.
@@ -39,48 +43,62 @@ def run_tasks(
         limit: How long one task may take; none if not given.
         tick: Called about once a second with the number of tasks in flight and the oldest of them in words.
         say: Called with a line for people about each failure.
+        alike: The tasks are of about one size, so that one which takes much longer than others is slow, and not large.
+        clock: Seconds, by which attempts are timed.
 
     Raises:
         SettingsError, CheckpointError, RunFailed: As a task raised them, or a budget of failures is spent.
         Interrupted: A signal came.
     """
     limit = limit or Limit(float("inf"))
-    drawn, tasks, flight = deque(), iter(tasks), {}
+    drawn, tasks, flight = deque(), iter(tasks), InFlight(alike)
     budget, most = Budget(), 0
     with signals.deferred() as seen:
         while not seen.number:
             drawn.extend(islice(tasks, max(0, max(1, pool.size) - len(drawn))))
-            if not drawn and not pool.busy:
+            if not drawn and not flight:
                 budget.check()
                 return
             pool.top_up(pool.busy + len(drawn))
             while pool.idle and drawn:
                 task = drawn.popleft()
-                flight[task.what] = task
+                flight.begin(task, clock())
                 pool.submit(task)
+            for task in flight.late(clock())[: pool.idle] if not drawn else []:
+                flight.begin(task, clock())
+                pool.submit(task)
+                say(
+                    f"{task.what}: takes much longer than others; an idle worker does it too, and the first to finish counts"
+                )
             most = max(most, pool.busy)
             for event in pool.wait(TICK_SECONDS, limit):
                 if event.refusal is not None:
                     raise _refused(event.task, event.refusal)
-                flight.pop(event.task.what, None)
+                if not flight.knows(event):
+                    continue  # the other attempt was first
                 if event.failure is not None:
+                    if flight.failed(event):
+                        say(f"{event.task.what}: {event.failure}; another attempt at it goes on")
+                        continue
                     again = budget.failure(event, most)
                     drawn.extend([event.task] if again else [])
                     say(_news(event, again))
                 else:
                     budget.success(event)
                     limit.finished(event.seconds)
+                    flight.finished(event)
                     on_done(event.task, event.receipt)
-            tick(pool.busy, next(iter(flight), ""))
-        _let_finish(pool, limit, on_done)
+            tick(pool.busy, flight.oldest)
+        _let_finish(pool, limit, flight, on_done)
 
 
-def _let_finish(pool: Workers, limit: Limit, on_done: Callable[[Task, Any], None]) -> None:
+def _let_finish(pool: Workers, limit: Limit, flight: InFlight, on_done: Callable[[Task, Any], None]) -> None:
     """Wait for the tasks in flight, for so long as an interrupted job may take."""
     end = time.monotonic() + GRACE_SECONDS
-    while pool.busy and (left := end - time.monotonic()) > 0:
+    while flight and pool.busy and (left := end - time.monotonic()) > 0:
         for event in pool.wait(min(left, TICK_SECONDS), limit):
-            if event.receipt is not None:
+            if event.receipt is not None and flight.knows(event):
+                flight.finished(event)
                 on_done(event.task, event.receipt)
 
 

@@ -99,8 +99,8 @@ class Pool:
             self._start(node, now)
 
     def submit(self, task: Task) -> None:
-        """Give a task to an idle worker; where it has failed before, to one on another node if there is one."""
-        failed = self._failed_on.get(task.what, ())
+        """Give a task to an idle worker; to one on another node, if there is one, than where it has failed or is at work."""
+        failed = {*self._failed_on.get(task.what, ()), *(f.hired.node for f in self._flight.values() if f.task is task)}
         at = next((i for i in reversed(range(len(self._idle))) if self._idle[i].node not in failed), -1)
         hired = self._idle.pop(at)
         self._flight[hired.actor.run.remote(task)] = Flight(hired, task, time.monotonic())

@@ -96,6 +96,7 @@ class Session:
             limit=limit,
             tick=tick,
             say=lambda text: self._say(f"{progress.stage}: {text}"),
+            alike=alike,
         )
         return kept
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from laplace_dist.data.collate import Collate
 from laplace_dist.data.loader import DEFAULT, read_example
+from laplace_dist.data.rows import Rows
 from laplace_dist.errors import ExampleError, SettingsError, listed
 from laplace_dist.plan.digests import feed
 
@@ -16,7 +17,10 @@ _SHOWN = 16  # hexadecimal digits of the digest of one example, kept to say whic
 
 
 def sampled(length: int) -> list[int]:
-    """Return the indices of up to 64 evenly spaced examples, first and last included."""
+    """Return the indices of up to 64 evenly spaced examples, first and last included.
+
+    Data in chunks choose up to 64 from few chunks instead, since each is read whole.
+    """
     count = min(length, SAMPLE)
     return sorted({i * (length - 1) // max(count - 1, 1) for i in range(count)})
 
@@ -30,8 +34,9 @@ def fingerprint(dataset: Any, split: str = "train", collate: Collate = DEFAULT) 
         collate: What makes a batch of an example that holds something else than plain values, which stands for it then.
 
     Returns:
-        `length`; `sha256` over the length and the sampled examples; and under `examples` the beginning of each sampled
-        example's own digest by its index, so that a difference can be placed.
+        `length`; `sha256` over the length, the files and the sampled examples; under `examples` the beginning of each sampled
+        example's own digest by its index, so that a difference can be placed; and, of data in files, under `files` a digest of
+        their names, sizes and footers.
 
     Raises:
         SettingsError: An example differs from one reading to the next, or holds something other than tensors, arrays,
@@ -39,8 +44,9 @@ def fingerprint(dataset: Any, split: str = "train", collate: Collate = DEFAULT) 
         ExampleError: An example cannot be read.
     """
     length = len(dataset)
-    digest, examples = hashlib.sha256(str(length).encode()), {}
-    for index in sampled(length):
+    files = _files(dataset)
+    digest, examples = hashlib.sha256(f"{length}{files.get('files', '')}".encode()), {}
+    for index in dataset.sampled() if isinstance(dataset, Rows) else sampled(length):
         own = _example_digest(dataset, index, collate)
         if _example_digest(dataset, index, collate) != own:
             raise SettingsError(
@@ -49,7 +55,7 @@ def fingerprint(dataset: Any, split: str = "train", collate: Collate = DEFAULT) 
             )
         digest.update(own)
         examples[str(index)] = own.hex()[:_SHOWN]
-    return {"length": length, "sha256": digest.hexdigest(), "examples": examples}
+    return {"length": length, "sha256": digest.hexdigest(), "examples": examples, **files}
 
 
 def check_data(dataset: Any, wanted: Mapping[str, Any], split: str, where: str, collate: Collate = DEFAULT) -> None:
@@ -74,7 +80,9 @@ def check_data(dataset: Any, wanted: Mapping[str, Any], split: str, where: str, 
             else "other contents than the driver's"
         )
     else:
-        different = different_examples(wanted, {"examples": _readable(dataset, wanted["examples"], collate)})
+        different = different_examples(
+            wanted, {"examples": _readable(dataset, wanted["examples"], collate), **_files(dataset)}
+        )
         differs = different and f"other contents than the driver's: {different}"
     if not differs:
         return
@@ -85,14 +93,13 @@ def check_data(dataset: Any, wanted: Mapping[str, Any], split: str, where: str, 
 
 
 def different_examples(one: Mapping[str, Any], two: Mapping[str, Any]) -> str:
-    """Name the sampled examples in which two fingerprints of one length differ; empty where they cannot tell."""
+    """Name the sampled examples in which two fingerprints of one length differ, or else the files; empty where none do."""
     first, second = one.get("examples", {}), two.get("examples", {})
     which = sorted(int(index) for index in first.keys() & second.keys() if first[index] != second[index])
-    return (
-        f"{len(which)} of {len(first)} sampled examples differ ({listed([str(index) for index in which])})"
-        if which
-        else ""
-    )
+    if which:
+        return f"{len(which)} of {len(first)} sampled examples differ ({listed([str(index) for index in which])})"
+    files = one.get("files"), two.get("files")
+    return "" if files[0] == files[1] else "the files have other names, sizes or footers"
 
 
 def shared_examples(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
@@ -110,12 +117,16 @@ def shared_examples(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 def _readable(dataset: Any, indices: Iterable[str], collate: Collate) -> dict[str, str]:
     """Return the digests of sampled examples; one that cannot be read is left to its segment, which fails naming it."""
     found = {}
-    for index in indices:
+    for index in sorted(indices, key=int):  # in order, since data in chunks keep the last one
         try:
             found[index] = _example_digest(dataset, int(index), collate).hex()[:_SHOWN]
         except ExampleError:
             continue
     return found
+
+
+def _files(dataset: Any) -> dict[str, str]:
+    return {"files": dataset.identity} if isinstance(dataset, Rows) else {}
 
 
 def _example_digest(dataset: Any, index: int, collate: Collate) -> bytes:

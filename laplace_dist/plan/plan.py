@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -93,7 +93,11 @@ class Plan:
         absent = {name for name in ("run", "window") if getattr(self, name) is None}
         if self.format_version == 1:
             absent |= {"probe", "part_entries"}
-        return {name: value for name, value in asdict(self).items() if name not in absent}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in absent}
+        return {
+            **values,
+            "segments": [dict(vars(segment)) for segment in self.segments],
+        }  # asdict takes seconds for 100,000
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Plan:

@@ -19,16 +19,18 @@ NAMES = {
 }
 
 
-def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
+def metrics_table(metrics: Mapping[str, Mapping[str, float]], helps: bool = True) -> Table:
     """Return the table MAP | Laplace, or MAP | current | candidate; an arrow says which direction is better.
 
     Args:
         metrics: The numbers by name, for each column.
+        helps: Whether Laplace is anything else than the limit in which it is MAP.
     """
+    laplace = "Laplace" if helps else "Laplace, kept at MAP"
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("metric")
     for method in metrics:
-        table.add_column({"map": "MAP", "laplace": "Laplace"}.get(method, method), justify="right")
+        table.add_column({"map": "MAP", "laplace": laplace}.get(method, method), justify="right")
     for name in metrics["map"]:
         higher = True if name.startswith("ood_auroc/") else None  # of what a user's own likelihood counts, nobody knows
         text, higher = NAMES.get(name, (name.replace("ood_auroc/", "OOD AUROC, "), higher))
@@ -52,7 +54,10 @@ def show_result(result: Any, loading: str, out: TextIO | None = None) -> None:
         print("\n".join(f"    {line}" for line in loading.splitlines()), file=out)
     if result.metrics is not None:
         print(file=out)
-        Console(file=out, width=80, highlight=False, soft_wrap=True).print(metrics_table(result.metrics))
+        for text in result.notes:
+            print(f"{text}\n", file=out)
+        table = metrics_table(result.metrics, result.helps)
+        Console(file=out, width=80, highlight=False, soft_wrap=True).print(table)
     out.flush()
 
 
@@ -66,4 +71,7 @@ def show_recalibration(found: Any, out: TextIO | None = None) -> None:
     out = out or sys.stdout
     print(f"\ncheckpoint: {found.checkpoint}\ncandidate:  {found.version}\n", file=out)
     Console(file=out, width=80, highlight=False, soft_wrap=True).print(metrics_table(found.metrics))
+    if found.noticed:
+        names = ", ".join(found.noticed)
+        print(f"\ndrift: {names}: not what it was when the current posterior was accepted", file=out)
     print(f"\n{'promoted' if found.promoted else 'kept the current posterior'}: {found.why}", file=out, flush=True)

@@ -18,6 +18,10 @@ class Checkpoint(Store):
         """Say what to do about a bad object."""
         return layout.remedy(key)
 
+    def under(self, prefix: str) -> Checkpoint:
+        """Return the store of what lies under a prefix, laid out like a checkpoint of its own."""
+        return Checkpoint(f"{self.url.rstrip('/')}/{prefix}", self._options)
+
 
 def open_store(config: Config) -> Checkpoint:
     """Open the checkpoint that the settings name."""

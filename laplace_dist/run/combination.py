@@ -25,7 +25,7 @@ from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.windows import read_window
 from laplace_dist.storage.store import Store
 
-_LAST = re.compile(r"last:([1-9][0-9]*)")
+LAST = re.compile(r"last:([1-9][0-9]*)")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Term:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def place_of(store: Store, plan: Plan, name: str) -> Store:
+def place_of(store: Checkpoint, plan: Plan, name: str) -> Checkpoint:
     """Return the store of a window.
 
     Args:
@@ -76,12 +76,10 @@ def place_of(store: Store, plan: Plan, name: str) -> Store:
         plan: Of the run, which is that of its first window.
         name: Of the window.
     """
-    return (
-        store if name == plan.window_name else Checkpoint(f"{store.url.rstrip('/')}/{WINDOWS}/{name}", store._options)
-    )
+    return store if name == plan.window_name else store.under(f"{WINDOWS}/{name}")
 
 
-def windows_of(store: Store, plan: Plan) -> list[Window]:
+def windows_of(store: Checkpoint, plan: Plan) -> list[Window]:
     """Return the windows of a run in the order in which they were begun."""
     names = {key.split("/")[1] for key in store.list(WINDOWS) if key.count("/") > 1}
     found = [Window(store, plan)]
@@ -114,7 +112,7 @@ def choose(windows: Sequence[Window], chosen: str, decay: float) -> list[tuple[W
 
 def chosen_names(there: Sequence[str], chosen: str) -> list[str]:
     """Return which of some windows are chosen, by name; arguments and errors as of `choose`."""
-    if last := _LAST.fullmatch(chosen):
+    if last := LAST.fullmatch(chosen):
         return list(there[-int(last[1]) :])
     if chosen == "all":
         return list(there)
@@ -125,6 +123,11 @@ def chosen_names(there: Sequence[str], chosen: str) -> list[str]:
             "all, last:K, or names with commas between them"
         )
     return names
+
+
+def is_rule(chosen: str) -> bool:
+    """Say whether windows are chosen by a rule and not by their names."""
+    return chosen == "all" or LAST.fullmatch(chosen) is not None
 
 
 def terms_of(chosen: Sequence[tuple[Window, float]]) -> list[Term]:

@@ -10,12 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from laplace_dist.errors import MissingObjectError
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import open_json
-from laplace_dist.run.layout import evaluation_shard_key
+from laplace_dist.run.layout import METRICS, evaluation_shard_key
 from laplace_dist.run.ownership import commit
 from laplace_dist.storage.store import Store
+
+MONITOR = "monitor"  # in place of a method: what is watched for drift
 
 
 def commit_shard(
@@ -73,3 +76,24 @@ def joined_scores(store: Any, key: str, split: str, ids: list[str], method: str)
 def metrics_json(version: str, tuning: str | None, metrics: Mapping[str, Any]) -> bytes:
     """Return the content of `evaluation/metrics.json`: the latest metrics, and of what they are."""
     return json.dumps({"version": version, "tuning": tuning, **metrics}, indent=1).encode()
+
+
+def is_watched(store: Store, key: str) -> bool:
+    """Say whether the scores of an evaluation's test split have what is watched for drift; those of older versions do not."""
+    shard = evaluation_shard_key(key, "test", open_json(store.read(key), key)["shards"]["test"][0])
+    return any(name.startswith(f"{MONITOR}/") for name in open_json(store.read(shard), shard)["arrays"])
+
+
+def shown(store: Store) -> str | None:
+    """Return the key of the evaluation that `evaluation/metrics.json` repeats, or None where there is none."""
+    try:
+        found = json.loads(store.read(METRICS))
+        version, tuning = found.pop("version"), found.pop("tuning")
+    except (MissingObjectError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # which a verification names
+    for key in store.list("evaluation", recursive=False):
+        if key.startswith(f"evaluation/{version}-"):
+            sealed = open_json(store.read(key), key)
+            if sealed["metrics"] == found and sealed["settings"].get("tuning") == tuning:
+                return key
+    return None

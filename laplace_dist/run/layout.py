@@ -11,6 +11,8 @@ from pydantic import ValidationError
 from laplace_dist.plan.digests import digest
 from laplace_dist.run.schemas import (
     CurrentFields,
+    DecompositionFields,
+    DriftFields,
     EvaluationFields,
     EvaluationShardFields,
     LeaseFields,
@@ -32,6 +34,7 @@ CLEARED = (
     "recalibration/",
     "evaluation/",
     "tuning/",
+    "decompositions/",
     "posteriors/",
     "windows/",
     "window.json",
@@ -42,6 +45,7 @@ CLEARED = (
 PROBE = re.compile(r"probe-[0-9a-f]{16}\.safetensors")
 METRICS = "evaluation/metrics.json"
 RECALIBRATION_LEASE = "recalibration/lease.json"
+DRIFT = "recalibration/drift.json"
 LOSS = "loss"  # in 0.1 an array beside the factors
 WINDOW = "window.json"
 WINDOW_NAME = (
@@ -80,13 +84,18 @@ def version_key(version: str) -> str:
     return f"posteriors/{version}.json"
 
 
+def decomposition_key(version: str, factor: str) -> str:
+    """Return the key of the manifest of a factor's eigendecomposition; the factor is given by its number in the plan."""
+    return f"decompositions/{version}/{factor}.json"
+
+
 def tuning_key(version: str, chosen: Mapping[str, Any]) -> str:
     """Return the key of the manifest of a tuning."""
     return f"tuning/{version}-{digest(chosen)}.json"
 
 
 def tuning_shard_key(key: str, shard: str) -> str:
-    """Return the key of one shard's scores."""
+    """Return the key of one shard's scores; of a search in rounds the shard's id has `r<round>-` before it."""
     return f"{key.removesuffix('.json')}/{shard}.json"
 
 
@@ -101,18 +110,24 @@ def evaluation_shard_key(key: str, split: str, shard: str) -> str:
 
 
 MANIFEST = re.compile(
-    r"(?:partials|parts|posteriors|tuning|evaluation)/[^/]+\.json|window\.json|(?:tuning|evaluation)/[^/]+/[^/]+\.json"
+    r"(?:partials|parts|posteriors|tuning|evaluation)/[^/]+\.json|window\.json"
+    r"|(?:tuning|evaluation|decompositions)/[^/]+/[^/]+\.json"
 )
 # Attempt directories, and the temporary files of a crashed commit: only these are ever collected.
-ATTEMPT = re.compile(r"((?:partials|parts|posteriors|tuning)/[^/]+/[^/]+|evaluation/[^/]+/[^/]+/[^/]+)/.+")
+# Scores of a tuning's round lie under its key and their shard's, the prior precision that was chosen under the key alone.
+ATTEMPT = re.compile(
+    r"(tuning/[^/]+/r\d+-[^/]+/[^/]+|(?:partials|parts|posteriors|tuning)/[^/]+/[^/]+"
+    r"|(?:evaluation|decompositions)/[^/]+/[^/]+/[^/]+)/.+"
+)
 
 
 _DIGEST = r"[0-9a-f]{16}"
 _OF_A_WINDOW = r"plan\.json|window\.json|partials/\d{6,}(\.json|/.+)|parts/\d{5,}(\.json|/.+)|probe-[0-9a-f]{32}"
 _OWNED = re.compile(
-    rf"CURRENT\.json|recalibration/(lease|{WINDOW_NAME}/decision)\.json|config\.yaml|weights\.safetensors|{PROBE.pattern}|evaluation/metrics\.json|jobs/[0-9a-f]{{32}}\.json"
+    rf"CURRENT\.json|recalibration/(lease|drift|{WINDOW_NAME}/decision)\.json|config\.yaml|weights\.safetensors|{PROBE.pattern}|evaluation/metrics\.json|jobs/[0-9a-f]{{32}}\.json"
     rf"|({WINDOWS}/{WINDOW_NAME}/)?({_OF_A_WINDOW})"
-    rf"|posteriors/{_DIGEST}(\.json|/.+)|(tuning|evaluation)/{_DIGEST}-{_DIGEST}(\.json|/.+)"
+    rf"|posteriors/{_DIGEST}(\.json|/.+)|decompositions/{_DIGEST}/\d{{5,}}(\.json|/.+)"
+    rf"|(tuning|evaluation)/{_DIGEST}-{_DIGEST}(\.json|/.+)"
 )
 
 
@@ -126,11 +141,13 @@ _KINDS: dict[str, type[Strict]] = {
     r"CURRENT\.json": CurrentFields,
     r"jobs/[^/]+\.json": LeaseFields,
     r"recalibration/lease\.json": RecalibrationLeaseFields,
+    r"recalibration/drift\.json": DriftFields,
     r"recalibration/[^/]+/decision\.json": RecalibrationFields,
     r"partials/[^/]+\.json": PartialFields,
     r"parts/[^/]+\.json": PartFields,
     r"window\.json": WindowFields,
     r"posteriors/[^/]+\.json": VersionFields,
+    r"decompositions/[^/]+/[^/]+\.json": DecompositionFields,
     r"tuning/[^/]+\.json": TuningFields,
     r"tuning/[^/]+/[^/]+\.json": TuningShardFields,
     r"evaluation/[^/]+\.json": EvaluationFields,
@@ -185,8 +202,13 @@ def remedy(key: str) -> str:
             f" and {WINDOW}" if parts[0] == "parts" else ""
         )
         return f"Restore it from a copy, or delete {manifest} and run the same command again: {does[parts[0]]}."
+    if parts[0] == "decompositions" and len(parts) > 2:
+        manifest = "/".join(parts[:2] + [f"{parts[2].removesuffix('.json')}.json"])
+        return f"Restore it from a copy, or delete {manifest} and run the same command again: it decomposes that factor anew."
     if parts[0] in ("tuning", "evaluation") and len(parts) > 1:
         return f"Restore it from a copy, or delete everything under {parts[0]}/ and run the same command again."
+    if key == DRIFT:
+        return "Restore it from a copy, or delete it: the watch for drift then begins anew."
     if key == WINDOW:
         return "Restore it from a copy, or delete it and run the same command again: it puts the parts together anew."
     return "Restore it from a copy, or start again with --fresh."

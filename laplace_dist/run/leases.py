@@ -81,3 +81,9 @@ def _hours(store: Store, key: str) -> float:
         return open_json(store.read(key), key)["hours"]
     except MissingObjectError:
         return 0.0
+
+
+def others_at_work(store: Store, job: str) -> bool:
+    """Say whether another job than this one has shown a sign of life within the last hour."""
+    own = lease_key(job)
+    return hours_at_work(store, {key: time for key, time in store.modified().items() if key != own}) is not None

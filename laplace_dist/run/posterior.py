@@ -13,15 +13,16 @@ from laplace.backends import backend_class
 from laplace.structures.sums import CurvatureSums, SumsSpec
 from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.data.calling import adapted
-from laplace_dist.errors import CheckpointError, SettingsError
+from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan
+from laplace_dist.run import decompositions
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.layout import LOSS, PLAN
 from laplace_dist.run.lifecycle import check_model
 from laplace_dist.run.ownership import read_plan
-from laplace_dist.run.pointer import read_current
+from laplace_dist.run.pointer import history_of, read_current
 from laplace_dist.run.tunings import apply_tuning
-from laplace_dist.run.versions import read_loss, read_version
+from laplace_dist.run.versions import read_factor, read_loss, read_version
 from laplace_dist.run.weights import load_run_weights, weights_digest
 from laplace_dist.storage.store import Store
 
@@ -69,10 +70,24 @@ def load_posterior(
     check_model(store, plan, model, "the given model")
     current = read_current(store)
     name = version or current["version"]
-    la = build(store, plan, model, name)
+    try:
+        la = build(store, plan, model, name)
+    except MissingObjectError as error:
+        raise gone(store, name) or error from error
     if tuned and name == current["version"] and current["tuning"] is not None:
         apply_tuning(store, la, current["tuning"])
     return la
+
+
+def gone(store: Store, version: str) -> MissingObjectError | None:
+    """Return the error for a version that was collected; None for one that is missing for another reason."""
+    history = history_of(read_current(store))
+    if not any(entry["version"] == version and entry.get("collected") for entry in history):
+        return None
+    kept = dict.fromkeys(entry["version"] for entry in history if not entry.get("collected"))
+    return MissingObjectError(
+        f"version {version} of {store.url!r} was collected (--keep-versions); there are {', '.join(kept)}. Load one of these."
+    )
 
 
 def build(store: Store, plan: Plan, model: nn.Module, version: str) -> Any:
@@ -91,13 +106,11 @@ def build(store: Store, plan: Plan, model: nn.Module, version: str) -> Any:
         ) from error
     manifest = read_version(store, plan, version)
     device = next(model.parameters()).device
-    tensors = {
-        name: torch.from_numpy(store.read_array(place["prefix"], name, place["entry"])).to(device)
-        for name, place in manifest["factors"].items()
-        if name != LOSS
-    }
+    tensors = {name: read_factor(store, manifest, name).to(device) for name in manifest["factors"] if name != LOSS}
     tensors[LOSS] = torch.tensor(read_loss(store, manifest), dtype=torch.float64, device=device)
     la.set_sums(CurvatureSums.from_tensors(spec, tensors, manifest["n_data"]))
+    if (known := decompositions.read(store, plan, version, device)) is not None:
+        la.use_decompositions(known)
     return la
 
 

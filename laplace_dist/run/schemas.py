@@ -71,6 +71,7 @@ class _Data(Strict):
     length: Positive
     sha256: str
     examples: dict[Annotated[str, Field(pattern=r"^[0-9]+$")], str] = {}
+    files: Sha256 | None = None
 
 
 class _Model(Strict):
@@ -192,12 +193,18 @@ class LeaseFields(Strict):
 
 
 TuningKey = Annotated[str, Field(pattern=r"^tuning/[^/]+\.json$")]
+EvaluationKey = Annotated[str, Field(pattern=r"^evaluation/[^/]+\.json$")]
 
 
 class _Promotion(Strict):
+    """One entry of the history: what was current, by which evaluation, without which windows, and whether it is gone."""
+
     version: Name
     tuning: TuningKey | None
     why: str
+    evaluation: EvaluationKey | None = None
+    left_out: list[Name] = []
+    collected: bool = False
 
 
 class CurrentFields(Strict):
@@ -207,12 +214,13 @@ class CurrentFields(Strict):
     version: Name
     tuning: TuningKey | None
     history: list[_Promotion] | None = None
+    collection: Name | None = None
 
 
 class _Side(Strict):
     version: Name
     tuning: TuningKey | None
-    evaluation: Annotated[str, Field(pattern=r"^evaluation/[^/]+\.json$")]
+    evaluation: EvaluationKey
 
 
 class _Compared(Strict):
@@ -220,6 +228,12 @@ class _Compared(Strict):
     low: Finite
     high: Finite
     margin: Annotated[Finite, Field(ge=0)]
+
+
+class _Gate(Strict):
+    gate: str
+    value: Finite
+    met: bool
 
 
 class RecalibrationFields(Strict):
@@ -234,9 +248,40 @@ class RecalibrationFields(Strict):
     settings: dict[str, Any]
     differences: dict[Literal["nll", "ece"], _Compared]
     metrics: dict[Literal["map", "current", "candidate"], dict[str, Finite]]
+    gates: list[_Gate] = []
+    drift: dict[str, Any] | None = None
     promoted: bool
     why: str
     environment: Environment
+
+
+class _Stream(Strict):
+    edges: list[Finite]
+    counts: list[Number]
+    looks: Number
+    log_capital: Finite | None
+
+
+class _Look(Strict):
+    name: Name
+    evaluation: EvaluationKey
+    record: dict[str, Any]
+
+
+class DriftFields(Strict):
+    """What is kept between recalibrations of the watch for drift: how the reference lay, and what was seen since."""
+
+    format_version: Positive
+    plan: str
+    number: Positive
+    version: Name
+    tuning: TuningKey | None
+    evaluation: EvaluationKey
+    streams: dict[str, _Stream]
+    distance: dict[str, list[list[Finite]]] | None
+    noticed: dict[str, str]
+    seen: list[str]
+    last: _Look | None
 
 
 class RecalibrationLeaseFields(Strict):
@@ -245,6 +290,44 @@ class RecalibrationLeaseFields(Strict):
     format_version: Positive
     job: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     node: str
+
+
+class _SearchRound(Strict):
+    """One pass over validation data: the mean loss of every value, by temperature within prior precision."""
+
+    priors: list[Finite]
+    temperatures: list[Finite]
+    losses: list[Finite | None]
+    map: Finite | None
+    terms: Positive
+    coarse: bool
+
+
+class _Interval(Strict):
+    value: Finite
+    low: Finite
+    high: Finite
+
+
+class TuningSearch(Strict):
+    """How a prior precision or a temperature was found on validation data, and how the result compares with the MAP."""
+
+    rounds: list[_SearchRound]
+    limit: Literal["MAP", "prior", "edge"] | None
+    helps: bool
+    compared: dict[Literal["nll", "ece"], _Interval]
+    map_noise: Annotated[Finite, Field(gt=0)] | None = None
+    said: list[str]
+
+
+class DecompositionFields(_Owned):
+    """The manifest of the eigendecomposition of one factor of a posterior version."""
+
+    plan: str
+    factor: str
+    prefix: str
+    arrays: dict[Literal["values", "vectors"], Entry]
+    environment: Environment
 
 
 class TuningFields(_Owned):
@@ -256,6 +339,8 @@ class TuningFields(_Owned):
     prefix: str
     arrays: dict[Literal["prior_precision"], Entry]
     sigma_noise: Annotated[Finite, Field(gt=0)] | None
+    logit_temperature: Annotated[Finite, Field(gt=0)] | None = None
+    search: TuningSearch | None = None
     log_marginal_likelihood: Finite
     environment: Environment | None = None
 
@@ -272,6 +357,8 @@ class TuningShardFields(_Owned):
     plan: str | None = None
     environment: Environment | None = None
     scores: str
+    prefix: str | None = None
+    arrays: dict[str, Entry] = {}
 
 
 class EvaluationFields(_Owned):

@@ -1,9 +1,11 @@
-"""Committed tunings of the prior precision, and the shards of scores that they were made of."""
+"""Committed tunings of prior precision, noise and temperature, and the shards of scores that they were made of."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,19 +16,45 @@ from laplace_dist.errors import CheckpointError
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import open_json
+from laplace_dist.run.layout import tuning_shard_key
 from laplace_dist.run.ownership import commit
 from laplace_dist.storage.store import Store
 
 _REMEDY = "Delete it and run the same command again."
 
 
-def read_shard(store: Store, key: str, size: int | None = None) -> tuple[torch.Tensor, int]:
-    """Return the summed scores of one shard for every value of the grid, and its number of examples.
+@dataclass(frozen=True)
+class Values:
+    """What one round of a search scores.
+
+    Attributes:
+        number: Of the round.
+        priors: Scalar prior precisions; where there are none, that of the tuning that the search starts from.
+        temperatures: Of the logits.
+        keep: The scores of every example are kept.
+    """
+
+    number: int
+    priors: tuple[float, ...]
+    temperatures: tuple[float, ...]
+    keep: bool
+
+    def shard(self, shard: str) -> str:
+        """Return the id of a shard of the validation split in this round."""
+        return f"r{self.number}-{shard}"
+
+    def plain(self) -> dict[str, Any]:
+        """Return the values as JSON holds them."""
+        return {"priors": list(self.priors), "temperatures": list(self.temperatures)}
+
+
+def read_shard(store: Store, key: str, values: Values | None = None) -> tuple[Tensor, Tensor, int]:
+    """Return the summed losses of one shard for every value, those of the MAP, and the number of terms.
 
     Args:
         store: The checkpoint.
-        key: `shard_key(...)`.
-        size: Number of values of the grid, if it is to be checked.
+        key: `layout.tuning_shard_key(...)`.
+        values: What was scored, if it is to be checked.
 
     Raises:
         CheckpointError: It is missing, truncated or altered.
@@ -34,35 +62,82 @@ def read_shard(store: Store, key: str, size: int | None = None) -> tuple[torch.T
     text = open_json(store.read(key), key)["scores"]
     try:
         scores = json.loads(text)
-        totals, n = torch.tensor(scores["totals"], dtype=torch.float64), scores["n"]
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError, RuntimeError) as error:
+        totals = torch.tensor(scores["totals"], dtype=torch.float64)
+        of_map, n = torch.tensor(scores.get("map", []), dtype=torch.float64), scores["n"]
+        stored = {name: scores.get(name) for name in ("priors", "temperatures")}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{key} is altered: it holds no scores. {_REMEDY}") from error
-    if totals.ndim != 1 or len(totals) != (size or len(totals)) or type(n) is not int or n < 1:
+    shaped = totals.ndim in (1, 2) and of_map.ndim == 1 and type(n) is int and n > 0
+    wrong = values is not None and (
+        stored != values.plain() or totals.shape != (max(1, len(values.priors)), len(of_map)) or not len(of_map)
+    )
+    if not shaped or wrong:
         raise CheckpointError(f"{key} is altered: its scores are not those of this grid. {_REMEDY}")
-    return totals, n
+    return totals, of_map, n
 
 
-def commit_shard(store: Store, plan: Plan, key: str, totals: Tensor, n: int, environment: Mapping[str, Any]) -> None:
-    """Commit the summed scores of one shard, unless they are there.
+def commit_shard(
+    store: Store,
+    plan: Plan,
+    key: str,
+    totals: Tensor,
+    n: int,
+    environment: Mapping[str, Any],
+    *,
+    of_map: Tensor | None = None,
+    values: Values | None = None,
+    examples: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Commit the summed losses of one shard, unless they are there.
 
     Args:
         store: The checkpoint.
         plan: Plan of the run.
         key: `layout.tuning_shard_key(...)`.
-        totals: For every value of the grid.
-        n: Number of examples.
+        totals: For every value.
+        n: Number of terms.
         environment: Where they were made.
+        of_map: Those of the MAP.
+        values: What was scored.
+        examples: By name, the scores of every term, `(values + 1, terms)`; the MAP's come last.
     """
     # Scores may be infinite, where the sealed JSON of manifests allows numbers only.
-    text = json.dumps({"totals": totals.tolist(), "n": n})
+    scores = {"totals": totals.tolist(), "n": n, **(values.plain() if values else {})}
+    if of_map is not None:
+        scores["map"] = of_map.tolist()
     manifest = {
         "format_version": FORMAT_VERSION,
         "key": key,
         "plan": plan.digest,
-        "scores": text,
+        "scores": json.dumps(scores),
         "environment": dict(environment),
     }
-    commit(store, plan, key, manifest)
+    prefix = None
+    if examples:
+        prefix = f"{key.removesuffix('.json')}/{new_attempt()}"
+        arrays = {name: np.ascontiguousarray(rows.numpy()) for name, rows in examples.items()}
+        manifest |= {"prefix": prefix, "arrays": store.write_arrays(prefix, arrays)}
+    if not commit(store, plan, key, manifest) and prefix is not None:
+        store.delete_tree(prefix)
+
+
+def joined_rows(
+    store: Store, key: str, shards: Sequence[str], values: Values, row: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the scores of one value of a round, and of the MAP, over the whole validation split."""
+    one: dict[str, list[np.ndarray]] = {}
+    of_map: dict[str, list[np.ndarray]] = {}
+    for shard in shards:
+        name = tuning_shard_key(key, values.shard(shard))
+        manifest = open_json(store.read(name), name)
+        for score, entry in manifest["arrays"].items():
+            rows = store.read_array(manifest["prefix"], score, entry)
+            one.setdefault(score, []).append(rows[row])
+            of_map.setdefault(score, []).append(rows[-1])
+    first, second = (
+        {name: torch.from_numpy(np.concatenate(parts)) for name, parts in found.items()} for found in (one, of_map)
+    )
+    return first, second
 
 
 def commit_tuning(
@@ -74,11 +149,24 @@ def commit_tuning(
     shards: Collection[str] = (),
     *,
     environment: Mapping[str, Any],
+    search: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Create the manifest of a tuning with the prior precision that the object has now, unless it exists."""
+    """Create the manifest of a tuning with what the object has now, unless it exists.
+
+    Args:
+        store: The checkpoint.
+        plan: Plan of the run.
+        key: `layout.tuning_key(...)`.
+        chosen: The settings that it depends on.
+        la: The posterior with the prior precision, noise and temperature that were chosen.
+        shards: Ids of the shards of scores that it was made of.
+        environment: Where it was made.
+        search: How they were found on validation data, as `schemas.TuningSearch` has it.
+    """
     prefix = f"{key.removesuffix('.json')}/{new_attempt()}"
     values = np.ascontiguousarray(la.prior_precision.detach().cpu().numpy())
-    noise = float(la.sigma_noise) if la.likelihood_object.has_noise else None
+    law = la.likelihood_object
+    noise = float(la.sigma_noise) if law.has_noise else None
     with torch.no_grad():
         evidence = float(la.log_marginal_likelihood())
     manifest = {
@@ -93,6 +181,10 @@ def commit_tuning(
         "log_marginal_likelihood": evidence,
         "environment": dict(environment),
     }
+    if law.scales_logits:
+        manifest["logit_temperature"] = la.logit_temperature
+    if search is not None:
+        manifest["search"] = dict(search)
     if not commit(store, plan, key, manifest):
         store.delete_tree(prefix)
     return {"log_marginal_likelihood": evidence}
@@ -110,8 +202,47 @@ def read_tuning(store: Store, key: str) -> tuple[dict[str, Any], Tensor]:
 
 
 def apply_tuning(store: Store, la: Any, key: str) -> None:
-    """Give a fitted object the prior precision, and for regression the observation noise, of a tuning."""
+    """Give a fitted object the prior precision, the observation noise and the temperature of its logits of a tuning."""
     manifest, prior_precision = read_tuning(store, key)
     la.prior_precision = prior_precision
     if manifest["sigma_noise"] is not None:
         la.sigma_noise = manifest["sigma_noise"]
+    if manifest.get("logit_temperature") is not None:
+        la.logit_temperature = manifest["logit_temperature"]
+
+
+def start_of(store: Store, key: str | None) -> str | None:
+    """Return the tuning whose prior a tuning of the temperature alone has kept; any other tuning is its own.
+
+    So that a temperature that is tuned again is the same tuning; if the other one was collected meanwhile, it is a new one.
+    """
+    first = None if key is None else open_json(store.read(key), key)["settings"].get("prior_of", key)
+    return first if first is None or store.exists(first) else key
+
+
+def notes(manifest: Mapping[str, Any]) -> list[str]:
+    """Return what people should know beside the metrics: which noise, temperature or limit these are of."""
+    found = list((manifest.get("search") or {}).get("said", []))
+    if (noise := manifest["sigma_noise"]) is not None:
+        found.append(f"The NLL of MAP and of Laplace is that under the tuned observation noise, {noise:.4g}.")
+    if (temperature := manifest.get("logit_temperature") or 1.0) != 1:
+        found.append(f"The logits of Laplace are divided by the temperature {temperature:.4g}; those of MAP are not.")
+    return found
+
+
+def helps(manifest: Mapping[str, Any]) -> bool:
+    """Say whether a tuning has found anything better than MAP, as far as it has looked."""
+    return (manifest.get("search") or {}).get("helps", True)
+
+
+def curve(manifest: Mapping[str, Any]) -> list[tuple[float, float | None]]:
+    """Return the mean loss on all validation data over the prior precision, lowest over temperatures; None where infinite."""
+    found: dict[float, float] = {}
+    for scored in (manifest.get("search") or {}).get("rounds", []):
+        if scored["coarse"] or not scored["priors"]:
+            continue
+        losses = [math.inf if loss is None else loss for loss in scored["losses"]]
+        width = len(losses) // len(scored["priors"])
+        for i, prior in enumerate(scored["priors"]):
+            found[prior] = min([*losses[i * width : (i + 1) * width], found.get(prior, math.inf)])
+    return [(prior, loss if math.isfinite(loss) else None) for prior, loss in sorted(found.items())]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from laplace.structures.sums import weighted_sum_in_order
 from laplace_dist.errors import CheckpointError, ForeignError
@@ -17,7 +18,7 @@ from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.combination import Term
 from laplace_dist.run.layout import LOSS, version_key
-from laplace_dist.run.ownership import commit
+from laplace_dist.run.ownership import commit, has
 from laplace_dist.run.partials import refuse_emptied
 from laplace_dist.run.provenance import environment
 from laplace_dist.run.vector import complete, overlaps, write
@@ -117,6 +118,31 @@ def read_version(store: Store, plan: Plan, version: str) -> dict[str, Any]:
     arrays = {name: place["entry"] for name, place in manifest["factors"].items()}
     refuse_emptied(arrays, manifest["format_version"], key, "Start again with --fresh.")
     return manifest
+
+
+def discard_torn(store: Store, plan: Plan, version: str) -> bool:
+    """Delete the manifest of a version whose arrays are not there, so that they can be made again; says whether it did.
+
+    A job that stood still while another one took over and collected what nothing named may have committed such a manifest.
+    """
+    key = version_key(version)
+    if not has(store, plan, key):
+        return False
+    manifest, there = read_version(store, plan, version), set(store.list(key.removesuffix(".json")))
+    if all(f"{place['prefix']}/{name}/zarr.json" in there for name, place in manifest["factors"].items()):
+        return False
+    store.delete_tree(key)
+    return True
+
+
+def read_factor(store: Store, manifest: Mapping[str, Any], name: str) -> Tensor:
+    """Return one factor of a posterior version.
+
+    Raises:
+        CheckpointError: It is missing, truncated or altered.
+    """
+    place = manifest["factors"][name]
+    return torch.from_numpy(store.read_array(place["prefix"], name, place["entry"]))
 
 
 def read_loss(store: Store, manifest: Mapping[str, Any]) -> float:

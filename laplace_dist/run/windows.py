@@ -172,6 +172,20 @@ def read_window(store: Store, plan: Plan) -> dict[str, Any]:
     return manifest
 
 
+def check_arrays(store: Store, manifest: Mapping[str, Any]) -> None:
+    """Read a window's sum once, so that what it was made of may go.
+
+    Args:
+        store: Of the window.
+        manifest: Of its sum.
+
+    Raises:
+        CheckpointError: A part is missing, truncated or altered.
+    """
+    for place in manifest["parts"].values():
+        store.read_array(place["prefix"], SUM, place["entry"])
+
+
 def find_window(store: Store, plan: Plan) -> dict[str, Any] | None:
     """Return the manifest of the window's sum, or None where the reduction is not done."""
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace.drift.features import LastInputs
 from laplace.linalg.precision import widened
 from laplace.predictive import prediction
 from laplace_dist.config.compatibility import link_approx
@@ -16,7 +17,7 @@ from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.config.settings import Config
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
-from laplace_dist.run.evaluations import commit_evaluation, commit_shard, joined_scores
+from laplace_dist.run.evaluations import MONITOR, commit_evaluation, commit_shard, joined_scores
 from laplace_dist.run.layout import evaluation_shard_key
 from laplace_dist.run.ownership import has
 from laplace_dist.run.provenance import environment
@@ -35,6 +36,8 @@ def settings(config: Config, tuning: str | None, data: Mapping[str, Any], device
     """
     names = ("link_approx", "pred_type", "batch_size", "seed")
     chosen = {name: getattr(config, name) for name in names}
+    if config.unlabelled is not None:  # of which more is kept than of one out of distribution
+        chosen["unlabelled"] = config.unlabelled
     return {**chosen, **config.batching, **config.machine(device_type), "tuning": tuning, "data": dict(data)}
 
 
@@ -47,7 +50,7 @@ class EvaluateShard:
         version: Posterior version.
         tuning: Key of a tuning, or None for the default prior.
         key: Key of the evaluation's metrics.
-        split: `test` or an out-of-distribution split; of the latter only the confidence is kept.
+        split: `test`; an out-of-distribution split, of which only the confidence is kept; or the one without labels.
         data: Fingerprint of the split.
         shard: The shard.
     """
@@ -108,7 +111,8 @@ class Summarize:
         }
         test = joined.pop("test")
         likelihood = likelihood_of(context.config.likelihood)
-        return likelihood.summarize(test, {name: scores["confidence"] for name, scores in joined.items()})
+        outside = {name: scores["confidence"] for name, scores in joined.items() if name != context.config.unlabelled}
+        return likelihood.summarize(test, outside)
 
 
 def shard_tasks(
@@ -142,10 +146,33 @@ def _batch_scores(context: Any, la: Any, x: Any, y: Tensor, offset: int, split: 
         diagonal_output=likelihood.predicts_outputs,
         generator=generator,
     )
-    for method, found in (("map", likelihood.at(widened(context.model(x)))), ("laplace", laplace)):
-        if split == "test":
-            scores = likelihood.scores(found, y, float(la.sigma_noise))
+    with LastInputs(context.model) as last:
+        outputs = context.model(x)
+    labelled, noise = split == "test", float(la.sigma_noise)
+    for method, found in (("map", likelihood.at(widened(outputs))), ("laplace", laplace)):
+        if labelled:
+            scores = likelihood.scores(found, y, noise)
         else:
-            scores = {"confidence": likelihood.confidences(found)}
+            scores = {"confidence": likelihood.confidences(found)} if likelihood.has_confidence else {}
         for name, values in scores.items():
             yield f"{method}/{name}", values
+    if labelled or split == config.unlabelled:
+        watched = likelihood.monitored(laplace, y if labelled else None, noise)
+        watched |= {"loss": scores["nll"]} if labelled else {}
+        for name, values in watched.items():
+            if (each := _per_example(name, values, outputs)) is not None:
+                yield f"{MONITOR}/{name}", each
+        if (features := last.projected()) is not None:
+            yield f"{MONITOR}/features", features.float()
+
+
+def _per_example(name: str, values: Tensor, outputs: Tensor) -> Tensor | None:
+    """Return the mean over an example's terms, such as positions of a sequence; None where terms were left out of some.
+
+    A class has no mean: where there are several there is none.
+    """
+    batch = len(outputs)
+    if len(values) == batch:
+        return values
+    terms = outputs[..., 0].numel(), outputs.numel()
+    return values.reshape(batch, -1).mean(1) if len(values) in terms and name in ("entropy", "loss") else None

@@ -8,9 +8,11 @@ from typing import Any
 
 from laplace.likelihoods.comparison import paired_differences
 from laplace_dist.config.settings import Config
+from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.evaluations import joined_scores
 from laplace_dist.run.provenance import environment
 from laplace_dist.stages.context import Context
+from laplace_dist.storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class Compare:
 
 def settings(config: Config) -> dict[str, Any]:
     """Return what a decision depends on beside the two evaluations."""
-    return {name: getattr(config, name) for name in ("draws", "level", "margin_nll", "margin_ece", "seed")}
+    names = ("draws", "level", "margin_nll", "margin_ece", "gate", "unlabelled", "seed")
+    chosen = {name: getattr(config, name) for name in names}
+    return chosen if config.recalibrate == "prior" else {**chosen, "recalibrate": config.recalibrate}
 
 
 def decide(differences: Mapping[str, Mapping[str, float]], margins: Mapping[str, float]) -> tuple[bool, str]:
@@ -68,6 +72,13 @@ def decide(differences: Mapping[str, Mapping[str, float]], margins: Mapping[str,
     change = f"{name.upper()} of the candidate minus that of the current one: {found['value']:+.4f}, interval "
     text = f"{change}{found['low']:+.4f} to {found['high']:+.4f}, margin {margins[name]:.4g}"
     return not over, text if not over else f"{text}: it is not shown to be no worse"
+
+
+def metrics_of(store: Store, sides: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the metrics of `map`, `current` and `candidate`, from the evaluations of the two sides."""
+    found = {name: open_json(store.read(s["evaluation"]), s["evaluation"])["metrics"] for name, s in sides.items()}
+    own = {name: metrics["laplace"] for name, metrics in found.items()}
+    return {"map": found["candidate"]["map"], "current": own["current"], "candidate": own["candidate"]}
 
 
 def weights_of(terms: Sequence[Any]) -> list[dict[str, Any]]:

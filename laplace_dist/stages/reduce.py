@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from laplace_dist.errors import CheckpointError
+from laplace_dist.errors import CheckpointError, listed
 from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run import partials, versions, windows
@@ -73,6 +73,10 @@ class WriteFactors:
         """Do so; the receipt has `prefix` and `entry` of each array by name, under `factors`."""
         store, plan = context.store, context.plan
         there = {window.name: window for window in windows_of(store, plan)}
+        if gone := self.weights.keys() - there.keys():
+            raise CheckpointError(
+                f"the windows {listed(sorted(gone))} are not there any more: another job has taken over and deleted them."
+            )
         terms = terms_of([(there[name], weight) for name, weight in self.weights.items()])
         if versions.version_of(terms) != self.version:
             raise CheckpointError(

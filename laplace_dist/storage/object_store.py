@@ -13,9 +13,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from laplace_dist.config.secrets import scrub
 from laplace_dist.errors import SettingsError
-from laplace_dist.storage.retry import FAILURES, Patient, lost_upload, no_bucket, patiently, refuses
+from laplace_dist.storage.retry import Patient, failures, lost_upload, no_bucket, patiently, refuses
 
-__all__ = ["FAILURES", "create", "no_bucket", "open_url", "refuses", "scrub", "swap", "swaps"]
+__all__ = ["failures", "create", "no_bucket", "open_url", "refuses", "scrub", "swap", "swaps"]
 
 # Of one request: three quick tries by botocore. What outlasts them is tried again by `patience`, with longer waits.
 # Ten connections, botocore's default, would make 10,000 manifests wait for each other.
@@ -41,7 +41,7 @@ def open_url(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         fs, root = fsspec.core.url_to_fs(url, **given)
         if fs.async_impl and hasattr(fs, "connect"):
             fs.connect()  # makes the client, without a request: here a bad option or endpoint is noticed
-    except (ValueError, ImportError, TypeError, *FAILURES) as error:
+    except (ValueError, ImportError, TypeError, *failures()) as error:
         reason = scrub(f"{type(error).__name__}: {error}", options)
         raise SettingsError(f"--checkpoint {url!r}: cannot be opened ({reason})") from None
     _check_creates(fs, url)
@@ -63,7 +63,7 @@ def create(fs: Patient, path: str, data: bytes) -> bool:
         try:
             fs.fs.pipe_file(path, data, mode="create")
             return True
-        except FAILURES as error:  # exists; or a conflict with a write in progress; or the answer was lost
+        except failures() as error:  # exists; or a conflict with a write in progress; or the answer was lost
             if refuses(error) or (isinstance(error, FileNotFoundError) and not lost_upload(error)):
                 raise
             failure = error
@@ -92,7 +92,7 @@ def swap(fs: Patient, path: str, expected: bytes, data: bytes) -> bool:
             fs.fs.pipe_file(path, data, IfMatch=etag)
             return True
         except (
-            FAILURES
+            failures()
         ) as error:  # another one was first; or a conflict with a write in progress; or the answer was lost
             if refuses(error):
                 raise

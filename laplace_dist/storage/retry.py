@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,23 +22,24 @@ PATIENCE = 120.0
 # times a second then, which brings down no server that is coming back.
 SLOWEST = 5.0
 
-FAILURES: tuple[type[Exception], ...] = (OSError, asyncio.TimeoutError)
-_NO_CREDENTIALS: tuple[type[Exception], ...] = ()
-_PASSING: tuple[type[Exception], ...] = (asyncio.TimeoutError, TimeoutError, ConnectionError)
+_PASSING = (asyncio.TimeoutError, TimeoutError, ConnectionError)
 _PASSING_NUMBERS = (errno.EBUSY, errno.EREMOTEIO, errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.EHOSTUNREACH)
 # Of the 4xx, those that ask for another try; 412 is final only where the object that stood in the way can be read.
 _PASSING_ANSWERS = (408, 409, 412, 425, 429)
-try:  # the remote file systems' own failures, where they are installed
-    from aiohttp import ClientError as HttpError
-    from botocore import exceptions as boto
-    from botocore.parsers import ResponseParserError
-
-    FAILURES = (*FAILURES, boto.BotoCoreError, boto.ClientError, HttpError, ResponseParserError)
-    _NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.TokenRetrievalError)
-    _PASSING += (boto.HTTPClientError, boto.ConnectionError, boto.ResponseStreamingError, boto.IncompleteReadError)
-    _PASSING += (HttpError, ResponseParserError)
-except ImportError:
-    pass
+# The remote file systems' own failures, by module. Only what is loaded can have raised one; loading takes half a second.
+_REMOTE = {
+    "aiohttp": ("ClientError",),
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "botocore.parsers": ("ResponseParserError",),
+}
+_REMOTE_PASSING = {
+    "aiohttp": ("ClientError",),
+    "botocore.exceptions": ("HTTPClientError", "ConnectionError", "ResponseStreamingError", "IncompleteReadError"),
+    "botocore.parsers": ("ResponseParserError",),
+}
+_NO_CREDENTIALS = {
+    "botocore.exceptions": ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"),
+}
 
 _PATTERN = re.compile(r"[*?\[]")  # what fsspec's bulk operations expand instead of taking it as it is
 _AT_ONCE = 16  # single deletions
@@ -49,9 +51,20 @@ _told = float("-inf")  # when a warning was last logged
 # ------------------------------------------------------------------ what a failure means
 
 
+def failures() -> tuple[type[Exception], ...]:
+    """Return the classes of errors that a file system's operations raise."""
+    return (OSError, asyncio.TimeoutError, *_loaded(_REMOTE))
+
+
+def _loaded(names: Mapping[str, tuple[str, ...]]) -> list[type[Exception]]:
+    """Return classes of the modules that are loaded."""
+    modules = ((sys.modules[module], classes) for module, classes in names.items() if module in sys.modules)
+    return [getattr(module, name) for module, classes in modules for name in classes]
+
+
 def refuses(error: Exception) -> bool:
     """Say whether an error means that the credentials or the bucket are wrong, so that trying again is no use."""
-    return isinstance(error, (PermissionError, *_NO_CREDENTIALS)) or no_bucket(error)
+    return isinstance(error, (PermissionError, *_loaded(_NO_CREDENTIALS))) or no_bucket(error)
 
 
 def no_bucket(error: BaseException | None) -> bool:
@@ -71,7 +84,9 @@ def may_pass(error: BaseException) -> bool:
     for response in _responses(error):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
         return status >= 500 or status in _PASSING_ANSWERS
-    return isinstance(error, _PASSING) or getattr(error, "errno", None) in _PASSING_NUMBERS
+    return (
+        isinstance(error, (*_PASSING, *_loaded(_REMOTE_PASSING))) or getattr(error, "errno", None) in _PASSING_NUMBERS
+    )
 
 
 def _responses(error: BaseException | None) -> list[Mapping[str, Any]]:
@@ -165,7 +180,7 @@ class Patient:
 
         try:
             self._try(missing, f"reading {len(paths)} objects")
-        except FAILURES:
+        except failures():
             if not found:
                 raise
         return found

@@ -272,7 +272,7 @@ class Store(Arrays):
         """Turn the file system's errors into ones that name the object and the remedy."""
         try:
             yield
-        except retry.FAILURES as error:
+        except retry.failures() as error:
             raise self._explain(error, key, verb) from (error if self.is_local else None)
 
     def _explain(self, error: Exception, key: str, verb: str) -> Exception:

@@ -11,6 +11,8 @@ from itertools import count
 from laplace_dist.execution.tasks import Event, Task
 from laplace_dist.execution.timeouts import Limit
 
+SLOWNESS = 10  # of a straggler
+
 
 class SimulatedPool:
     """Workers that take time, are preempted at random, and come back; it is what `run_tasks` needs of a pool.
@@ -25,6 +27,7 @@ class SimulatedPool:
         seconds: That an attempt takes.
         start: Seconds until a worker is there.
         poisoned: What the poisoned tasks are called.
+        stragglers: Probability that an attempt takes ten times as long.
 
     Attributes:
         now: The time in seconds.
@@ -41,19 +44,21 @@ class SimulatedPool:
         seconds: float = 60.0,
         start: float = 0.0,
         poisoned: Collection[str] = (),
+        stragglers: float = 0.0,
     ) -> None:
         self.size, self.idle, self.busy = size, 0, 0
         self.now, self.worked, self.attempts = 0.0, 0.0, Counter()
         self._preempted, self._random = preempted, random.Random(seed)
         self._seconds, self._start, self._poisoned = seconds, start, poisoned
-        self._alive = 0
+        self._stragglers, self._alive = stragglers, 0
         self._due: list[tuple[float, int, Event | None]] = []
         self._order = count()
 
     @property
     def ideal(self) -> float:
         """Seconds that the work done so far, with what was lost, takes at best: evenly shared, without a pause."""
-        return self.worked / self.size
+        unfinished = sum(due - self.now for due, _, event in self._due if event is not None)
+        return (self.worked - unfinished) / self.size
 
     def top_up(self, wanted: int) -> None:
         """Start workers until there are `wanted`, at most `size`."""
@@ -71,12 +76,17 @@ class SimulatedPool:
             seconds = self._random.random() * self._seconds
             event = Event(task, failure="its node was preempted", lost=True)
         else:
-            seconds, event = self._seconds, Event(task, receipt={}, seconds=self._seconds)
+            slow = self._stragglers > 0 and self._random.random() < self._stragglers
+            seconds = self._seconds * (SLOWNESS if slow else 1)
+            event = Event(task, receipt={}, seconds=seconds)
         self.worked += seconds
         self._later(seconds, event)
 
     def wait(self, seconds: float, limit: Limit) -> list[Event]:
-        """Move the clock to the next thing that happens, and return it."""
+        """Move the clock to the next thing that happens, and return it; at most by so many seconds."""
+        if self._due[0][0] > self.now + seconds:
+            self.now += seconds
+            return []
         self.now, _, event = heapq.heappop(self._due)
         if event is None:
             self.idle += 1

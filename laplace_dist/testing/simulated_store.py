@@ -8,7 +8,7 @@ it or not. A write is whole, and seen at once by everybody.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -38,9 +38,9 @@ class Objects:
     """
 
     now: Callable[[], float]
-    data: dict[str, bytes] = field(default_factory=dict)
-    times: dict[str, float] = field(default_factory=dict)
-    writers: dict[str, str] = field(default_factory=dict)
+    data: MutableMapping[str, bytes] = field(default_factory=dict)
+    times: MutableMapping[str, float] = field(default_factory=dict)
+    writers: MutableMapping[str, str] = field(default_factory=dict)
 
     def put(self, key: str, data: bytes) -> None:
         """Write an object."""
@@ -54,6 +54,32 @@ class Objects:
     def under(self, prefix: str) -> list[str]:
         """Return the keys of the object with this key and of those under it."""
         return sorted(key for key in self.data if not prefix or key == prefix or key.startswith(f"{prefix}/"))
+
+    def folder(self, prefix: str) -> Objects:
+        """Return what lies under a prefix, by its key there; whoever changes the one changes the other."""
+        return Objects(self.now, *(_Folder(of, f"{prefix}/") for of in (self.data, self.times, self.writers)))
+
+
+class _Folder(MutableMapping[str, Any]):
+    """The entries of a mapping whose keys have a prefix, without it."""
+
+    def __init__(self, whole: MutableMapping[str, Any], prefix: str) -> None:
+        self._whole, self._prefix = whole, prefix
+
+    def __getitem__(self, key: str) -> Any:
+        return self._whole[self._prefix + key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._whole[self._prefix + key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._whole[self._prefix + key]
+
+    def __iter__(self) -> Iterator[str]:
+        return (key.removeprefix(self._prefix) for key in list(self._whole) if key.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class SimulatedStore(Checkpoint):
@@ -76,6 +102,13 @@ class SimulatedStore(Checkpoint):
         self.objects, self.actor, self.faults = objects, actor, dict(faults or {})
         self.job = job
         self._given: dict[str, bytes] = {}
+
+    def under(self, prefix: str) -> SimulatedStore:
+        """Return the store of what lies under a prefix, to which the same happens."""
+        inner = object.__new__(type(self))
+        inner.__dict__ |= self.__dict__
+        inner.url, inner.objects, inner._given = f"{self.url}/{prefix}", self.objects.folder(prefix), {}
+        return inner
 
     # -------------------------------------------------------------- what the store is made of
 
@@ -102,6 +135,18 @@ class SimulatedStore(Checkpoint):
     def replace(self, key: str, data: bytes) -> None:
         """Write an object over the old one."""
         self._do("replace", key, lambda: self.objects.put(key, data))
+
+    def swap(self, key: str, expected: bytes, data: bytes) -> bool:
+        """Write an object over the old one if that has the expected bytes."""
+
+        def effect() -> bool:
+            if key not in self.objects.data:
+                raise self._missing(key)
+            if self.objects.data[key] == expected:
+                self.objects.put(key, data)
+            return self.objects.data[key] == data
+
+        return self._do("swap", key, effect)
 
     def list(self, prefix: str = "", *, recursive: bool = True) -> list[str]:
         """Return the keys under a prefix."""

@@ -10,7 +10,7 @@ from torch.distributions import Normal
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from laplace import Laplace, tuning
+from laplace import Laplace, scoring, tuning
 from laplace.tuning import prior_precision_grid, score_grid, select_prior_precision
 from laplace.utils import validate
 from laplace.utils.metrics import classification_scores
@@ -187,7 +187,7 @@ def test_scores_add_up_over_shards(subset, structure):
 def test_a_sweep_in_chunks_is_the_same_sweep(monkeypatch):
     la, (x, y) = fitted("all", "kron"), validation()
     whole, _ = score_grid(la, loader(x, y), GRID, link_approx="bridge")
-    monkeypatch.setattr(tuning, "_SWEEP", 40)
+    monkeypatch.setattr(scoring, "_SWEEP", 40)
     chunked, _ = score_grid(la, loader(x, y), GRID, link_approx="bridge")
     close(chunked, whole, 1e-12)
 

@@ -135,7 +135,10 @@ class Worker(Context):
         assert factors(self.store, self.plan, version) == serial(kind_of(self.plan))
         value = torch.tensor([1.0 + kind_of(self.plan)])
         return SimpleNamespace(
-            prior_precision=value, likelihood_object=Categorical(), log_marginal_likelihood=lambda: torch.tensor(2.0)
+            prior_precision=value,
+            likelihood_object=Categorical(),
+            logit_temperature=1.0,
+            log_marginal_likelihood=lambda: torch.tensor(2.0),
         )
 
 
@@ -161,7 +164,7 @@ class Follow:
             tunings.commit_shard(*common, key, torch.tensor([1.0, 2.0], dtype=torch.float64), 4, made)
         elif self.stage == "tune":
             for shard in SHARDS:
-                tunings.read_shard(context.store, layout.tuning_shard_key(self.key, shard), 2)
+                tunings.read_shard(context.store, layout.tuning_shard_key(self.key, shard))
             tunings.commit_tuning(*common, self.key, {"seed": 0}, la, SHARDS, environment=made)
         elif self.shard:
             key = layout.evaluation_shard_key(self.key, "test", self.shard)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,10 +68,17 @@ def test_a_folder_imports_only_from_those_before_it(folder):
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
-def test_every_folder_has_its_place_and_the_top_holds_five_modules():
+def test_every_folder_has_its_place_and_the_top_holds_six_modules():
     inside = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert inside == set(FOLDERS)
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "job", "recalibration", "cli", "errors"}
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {
+        "__init__",
+        "job",
+        "recalibration",
+        "planning",
+        "cli",
+        "errors",
+    }
 
 
 def test_no_module_imports_itself_by_a_detour():
@@ -102,3 +111,22 @@ def test_the_jobs_package_contains_no_mathematics():
         if "laplace_dist" in path.parts:
             names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
             assert not names & forbidden, path
+
+
+@pytest.mark.parametrize("module", ["laplace", "laplace_dist.cli"])
+def test_what_a_start_does_not_need_is_not_loaded(module):
+    """Packages that take a tenth of a second and more, and are for one kind of storage, failure or backend."""
+    code = f"import sys, {module}; print(sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for package in (
+        "aiohttp",
+        "botocore",
+        "scipy",
+        "ray",
+        "sklearn",
+        "curvlinops",
+        "matplotlib",
+        "torchmetrics",
+        "transformers",
+    ):
+        assert f"'{package}'" not in loaded, package

@@ -424,3 +424,121 @@ def test_the_pool_gets_a_limit_from_the_times_that_it_reports():
     Timed.limits.clear()
     run(Timed(size=1), tasks(2))
     assert Timed.limits == [float("inf")] * 2, "stages whose tasks are not alike have none"
+
+
+# ------------------------------------------------------------------ attempts that take too long
+
+
+class Clocked(Script):
+    """A script on a clock: every attempt takes as long as `seconds(task, attempt)` says; ties are in the order of submission."""
+
+    def __init__(self, seconds, size=4, answer=lambda task, attempt: None):
+        super().__init__(answer, size)
+        self.seconds, self.now, self.due, self.begun = seconds, 0.0, [], Counter()
+
+    @property
+    def busy(self):
+        return len(self.due)
+
+    def submit(self, task):
+        assert self.idle > 0
+        self.idle -= 1
+        self.begun[task.what] += 1
+        took = self.seconds(task, self.begun[task.what])
+        self.due.append((self.now + took, len(self.due), took, task, self.begun[task.what]))
+        self.due.sort(key=lambda item: item[:2])
+
+    def wait(self, seconds, limit):
+        if not self.due or self.due[0][0] > self.now + seconds:
+            self.now += seconds
+            return []
+        self.now, _, took, task, attempt = self.due.pop(0)
+        self.idle += 1
+        answer = self.answer(task, attempt)
+        return [
+            Event(task, receipt={"attempt": attempt}, seconds=took) if answer is None else replace(answer, task=task)
+        ]
+
+
+def carried_out(pool, n, alike=True):
+    """Return the receipts by task, and the lines that were said."""
+    done, said = {}, []
+
+    def on_done(task, receipt):
+        assert task.what not in done, "a task is done once"
+        done[task.what] = receipt["attempt"]
+
+    run_tasks(pool, [Named(str(i)) for i in range(n)], on_done, say=said.append, alike=alike, clock=lambda: pool.now)
+    assert len(done) == n
+    return done, said
+
+
+def test_an_idle_worker_begins_the_slow_one_again_and_the_run_does_not_wait_for_the_first():
+    pool = Clocked(lambda task, attempt: 1000.0 if task.what == "9" and attempt == 1 else 20.0)
+    done, said = carried_out(pool, 10)
+    assert done == {str(i): 1 for i in range(9)} | {"9": 2}
+    assert said == ["9: takes much longer than others; an idle worker does it too, and the first to finish counts"]
+    assert pool.now <= 60 + 30 + 20 + 1 and pool.busy == 1  # the first attempt is still at work
+
+
+def test_the_first_attempt_counts_where_it_is_first():
+    pool = Clocked(lambda task, attempt: 35.0 if task.what == "9" and attempt == 1 else 20.0)
+    done, said = carried_out(pool, 10)
+    assert done["9"] == 1 and len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "alike"),
+    [(lambda what: 25.0 if what == "9" else 20.0, True), (lambda what: 9.0 if what == "9" else 1.0, True)]
+    + [(lambda what: 1000.0 if what == "9" else 20.0, False)],
+)
+def test_what_is_a_little_slower_short_or_large_is_waited_for(seconds, alike):
+    pool = Clocked(lambda task, attempt: seconds(task.what))
+    assert carried_out(pool, 10, alike)[1] == [] and max(pool.begun.values()) == 1
+
+
+def test_nothing_is_begun_twice_while_there_is_other_work():
+    pool = Clocked(lambda task, attempt: 300.0 if task.what == "0" else 20.0)
+    assert carried_out(pool, 200)[1] == []
+
+
+def test_a_second_attempt_on_a_slow_node_gets_a_third_and_there_are_no_more():
+    pool = Clocked(lambda task, attempt: 1000.0 if task.what == "9" and attempt < 3 else 20.0)
+    assert carried_out(pool, 10)[0]["9"] == 3
+    pool = Clocked(lambda task, attempt: 1000.0 if task.what == "9" else 20.0)
+    assert carried_out(pool, 10)[0]["9"] == 1 and pool.begun["9"] == 3
+
+
+def test_an_attempt_that_fails_beside_another_is_not_begun_again_and_counts_against_nothing():
+    lost = Event(None, failure="its node was preempted", lost=True)
+    pool = Clocked(
+        lambda task, attempt: {1: 200.0, 2: 10.0}.get(attempt, 999.0) if task.what == "9" else 20.0,
+        answer=lambda task, attempt: lost if (task.what, attempt) == ("9", 2) else None,
+    )
+    done, said = carried_out(pool, 10)
+    assert said[1] == "9: its node was preempted; another attempt at it goes on" and done["9"] == 1
+    assert pool.begun["9"] == 4, "at once there are three"
+
+
+def test_what_an_earlier_stage_left_behind_is_none_of_the_next_one_s():
+    pool = Clocked(lambda task, attempt: 200.0 if task.what == "9" and attempt == 1 else 20.0)
+    carried_out(pool, 10)
+    assert pool.busy == 1
+    more = {}
+    tasks = [Named(f"next {i}") for i in range(40)]
+    run_tasks(pool, tasks, lambda task, receipt: more.update({task.what: receipt}), clock=lambda: pool.now)
+    assert len(more) == 40 and not pool.busy
+
+
+def test_a_hundred_thousand_segments_on_a_thousand_workers_end_in_time_with_stragglers():
+    """One attempt of a hundred takes ten times as long; the simulation stands for `benchmarks/simulation.py`, a tenth of it."""
+    pool = SimulatedPool(100, seed=3, stragglers=0.01)
+    done = Counter()
+    run_tasks(
+        pool,
+        (Named(f"segment {i}") for i in range(10_000)),
+        lambda task, receipt: done.update([task.what]),
+        clock=lambda: pool.now,
+    )
+    assert len(done) == 10_000 and set(done.values()) == {1}
+    assert pool.now <= 1.05 * pool.ideal

@@ -197,7 +197,7 @@ def test_no_two_processes_decode_the_same_chunk(reader, tmp_path):
     group.create_array("train/y", data=np.arange(32), chunks=(8,))
     dataset = ZarrSplit(str(tmp_path / "data"), "train")
     ahead = reader(dataset, batch_size=2)
-    ranges = _Ranges(2, dataset.rows_per_read)
+    ranges = _Ranges(2, dataset.chunk_of)
     ranges.start, ranges.stop = 0, 32
     assert [len(unit) for unit in ranges] == [4, 4, 4, 4]
     ranges.start, ranges.stop = 6, 11

@@ -101,8 +101,8 @@ def tuned(run, key):
 
 
 def shard_of_tuning(run, key):
-    totals, n = tunings.read_shard(run, key)
-    return totals.tolist(), n
+    totals, of_map, n = tunings.read_shard(run, key)
+    return totals.tolist(), of_map.tolist(), n
 
 
 def joined(run, key):

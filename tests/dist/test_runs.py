@@ -172,7 +172,9 @@ def test_marglik_tuning_is_that_of_the_core_library(tmp_path, structure):
 
 
 def test_grid_search_over_shards_is_that_of_the_core_library(tmp_path):
-    config = dist_cases.config(tmp_path, skip_tune=False, tune_method="gridsearch", grid_size=21)
+    config = dist_cases.config(
+        tmp_path, skip_tune=False, tune_method="gridsearch", grid_size=21, prior_range=[1e-4, 1e4]
+    )
     run(config)
     alone = one_process(config)
     loader = DataLoader(dist_cases.blobs("val"), batch_size=config.batch_size)
@@ -183,13 +185,15 @@ def test_grid_search_over_shards_is_that_of_the_core_library(tmp_path):
 
 def test_a_prior_on_the_edge_of_the_grid_is_said(tmp_path):
     said = []
-    config = dist_cases.config(tmp_path, skip_tune=False, grid_size=2)
+    config = dist_cases.config(tmp_path, skip_tune=False, grid_size=2, prior_range=[1e-4, 1e4])
     with dist_cases.inline_job(config) as job:
         job.say = said.append
         job.open()
         job.map()
         job.tune(job.reduce())
-    assert any("warning: The best prior precision" in line and "edge of the grid" in line for line in said)
+    assert any(
+        "The best prior precision, 0.0001, lies at an end of --prior-range 0.0001 10000" in line for line in said
+    )
 
 
 def test_metrics_are_those_of_the_whole_splits(tmp_path):
@@ -259,7 +263,8 @@ def test_a_time_out_that_the_user_gives_holds_for_every_task(tmp_path, given, mo
         "SumPart": given,
         "WriteFactors": math.inf if given is None else given,
         "ScoreShard": several,
-        "ChooseFromGrid": given,
+        "FirstNoWorse": given,
+        "CommitChoice": given,
         "EvaluateShard": several,
         "Summarize": given,
     }
@@ -281,7 +286,7 @@ def test_settings_that_differ_from_the_plan_are_named(tmp_path):
     ("changes", "message"),
     [
         ({"pred_type": "nn"}, "--link-approx: got 'probit' with --pred-type nn.*expected mc"),
-        ({"tune_method": "gridsearch", "likelihood": "regression"}, "--tune-method: got 'gridsearch' for regression"),
+        ({"recalibrate": "both", "likelihood": "regression"}, "--recalibrate: got 'both' for regression"),
         (
             {"tune_method": "gridsearch", "prior_structure": "layerwise"},
             "--prior-structure: got 'layerwise'.*expected scalar",

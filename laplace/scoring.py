@@ -1,0 +1,205 @@
+"""Losses of many prior precisions, temperatures and noises on validation data, in one pass over it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace import predictive
+from laplace.enums import LinkApprox, PredType, parse
+from laplace.fitted import Fitted
+from laplace.likelihoods.base import Prediction
+from laplace.linalg.precision import widened
+from laplace.search import vertex
+
+_SWEEP = 1 << 24  # elements of the variances of one sweep over priors
+MAP = None  # in place of a prior's number
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one pass over validation data tells about candidates; those of parts of the data add up.
+
+    Attributes:
+        totals: Summed losses ``(priors, columns)``, float64. A column for each temperature; or where the observation noise is
+            left open, the two that :func:`profile_noise` takes.
+        map_totals: The same of the MAP, ``(columns,)``.
+        n: Number of terms: examples, or examples times outputs or positions.
+        examples: If asked for, scores per term by name, ``(priors · temperatures + 1, terms)``; those of the MAP, at
+            temperature 1, come last.
+    """
+
+    totals: Tensor
+    map_totals: Tensor
+    n: int
+    examples: dict[str, Tensor]
+
+
+@torch.no_grad()
+def score_candidates(
+    la: Fitted,
+    loader: Iterable,
+    priors: Sequence[float] | None = None,
+    temperatures: Sequence[float] = (1.0,),
+    *,
+    link_approx: LinkApprox | str = LinkApprox.PROBIT,
+    pred_type: PredType | str = PredType.GLM,
+    n_samples: int = 100,
+    seed: int = 0,
+    keep: bool = False,
+    open_noise: bool = False,
+    progress_bar: bool = False,
+) -> Scores:
+    r"""Score every pair of a prior precision and a temperature of the logits, and the MAP, in one pass over the data.
+
+    With ``open_noise``, for a regression under ``pred_type='glm'``, a candidate :math:`\lambda` stands for the
+    prior precisions :math:`\delta = \lambda / \sigma^2`, under which the predictive variance is
+    :math:`\sigma^2 (1 + v_\lambda)` with :math:`v_\lambda = J (H + \lambda)^{-1} J^\top`, and the best noise is a closed form.
+
+    Args:
+        la: A fitted posterior; left as it is.
+        loader: Validation batches.
+        priors: Scalar prior precisions; the posterior's own, whatever its structure, if not given.
+        temperatures: Of the logits; not for a regression.
+        link_approx: Link of the GLM predictive.
+        pred_type: ``'glm'`` or ``'nn'``.
+        n_samples: Samples of predictives that draw any.
+        seed: Of these samples; all candidates see the same draws.
+        keep: Keep the scores of every term.
+        open_noise: Leave the observation noise open.
+        progress_bar: Show progress over batches.
+
+    Raises:
+        ValueError: If the loader is empty, or targets do not fit the predictions.
+    """
+    la._check_weights()
+    law, noise = la.likelihood_object.fitted, la.sigma_noise
+    free = open_noise
+    precisions = [la.prior_precision] if priors is None else torch.tensor(priors, dtype=torch.float64)
+    columns = 2 if free else len(temperatures)
+    totals = torch.zeros(len(precisions), columns, dtype=torch.float64)
+    map_totals, n, offset = torch.zeros(columns, dtype=torch.float64), 0, 0
+    rows: dict[str, list[list[Tensor]]] = {}
+    wanted = [1.0] if free else list(dict.fromkeys((*temperatures, 1.0)))
+    if free:
+        la.sigma_noise = 1.0
+    try:
+        for x, y in parts(la, loader, progress_bar):
+            first, found = True, {}
+            for index, t, prediction in sweep(la, x, precisions, link_approx, pred_type, n_samples, seed, wanted):
+                if first:
+                    law.check_scored(prediction, y, offset)
+                    first = False
+                counts = free or t < len(temperatures)
+                row = map_totals if index is MAP else totals[index]
+                terms = law.free_noise_terms(prediction, y) if free else {}
+                if free:
+                    row += torch.stack([terms[name].sum().cpu() for name in ("spread", "error")])
+                elif counts:
+                    row[t] += law.tuning_loss(prediction, y, float(noise))
+                if keep and (counts if index is not MAP else wanted[t] == 1):
+                    scores = {k: v.mean(1) for k, v in terms.items()} or law.scores(prediction, y, float(noise))
+                    found[(math.inf if index is MAP else index, t)] = scores
+            for name in next(iter(found.values())) if found else ():
+                rows.setdefault(name, []).append([found[key][name].cpu() for key in sorted(found)])
+            n, offset = n + y.numel(), offset + len(y)
+    finally:
+        la.sigma_noise = noise
+    if n == 0:
+        raise ValueError("The validation data is empty.")
+    examples = {name: torch.cat([torch.stack(part) for part in batches], 1) for name, batches in rows.items()}
+    return Scores(totals, map_totals, n, examples)
+
+
+def profile_noise(totals: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    r"""Mean loss per term under the best observation noise, and that noise, of candidates ``(…, 2)``.
+
+    From :math:`S = \sum \log(1 + v)` and :math:`E = \sum (y - f)^2 / (1 + v)` over :math:`n` values it is
+    :math:`\sigma^2 = E / n`, where the mean loss is :math:`\tfrac12 (S / n + \log(2 \pi \sigma^2) + 1)`.
+    """
+    spread, variance = totals[..., 0] / n, totals[..., 1] / n
+    return (spread + (2 * math.pi * variance).log() + 1) / 2, variance.sqrt()
+
+
+def loss_under_noise(spread: Tensor, error: Tensor, noise: float) -> Tensor:
+    r"""Loss of every term under an observation noise, from :math:`\log(1 + v)` and :math:`(y - f)^2 / (1 + v)`."""
+    return (spread + error / noise**2 + math.log(2 * math.pi * noise**2)) / 2
+
+
+def lowest_over_temperatures(losses: Tensor) -> Tensor:
+    """The lowest loss of every row, by :func:`laplace.search.vertex`; columns are evenly spaced logarithms of temperatures."""
+    places = list(range(losses.shape[-1]))
+    return torch.tensor([vertex(places, row.tolist())[1] for row in losses], dtype=torch.float64)
+
+
+def parts(la: Fitted, loader: Iterable, progress_bar: bool) -> Iterator[tuple[Any, Tensor]]:
+    """Batches in the parts in which they are captured."""
+    for x, y in la._batches(loader, progress_bar, "Scoring prior precisions"):
+        yield from ((inputs, targets) for _, inputs, targets in la._parts(x, y))
+
+
+def sweep(
+    la: Fitted,
+    x: Any,
+    grid: Sequence[Tensor],
+    link_approx: LinkApprox | str,
+    pred_type: PredType | str,
+    n_samples: int,
+    seed: int,
+    temperatures: Sequence[float] = (1.0,),
+    *,
+    spread: bool = True,
+    diagonal: bool = True,
+    with_map: bool = True,
+) -> Iterator[tuple[int | None, int, Prediction]]:
+    """The likelihood's predictions for every prior precision and temperature, one forward and backward pass in all.
+
+    Yields the prior's number, :data:`MAP` for the MAP, the temperature's, and the prediction. With the outputs alone where a
+    prior precision does not change their mean, unless ``spread`` asks for their variances: covariances of the linearised
+    network's outputs, but for ``diagonal``.
+    """
+    pred_type, link_approx = parse(PredType, pred_type, "pred_type"), parse(LinkApprox, link_approx, "link_approx")
+    predictive.check_combination(la, pred_type, link_approx)
+    law = la.likelihood_object.fitted
+    own = la.prior_precision
+    priors = [value if value is own else value.reshape(-1).to(la._device, la._dtype) for value in grid]
+    if pred_type is PredType.NN:
+        yield from _sweep_networks(la, x, priors, n_samples, seed, temperatures, with_map)
+        return
+    capture = la.backend.capture(x)
+    if with_map:
+        outputs = widened(capture.f)
+        yield from ((MAP, t, law.at(outputs / value)) for t, value in enumerate(temperatures))
+    if not (law.grid_needs_variance or spread):
+        yield from ((index, 0, (capture.f,)) for index in range(len(grid)))
+        return
+    diagonal = law.diagonal_suffices(link_approx) or (diagonal and law.predicts_outputs)
+    outputs = capture.f[0].numel()
+    step = max(1, _SWEEP // (len(capture.f) * outputs * (1 if diagonal else outputs)))
+    for start in range(0, len(priors), step):
+        variances = la._glm_variance(capture, priors[start : start + step], diagonal)
+        for index, variance in enumerate(variances.detach(), start):
+            for t, value in enumerate(temperatures):
+                generator = torch.Generator(la._device).manual_seed(seed)
+                f, spread_of = (capture.f, variance) if value == 1 else (capture.f / value, variance / value**2)
+                yield index, t, law.integrate(f, spread_of, link_approx, n_samples, generator)
+
+
+def _sweep_networks(la, x: Any, priors, n_samples: int, seed: int, temperatures, with_map: bool):
+    law, before = la.likelihood_object.fitted, la.prior_precision
+    if with_map:
+        outputs = predictive.map_outputs(la, x)
+        yield from ((MAP, t, law.at(outputs / value)) for t, value in enumerate(temperatures))
+    try:
+        for index, prior in enumerate(priors):
+            la.prior_precision = prior
+            generator = torch.Generator(la._device).manual_seed(seed)
+            outputs = widened(predictive.sampled_outputs(la, x, n_samples, generator))
+            yield from ((index, t, law.of_networks(outputs / value)) for t, value in enumerate(temperatures))
+    finally:
+        la.prior_precision = before

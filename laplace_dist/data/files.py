@@ -1,0 +1,287 @@
+"""Files under a path or URL: found by split, read by byte ranges, and the same ones from the plan to the last read."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import fsspec
+
+from laplace_dist.config.compatibility import is_url
+from laplace_dist.config.secrets import scrub
+from laplace_dist.errors import SettingsError, listed
+
+KINDS = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
+    ".tar": "tar",
+}
+_PART = re.compile(r"-(?:[0-9]+|part|shard)")  # what follows the split in train-00000-of-00012.parquet
+# By file system; a listing and a look at one file have to agree on it, which they do not on times of objects.
+_VERSIONS = (("ETag",), ("etag",), ("generation",), ("mtime", "ino"))
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_AT_ONCE = 64  # files whose ends are in memory together
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as it was when the data set was opened.
+
+    Attributes:
+        path: Of its file system.
+        name: Below the URL, for messages and digests.
+        size: In bytes.
+        version: What its file system tells replaced files by, such as an ETag or the time of the last change.
+    """
+
+    path: str
+    name: str
+    size: int
+    version: str
+
+
+class FileError(OSError):
+    """A file cannot be read, is cut off, or is not the one that it was; the message names it.
+
+    Attributes:
+        passing: Whether another attempt may succeed: the file system failed, and did not say that there is no such file.
+    """
+
+    passing = False
+
+
+class Place:
+    """A path or URL that files lie under.
+
+    Args:
+        url: Path or URL.
+        storage_options: For a URL; never shown.
+    """
+
+    def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
+        self.url, self.options = url, dict(storage_options or {}) if is_url(url) else {}
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        given = {"use_listings_cache": False, **self.options} if is_url(self.url) else {}
+        fs, root = fsspec.core.url_to_fs(self.url, **given)
+        return fs, root.rstrip("/")
+
+    @property
+    def file_system(self) -> tuple[Any, str]:
+        """The file system of fsspec, and the path of the URL in it."""
+        return self._opened
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "options": self.options}
+
+    @cached_property
+    def top(self) -> dict[str, str]:
+        """What lies directly under the URL, by name: `file` or `directory`; nothing where that cannot be listed."""
+        try:
+            fs, root = self._opened
+            found = fs.ls(root, detail=True)
+        except Exception:  # every file system has errors of its own; who opens something by name says more
+            return {}
+        names = {info["name"].rstrip("/"): info["type"] for info in found}
+        return {name.rpartition("/")[2]: kind for name, kind in names.items() if name != root}
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the URL is that of a file of a known kind."""
+        try:
+            fs, root = self._opened
+            return _kind(root) is not None and fs.isfile(root)
+        except Exception:  # as of `top`
+            return False
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits for which there are folders or files of a known kind."""
+        found = {name if kind == "directory" else _split_of(name) for name, kind in self.top.items()}
+        return sorted(name for name in found if name and not _hidden(name))
+
+    @property
+    def holds_files(self) -> bool:
+        """Whether files of a known kind lie under the URL or in the folders directly under it."""
+        fs, root = self._opened if self.top else (None, "")
+        for name, kind in self.top.items():
+            if kind != "directory":
+                if _split_of(name):
+                    return True
+            elif any(_kind(info["name"]) for info in fs.ls(f"{root}/{name}", detail=True)):
+                return True
+        return False
+
+    def files(self, split: str) -> tuple[str, list[File]]:
+        """Return the kind of a split's files and the files, ordered by their names.
+
+        They are those in the folder `<split>/` and below; or `<split>.parquet`; or `<split>-00000-of-00012.parquet` and so on.
+        Names that begin with a dot or an underscore are passed over, as are files of other kinds.
+
+        Raises:
+            SettingsError: There are none, they are of several kinds, or they lie in two of these ways.
+        """
+        fs, root = self._opened
+        inside = fs.find(f"{root}/{split}", detail=True).values() if self.top.get(split) == "directory" else []
+        inside = [info for info in inside if not _hidden(info["name"].removeprefix(root)[1:])]
+        names = [name for name, kind in self.top.items() if kind != "directory" and _split_of(name) == split]
+        ways = [[info for info in inside if _kind(info["name"])], [fs.info(f"{root}/{name}") for name in names]]
+        if all(ways) or (len(names) > 1 and any(name.rpartition(".")[0] == split for name in names)):
+            some = [self._name(info["name"]) for way in ways for info in way[:2]]
+            raise SettingsError(
+                f"--data: {self.url!r} has split {split!r} twice ({listed(sorted(some))}); keep one folder {split}/, or one "
+                f"file {split}.parquet, or files {split}-00000-of-00012.parquet"
+            )
+        found = sorted((self._file(info) for info in [*ways[0], *ways[1]]), key=lambda file: file.name)
+        kinds = sorted({str(_kind(file.name)) for file in found})
+        if not found:
+            there = f"it has {listed(self.splits)}" if self.splits else "nothing lies there"
+            packed = [
+                info["name"] for info in inside if re.search(r"\.(tar\.|tgz$|tbz|parquet\.|csv|jsonl?$)", info["name"])
+            ]
+            said = f" with files of a known kind ({self._name(packed[0])} is of none)" if packed else ""
+            raise SettingsError(f"--data: {self.url!r} has no split {split!r}{said}; {there}")
+        if len(kinds) > 1:
+            raise SettingsError(
+                f"--data: split {split!r} of {self.url!r} has files of several kinds ({listed(kinds)}); keep one"
+            )
+        return kinds[0], found
+
+    def _file(self, info: Mapping[str, Any]) -> File:
+        return File(info["name"], self._name(info["name"]), info["size"], _version(info))
+
+    def _name(self, path: str) -> str:
+        return path.removeprefix(self._opened[1]).lstrip("/")
+
+    # -------------------------------------------------------------- reading
+
+    def check(self, file: File) -> None:
+        """Refuse a file that is not the one it was when the data set was opened.
+
+        Raises:
+            FileError: Naming the file.
+        """
+        with self._naming(file):
+            now = self._file(self._opened[0].info(file.path))
+        if (now.size, now.version) != (file.size, file.version):
+            raise FileError(
+                f"{file.name} has changed since the data set was opened ({file.size} bytes then, {now.size} now); leave "
+                "the data as they are while a job is at work, and start it again"
+            )
+
+    def read(self, file: File, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return byte ranges of a file, given as `(start, stop)`, asked for together.
+
+        Raises:
+            FileError: They cannot be read or are not there; naming the file.
+        """
+        if not ranges:
+            return []
+        with self._naming(file):
+            found = self._opened[0].cat_ranges(
+                [file.path] * len(ranges),
+                [start for start, _ in ranges],
+                [stop for _, stop in ranges],
+                on_error="raise",
+            )
+        for content, (start, stop) in zip(found, ranges, strict=True):
+            if len(content) != stop - start:
+                raise FileError(f"{file.name} ends within bytes {start} to {stop}: it is truncated; restore it")
+        return found
+
+    def ends(self, files: Sequence[File], count: int) -> Iterator[tuple[File, bytes]]:
+        """Yield files with the last bytes of each, up to `count`, asked for together in groups.
+
+        Raises:
+            FileError: Naming the file, or the first of its group.
+        """
+        for first in range(0, len(files), _AT_ONCE):
+            group = files[first : first + _AT_ONCE]
+            starts = [max(file.size - count, 0) for file in group]
+            with self._naming(group[0]):
+                paths, stops = [file.path for file in group], [file.size for file in group]
+                found = self._opened[0].cat_ranges(paths, starts, stops, on_error="raise")
+            yield from zip(group, found, strict=True)
+
+    def open(self, file: File) -> Any:
+        """Return a file opened for reading in order."""
+        with self._naming(file):
+            return self._opened[0].open(file.path, "rb")
+
+    def content(self, name: str) -> bytes | None:
+        """Return a small file below the URL, or None if there is none.
+
+        Raises:
+            FileError: It cannot be read.
+        """
+        fs, root = self._opened
+        with _Naming(name, self.options):
+            try:
+                return fs.cat_file(f"{root}/{name}")
+            except FileNotFoundError:
+                return None
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write a file below the URL, whole or not at all.
+
+        Raises:
+            FileError: It cannot be written.
+        """
+        fs, root = self._opened
+        path = f"{root}/{name}"
+        other = f"{path}.{uuid.uuid4().hex}"
+        with _Naming(f"{self.url}/{name}", self.options, "cannot be written"):
+            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            fs.pipe_file(other, content)
+            fs.mv(other, path)
+
+    def _naming(self, file: File) -> _Naming:
+        return _Naming(file.name, self.options)
+
+
+class _Naming:
+    """Turns any error of a file system into a `FileError` that names the file and no option."""
+
+    def __init__(self, name: str, options: Mapping[str, Any], what: str = "cannot be read") -> None:
+        self.name, self.options, self.what = name, options, what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if isinstance(error, Exception):  # every file system has errors of its own
+            found = FileError(scrub(f"{self.name} {self.what} ({type(error).__name__}: {error})", self.options))
+            found.passing = not isinstance(error, _LASTING)
+            raise found from None
+
+
+def _split_of(name: str) -> str | None:
+    """Return the split that a file directly under the URL is of, by its name."""
+    if not _kind(name):
+        return None
+    stem = name.rpartition(".")[0]
+    part = _PART.search(stem)
+    return stem[: part.start()] if part else stem
+
+
+def _kind(name: str) -> str | None:
+    return KINDS.get("." + name.rpartition(".")[2].lower()) if "." in name else None
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith((".", "_")) for part in name.split("/"))
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    for keys in _VERSIONS:
+        if all(key in info for key in keys):
+            return " ".join(str(info[key]).strip('"') for key in keys)
+    return ""

@@ -1,0 +1,110 @@
+"""What people are told of a search on validation data: which limit it reached, whether it helps, and what to try."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from laplace_dist.config.likelihood import likelihood_of
+from laplace_dist.config.settings import Config
+
+NO_TEMPERATURE = (
+    "No temperature is best: the loss still falls at the end of all that can be tried, or does not depend on it, as where all "
+    "predictions on the validation data are right. It stays 1."
+)
+
+
+def ending(limit: str | None, prior: float | None, helps: bool, given: Sequence[float] | None) -> list[str]:
+    """Say which limit a search of the prior precision has reached, if any.
+
+    Args:
+        limit: `MAP`, `prior`, `edge` or None.
+        prior: What was chosen.
+        helps: Whether the predictive is another one than MAP's.
+        given: The range in which the search had to stay.
+    """
+    if limit == "MAP":
+        text = f"The loss is lowest where the prior precision is so large ({prior:.3g}) that the predictive is MAP's"
+        return [
+            f"{text}, but for the temperature."
+            if helps
+            else f"{text}: no prior precision makes this posterior better than MAP."
+        ]
+    if limit == "prior":
+        return [
+            f"The loss no longer changes towards weaker priors: {prior:.3g} stands for all smaller prior precisions."
+        ]
+    if limit == "edge":
+        at = (
+            "the end of all that can be tried"
+            if given is None
+            else f"an end of --prior-range {given[0]:g} {given[1]:g}"
+        )
+        return [f"The best prior precision, {prior:.3g}, lies at {at}; a better one may lie outside."]
+    return []
+
+
+def passed_over(compared: Mapping[str, Any]) -> list[str]:
+    """Say that the value of the lowest loss was not taken.
+
+    Args:
+        compared: Differences from MAP, by figure, of the one that was.
+    """
+    shown = ", ".join(f"{name.upper()} {found['value']:+.4f}" for name, found in compared.items())
+    text = (
+        "The value of the lowest loss is shown to be worse than MAP in another figure. Kept is the best one that is not"
+    )
+    return [f"{text} ({shown} against MAP)."]
+
+
+def worse_than_map(compared: Mapping[str, Any], prior: float | None, link: str = "") -> str:
+    """Say that nothing is better than MAP, and what is kept.
+
+    Args:
+        compared: Differences from MAP, by figure, of the value of the lowest loss.
+        prior: The prior precision that is kept, under which the predictive is MAP's; None where none does that.
+        link: Under which none does.
+    """
+    over = {name: found for name, found in compared.items() if found["low"] > 0}
+    shown = " and ".join(
+        f"{name.upper()} by {found['value']:.4f}, interval {found['low']:+.4f} to {found['high']:+.4f}"
+        for name, found in over.items()
+    )
+    text = "No prior precision makes this posterior better than MAP"
+    text += f": the best one is shown to be worse on the validation data ({shown})."
+    if prior is None:
+        return f"{text} Under --link-approx {link} none makes the predictive that of MAP either, so that it stays: use probit."
+    return f"{text} Kept is the limit in which the predictive is MAP's, prior precision {prior:.3g}."
+
+
+def advice(plan: Mapping[str, Any], config: Config) -> str:
+    """Say what to try where nothing makes the posterior better than MAP.
+
+    Args:
+        plan: Settings of the run.
+        config: Those of the job.
+    """
+    ways = ["--subset-of-weights last_layer"] if plan["subset_of_weights"] == "all" else []
+    ways.append(
+        f"--hessian-structure {' or '.join(n for n in ('kron', 'diag', 'full') if n != plan['hessian_structure'])}"
+    )
+    if config.recalibrate == "prior" and likelihood_of(config.likelihood).scales_logits:
+        ways.append("--recalibrate both, which divides the logits by a temperature")
+    return f"To try: {'; '.join(ways)}."
+
+
+def chosen(prior: Any, noise: float | None, temperature: float, method: str) -> str:
+    """Say what a tuning has chosen.
+
+    Args:
+        prior: Prior precision, an array of one or more values.
+        noise: Observation noise, where there is one.
+        temperature: Of the logits.
+        method: How.
+    """
+    several = f"{prior.numel()} values, {prior.min():.4g} to {prior.max():.4g}"
+    text = f"prior precision {prior.item():.4g}" if prior.numel() == 1 else f"prior precision {several}"
+    text += "" if noise is None else f", observation noise {noise:.4g}"
+    text += "" if math.isclose(temperature, 1) else f", temperature of the logits {temperature:.4g}"
+    return f"{text} ({method})"

@@ -1,0 +1,295 @@
+"""What a recalibration asks of a candidate beside the comparison, and what it keeps."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import test_windows
+from recalibration_cases import SIZES, begin, day, decision
+from test_windows import config
+
+import laplace_dist
+from laplace_dist import cli
+from laplace_dist.config import gates
+from laplace_dist.errors import CheckpointError, SettingsError
+from laplace_dist.job import Job, tune_posterior
+from laplace_dist.recalibration import RecalibrationJob, rollback
+from laplace_dist.run import decompositions, layout, pointer, retention
+from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.run.combination import windows_of
+from laplace_dist.run.ownership import read_plan
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A run with a fit and one recalibration; tests copy it."""
+    return begin(tmp_path_factory.mktemp("recalibration") / "run")
+
+
+@pytest.fixture
+def run(kept, tmp_path):
+    shutil.copytree(kept, tmp_path / "run")
+    return tmp_path / "run"
+
+
+# ------------------------------------------------------------------ thresholds
+
+MET = {
+    "nll<=-0.09": True,
+    "nll <= -0.11": False,
+    "accuracy>=-.2": True,
+    "accuracy>=0": False,
+    "ece<=4.1e-2": True,
+    "candidate:accuracy>=0.8": True,
+    "candidate:accuracy<=0.79": False,
+    "candidate:ece<=+0.05": True,
+}
+FIGURES = {"nll": 0.5, "accuracy": 0.8, "ece": 0.05}
+
+
+@pytest.mark.parametrize("text", MET)
+def test_a_threshold_bounds_a_difference_or_the_candidates_own_figure(text):
+    (found,) = gates.check([text], FIGURES, {"nll": 0.6, "accuracy": 0.9, "ece": 0.01})
+    assert found["met"] is MET[text] and found["gate"] == text
+
+
+@pytest.mark.parametrize("gate, met", [("nll<=10", True), ("candidate:accuracy>=1.5", False)])
+def test_a_threshold_is_asked_beside_the_comparison(run, gate, met):
+    store = Checkpoint(str(run))
+    before = store.read(layout.CURRENT)
+    found = day(run, 2, gate=["brier<=9", gate])
+    assert found.promoted == met and (store.read(layout.CURRENT) == before) != met
+    shown = decision(run, "day-2")["gates"]
+    assert [g["met"] for g in shown] == [True, met]
+    if not met:
+        own = found.metrics["candidate"]["accuracy"]
+        assert found.why == f"--gate {gate}: the candidate's own figure is {own:+.4f}: it is not met"
+    else:
+        assert shown[1]["value"] == found.metrics["candidate"]["nll"] - found.metrics["current"]["nll"]
+
+
+def test_the_comparison_decides_before_the_thresholds(run):
+    found = day(run, 2, gate=["nll<=-10"], margin_nll=0.0, margin_ece=0.0)
+    assert not found.promoted and "not shown to be no worse" in found.why
+
+
+@pytest.mark.parametrize("text", ["nll<0.005", "nll", "<=3", "nll<=much", "nll<=nan", "nll<=1e999", "mean:nll<=1", ""])
+def test_a_threshold_that_says_nothing_is_refused_with_what_is_accepted(run, text, capsys):
+    before = Checkpoint(str(run)).read(layout.CURRENT)
+    status = cli.recalibrate_main(["--checkpoint", str(run), "--gate", "nll<=0.1", "--gate", text])
+    error = capsys.readouterr().err
+    assert status == 2 and "--gate" in error and repr(text) in error and "METRIC<=NUMBER" in error
+    assert Checkpoint(str(run)).read(layout.CURRENT) == before
+
+
+@pytest.mark.parametrize("flag", ["--keep-versions=0", "--keep-versions=two", "--keep-versions=-1"])
+def test_a_number_of_versions_that_is_none_is_refused(run, flag, capsys):
+    before = Checkpoint(str(run)).read(layout.CURRENT)
+    assert cli.recalibrate_main(["--checkpoint", str(run), flag]) == 2
+    error = capsys.readouterr().err
+    assert "--keep-versions" in error and flag.partition("=")[2] in error
+    assert Checkpoint(str(run)).read(layout.CURRENT) == before
+
+
+def test_a_threshold_on_a_figure_that_there_is_not_is_refused(run):
+    before = Checkpoint(str(run)).read(layout.CURRENT)
+    with pytest.raises(
+        SettingsError, match=r"--gate: got 'rmse<=1', but there is no figure 'rmse'; there are accuracy"
+    ):
+        day(run, 2, gate=["rmse<=1"])
+    assert Checkpoint(str(run)).read(layout.CURRENT) == before
+
+
+# ------------------------------------------------------------------ what is kept
+
+
+def test_only_what_kept_versions_need_stays(run):
+    store = Checkpoint(str(run))
+    for number in (2, 3, 4, 5):
+        day(run, number, keep_versions=2, windows="last:2", skip_tune=False)
+    history = pointer.read_current(store)["history"]
+    last = [entry["version"] for entry in history][-2:]
+    assert [entry.get("collected", False) for entry in history] == [True] * 4 + [False] * 2
+    assert {key.split("/")[1][:16] for key in store.list("posteriors")} == set(last)
+    assert {key.split("/")[1][:16] for key in store.list("tuning")} == set(last)
+    assert {key.split("/")[1][:16] for key in store.list("evaluation")} - {"metrics.json"} == set(last)
+    assert {key.split("/")[1] for key in store.list("windows")} == {"day-3", "day-4", "day-5"}
+    report = laplace_dist.verify(str(run))
+    assert (report.problems, report.orphans) == ([], {}) and sorted(report.versions) == sorted(last)
+    rollback(str(run), last[0])
+    assert laplace_dist.load_posterior(str(run), test_windows.dist_cases.convnet()).n_data == 48
+    day(run, 6, keep_versions=1, windows="last:2", gate=["nll<=-10"])
+    assert not store.exists(layout.METRICS), "it repeated the evaluation of a version that is gone"
+    report = laplace_dist.verify(str(run))
+    assert (report.problems, report.orphans) == ([], {})
+
+
+def test_decompositions_go_with_their_version(run, monkeypatch):
+    monkeypatch.setattr(decompositions, "WORTH", 1)
+    for number in (1, 2, 3):
+        day(run, number, keep_versions=2)
+    kept = {path.stem for path in Path(run, "posteriors").glob("*.json")}
+    assert {path.name for path in Path(run, "decompositions").iterdir()} == kept and len(kept) == 2
+    assert laplace_dist.verify(str(run)).ok
+
+
+def test_a_candidate_that_was_kept_can_be_looked_at_until_the_next_recalibration(run):
+    found = day(run, 2, gate=["nll<=-10"], keep_versions=1)
+    model = test_windows.dist_cases.convnet()
+    assert laplace_dist.load_posterior(str(run), model, version=found.version).n_data == 72
+    day(run, 3, gate=["nll<=-10"], keep_versions=1, windows="day-0,day-3")
+    with pytest.raises(CheckpointError, match=found.version):
+        laplace_dist.load_posterior(str(run), model, version=found.version)
+
+
+def test_a_version_that_was_collected_is_refused_by_name(run):
+    store = Checkpoint(str(run))
+    for number in (2, 3):
+        day(run, number, keep_versions=1)
+    before = store.read(layout.CURRENT)
+    first = pointer.read_current(store)["history"][0]["version"]
+    with pytest.raises(SettingsError, match=rf"--rollback: got '{first}', which was collected \(--keep-versions\)"):
+        rollback(str(run), first)
+    with pytest.raises(CheckpointError, match=rf"version {first} of .* was collected \(--keep-versions\)"):
+        laplace_dist.load_posterior(str(run), test_windows.dist_cases.convnet(), version=first)
+    assert store.read(layout.CURRENT) == before
+
+
+def test_nothing_is_collected_beside_another_job_or_in_a_dry_run(run, capsys):
+    store = Checkpoint(str(run))
+    before = {key for key in store.list("posteriors")}
+    day(run, 2, keep_versions=1, dry_run=True)
+    assert before <= set(store.list("posteriors"))
+    with RecalibrationJob(config(run, window="other"), laplace_dist.Inline) as job:
+        job.session.lease.show()
+        day(run, 2, keep_versions=1)
+        assert before <= set(store.list("posteriors"))
+        assert "nothing is collected while another job is at work" in capsys.readouterr().out
+    day(run, 2, keep_versions=1)  # decided before, and collected now
+    assert not before & set(store.list("posteriors"))
+
+
+def test_a_window_that_is_gone_is_not_begun_again(run):
+    for number in (2, 3):
+        day(run, number, keep_versions=1, windows="last:1")
+    before = Checkpoint(str(run)).read(layout.CURRENT)
+    with pytest.raises(SettingsError, match="--window: got 'day-1', which was decided before and whose sum is gone"):
+        day(run, 1, windows="last:1")
+    assert Checkpoint(str(run)).read(layout.CURRENT) == before
+
+
+def test_a_window_that_was_dropped_stays_out_until_it_is_named(run):
+    assert day(run, 1, drop_window="day-1").promoted
+    day(run, 2)
+    assert [term["window"] for term in decision(run, "day-2")["windows"]] == ["day-0", "day-2"]
+    day(run, 3, windows="last:3", keep_versions=1)
+    assert [term["window"] for term in decision(run, "day-3")["windows"]] == ["day-0", "day-2", "day-3"]
+    assert not Checkpoint(str(run)).list("windows/day-1"), (
+        "what was unlearned is deleted with the versions that knew it"
+    )
+
+
+def test_a_dropped_window_that_is_named_is_in_again(run):
+    day(run, 1, drop_window="day-1")
+    day(run, 2, windows="day-0,day-1,day-2")
+    day(run, 3)
+    assert [term["window"] for term in decision(run, "day-3")["windows"]] == ["day-0", "day-1", "day-2", "day-3"]
+
+
+def test_a_rollback_brings_back_the_windows_of_then(run):
+    version = pointer.read_current(Checkpoint(str(run)))["version"]
+    day(run, 1, drop_window="day-1")
+    rollback(str(run), version)
+    day(run, 2)
+    assert [term["window"] for term in decision(run, "day-2")["windows"]] == ["day-0", "day-1", "day-2"]
+
+
+def test_windows_that_somebody_named_are_no_reason_to_delete_others(run):
+    day(run, 2, keep_versions=1, windows="day-2")
+    store = Checkpoint(str(run))
+    assert [window.name for window in windows_of(store, read_plan(store))] == ["day-0", "day-1", "day-2"]
+
+
+def test_files_of_a_user_are_left_alone(run):
+    (run / "windows" / "mine").mkdir(parents=True)
+    (run / "windows" / "mine" / "notes.txt").write_text("mine")
+    (run / "posteriors" / "notes.txt").write_text("mine")
+    for number in (2, 3):
+        day(run, number, keep_versions=1, windows="last:1")
+    assert (run / "windows/mine/notes.txt").exists() and (run / "posteriors/notes.txt").exists()
+
+
+def test_a_damaged_version_that_is_to_stay_stops_the_collection(run):
+    store = Checkpoint(str(run))
+    version = pointer.read_current(store)["history"][-2]["version"]
+    before = set(store.list("posteriors"))
+    test_windows.damaged(store, layout.version_key(version))
+    with pytest.raises(CheckpointError, match=version):
+        day(run, 2, keep_versions=3)
+    assert before <= set(store.list("posteriors"))
+
+
+def test_partials_go_once_the_sum_was_read(run, monkeypatch):
+    store = Checkpoint(str(run))
+
+    def harmed(place, plan, manifests):
+        found = real(place, plan, manifests)
+        test_windows.damaged(place, next(key for key in place.list("parts") if key.endswith("c/0")))
+        return found
+
+    real = laplace_dist.run.windows.commit_window
+    monkeypatch.setattr(laplace_dist.run.windows, "commit_window", harmed)
+    with pytest.raises(CheckpointError, match="parts/"):
+        day(run, 2)
+    assert store.list("windows/day-2/partials")
+
+
+def test_the_lease_is_looked_at_before_every_deletion(run, monkeypatch):
+    store, deleted = Checkpoint(str(run)), []
+    real = retention._delete
+
+    def taken_over(place, stem):
+        deleted.append(stem)
+        real(place, stem)
+        store.replace(layout.RECALIBRATION_LEASE, store.read(layout.RECALIBRATION_LEASE).replace(b'"job"', b'"jab"'))
+
+    monkeypatch.setattr(retention, "_delete", taken_over)
+    with pytest.raises(CheckpointError, match="lease"):
+        day(run, 2, keep_versions=1)
+    assert len(deleted) == 1
+
+
+# ------------------------------------------------------------------ a tuning beside promotions
+
+
+def retune(place):
+    given = {"data": "recalibration_cases:fresh", "data_args": {"day": 1}, **SIZES, "skip_tune": False}
+    return tune_posterior(config(place, **given), laplace_dist.Inline)
+
+
+def test_a_tuning_of_what_is_not_current_any_more_is_not_put_in_force(run, monkeypatch):
+    store, real = Checkpoint(str(run)), Job.choose_prior
+    first = pointer.read_current(store)["history"][0]["version"]
+
+    def meanwhile(self, version):
+        key = real(self, version)
+        rollback(str(run), first)
+        return key
+
+    monkeypatch.setattr(Job, "choose_prior", meanwhile)
+    with pytest.raises(
+        SettingsError, match=f"another job has made version {first} current .* while this one worked on"
+    ):
+        retune(run)
+    assert pointer.read_current(store)["history"][-1]["why"] == "rolled back"
+
+
+def test_a_tuning_leaves_the_windows_that_were_dropped_out(run):
+    day(run, 1, drop_window="day-1")
+    retune(run)
+    current = pointer.read_current(Checkpoint(str(run)))
+    assert current["history"][-1]["why"] == "tuned" and pointer.left_out(current) == ["day-1"]
+    found = day(run, 2, gate=["nll<=-10"])
+    assert found.noticed == () and decision(run, "day-2")["drift"]["passed_over"], "no evaluation accepted this tuning"
