@@ -6,11 +6,23 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Inline", "__version__", "fit", "load_posterior", "recalibrate", "rollback", "status", "verify"]
+__all__ = [
+    "Config",
+    "Inline",
+    "__version__",
+    "estimate",
+    "fit",
+    "load_posterior",
+    "recalibrate",
+    "rollback",
+    "status",
+    "verify",
+]
 
 _LAZY = {
     "Config": "config.settings",
     "Inline": "execution.inline",
+    "estimate": "planning",
     "fit": "job",
     "load_posterior": "run.posterior",
     "recalibrate": "recalibration",

@@ -18,6 +18,8 @@ from laplace_dist.run.layout import METRICS, evaluation_shard_key
 from laplace_dist.run.ownership import commit
 from laplace_dist.storage.store import Store
 
+MONITOR = "monitor"  # in place of a method: what is watched for drift
+
 
 def commit_shard(
     store: Store, plan: Plan, key: str, arrays: Mapping[str, np.ndarray], environment: Mapping[str, Any]
@@ -74,6 +76,12 @@ def joined_scores(store: Any, key: str, split: str, ids: list[str], method: str)
 def metrics_json(version: str, tuning: str | None, metrics: Mapping[str, Any]) -> bytes:
     """Return the content of `evaluation/metrics.json`: the latest metrics, and of what they are."""
     return json.dumps({"version": version, "tuning": tuning, **metrics}, indent=1).encode()
+
+
+def is_watched(store: Store, key: str) -> bool:
+    """Say whether the scores of an evaluation's test split have what is watched for drift; those of older versions do not."""
+    shard = evaluation_shard_key(key, "test", open_json(store.read(key), key)["shards"]["test"][0])
+    return any(name.startswith(f"{MONITOR}/") for name in open_json(store.read(shard), shard)["arrays"])
 
 
 def shown(store: Store) -> str | None:
