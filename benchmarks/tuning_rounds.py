@@ -2,7 +2,7 @@
 
     python benchmarks/tuning_rounds.py
 
-Random images and a small convolutional network, one thread, CPU seconds: 41 prior precisions in one pass, against the two rounds
+Random images and a small convolutional network, one thread, CPU seconds: 41 prior precisions in one pass, against two rounds
 of a search whose best value lies inside (a sixteenth of the batches, then all of them, with the scores of every example kept).
 """
 
