@@ -25,7 +25,7 @@ KINDS = {
 }
 _PART = re.compile(r"-(?:[0-9]+|part|shard)")  # what follows the split in train-00000-of-00012.parquet
 # By file system; a listing and a look at one file have to agree on it, which they do not on times of objects.
-_VERSIONS = (("ETag",), ("etag",), ("generation",), ("mtime", "ino"))
+_VERSIONS = ("ETag", "etag", "generation", "mtime")
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _AT_ONCE = 64  # files whose ends are in memory together
 
@@ -140,7 +140,10 @@ class Place:
                 f"--data: {self.url!r} has split {split!r} twice ({listed(sorted(some))}); keep one folder {split}/, or one "
                 f"file {split}.parquet, or files {split}-00000-of-00012.parquet"
             )
-        found = sorted((self._file(info) for info in [*ways[0], *ways[1]]), key=lambda file: file.name)
+        found = sorted(
+            (self._file(info if info["size"] is not None else fs.info(info["name"])) for info in [*ways[0], *ways[1]]),
+            key=lambda file: file.name,
+        )
         kinds = sorted({str(_kind(file.name)) for file in found})
         if not found:
             there = f"it has {listed(self.splits)}" if self.splits else "nothing lies there"
@@ -281,7 +284,4 @@ def _hidden(name: str) -> bool:
 
 
 def _version(info: Mapping[str, Any]) -> str:
-    for keys in _VERSIONS:
-        if all(key in info for key in keys):
-            return " ".join(str(info[key]).strip('"') for key in keys)
-    return ""
+    return next((str(info[key]).strip('"') for key in _VERSIONS if key in info), "")
