@@ -196,8 +196,7 @@ class Place:
                 on_error="raise",
             )
         for content, (start, stop) in zip(found, ranges, strict=True):
-            if len(content) != stop - start:
-                raise FileError(f"{file.name} ends within bytes {start} to {stop}: it is truncated; restore it")
+            _check_length(file, content, start, stop)
         return found
 
     def ends(self, files: Sequence[File], count: int) -> Iterator[tuple[File, bytes]]:
@@ -212,7 +211,9 @@ class Place:
             with self._naming(group[0]):
                 paths, stops = [file.path for file in group], [file.size for file in group]
                 found = self._opened[0].cat_ranges(paths, starts, stops, on_error="raise")
-            yield from zip(group, found, strict=True)
+            for file, content, start in zip(group, found, starts, strict=True):
+                _check_length(file, content, start, file.size)
+                yield file, content
 
     def open(self, file: File) -> Any:
         """Return a file opened for reading in order."""
@@ -248,6 +249,15 @@ class Place:
 
     def _naming(self, file: File) -> _Naming:
         return _Naming(file.name, self.options)
+
+
+def _check_length(file: File, content: bytes, start: int, stop: int) -> None:
+    if len(content) < stop - start:
+        raise FileError(f"{file.name} ends within bytes {start} to {stop}: it is truncated; restore it")
+    if len(content) > stop - start:
+        raise FileError(
+            f"{file.name}: {len(content)} bytes came for bytes {start} to {stop}; give a URL whose server sends parts of files"
+        )
 
 
 class _Naming:
