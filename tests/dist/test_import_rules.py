@@ -18,6 +18,8 @@ ALLOWED = {
     "ray": ("laplace_dist/execution/",),
     "zarr": ("laplace_dist/storage/", "laplace_dist/data/", "laplace_dist/testing/"),
     "fsspec": ("laplace_dist/storage/", "laplace_dist/data/"),
+    "pyarrow": ("laplace_dist/data/",),
+    "datasets": ("laplace_dist/data/hugging_face.py",),
     "laplace_dist": ("laplace_dist/",),
 }
 
