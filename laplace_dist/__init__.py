@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["Config", "Inline", "__version__", "fit", "load_posterior", "recalibrate", "rollback", "status", "verify"]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # who uses the library decides what is shown
 
 _LAZY = {
     "Config": "config.settings",
