@@ -143,6 +143,7 @@ class Config(BaseModel):
     )
     skip_tune: bool = Field(False, description="do not tune the prior precision")
     skip_evaluate: bool = Field(False, description="do not evaluate the predictive")
+    skip_report: bool = Field(False, description="do not write the report")
     fresh: bool = Field(False, description="delete the run at --checkpoint first")
 
     def __init__(self, **values: Any) -> None:

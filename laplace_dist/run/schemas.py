@@ -378,3 +378,4 @@ class EvaluationShardFields(_Owned):
     environment: Environment | None = None
     prefix: str
     arrays: dict[str, Entry]
+    groups: list[str] | None = None
