@@ -132,6 +132,12 @@ class CapturedModel:
 
     def capture(self, x: Tensor | MutableMapping[str, Any]) -> Capture | LastLayerCapture:
         """One forward pass that remembers what every contraction needs."""
+        capture = self._unchecked_capture(x)
+        if isinstance(capture, Capture):
+            capture.check_attribution()
+        return capture
+
+    def _unchecked_capture(self, x: Tensor | MutableMapping[str, Any]) -> Capture | LastLayerCapture:
         assert self.spec is not None, "initialize() comes first"
         self._check_gradients()
         with eval_mode(self.model):
@@ -144,9 +150,7 @@ class CapturedModel:
                 self.model.check_output(capture.f, out)
                 return capture
             layers = dict.fromkeys(block.layer for block in self.spec.blocks if block.layer is not None)
-            capture = Capture(self.model, x, layers, others, self.spec.torch_dtype)
-        capture.check_attribution()
-        return capture
+            return Capture(self.model, x, layers, others, self.spec.torch_dtype)
 
     def parts(self, x: Tensor | MutableMapping[str, Any], every_output: bool = False) -> list[tuple[slice, Any]]:
         """Parts of a batch that are captured one after the other, each with its range of examples.
@@ -177,7 +181,7 @@ class CapturedModel:
             self._sizes = (self.spec, {})
         known = self._sizes[1]
         if shapes not in known:
-            capture = self.capture(part_of(x, slice(0, 2)))
+            capture = self._unchecked_capture(part_of(x, slice(0, 2)))
             known[shapes] = capture.f[0].numel(), capture.width
         return known[shapes]
 

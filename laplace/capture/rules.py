@@ -42,7 +42,7 @@ def is_covered(module: nn.Module) -> bool:
     if _is_transformers_rms_norm(module):
         return True
     if isinstance(module, nn.Embedding):
-        return module.max_norm is None and not module.sparse
+        return module.max_norm is None
     return isinstance(module, _BATCH_NORMS) and module.track_running_stats
 
 
@@ -131,6 +131,28 @@ def weight_rows(module: nn.Module, a: Tensor, g: Tensor) -> Tensor:
         a = a.unflatten(2, (module.groups, -1))
         return torch.einsum("nrgo,nrgi->ngoi", g, a).flatten(1)
     return (g * a).sum(1)
+
+
+def touched_words(module: nn.Embedding, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The words of a table that each example touches, and their gradients; all others are zero.
+
+    Args:
+        module: The table.
+        a: Its indices ``(batch, positions, 1)``.
+        g: Output gradients ``(batch, positions, …, width)``.
+
+    Returns:
+        Numbers of the examples and of the words ``(pairs,)``, and gradients ``(pairs, …, width)``.
+    """
+    words, size = a[..., 0].long(), len(module.weight)
+    pairs = (torch.arange(len(words), device=words.device)[:, None] * size + words).flatten()
+    g = g.flatten(0, 1)
+    if module.padding_idx is not None:
+        kept = words.flatten() != module.padding_idx
+        pairs, g = pairs[kept], g[kept]
+    found, place = pairs.unique(return_inverse=True)
+    rows = torch.zeros(len(found), *g.shape[1:], dtype=g.dtype, device=g.device).index_add_(0, place, g)
+    return found // size, found % size, rows
 
 
 def _patches(module: nn.Module, x: Tensor) -> Tensor:

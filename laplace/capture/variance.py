@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace.capture.blocks import Block, row_key
 from laplace.capture.contractions import chunks, is_bias, output_directions, row_of_layer
 from laplace.capture.last_layer import LastLayerCapture
 from laplace.capture.last_layer_variance import last_layer_variance
-from laplace.capture.rules import is_outer, is_transposed
+from laplace.capture.rules import is_outer, is_transposed, touched_words
 from laplace.linalg.precision import without_autocast
 
 
@@ -101,11 +101,23 @@ def _add_layer(total, capture, g: Tensor, block: Block, basis: Basis, weight, di
 def _add_row_layer(total, capture, g: Tensor, block: Block, weight, diagonal: bool) -> None:
     """Add the variance of a layer whose rows are neither outer products nor sums of them; their covariance is diagonal."""
     module = capture.modules[block.layer]
+    if isinstance(module, nn.Embedding):
+        _add_table(total, module, capture.inputs(block.layer), g, weight, diagonal)
+        return
     whole = replace(block, chosen=None)
     for start, stop in chunks(g.shape[0], g.shape[1] * torch.Size(block.shape).numel()):
         a = capture.inputs(block.layer, start, stop)
         rows = [row_of_layer(whole, module, a, g[start:stop, c]) for c in range(g.shape[1])]
         _add_rows(total[:, start:stop], torch.stack(rows, 1), weight, diagonal)
+
+
+def _add_table(total: Tensor, table: nn.Embedding, a: Tensor, g: Tensor, weight, diagonal: bool) -> None:
+    """Add the variance of an embedding's weight, of the words alone that an example touches."""
+    examples, words, rows = touched_words(table, a, g.transpose(1, 2))
+    for t in range(total.shape[0]):
+        scaled = rows * weight(t).to(rows.dtype).reshape(table.weight.shape)[words][:, None]
+        part = (scaled * rows).sum(-1) if diagonal else scaled @ rows.mT
+        total[t].index_add_(0, examples, part)
 
 
 def _add_outer(total: Tensor, g: Tensor, a_squared: Tensor, weight, diagonal: bool) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from laplace.capture import contractions
 from laplace.capture.blocks import Block
 from laplace.capture.capture import Capture
+from laplace.capture.fallback import dense
 from laplace.capture.products import product_of
 from laplace.capture.rules import is_covered, is_outer, is_transposed
 from laplace.linalg.precision import without_autocast
@@ -144,7 +145,7 @@ def _verdicts(
         )
         gradients = capture.output_gradients(direction)
         for (name, p), expected in zip(params.items(), truth, strict=True):
-            expected = torch.zeros_like(p) if expected is None else expected.detach()
+            expected = dense(expected, p).detach()
             block = Block(name, tuple(p.shape), found[name].layer, (), "")
             verdicts[name].append(_is_row(capture, block, gradients, expected, example))
     return verdicts

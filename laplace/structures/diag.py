@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace.capture.blocks import Block
 from laplace.capture.contractions import chunks, is_bias, is_outer_weight, row_of_block
-from laplace.capture.rules import is_outer, is_transposed
+from laplace.capture.rules import is_outer, is_transposed, touched_words
 from laplace.linalg.gram import add_product_
 from laplace.structures.sums import CurvatureSums, Factor
 
@@ -80,6 +80,11 @@ def _add_squared_rows(total: Tensor, capture, layer: str, g: Tensor) -> None:
 def add_square_of_row_(sums: CurvatureSums, block: Block, gradients: dict[str, Tensor], capture, v: Tensor) -> None:
     """Add the squares of one parameter's rows along a direction, from the rows themselves."""
     total = sums.running(block.factors[0])
+    table = capture.modules.get(block.layer)
+    if isinstance(table, nn.Embedding) and block.chosen is None:
+        _, words, rows = touched_words(table, capture.inputs(block.layer), gradients[block.layer])
+        total.index_add_(0, words, rows.square().double())
+        return
     for start, stop in chunks(v.shape[0], block.size):
         row = row_of_block(block, gradients, capture, v, start, stop)
         total += row.square().sum(0).view(block.shape)

@@ -104,7 +104,13 @@ def _outputs(backend: Any, x: Any) -> Iterator[tuple[Tensor, list[Tensor]]]:
                 _, x = backend.model.forward_with_features(x)
             module, prefix = backend.model.last_layer, f"{backend.model.last_layer_name}."
         leaves = {name.removeprefix(prefix): p.detach().requires_grad_() for name, p in named.items()}
-        yield torch.func.functional_call(module, leaves, (x,)), list(leaves.values())
+        try:
+            yield torch.func.functional_call(module, leaves, (x,)), list(leaves.values())
+        except NotImplementedError as error:  # torch's word for a gradient without a derivative
+            raise ValueError(
+                "hessian_structure='lowrank' differentiates gradients once more, which an operation of the model "
+                f"({type(module).__name__}) has no formula for: {error} Use 'kron', 'diag' or 'full'."
+            ) from error
 
 
 def _derivative(outputs: Iterable, inputs: list[Tensor], parameters: list[Tensor], vector: Tensor) -> list[Tensor]:

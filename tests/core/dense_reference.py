@@ -19,9 +19,12 @@ import torch
 from torch import nn
 
 from laplace import Laplace
+from laplace.backends import backend_class
+from laplace.curvature import NativeGGN
 
 from . import naive
 from .random_features import REFUSE, RIGHT, Block
+from .random_laws import LAWS
 from .random_models import CONTEXTS, TOLERANCES, Case, Plan, part
 
 PRIOR, NOISE = 0.7, 0.8
@@ -93,25 +96,29 @@ class Reference:
         self.plan, self.model = plan, case.model.double().eval()
         _make_exact(self.model)
         self.likelihood = "regression" if plan.likelihood == "regression" else "classification"
+        self.likelihood = LAWS[plan.likelihood].naive if plan.likelihood in LAWS else self.likelihood
         trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         inside = f"{case.head}."
         self.names = [n for n in trainable if plan.subset != "last_layer" or n.startswith(inside)]
         self.params = [trainable[n] for n in self.names]
         self.x = [doubled(part(case.x, slice(i, i + 1))) for i in range(len(case.y))]
-        self.y = case.y.double() if self.likelihood == "regression" else case.y
+        self.y = case.y.double() if self.likelihood == "regression" or case.y.is_floating_point() else case.y
         self.calls = {n: m for n, m in self.model.named_modules() if is_factored(m)}
         self.calls = self.calls if plan.structure == "kron" else {}
         self._sums: dict[str, list[Any]] = {}
         self._broken: set[str] = set()
-        found = [self._example(x) for x in self.x]
+        found = [self._example(x, y) for x, y in zip(self.x, self.y, strict=True)]
         self.f, self.js = torch.stack([f for f, _ in found]), torch.stack([j for _, j in found])
-        self.hessians = [naive.output_hessian(f if f.ndim else f[None], self.likelihood) for f in self.f]
+        self.hessians = [
+            naive.output_hessian(f if f.ndim else f[None], self.likelihood, y)
+            for f, y in zip(self.f, self.y, strict=True)
+        ]
         terms = zip(self.f, self.y, strict=True)
         self.loss = float(sum(naive.example_loss(f, y, self.likelihood) for f, y in terms))
         self.ggn = sum(j.T @ h @ j for j, h in zip(self.js, self.hessians, strict=True))
         self.theta = torch.cat([p.detach().flatten() for p in self.params])
 
-    def _example(self, x: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _example(self, x: Any, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         calls: dict[str, list] = {}
         handles = []
         for name, module in self.calls.items():
@@ -134,11 +141,11 @@ class Reference:
             slopes.append(grads[len(self.params) :])
         js = torch.stack(rows)
         if calls:
-            self._add_calls(f.detach(), js, calls, slopes)
+            self._add_calls(f.detach(), y, js, calls, slopes)
         return f.detach(), js
 
-    def _add_calls(self, f, js, calls, slopes) -> None:
-        hessian = naive.output_hessian(f if f.ndim else f[None], self.likelihood)
+    def _add_calls(self, f, y, js, calls, slopes) -> None:
+        hessian = naive.output_hessian(f if f.ndim else f[None], self.likelihood, y)
         start = 0
         for name, made in calls.items():
             inputs, gradients = [], []
@@ -309,11 +316,16 @@ def _fit(plan: Plan, case: Case) -> tuple[Any, torch.Tensor | tuple]:
         options["subnetwork_indices"] = chosen_indices(plan, sum(_sizes(case.model)))
     around = {CONTEXTS[0]: torch.no_grad, CONTEXTS[1]: torch.inference_mode}.get(plan.context, nullcontext)
     with _precision(plan):
-        la = Laplace(case.model, plan.likelihood, plan.subset, plan.structure, **options)
+        if plan.structure == "lowrank":
+            options |= {"backend": NativeGGN, "backend_kwargs": {"low_rank": 4 * len(case.y)}}
+        if plan.backend:
+            options["backend"] = backend_class(plan.backend)[0]
+        law = LAWS[plan.likelihood].ours if plan.likelihood in LAWS else plan.likelihood
+        la = Laplace(case.model, law, plan.subset, plan.structure, **options)
         la.fit(case.batches(plan.batch_size))
         x = _clone(case.x)
         with around():
-            return la, la(x)
+            return la, la._glm_predictive_distribution(x) if plan.likelihood in LAWS else la(x)
 
 
 def chosen_indices(plan: Plan, size: int) -> torch.Tensor:
@@ -367,12 +379,16 @@ def _raised_in(error: Exception) -> str:
 def _dense(la: Any) -> torch.Tensor:
     if la.structure == "kron":
         return la.H_facs.to_matrix().double()
+    if la.structure == "lowrank":
+        vectors, values = (part.double() for part in la.H)
+        return (vectors * values) @ vectors.T
     return torch.diag(la.H.double()) if la.structure == "diag" else la.H.double()
 
 
 def _compare(plan: Plan, la: Any, prediction: Any, ref: Reference, warned: list[str], tolerance: float) -> Verdict:
-    ours = _dense(la)
     size = len(ref.theta)
+    ours = ref.ggn if plan.structure == "gp" else _dense(la)  # a process has none of its own
+    tolerance = max(tolerance, 1e-6) if plan.structure == "lowrank" else tolerance  # of a search
     chosen = chosen_indices(plan, size) if plan.subset == "subnetwork" else torch.arange(size)
     if len(ours) != len(chosen):
         return Verdict("wrong", f"H is over {len(ours)} parameters, not {len(chosen)}", float("inf"))

@@ -15,10 +15,22 @@ import torch
 from torch import nn
 
 from .random_features import ACTIVATIONS, EITHER, INPUTS, LAYERS, OUTER, REFUSE, RIGHT, VOCABULARY, WRAPPERS, Block
+from .random_laws import LAWS, outputs_of
 
 STRUCTURES = ("full", "diag", "kron")
+NO_SUMS = ("lowrank", "gp")
+BACKENDS = ("curvlinops", "asdl", "backpack")
+FOR_PACKAGES = frozenset({"linear", "tanh", "relu"})  # what all of them know
 SUBSETS = ("all", "last_layer", "subnetwork")
 LIKELIHOODS = ("classification", "regression", "reward_modeling")
+PLAIN_OUTER = (
+    "",
+    "nested_sequential",
+    "shifted_output",
+    "dict_input",
+    "dict_input_with_a_flag",
+    "output_changed_in_place",
+)
 CONTEXTS = ("predicts under no_grad", "predicts under inference_mode")
 PRECISIONS = ("float64", "float32", "bfloat16")  # the last is float32 under autocast
 OUTPUTS = ("vector output", "sequence output")
@@ -37,7 +49,7 @@ NEED_THEIR_OUTPUT = ("rnn_cell", "rnn", "gru", "gru_batch_second", "lstm")  # fo
 PERMUTING = ("channel_norm", "channels_last_linear")
 IN_PLACE, ON_VIEW = "relu in place", "relu in place on a view"  # of layers whose output is a view of another tensor
 CHOICES = (
-    *STRUCTURES, *SUBSETS, *LIKELIHOODS, *PRECISIONS, *OUTPUTS, *ACTIVATIONS, ON_VIEW, "one by one", "wrapped head",
+    *STRUCTURES, *NO_SUMS, *BACKENDS, *SUBSETS, *LIKELIHOODS, *LAWS, *PRECISIONS, *OUTPUTS, *ACTIVATIONS, ON_VIEW, "one by one", "wrapped head",
     "norm", *CONTEXTS,
 )  # fmt: skip
 NAMES = frozenset((*FEATURES, *CHOICES))
@@ -88,6 +100,7 @@ class Plan:
     subset: str
     precision: str
     batch_size: int
+    backend: str = ""
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -101,6 +114,7 @@ class Plan:
             self.output,
             self.likelihood,
             self.structure,
+            self.backend,
         }
         found |= {self.subset, self.precision, "one by one" if self.batch_size == 1 else ""}
         found |= {"wrapped head" if self.wrapped and self.wrapped_head else "", *self.activations}
@@ -117,6 +131,15 @@ class Plan:
         if REFUSE in outcomes:
             return REFUSE
         last_layer = self.subset == "last_layer" and (self.outer or (self.wrapped and self.wrapped_head))
+        if "selected_positions" in self.layers and self.batch_size <= 3:
+            return EITHER  # a first batch of few may hold as many rows as examples by chance, later ones are refused
+        bag = "embedding_bag" in self.layers  # whose gradient has no derivative
+        if (
+            self.backend
+            or (self.structure == "lowrank" and bag)
+            or (self.structure == "lowrank" and "autocast_inside" in self.layers)
+        ):
+            return EITHER  # packages refuse layers; a search among products of few digits may find nothing
         if self.precision == "bfloat16" and "bilinear" in self.layers:
             return EITHER  # the model itself does not run: autocast leaves the weights of bilinear layers as they are
         frozen = self.subset == "last_layer" and self.wrapped == "frozen_all_but_one"
@@ -138,7 +161,7 @@ class Plan:
             self.inputs,
             self.context,
             f"{self.output}, {self.likelihood}, {self.subset}, {self.structure}, {self.precision}, "
-            f"batches of {self.batch_size}",
+            f"batches of {self.batch_size}" + (f", {self.backend}" if self.backend else ""),
         ]
         return f"seed {self.seed}: " + "; ".join(part for part in parts if part)
 
@@ -206,6 +229,12 @@ def plan(seed: int) -> Plan:
     if likelihood == "reward_modeling":
         output = OUTPUTS[0]
         structure = "diag" if structure == "full" else structure
+    elif likelihood == "regression" or outer in PLAIN_OUTER:
+        drawn = rng.random()
+        if drawn < 0.25 and inputs != "large_inputs" and outer in PLAIN_OUTER:
+            likelihood, output = rng.choice(list(LAWS)), OUTPUTS[0]
+        if 0.15 < drawn < 0.4 and subset == "all":
+            structure = rng.choice(NO_SUMS)
     precision = rng.choices(PRECISIONS, (5, 4, 2))[0]
     refused = any(LAYERS[name].outcome == REFUSE for name in layers)  # nothing shows in batches of one
     if outer.endswith("scaled_output") and precision == "bfloat16":
@@ -215,9 +244,16 @@ def plan(seed: int) -> Plan:
     head = rng.random() < 0.4 or not wrappable().intersection(layers)
     activations = tuple(_activation(rng, name) for name in layers)
     context = rng.choice(CONTEXTS) if rng.random() < 0.1 else ""
+    backend = ""
+    if focus == "linear" or rng.random() < 0.04:
+        backend = rng.choice(BACKENDS)
+        layers, activations = ("linear",) * len(layers), tuple(rng.choice(("tanh", "relu")) for _ in layers)
+        wrapped = outer = inputs = context = ""
+        output, subset, precision = OUTPUTS[0], "all", rng.choice(PRECISIONS[:2])
+        likelihood, structure = rng.choice(LIKELIHOODS[:2]), rng.choice(STRUCTURES)
     return Plan(
         seed, layers, activations, wrapped, head, outer, inputs, context, output, likelihood, structure, subset, precision,
-        batch_size,
+        batch_size, backend,
     )  # fmt: skip
 
 
@@ -290,13 +326,14 @@ def _build(plan: Plan, rng: random.Random) -> Case:
     reduce = nn.Identity()
     if plan.output == OUTPUTS[0] and kind != "vector":
         shape, reduce = _reduction(rng, kind, shape)
-    classes = rng.randint(2, 3)
+    classes = outputs_of(plan.likelihood, rng)
     network = Network(modules, reduce, nn.Linear(shape[-1], classes, bias=rng.random() < 0.85))
     _train(network)
     network.eval()
     if plan.wrapped:
         wrap(plan, rng, network)
     model = OUTER[plan.outer].apply(rng, network) if plan.outer else network
+    model = nn.Sequential(*modules, network.head) if plan.backend else model  # all that BackPACK takes
     n = 8 if plan.inputs.startswith("blank") else rng.randint(5, 6)
     x = torch.randint(VOCABULARY, (n, *SHAPES[start])) if start == "tokens" else torch.randn(n, *SHAPES[start])
     if plan.inputs:
@@ -348,6 +385,8 @@ def _targets(plan: Plan, n: int, positions: tuple[int, ...], classes: int) -> to
         return torch.randn(n)
     if plan.likelihood == "regression":
         return torch.randn(n, *positions, classes)
+    if plan.likelihood in LAWS:
+        return LAWS[plan.likelihood].targets(n, classes)
     return torch.randint(classes, (n, *positions))
 
 

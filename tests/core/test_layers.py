@@ -193,7 +193,7 @@ def test_subnetworks_keep_entries_of_every_kind_of_layer(name, structure):
     assert naive.relative_error(la.H, expected if structure == "full" else expected.diagonal()) < 1e-10
 
 
-@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"sparse": True}])
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}])
 def test_embeddings_whose_gradient_is_another_are_not_covered(options):
     assert not layers.is_covered(nn.Embedding(6, 3, **options))
     assert not layers.is_covered(nn.BatchNorm1d(3, track_running_stats=False))
@@ -299,3 +299,23 @@ def test_other_backends_refuse_factors_of_packed_projections(backend):
         Laplace(model, "classification", "all", "kron", backend=cls).fit(
             [(torch.randn(4, 5, 4), torch.tensor([0, 1, 2, 0]))]
         )
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("structure", ["diag", "kron"])
+def test_a_large_table_costs_what_its_words_do(structure, sparse):
+    """No row over the whole table exists for an example: nothing is larger than the table itself."""
+    from .test_memory import Largest
+
+    model = nn.Sequential(nn.Embedding(1000, 4, sparse=sparse), Pool(), nn.Linear(4, 3)).double()
+    x, y = torch.randint(1000, (8, 5)), torch.randint(3, (8,))
+    la = Laplace(model, "classification", "all", structure, prior_precision=2.0)
+    with Largest() as largest:
+        la.fit([(x, y)])
+        found = glm_distribution(la, x)[1]
+    assert largest.shape.numel() <= 4000 + 15  # all parameters
+    diagonal = naive.full(model, x, y, "classification", "ggn").diagonal()[:4000] if not sparse else None
+    if diagonal is not None:
+        ours = la.H[:4000] if structure == "diag" else la.H_facs.kfacs[0][0]
+        torch.testing.assert_close(ours, diagonal)
+    assert bool(found.isfinite().all())

@@ -289,3 +289,9 @@ def test_what_else_it_refuses():
     fit = Laplace(model, "classification", "all", "lowrank")
     fit.fit(loader(x, y))
     assert {row[1] for row in fit.coverage} == {"lowrank"}
+
+
+def test_gradients_without_a_derivative_are_said():
+    model = torch.nn.Sequential(torch.nn.EmbeddingBag(5, 3), torch.nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"lowrank.*\(Sequential\).*_embedding_bag_backward.*Use 'kron'"):
+        Laplace(model, "classification", "all", "lowrank").fit([(torch.randint(5, (4, 3)), torch.tensor([0, 1, 1, 0]))])

@@ -12,10 +12,13 @@ from collections import Counter
 import pytest
 import torch
 
+from laplace import likelihoods
+from laplace.likelihoods import BaseLikelihood, Categorical, Gaussian, Preference
 from laplace.utils.enums import Likelihood
 
 from .dense_reference import Reference, Verdict, examine, judge
 from .not_yet import CHECKS, NOT_YET, missing
+from .random_laws import LAWS
 from .random_models import FEATURES, LIKELIHOODS, NAMES, Plan, plan
 
 MODELS, PARTS = 600, 20
@@ -45,6 +48,8 @@ def test_no_more_is_excluded_than_the_generator_knows():
 
 def test_all_likelihoods_of_the_library_are_drawn():
     assert set(LIKELIHOODS) == {member.value for member in Likelihood}
+    kinds = {type(law.ours) for law in LAWS.values()} | {Categorical, Gaussian, Preference, BaseLikelihood}
+    assert kinds == {value for value in vars(likelihoods).values() if isinstance(value, type)}
 
 
 def test_most_models_are_compared_and_few_refused():
