@@ -7,13 +7,27 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Inline", "__version__", "fit", "load_posterior", "recalibrate", "rollback", "status", "verify"]
+__all__ = [
+    "Config",
+    "Inline",
+    "__version__",
+    "check_model",
+    "estimate",
+    "fit",
+    "load_posterior",
+    "recalibrate",
+    "rollback",
+    "status",
+    "verify",
+]
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # who uses the library decides what is shown
 
 _LAZY = {
     "Config": "config.settings",
     "Inline": "execution.inline",
+    "check_model": "stages.model_check",
+    "estimate": "planning",
     "fit": "job",
     "load_posterior": "run.posterior",
     "recalibrate": "recalibration",

@@ -14,7 +14,9 @@ from laplace_dist.data.sources import load_split
 from laplace_dist.errors import CheckpointError, Interrupted, MissingObjectError, RunFailed, SettingsError
 from laplace_dist.execution import signals
 from laplace_dist.job import Result, evaluate_posterior, fit, tune_posterior
+from laplace_dist.planning import estimate
 from laplace_dist.recalibration import recalibrate, rollback
+from laplace_dist.report import planned
 from laplace_dist.report.console import printed
 from laplace_dist.report.metrics import show_recalibration, show_result
 from laplace_dist.report.verification import lines, verify
@@ -83,6 +85,25 @@ def recalibrate_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
         return 0 if found is None or found.promoted else 3
 
     return exit_status(carry_out, "Everything committed so far is kept: run the same command again to go on.")
+
+
+def plan_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
+    """Say from the command line what a fit will take.
+
+    Args:
+        argv: Arguments without the program's name, those of the fit; those of this process if not given.
+        **defaults: The job's own settings, by field name.
+
+    Returns:
+        The exit status: 0 done; 2 the settings or the state refuse; 1 it cannot fit into memory; 130 and 143 interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    def carry_out() -> int:
+        print("\n".join(planned.lines(estimate(_settings("fit", argv, defaults)))))
+        return 0
+
+    return exit_status(carry_out, "Nothing was changed.")
 
 
 def verify_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:

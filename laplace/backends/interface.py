@@ -94,7 +94,8 @@ class CurvatureInterface(CapturedModel):
         """Initialise for Kronecker factors, and refuse parameters that the package behind this backend has none for."""
         if self.spec is None or self.spec.structure != "kron":
             self.initialize(x, "kron")
-        missing = [block.parameter for block in self.spec.blocks if not block.has_factors]
+        own = self.named_params  # packages know nothing of weights that functions multiply
+        missing = [b.parameter for b in self.spec.blocks if not b.has_factors or b.layer in own]
         if missing:
             raise ValueError(
                 f"{package} has no Kronecker factors for {missing}. Use the native backend, which gives them a diagonal "

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def row_key(parameter: str) -> str:
+    """Where the rows of a parameter without a layer stand among gradients, which are by layer; a layer may have its name."""
+    return f"{parameter}/row"
+
+
 @dataclass(frozen=True)
 class Block:
     """How one parameter's curvature is obtained.

@@ -23,6 +23,7 @@ class Call:
             what the tensor stands for.
         shape: Shape of the output.
         dtype: Type of the output, which autocast makes another than that of the input.
+        positions: Where rows are positions first and then examples, the number of positions; else 0.
     """
 
     layer: str
@@ -31,6 +32,11 @@ class Call:
     edge: Any
     shape: torch.Size
     dtype: torch.dtype
+    positions: int = 0
+
+    def in_order(self, rows: Tensor) -> Tensor:
+        """Rows with the examples first."""
+        return rows.unflatten(0, (self.positions, -1)).transpose(0, 1) if self.positions else rows
 
     def check_unchanged(self) -> None:
         """Refuse an input that was changed after the layer had seen it.

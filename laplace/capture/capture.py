@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from laplace.capture.attribution import check_attribution, picks_by_mask, picks_rows
+from laplace.capture.blocks import row_key
 from laplace.capture.calls import Call, recorded, that_reach
 from laplace.capture.evaluation import eval_mode
+from laplace.capture.products import calls_of, product
 from laplace.capture.pullback import pullback
 from laplace.capture.rules import gradients_by_position, inputs_by_position, widths
 from laplace.linalg.precision import without_autocast
@@ -54,7 +56,8 @@ class Capture:
         """
         self.dtype = dtype
         self._model = model
-        self.modules = {name: model.get_submodule(name) for name in layers}
+        self._products = {name: found for name in layers if (found := product(model, name)) is not None}
+        self.modules = {name: self._products.get(name) or model.get_submodule(name) for name in layers}
         self._forward(model, x)
         self.f = self._output.detach()
         self._rows = pullback(model, x, list(others))
@@ -62,10 +65,13 @@ class Capture:
         self._sizes: dict[str, int] = {}
 
     def _forward(self, model: nn.Module, x: Any) -> None:
-        with recorded(self.modules) as (calls, without), torch.enable_grad():
+        hooked = {name: module for name, module in self.modules.items() if name not in self._products}
+        with recorded(hooked) as (calls, without), torch.enable_grad():
             self._output = model(x)
         names = [call.layer for call in calls]
+        products = list(calls_of(self._output, self._products, len(self._output)))
         self._calls = that_reach(self._output, calls) if len(set(names)) < len(names) else calls
+        self._calls = [*self._calls, *products]
         self.called = {call.layer for call in self._calls}
         self._without_gradient = without | set(names)
 
@@ -131,10 +137,10 @@ class Capture:
             v: Direction in output space, shaped like :attr:`f`.
 
         Returns:
-            ``(batch, positions, out)`` by layer, ``(batch, size)`` by parameter.
+            ``(batch, positions, out)`` by layer, ``(batch, size)`` by :func:`row_key`.
         """
         with eval_mode(self._model):
-            rows = {name: row.reshape(len(row), -1).to(self.dtype) for name, row in self._rows(v).items()}
+            rows = {row_key(name): row.reshape(len(row), -1).to(self.dtype) for name, row in self._rows(v).items()}
         return {**self.layer_gradients(v), **rows}
 
     def layer_gradients(self, v: Tensor) -> dict[str, Tensor]:
@@ -171,7 +177,7 @@ class Capture:
         for call, g in zip(self._calls, grads, strict=True):
             if g is None:
                 raise _dead(call.layer)
-        return [(call, g.reshape(call.shape)) for call, g in zip(self._calls, grads, strict=True)]
+        return [(call, call.in_order(g.reshape(call.shape))) for call, g in zip(self._calls, grads, strict=True)]
 
     @property
     def width(self) -> int:

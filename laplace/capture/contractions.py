@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from laplace.capture.blocks import Block
+from laplace.capture.blocks import Block, row_key
 from laplace.capture.capture import ranges
 from laplace.capture.rules import is_outer, is_transposed, weight_rows
 from laplace.linalg import memory
@@ -22,7 +22,7 @@ _CHUNK = 1 << 22  # elements of a temporary of per-example rows
 
 def is_bias(block: Block) -> bool:
     """Whether this is the bias of a covered layer."""
-    return block.layer is not None and block.parameter.rpartition(".")[2] == "bias"
+    return block.layer is not None and "bias" in block.parameter.rpartition(".")[2]
 
 
 def is_outer_weight(block: Block, capture) -> bool:
@@ -39,7 +39,7 @@ def row_of_block(
     if block.layer is not None:
         a = None if is_bias(block) else capture.inputs(block.layer, start, stop)
         return row_of_layer(block, capture.modules[block.layer], a, gradients[block.layer][part])
-    row = gradients[block.parameter][part]
+    row = gradients[row_key(block.parameter)][part]
     return row if block.chosen is None else row[:, block.indices.to(row.device)]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from laplace.capture.blocks import row_key
 from laplace.capture.pullback import pullback
 from laplace.capture.rules import gradients_by_position, inputs_by_position
 from laplace.capture.verify import Source, find_layers
@@ -70,7 +71,8 @@ class LastLayerCapture:
     def gradients(self, v: Tensor) -> dict[str, Tensor]:
         """The direction itself, ``(batch, positions, out)``, and the rows of parameters without a closed form."""
         rows = {
-            f"{self._name}.{local}": row.reshape(len(row), -1).to(self.dtype) for local, row in self._rows(v).items()
+            row_key(f"{self._name}.{local}"): row.reshape(len(row), -1).to(self.dtype)
+            for local, row in self._rows(v).items()
         }
         return {self._name: gradients_by_position(self.modules[self._name], v).to(self.dtype), **rows}
 

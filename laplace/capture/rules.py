@@ -16,14 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from laplace.capture.products import Product
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CHANNELS_FIRST = (*_CONVOLUTIONS, *_BATCH_NORMS, nn.GroupNorm)
 
 
-def is_outer(module: nn.Module) -> bool:
+def is_outer(module: nn.Module | Product) -> bool:
     """Whether the weight's Jacobian is a sum of outer products of output gradients and inputs."""
-    return isinstance(module, nn.Linear) or is_transposed(module) or (_is_conv(module) and module.groups == 1)
+    return (
+        isinstance(module, (nn.Linear, Product)) or is_transposed(module) or (_is_conv(module) and module.groups == 1)
+    )
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from laplace.capture.blocks import Block
+from laplace.capture.blocks import Block, row_key
 from laplace.capture.contractions import chunks, is_bias, output_directions, row_of_layer
 from laplace.capture.last_layer import LastLayerCapture
 from laplace.capture.last_layer_variance import last_layer_variance
@@ -65,7 +65,7 @@ def block_variance(
     directions = [capture.gradients(v) for v in output_directions(capture.f)]
     for index, block in enumerate(blocks):
         if block.layer is None:
-            rows = torch.stack([gradients.pop(block.parameter) for gradients in directions], 1)
+            rows = torch.stack([gradients.pop(row_key(block.parameter)) for gradients in directions], 1)
             _add_rows(total, rows, weights[index], diagonal)
         else:
             by_layer.setdefault(block.layer, []).append(index)

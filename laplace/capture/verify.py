@@ -17,6 +17,7 @@ from torch import nn
 from laplace.capture import contractions
 from laplace.capture.blocks import Block
 from laplace.capture.capture import Capture
+from laplace.capture.products import product_of
 from laplace.capture.rules import is_covered, is_outer, is_transposed
 from laplace.linalg.precision import without_autocast
 from laplace.noise import fixed_directions
@@ -63,6 +64,8 @@ def find_layers(model: nn.Module, names: Sequence[str], x: Any) -> dict[str, Sou
         if len(places) > 1:
             tied = ", ".join(".".join(p) for p in places)
             found[name] = Source(None, f"per-example autograd: tied weight ({tied})")
+        elif (weight := product_of(model, name)) is not None:
+            found[name] = Source(weight, f"products in {type(module).__name__}")
         elif not is_covered(module) or places[0][1] not in ("weight", "bias"):
             found[name] = Source(None, f"per-example autograd: {type(module).__name__}")
         else:
@@ -115,6 +118,8 @@ def _is_plain(capture: Capture, name: str, layer: str) -> bool:
     value = torch.randn_like(value) if value.is_floating_point() else value
     local = name[len(layer) + 1 :] if layer else name
     module = capture.modules[layer]
+    if not isinstance(module, nn.Module):
+        return False
     kind = "transposed" if is_transposed(module) else "outer" if is_outer(module) else "rows"
     try:
         return _verified(module, {local: Source("", "", kind)}, value, alone=True)[local].layer is not None

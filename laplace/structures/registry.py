@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from laplace.capture.products import product_of
 from laplace.capture.rules import is_outer
 from laplace.capture.verify import Source
 from laplace.linalg.precision import without_autocast
@@ -73,7 +74,7 @@ def warn_of_diagonal_blocks(spec: SumsSpec, model: nn.Module) -> None:
     missing = []
     for parameter, kind, reason in coverage_report(spec) if spec.structure == "kron" else ():
         module = model.get_submodule(parameter.rpartition(".")[0])
-        if kind == "diag" and is_outer(module):
+        if kind == "diag" and (is_outer(module) or product_of(model, parameter) is not None):
             missing.append(f"{parameter} ({reason})")
     if missing:
         warnings.warn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,9 @@ from torch import Tensor
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError, listed
 
+_OF_PANDAS = re.compile(r"__index_level_[0-9]+__$")  # an index that a table of pandas had
 _DEFAULT_X = Config.model_fields["dict_key_x"].default
+TWICE = "two columns of one name"
 ARGUMENTS = ("columns", "group", "index")  # what --data-args may hold for files; `index` is of tar shards
 
 
@@ -47,7 +50,7 @@ def choose(config: Config, there: Mapping[str, str], where: str) -> Choice:
     """Return the columns that make an example.
 
     With `columns` under `--data-args`: a mapping of these. With `--dict-key-x`: a pair of that column and `--dict-key-y`'s.
-    With columns `x` and `y`: a pair of these. Else a mapping of all columns but the group's.
+    With columns `x` and `y`: a pair of these. Else a mapping of all columns but the group's and pandas' index.
 
     Args:
         config: The settings.
@@ -58,11 +61,14 @@ def choose(config: Config, there: Mapping[str, str], where: str) -> Choice:
         SettingsError: A column is not there, or cannot become a tensor and there is no `--collate`.
     """
     given = config.data_args
-    wrong = [name for name in given if name not in ARGUMENTS]
-    if wrong or not _names(given.get("columns", ["x"])) or not _names([given.get("group", "x")]):
-        said = f"{listed(wrong)} given" if wrong else "columns takes a list of names, group one name"
+    if wrong := [name for name in given if name not in ARGUMENTS]:
         raise SettingsError(
-            f"--data-args: {said}, but {config.data!r} is no callable; for files there are columns, group and index"
+            f"--data-args: {listed(wrong)} given, but {config.data!r} is no callable; for files there are "
+            f"{listed(list(ARGUMENTS))}"
+        )
+    if not _names(given.get("columns", ["x"])) or not isinstance(given.get("group", ""), str):
+        raise SettingsError(
+            "--data-args: columns takes a list of names, such as '{columns: [input_ids, labels]}', group one name"
         )
     group = given.get("group", "group" if "group" in there else None)
     y, flag_x, flag_y = config.dict_key_y, "--dict-key-x", "--dict-key-y"
@@ -70,16 +76,18 @@ def choose(config: Config, there: Mapping[str, str], where: str) -> Choice:
         names, flag_x = tuple(dict.fromkeys(given["columns"])), "--data-args: columns"
         choice = Choice(names, y, False, group)
     elif config.dict_key_x != _DEFAULT_X:
-        choice = Choice((config.dict_key_x, y), y, True, group)
+        choice = Choice(tuple(dict.fromkeys([config.dict_key_x, y])), y, True, group)
     elif {"x", "y"} <= there.keys():
         choice = Choice(("x", "y"), "y", True, group)
     else:
-        choice = Choice(tuple(name for name in there if name != group), y, False, group)
+        choice = Choice(tuple(name for name in there if name != group and not _OF_PANDAS.match(name)), y, False, group)
     wanted = {**dict.fromkeys(choice.names, flag_x), choice.targets: flag_y}
     wanted |= {group: "--data-args: group"} if group else {}
     for name, flag in wanted.items():
         if name not in there:
             raise SettingsError(f"{flag}: {where} has no column {name!r}; it has {listed(list(there))}")
+        if there[name] == TWICE:
+            raise SettingsError(f"{flag}: {where} has two columns {name!r}; rename one")
     if choice.targets not in choice.names:
         raise SettingsError(f"--data-args: columns lacks that of the targets, {y!r} (--dict-key-y); add it")
     if config.collate is None:
@@ -94,8 +102,9 @@ def _names(value: Any) -> bool:
 def _check_joinable(choice: Choice, there: Mapping[str, str], where: str) -> None:
     odd = [name for name in choice.names if there[name]]
     if odd:
-        leave = "" if choice.pair else "leave it out with --data-args '{columns: [...]}', "
-        numbers = "give each class a number from 0, " if odd[0] == choice.targets else ""
-        raise SettingsError(
-            f"--data: column {odd[0]!r} of {where} holds {there[odd[0]]}; {leave}{numbers}or make tensors of it with --collate"
-        )
+        ways = ["make tensors of it with --collate"]
+        if odd[0] == choice.targets:
+            ways.insert(0, "give each class a number from 0")
+        if not choice.pair:
+            ways.insert(0, "leave it out with --data-args '{columns: [...]}'")
+        raise SettingsError(f"--data: column {odd[0]!r} of {where} holds {there[odd[0]]}; {', or '.join(ways)}")

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import types
 
+from laplace_dist.data.choice import TWICE
 from laplace_dist.data.rows import Values
 from laplace_dist.errors import SettingsError
 
@@ -19,7 +20,8 @@ Where = Callable[[int], str]
 
 def obstacles(schema: pa.Schema) -> dict[str, str]:
     """Return for each column what torch cannot join about its values, or nothing where it can."""
-    return {field.name: _obstacle(field) for field in schema}
+    twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    return {field.name: TWICE if field.name in twice else _obstacle(field) for field in schema}
 
 
 def check_same(first: pa.Schema, other: pa.Schema, names: Sequence[str], where: tuple[str, str]) -> None:

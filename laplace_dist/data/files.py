@@ -94,6 +94,15 @@ class Place:
         return {name.rpartition("/")[2]: kind for name, kind in names.items() if name != root}
 
     @property
+    def is_file(self) -> bool:
+        """Whether the URL is that of a file of a known kind."""
+        try:
+            fs, root = self._opened
+            return _kind(root) is not None and fs.isfile(root)
+        except Exception:  # as of `top`
+            return False
+
+    @property
     def splits(self) -> list[str]:
         """Names of the splits for which there are folders or files of a known kind."""
         found = {name if kind == "directory" else _split_of(name) for name, kind in self.top.items()}

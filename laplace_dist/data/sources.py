@@ -108,6 +108,13 @@ def _at_url(config: Config, split: str) -> Any:
 
 def _open(config: Config, split: str) -> Any:
     place = Place(config.data, config.data_storage_options)
+    if place.is_file:
+        raise SettingsError(
+            f"--data: {config.data!r} is one file; give the folder that it lies in, where split {split!r} is {split}.parquet "
+            f"or the folder {split}"
+        )
+    if split not in place.splits and place.top.get("data") == "directory":  # as data sets on Hugging Face's hub have it
+        place = Place(f"{config.data.rstrip('/')}/data", config.data_storage_options)
     if is_saved(place, split):
         return SavedDataset(place, config, split)
     if place.holds_files:

@@ -95,13 +95,13 @@ class InlinePool:
         self._context = Context(self._config, self._context.device.type)
 
     def _outcome(self, task: Task) -> Event:
-        with _computing_as_a_worker(self._config, self._context.device):
+        with computing_as_a_worker(self._config, self._context.device):
             outcome = outcome_of(lambda: self._context.carry_out(task))
         return event_of(task, outcome) if isinstance(outcome, Raised) else Event(task, receipt=outcome)
 
 
 @contextmanager
-def _computing_as_a_worker(config: Config, device: torch.device) -> Iterator[None]:
+def computing_as_a_worker(config: Config, device: torch.device) -> Iterator[None]:
     """Compute with a worker's threads and kernels, which bits depend on, and with this process's own afterwards."""
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads_per_worker)

@@ -19,6 +19,7 @@ from laplace_dist.run.ownership import commit
 from laplace_dist.storage.store import Store
 
 GROUP = "group"  # array of a shard: numbers of the groups whose names its manifest has
+MONITOR = "monitor"  # in place of a method: what is watched for drift
 
 
 def commit_shard(
@@ -101,6 +102,12 @@ def joined_groups(store: Any, key: str, ids: list[str]) -> list[str]:
 def metrics_json(version: str, tuning: str | None, metrics: Mapping[str, Any]) -> bytes:
     """Return the content of `evaluation/metrics.json`: the latest metrics, and of what they are."""
     return json.dumps({"version": version, "tuning": tuning, **metrics}, indent=1).encode()
+
+
+def is_watched(store: Store, key: str) -> bool:
+    """Say whether the scores of an evaluation's test split have what is watched for drift; those of older versions do not."""
+    shard = evaluation_shard_key(key, "test", open_json(store.read(key), key)["shards"]["test"][0])
+    return any(name.startswith(f"{MONITOR}/") for name in open_json(store.read(shard), shard)["arrays"])
 
 
 def shown(store: Store) -> str | None:

@@ -35,7 +35,7 @@ def write_state(store: Store, plan: Plan, state: Mapping[str, Any]) -> None:
 
 
 def evaluation_of(store: Store, plan: Plan, current: Mapping[str, Any]) -> str | None:
-    """Return the evaluation by which the current posterior was accepted: at its promotion, or by the fit; None if it is gone.
+    """Return the evaluation by which the current posterior was accepted; None if it is gone, or has nothing that is watched.
 
     Args:
         store: The checkpoint.
@@ -46,7 +46,7 @@ def evaluation_of(store: Store, plan: Plan, current: Mapping[str, Any]) -> str |
     if key is None or not key.startswith(f"evaluation/{current['version']}-") or not has(store, plan, key):
         return None
     same = open_json(store.read(key), key)["settings"].get("tuning") == current["tuning"]
-    return key if same else None
+    return key if same and evaluations.is_watched(store, key) else None
 
 
 def reference(
@@ -61,8 +61,9 @@ def reference(
         fresh: Key of the current posterior's evaluation on the fresh data, the reference where there is no other.
     """
     own = {name: current[name] for name in ("version", "tuning")}
-    if state is not None and own == {name: state[name] for name in own} and accepted in (None, state["evaluation"]):
+    begun = state is not None and bool(state["streams"])
+    if begun and own == {name: state[name] for name in own} and accepted in (None, state["evaluation"]):
         return dict(state)
-    number = 1 if state is None else state["number"] + 1
+    number = 1 if state is None else state["number"] + begun
     beginning = {"streams": {}, "distance": None, "noticed": {}, "seen": [], "last": None}
     return {**own, "number": number, "evaluation": accepted or fresh, **beginning}

@@ -224,6 +224,19 @@ class _Run:
         )
 
 
+def _of_window(
+    place: Checkpoint, prefix: str, times: Mapping[str, datetime], now: datetime
+) -> tuple[dict[str, float], bool]:
+    """Return the orphans of a window, which is laid out like a checkpoint of its own, by their keys in the run."""
+    own = {key.removeprefix(f"{prefix}/"): time for key, time in times.items() if key.startswith(f"{prefix}/")}
+    try:
+        plan = ownership.read_plan(place)
+    except CheckpointError:  # a window that was deleted has left them, or its plan is bad, which is named elsewhere
+        plan = None
+    found, whole = orphans.find(place, own, plan, now)
+    return {f"{prefix}/{key}": age for key, age in found.items()}, whole
+
+
 def _collect(
     store: Checkpoint,
     report: Report,
@@ -234,6 +247,10 @@ def _collect(
 ) -> None:
     """Find what no manifest names, and delete what is old enough unless a manifest cannot be read."""
     report.orphans, readable = orphans.find(store, times, plan, now)
+    for prefix in sorted({"/".join(key.split("/")[:2]) for key in times if key.startswith(f"{layout.WINDOWS}/")}):
+        found, whole = _of_window(store.under(prefix), prefix, times, now)
+        report.orphans |= found
+        readable = readable and whole
     if older_than is None:
         return
     if not readable or any(layout.MANIFEST.fullmatch(key) for key, _ in report.problems):

@@ -19,9 +19,8 @@ from laplace.drift.spectra import relative_distance, spectrum
 from laplace_dist.run import versions, windows
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.combination import alone
-from laplace_dist.run.evaluations import joined_scores
+from laplace_dist.run.evaluations import MONITOR, joined_scores
 from laplace_dist.stages.context import Context
-from laplace_dist.stages.evaluate import MONITOR
 
 FALSE_ALARMS = 0.05  # probability of any false alarm over a whole schedule, whatever its length
 LARGEST = 1024  # dimensions of a factor whose spectrum is compared; its cost grows with their cube

@@ -18,14 +18,12 @@ from laplace_dist.config.settings import Config
 from laplace_dist.data.groups import digest_of
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
-from laplace_dist.run.evaluations import commit_evaluation, commit_shard, joined_scores
+from laplace_dist.run.evaluations import MONITOR, commit_evaluation, commit_shard, joined_scores
 from laplace_dist.run.layout import evaluation_shard_key
 from laplace_dist.run.ownership import has
 from laplace_dist.run.provenance import environment
 from laplace_dist.stages.context import Context
 from laplace_dist.storage.store import Store
-
-MONITOR = "monitor"  # in place of a method: what is watched for drift
 
 
 def settings(
@@ -48,6 +46,8 @@ def settings(
     chosen = {name: getattr(config, name) for name in names}
     if groups:
         chosen["groups"] = digest_of(groups)
+    if config.unlabelled is not None:  # of which more is kept than of one out of distribution
+        chosen["unlabelled"] = config.unlabelled
     return {**chosen, **config.batching, **config.machine(device_type), "tuning": tuning, "data": dict(data)}
 
 

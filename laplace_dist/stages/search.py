@@ -29,7 +29,7 @@ from laplace_dist.stages import words
 from laplace_dist.stages.tune import Candidate, CommitChoice, FirstNoWorse, ScoreShard
 from laplace_dist.storage.store import Store
 
-ENOUGH, SHARE = 1000, 8  # examples that a coarse round looks at: at least so many, and one in so many
+ENOUGH, SHARE = 1000, 16  # examples that a coarse round looks at: at least so many, and one in so many
 PROFILE = tuple(TEMPERATURES.value(i) for i in range(0, TEMPERATURES.size, 10))  # under which priors are scored
 SURE = 1e-6  # nats by which the kept limit may differ from MAP
 

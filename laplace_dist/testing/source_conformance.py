@@ -90,7 +90,17 @@ class SourceConformance:
         """Whatever was read before, and whatever is done to a batch that was handed out."""
         folder, values = self.made(tmp_path)
         dataset = self.load(folder)
-        for start, stop in ((0, self.n), (5, self.n), (3, 4), (self.n - 1, self.n), (0, 9), (2, 17)):
+        for start, stop in (
+            (0, self.n),
+            (5, self.n),
+            (3, 4),
+            (3, 4),
+            (self.n - 1, self.n),
+            (0, 9),
+            (2, 6),
+            (1, 6),
+            (2, 17),
+        ):
             at = start
             for offset, x, y in batches(dataset, start, stop, batch_size):
                 rows = slice(at, min(at + batch_size, stop))
@@ -227,7 +237,7 @@ class FileConformance(SourceConformance):
             self._read_all(folder)
         assert self.name_of(file) in str(caught.value)
 
-    @pytest.mark.parametrize("what", ["replaced", "removed"])
+    @pytest.mark.parametrize("what", ["replaced", "removed", "altered"])
     def test_a_file_that_changes_under_an_open_data_set_is_an_error(self, tmp_path: Path, what: str) -> None:
         """From the plan to the read, also in the file that was read last; the job that comes next has another fingerprint."""
         folder, _ = self.made(tmp_path / "one")
@@ -239,9 +249,10 @@ class FileConformance(SourceConformance):
             time = file.stat().st_mtime_ns + 10**9
             if what == "removed":
                 file.unlink()
-            else:
-                new.replace(file)
-                os.utime(file, ns=(time, time))
+                continue
+            content = new.read_bytes() if what == "replaced" else _one_bit_off(file.read_bytes())
+            file.write_bytes(content)
+            os.utime(file, ns=(time, time))
         with pytest.raises(ExampleError) as caught:
             list(reading)
         assert any(self.name_of(file) in str(caught.value) for file in (self.files(folder, "train") or [Path("train")]))
@@ -332,6 +343,11 @@ class TableConformance(FileConformance):
         with pytest.raises(ExampleError) as caught:
             list(batches(dataset, 0, self.n, 5))
         assert "z" in str(caught.value) and dataset.where(row) in str(caught.value)
+
+
+def _one_bit_off(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
 def _parts(x: Any) -> list[Any]:

@@ -209,3 +209,93 @@ def test_other_backends_refuse_factors_of_these_layers(name, backend):
     la = Laplace(model, "classification", "all", "kron", backend=backend_class(backend)[0])
     with pytest.raises(ValueError, match="(?i)use the native backend"):
         la.fit(loader(x, y))
+
+
+class HandWritten(nn.Module):
+    """Attention of two heads whose projections are linear layers."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.packed, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(2, (2, -1)).transpose(1, 2) for t in self.packed(x).chunk(3, 2))
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+class Attention(nn.Module):
+    """The same by torch, with the batch first or second."""
+
+    def __init__(self, width, batch_first):
+        super().__init__()
+        self.inner, self.batch_first = nn.MultiheadAttention(width, 2, batch_first=batch_first), batch_first
+
+    def forward(self, x):
+        x = x if self.batch_first else x.transpose(0, 1)
+        found = self.inner(x, x, x, need_weights=False)[0]
+        return found if self.batch_first else found.transpose(0, 1)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+def test_packed_projections_are_the_linear_layers_they_stand_for(structure, batch_first):
+    torch.manual_seed(0)
+    theirs = nn.Sequential(nn.Linear(3, 4), Attention(4, batch_first), Pool(), nn.Linear(4, 3)).double()
+    ours = nn.Sequential(nn.Linear(3, 4), HandWritten(4), Pool(), nn.Linear(4, 3)).double()
+    with torch.no_grad():
+        for one, two in zip(ours.parameters(), theirs.parameters(), strict=True):
+            two.copy_(one)
+    x, y = torch.randn(7, 5, 3).double(), torch.randint(3, (7,))
+    found = []
+    for model in (ours, theirs):
+        la = Laplace(model, "classification", "all", structure, prior_precision=2.0)
+        la.fit(loader(x, y, 3))
+        found.append((torch.cat([t.flatten() for t in la.sums.to_tensors().values()]), glm_distribution(la, x)[1]))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)
+    kinds = {name: kind for name, kind, reason in la.coverage if "products in" in reason}
+    assert set(kinds) == {
+        f"1.inner.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+    }
+    assert set(kinds.values()) == {structure}
+
+
+@pytest.mark.parametrize("kind", [nn.RNNCell, nn.LSTMCell, nn.GRUCell])
+def test_recurrent_cells_are_sums_over_their_steps(kind):
+    """Kronecker factors of both weights, from inputs and gradients of every step that are asked for one by one."""
+
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = kind(3, 2), nn.Linear(2, 3)
+
+        def forward(self, x):
+            state = None
+            for t in range(x.shape[1]):
+                state = self.cell(x[:, t], state)
+            return self.head(state[0] if isinstance(state, tuple) else state)
+
+    torch.manual_seed(0)
+    model = Steps().double()
+    x, y = torch.randn(6, 4, 3).double(), torch.randint(3, (6,))
+    la = Laplace(model, "classification", "all", "kron")
+    la.fit(loader(x, y, 4))
+    assert all(kind == "kron" for _, kind, _ in la.coverage)
+    expected = sum(torch.outer(a, a) for a in x.flatten(0, 1)) / (4 * 6)
+    torch.testing.assert_close(la.H_facs.kfacs[0][1], expected)
+    diag = Laplace(model, "classification", "all", "diag")
+    diag.fit([(x, y)])
+    torch.testing.assert_close(diag.H, naive.full(model, x, y, "classification", "ggn").diagonal())
+
+
+@pytest.mark.parametrize("backend", ["curvlinops", "asdl", "backpack"])
+def test_other_backends_refuse_factors_of_packed_projections(backend):
+    from laplace.backends import backend_class
+
+    cls, _ = backend_class(backend)
+    model = nn.Sequential(Attention(4, True), Pool(), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="no Kronecker factors for .*in_proj_weight"):
+        Laplace(model, "classification", "all", "kron", backend=cls).fit(
+            [(torch.randn(4, 5, 4), torch.tensor([0, 1, 2, 0]))]
+        )

@@ -19,9 +19,10 @@ from laplace_dist.errors import SettingsError
 from laplace_dist.recalibration import recalibrate, rollback
 from laplace_dist.report import alert
 from laplace_dist.run import layout, pointer
-from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.stages.evaluate import _per_example
+from laplace_dist.storage.sealed_json import seal_json
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,28 @@ def test_examples_without_labels_are_watched_and_what_they_will_cost_is_estimate
     assert set(shown["estimated_without_labels"]["recent"]) == {"accuracy_atc", "accuracy_doc", "nll_doc"}
     assert math.isclose(sum(shown["labels"]["estimated_without_labels"]), 1)
     assert "ood_auroc/recent" not in found.metrics["current"]
+
+
+def test_a_split_without_labels_may_have_been_one_out_of_distribution(run):
+    """Of which less is kept: an evaluation of before does not stand in for one with it."""
+    day(run, 2, data="recalibration_cases:without_labels", ood=["recent"], gate=["nll<=-10"])
+    found = day(run, 2, data="recalibration_cases:without_labels", unlabelled="recent", gate=["nll<=-10"])
+    assert "features" in found.noticed
+
+
+def test_an_evaluation_of_an_older_version_is_no_reference(run):
+    """It has nothing that is watched: the first look becomes the reference, and the second one compares with it."""
+    store = Checkpoint(str(run))
+    key = pointer.read_current(store)["history"][-1]["evaluation"]
+    for name in store.list(key.removesuffix(".json"), recursive=False):
+        shard = open_json(store.read(name), name)
+        kept = {array: entry for array, entry in shard["arrays"].items() if not array.startswith("monitor/")}
+        store.replace(name, seal_json({**shard, "arrays": kept}))
+    day(run, 2, gate=["nll<=-10"])
+    first = decision(run, "day-2")["drift"]
+    assert len(first["passed_over"]) == 4 and first["reference"]["evaluation"] != key
+    assert day(run, 3, shift=1.0, gate=["nll<=-10"]).noticed
+    assert decision(run, "day-3")["drift"]["reference"] == first["reference"]
 
 
 @pytest.mark.parametrize("name", ["test", "a b", ""])

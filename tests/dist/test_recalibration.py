@@ -84,6 +84,15 @@ def test_a_threshold_that_says_nothing_is_refused_with_what_is_accepted(run, tex
     assert Checkpoint(str(run)).read(layout.CURRENT) == before
 
 
+@pytest.mark.parametrize("flag", ["--keep-versions=0", "--keep-versions=two", "--keep-versions=-1"])
+def test_a_number_of_versions_that_is_none_is_refused(run, flag, capsys):
+    before = Checkpoint(str(run)).read(layout.CURRENT)
+    assert cli.recalibrate_main(["--checkpoint", str(run), flag]) == 2
+    error = capsys.readouterr().err
+    assert "--keep-versions" in error and flag.partition("=")[2] in error
+    assert Checkpoint(str(run)).read(layout.CURRENT) == before
+
+
 def test_a_threshold_on_a_figure_that_there_is_not_is_refused(run):
     before = Checkpoint(str(run)).read(layout.CURRENT)
     with pytest.raises(

@@ -70,6 +70,21 @@ def test_a_split_that_is_not_clear_is_refused(tmp_path, names, words):
     assert words in str(caught.value)
 
 
+def test_one_file_is_no_folder_of_splits(tmp_path):
+    path = write(tmp_path / "train.parquet", table())
+    for url in (str(path), f"file://{path}"):
+        with pytest.raises(
+            SettingsError, match="train.parquet' is one file; give the folder that it lies in, where split 'train'"
+        ):
+            load(url)
+
+
+def test_files_in_a_folder_called_data_are_found(tmp_path):
+    """As data sets on Hugging Face's hub have them."""
+    write(tmp_path / "data/train-00000-of-00001.parquet", table(4))
+    assert len(load(tmp_path)) == 4
+
+
 def test_files_of_other_schemas_are_refused(tmp_path):
     write(tmp_path / "train/a.parquet", table(4, z=np.arange(4)))
     write(tmp_path / "train/b.parquet", table(4).set_column(1, "y", pa.array([1.5] * 4)))
@@ -241,6 +256,19 @@ def test_columns_that_are_no_numbers_are_refused_unless_they_are_left_out(tmp_pa
     assert "column 'odd' of split 'train'" in str(caught.value) and "leave it out with --data-args" in str(caught.value)
     assert words.replace("list<element: string>, which is no number", "strings") in str(caught.value)
     assert sorted(load(tmp_path, data_args={"columns": ["z", "labels"]})[0]) == ["labels", "z"]
+
+
+def test_columns_that_cannot_be_meant(tmp_path):
+    """One name twice; an index of pandas, which is no input unless it is asked for."""
+    x = pa.array([1.0, 2.0])
+    write(tmp_path / "train.parquet", pa.Table.from_arrays([x, x, pa.array([0, 1])], names=["x", "x", "y"]))
+    with pytest.raises(SettingsError, match="^--dict-key-x: .* has two columns 'x'; rename one"):
+        load(tmp_path)
+    assert load(tmp_path, dict_key_x="y", dict_key_y="y")[1][0] == 1
+    write(tmp_path / "train.parquet", pa.table({"z": x, "labels": [0, 1], "__index_level_0__": ["a", "b"]}))
+    assert sorted(load(tmp_path)[0]) == ["labels", "z"]
+    with pytest.raises(SettingsError, match="--data-args: columns takes a list of names, such as"):
+        load(tmp_path, data_args={"columns": "z"})
 
 
 def test_a_null_inside_a_list_is_found(tmp_path):

@@ -205,3 +205,12 @@ def test_compressed_shards_are_refused(tmp_path):
     with pytest.raises(SettingsError, match="train/0.tar is no whole, plain tar file"):
         load(tmp_path)
     assert source_cases.load(tmp_path, "val")
+
+
+def test_a_read_that_comes_back_short_is_an_error(tmp_path, monkeypatch):
+    """A class of two digits would otherwise lose one."""
+    dataset = load(counted(shard(tmp_path / "0.tar")))
+    whole = Counting.cat_ranges
+    monkeypatch.setattr(Counting, "cat_ranges", lambda *a, **k: [content[:-1] for content in whole(*a, **k)])
+    with pytest.raises(ExampleError, match=r"train/0.tar ends within bytes \d+ to \d+: it is truncated; restore it"):
+        first(dataset)

@@ -393,7 +393,7 @@ def test_a_coarse_round_looks_at_a_part_of_much_data_and_at_all_of_little():
         examples = sum(shard.stop - shard.start for shard in chosen)
         assert len({shard.id for shard in chosen}) == len(chosen)
         assert min(n, 1000) <= examples + max(s.stop - s.start for s in shards)
-        assert examples <= max(2000, n / 8 + max(s.stop - s.start for s in shards)) or n < 1000
+        assert examples <= max(2000, n / 16 + max(s.stop - s.start for s in shards)) or n < 1000
     assert len(some(plan_shards(50_000, 32))) < len(plan_shards(50_000, 32)) / 4
 
 

@@ -240,6 +240,20 @@ def test_damage_in_a_window_is_named(run, pattern):
     assert any(named == key or key.startswith(named) for named, _ in report.problems), report.problems
 
 
+def test_what_a_crash_leaves_in_a_window_is_an_orphan_and_collected(run):
+    store = Checkpoint(str(run))
+    (part,) = {
+        key.rpartition("/")[2].removesuffix(".json") for key in store.list("windows/tuesday/parts", recursive=False)
+    }
+    left = f"windows/tuesday/parts/{part}/{'0' * 32}"
+    store.write_arrays(left, {"sum": np.zeros(3)})
+    before = set(store.list())
+    assert set(laplace_dist.verify(str(run)).orphans) == {left}
+    report = laplace_dist.verify(str(run), collect_orphans_older_than=0)
+    assert (report.problems, report.collected) == ([], [left])
+    assert before - set(store.list()) == {key for key in before if key.startswith(left)}
+
+
 def test_a_version_that_is_not_the_sum_of_its_windows_is_named(run):
     store = Checkpoint(str(run))
     version = pointer.read_current(store)["version"]

@@ -1,0 +1,156 @@
+"""What a fit will take, worked out from its plan and from what a trial of it took: bytes, requests, memory, time."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from laplace_dist.plan.plan import Plan
+
+# List prices of S3 Standard in US East (N. Virginia), dollars for a thousand requests.
+PUT_PRICE, GET_PRICE = 0.005, 0.0004
+COMMIT_SHARE = 0.02  # of a segment's time, above which larger segments are worth it
+PASSES = 64  # backward passes for one batch, above which sampling is worth it
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a few batches, one commit and one part's sum took.
+
+    Attributes:
+        batch_seconds: Of a batch, without the first one.
+        commit_seconds: Of a partial's commit.
+        sum_seconds: Of adding one partial's part to a sum.
+        partial_bytes: Of a partial as stored.
+        writes: Objects that a commit creates.
+        reads: Objects that it reads back, and asks for.
+        peak_bytes: Of the process, at its largest.
+        node_bytes: Memory of the machine; None where it is not known.
+    """
+
+    batch_seconds: float
+    commit_seconds: float
+    sum_seconds: float
+    partial_bytes: int
+    writes: int
+    reads: int
+    peak_bytes: int
+    node_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a fit will take.
+
+    Attributes:
+        parameters: Weights that the posterior is over.
+        coverage: Of each kind of treatment, its tensors and its share of the weights.
+        factors: Number of factors.
+        largest: Name and width of the factor with most entries.
+        sums_bytes: Of the running sums of a worker, float64.
+        partial_bytes: Of a segment's partial as stored.
+        segments: Their number.
+        batches: Batches in all.
+        stored_bytes: Of all partials, the window's sum and the posterior version, while the partials are kept.
+        writes: Requests that write, of the map phase.
+        reads: Requests that read, of the map phase.
+        dollars: What these cost on S3.
+        peak_bytes: Of a worker, without what Ray takes itself.
+        workers: That the times are for.
+        map_seconds: Of the map phase.
+        commit_share: Of its time that goes into commits, if they do not overlap with it.
+        reduce_seconds: Of the reduction.
+        advice: What limits, and what to change, a sentence each.
+    """
+
+    parameters: int
+    coverage: dict[str, tuple[int, float]]
+    factors: int
+    largest: tuple[str, int]
+    sums_bytes: int
+    partial_bytes: int
+    segments: int
+    batches: int
+    stored_bytes: int
+    writes: int
+    reads: int
+    dollars: float
+    peak_bytes: int
+    workers: int
+    map_seconds: float
+    commit_share: float
+    reduce_seconds: float
+    advice: tuple[str, ...]
+
+
+def estimate(plan: Plan, trial: Trial, coverage: Sequence[tuple[str, str, str]], workers: int) -> Estimate:
+    """Work out what a fit takes.
+
+    Args:
+        plan: Of the fit.
+        trial: What a few of its batches took.
+        coverage: `(parameter, kind, reason)` of every tensor.
+        workers: How many there will be.
+    """
+    size = plan.settings["batch_size"]
+    batches = sum(math.ceil((segment.stop - segment.start) / size) for segment in plan.segments)
+    segments = len(plan.segments)
+    per_segment = batches / segments * trial.batch_seconds
+    rounds = math.ceil(segments / workers)
+    entries = plan.places[-1].stop
+    sizes = {name: prod(factor["shape"]) for name, factor in plan.spec["factors"].items()}
+    largest = max(sizes, key=lambda name: sizes[name])
+    writes, reads = segments * trial.writes, segments * trial.reads
+    found = {
+        "parameters": sum(prod(block["shape"]) for block in plan.spec["blocks"]),
+        "coverage": _summary(plan, coverage),
+        "factors": len(sizes),
+        "largest": (largest, plan.spec["factors"][largest]["shape"][0]),
+        "sums_bytes": 8 * sum(sizes.values()),
+        "partial_bytes": trial.partial_bytes,
+        "segments": segments,
+        "batches": batches,
+        "stored_bytes": segments * trial.partial_bytes + 2 * 8 * entries,
+        "writes": writes,
+        "reads": reads,
+        "dollars": (writes * PUT_PRICE + reads * GET_PRICE) / 1000,
+        "peak_bytes": trial.peak_bytes,
+        "workers": workers,
+        "map_seconds": rounds * (per_segment + trial.commit_seconds),
+        "commit_share": trial.commit_seconds / (per_segment + trial.commit_seconds),
+        "reduce_seconds": math.ceil(len(plan.parts) / workers) * segments * trial.sum_seconds,
+    }
+    return Estimate(**found, advice=tuple(_advice(plan, trial, found)))
+
+
+def _summary(plan: Plan, coverage: Sequence[tuple[str, str, str]]) -> dict[str, tuple[int, float]]:
+    sizes = {block["parameter"]: prod(block["shape"]) for block in plan.spec["blocks"]}
+    tensors, weights = Counter(kind for _, kind, _ in coverage), Counter()
+    for parameter, kind, _ in coverage:
+        weights[kind] += sizes[parameter]
+    total = max(1, sum(sizes.values()))
+    return {kind: (tensors[kind], weights[kind] / total) for kind in tensors}
+
+
+def _advice(plan: Plan, trial: Trial, found: dict) -> list[str]:
+    said = []
+    settings, outputs = plan.settings, plan.spec["n_outputs"]
+    if trial.node_bytes is not None and found["peak_bytes"] > trial.node_bytes:
+        name, width = found["largest"]
+        said.append(
+            f"A worker needs more memory than this machine has; the largest of its sums is {name} of width {width:,}. "
+            "Use --hessian-structure diag, --subset-of-weights last_layer, or freeze that layer."
+        )
+    if settings["estimator"] == "ggn" and settings["subset_of_weights"] == "all" and outputs > PASSES:
+        said.append(f"{outputs} outputs take about as many backward passes a batch: --estimator mc takes one.")
+    if found["commit_share"] > COMMIT_SHARE and found["segments"] > 4 * found["workers"]:
+        said.append(
+            f"Commits take {found['commit_share']:.0%} of a segment's time: a larger --segment-size than "
+            f"{plan.segments[0].stop - plan.segments[0].start} makes that less."
+        )
+    if found["segments"] < found["workers"]:
+        said.append(f"{found['workers']} workers share {found['segments']} segments: give a smaller --segment-size.")
+    return said

@@ -1,0 +1,95 @@
+"""A trial: a few batches of the fit, one commit and one part's sum, in a run of their own that is thrown away."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from laplace_dist.config.settings import Config
+from laplace_dist.data import loader
+from laplace_dist.data.collate import Collate
+from laplace_dist.data.device import to_device
+from laplace_dist.plan.estimate import Trial
+from laplace_dist.plan.plan import Plan
+from laplace_dist.run import partials, windows
+from laplace_dist.run.attempts import new_attempt
+from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.run.provenance import environment
+from laplace_dist.stages import opening
+from laplace_dist.storage.store import Store
+
+BATCHES = 4  # the first of which is not timed
+
+
+def run(config: Config, resolved: opening.Resolved) -> tuple[Plan, Trial]:
+    """Carry out a trial of a fit in this process; returns the fit's plan and what the trial took.
+
+    Args:
+        config: The settings.
+        resolved: What they name.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        store = Checkpoint(folder)
+        plan, _ = opening.begin(
+            resolved, config.model_copy(update={"checkpoint": folder}), store, "cpu", lambda text: None
+        )
+        sums, batch_seconds = _batches(config, resolved)
+        segment, made = plan.segments[0], {"data_sha256": "0" * 64, "environment": environment("cpu")}
+        tensors = sums.to_tensors()
+        before = _objects(Path(folder))
+        receipt = partials.commit_partial(
+            store, plan, segment, tensors, segment.stop - segment.start, new_attempt(), **made
+        )
+        writes = len(_objects(Path(folder)) - before)
+        trial = Trial(
+            batch_seconds=batch_seconds,
+            commit_seconds=receipt.seconds,
+            sum_seconds=_sum_seconds(store, plan),
+            partial_bytes=receipt.bytes,
+            writes=writes,
+            reads=writes + 2,  # each is read back; whose the run is is looked at before and after
+            peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+            node_bytes=_node_bytes(),
+        )
+        return plan, trial
+
+
+def _batches(config: Config, resolved: opening.Resolved) -> tuple[object, float]:
+    """Accumulate a few batches; returns the sums and the median seconds of one."""
+    la, size = resolved.la, config.batch_size
+    sums, times = la.zero_sums(), []
+    stop = min(len(resolved.train), BATCHES * size)
+    begun = time.perf_counter()
+    for offset, x, y in loader.batches(resolved.train, 0, stop, size, Collate.of(config)):
+        la.accumulate(sums, to_device(x, torch.device("cpu")), y, offset=offset)
+        times.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+    return sums, statistics.median(times[1:] or times)
+
+
+def _objects(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+def _sum_seconds(store: Store, plan: Plan) -> float:
+    """Return the seconds that one part of the partial takes to be read and added."""
+    part = plan.parts[0]
+    manifests = [partials.of_part(partials.read_manifest(store, plan, plan.segments[0]), part)]
+    begun = time.perf_counter()
+    windows.sum_part(store, plan, manifests, part)
+    return time.perf_counter() - begun
+
+
+def _node_bytes() -> int | None:
+    """Return the memory of this machine, where the system says so."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemTotal:")), None)

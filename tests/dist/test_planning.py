@@ -1,0 +1,130 @@
+"""What a fit is said to take, against what it takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import dist_cases
+import pytest
+
+import laplace_dist
+from laplace_dist import cli
+from laplace_dist.errors import RunFailed, SettingsError
+from laplace_dist.plan.estimate import GET_PRICE, PUT_PRICE, Trial, estimate
+from laplace_dist.report.planned import lines, size
+
+TRIAL = Trial(2.0, 0.02, 0.05, 1000, 10, 12, 10**9, 2 * 10**9)
+
+
+def stored(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    """The plan of 22 examples in batches of 4 and segments of 8."""
+    with dist_cases.inline_job(dist_cases.config(tmp_path_factory.mktemp("plan") / "run")) as job:
+        job.open()
+        return job.plan
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+def test_bytes_and_requests_are_those_of_the_fit(tmp_path, structure):
+    chosen = dist_cases.config(tmp_path / "run", hessian_structure=structure)
+    found = laplace_dist.estimate(chosen)
+    assert not (tmp_path / "run").exists(), "nothing is written there"
+    dist_cases.run_inline(chosen.model_copy(update={"keep_partials": True}))
+    partials = tmp_path / "run" / "partials"
+    manifests = sorted(partials.glob("*.json"))
+    assert found.segments == len(manifests) and found.batches == math.ceil(dist_cases.N / 4)
+    folders = stored(partials) - sum(path.stat().st_size for path in manifests)
+    assert found.partial_bytes * found.segments == pytest.approx(folders, rel=0.25)  # values compress differently
+    assert found.writes == sum(path.is_file() for path in partials.rglob("*"))
+    la = laplace_dist.load_posterior(str(tmp_path / "run"), dist_cases.convnet())
+    assert found.sums_bytes == sum(t.nbytes for name, t in la.sums.to_tensors().items() if name != "loss")
+    assert found.parameters == la.n_params and found.coverage == {structure: (4, 1.0)}
+
+
+def test_time_requests_and_storage_follow_from_the_trial(plan):
+    coverage = [("0.weight", "kron", ""), ("0.bias", "kron", ""), ("4.weight", "kron", ""), ("4.bias", "diag", "")]
+    found = estimate(plan, TRIAL, coverage, workers=2)
+    segments, batches = len(plan.segments), math.ceil(dist_cases.N / 4)
+    assert found.map_seconds == pytest.approx(math.ceil(segments / 2) * (batches / segments * 2.0 + 0.02))
+    assert found.commit_share == pytest.approx(0.02 / (batches / segments * 2.0 + 0.02))
+    assert found.reduce_seconds == pytest.approx(segments * 0.05)
+    assert (found.writes, found.reads) == (10 * segments, 12 * segments)
+    assert found.dollars == pytest.approx((found.writes * PUT_PRICE + found.reads * GET_PRICE) / 1000)
+    assert found.stored_bytes == segments * 1000 + 2 * 8 * plan.places[-1].stop
+    sizes = {"0.weight": 27, "0.bias": 3, "4.weight": 81, "4.bias": 3}
+    assert found.coverage == {
+        "kron": (3, pytest.approx(111 / sum(sizes.values()))),
+        "diag": (1, pytest.approx(3 / 114)),
+    }
+    assert found.largest == ("4.weight/A", 27)
+
+
+@pytest.mark.parametrize(
+    ("trial", "outputs", "workers", "says"),
+    [
+        (replace(TRIAL, node_bytes=10**8), 3, 1, "more memory than this machine has; the largest of its sums is 4.weight/A of width 27"),
+        (TRIAL, 100, 1, "100 outputs take about as many backward passes a batch: --estimator mc takes one"),
+        (replace(TRIAL, commit_seconds=9.0), 3, 2, None),
+        (TRIAL, 3, 50, "50 workers share"),
+    ],
+)  # fmt: skip
+def test_what_limits_is_said_with_what_to_change(plan, trial, outputs, workers, says):
+    spec = {**plan.spec, "n_outputs": outputs}
+    found = estimate(replace(plan, spec=spec), trial, [], workers).advice
+    assert (says is None and not found) or (len(found) == 1 and says in found[0])
+
+
+def test_commits_that_take_long_are_said(plan):
+    many = replace(plan, segments=tuple(replace(plan.segments[0], id=f"{i:06d}") for i in range(5)))
+    (advice,) = estimate(many, replace(TRIAL, commit_seconds=1.0), [], 1).advice
+    assert advice == "Commits take 20% of a segment's time: a larger --segment-size than 8 makes that less."
+
+
+def test_the_job_says_it_in_a_table_and_refuses_as_the_fit_does(tmp_path, capsys):
+    flags = [
+        "--model=dist_cases:convnet",
+        "--data=dist_cases:blobs",
+        f"--checkpoint={tmp_path / 'run'}",
+        "--batch-size=4",
+    ]
+    assert cli.plan_main(flags) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said[:7]] == [
+        "model",
+        "factors",
+        "segments",
+        "storage",
+        "requests",
+        "memory",
+        "time",
+    ]
+    assert "114 weights: 4 tensors kron (100.0% of the weights)" in said[0]
+    assert cli.plan_main([*flags, "--precision=bf16", "--backend=curvlinops"]) == 2
+    assert "got 'bf16' with --backend curvlinops" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match="'dist_cases' has no 'nothing'"):
+        laplace_dist.estimate(dist_cases.config(tmp_path / "run", data="dist_cases:nothing"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_sums_that_do_not_fit_are_refused_before_they_are_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("laplace.linalg.memory.free_bytes", lambda device: 100)
+    with pytest.raises(RunFailed, match="The sums of a 'kron' posterior over 114 parameters.*hessian_structure='diag'"):
+        laplace_dist.estimate(dist_cases.config(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (999.9, "1 kB"), (1234, "1.23 kB"), (78_200_000, "78.2 MB"), (5e18, "5e+03 PB")],
+)
+def test_sizes_have_three_digits(n_bytes, text):
+    assert size(n_bytes) == text
+
+
+def test_lines_are_as_wide_as_a_terminal(plan):
+    assert all(len(line) < 140 for line in lines(estimate(plan, TRIAL, [], 1)))
