@@ -10,7 +10,7 @@ INPUTS := pyproject.toml cluster/constraints.txt
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: fit demo-recalibrate test lint clean
+.PHONY: fit demo-recalibrate test browser lint clean
 
 fit: $(VENV)/.installed
 	$(BIN)/python jobs/fit_kron.py
@@ -23,8 +23,14 @@ demo-recalibrate: $(VENV)/.installed
 	    --margin-ece 0.05 --ray-address inline || test $$? = 3 || exit 1; \
 	done
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test browser
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# The report is tested in a browser: Debian's, if there is none and this user may install it; else its test says what is missing.
+browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome \
+	  || ! { [ "$$(id -u)" = 0 ] && command -v apt-get; } || { apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core; }
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +20,8 @@ __all__ = [
     "status",
     "verify",
 ]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # who uses the library decides what is shown
 
 _LAZY = {
     "Config": "config.settings",

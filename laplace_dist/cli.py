@@ -17,12 +17,19 @@ from laplace_dist.job import Result, evaluate_posterior, fit, tune_posterior
 from laplace_dist.planning import estimate
 from laplace_dist.recalibration import recalibrate, rollback
 from laplace_dist.report import planned
+from laplace_dist.report.console import printed
 from laplace_dist.report.metrics import show_recalibration, show_result
 from laplace_dist.report.verification import lines, verify
 from laplace_dist.run import layout, settings_file
 from laplace_dist.run.checkpoint import open_store
 
 JOBS = {"fit": fit, "tune": tune_posterior, "evaluate": evaluate_posterior}
+NOTES = {  # of `--help`
+    "fit": "The defaults, in parentheses, are those with a --model of your own. Without --model the bundled demo is fitted, "
+    "whose settings are in laplace_dist/demo.",
+    "follow-on": "Without --model and --config every setting that is not given is the run's own; with them the defaults, in "
+    "parentheses, hold.",
+}
 
 
 def main(job: str, argv: Sequence[str] | None = None, **defaults: Any) -> int:
@@ -44,7 +51,7 @@ def main(job: str, argv: Sequence[str] | None = None, **defaults: Any) -> int:
         show_result(result, _loading(config, result))
         return 0
 
-    return _status(carry_out, "Everything committed so far is kept: run the same command again to go on.")
+    return exit_status(carry_out, "Everything committed so far is kept: run the same command again to go on.")
 
 
 def recalibrate_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
@@ -77,7 +84,7 @@ def recalibrate_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
             show_recalibration(found)
         return 0 if found is None or found.promoted else 3
 
-    return _status(carry_out, "Everything committed so far is kept: run the same command again to go on.")
+    return exit_status(carry_out, "Everything committed so far is kept: run the same command again to go on.")
 
 
 def plan_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
@@ -96,7 +103,7 @@ def plan_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
         print("\n".join(planned.lines(estimate(_settings("fit", argv, defaults)))))
         return 0
 
-    return _status(carry_out, "Nothing was changed.")
+    return exit_status(carry_out, "Nothing was changed.")
 
 
 def verify_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
@@ -144,13 +151,13 @@ def verify_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
         print("\n".join(lines(report)))
         return 0 if report.ok else 1
 
-    return _status(check, "Nothing was changed, but for orphans that were collected.")
+    return exit_status(check, "Nothing was changed, but for orphans that were collected.")
 
 
 # ------------------------------------------------------------------ helpers of the jobs above
 
 
-def _status(carry_out: Callable[[], int], interrupted: str) -> int:
+def exit_status(carry_out: Callable[[], int], interrupted: str) -> int:
     """Do what a job does, and return its exit status; errors and interruptions are lines on stderr.
 
     Args:
@@ -158,7 +165,7 @@ def _status(carry_out: Callable[[], int], interrupted: str) -> int:
         interrupted: What a person is told of the state after an interruption.
     """
     try:
-        with signals.heeded():
+        with signals.heeded(), printed():
             return carry_out()
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -185,7 +192,12 @@ def _settings_for_data(config: Config) -> Config:
 
 
 def _settings(job: str, argv: Sequence[str], defaults: Mapping[str, Any]) -> Config:
-    """Return the settings: of the bundled demo if no model is given, and for a follow-on job those of the run."""
+    """Return the settings: of the bundled demo if no model is given, and for a follow-on job those of the run.
+
+    What `--help` shows as defaults is what holds with a model of one's own, not what the demo sets.
+    """
+    if "--help" in argv or "-h" in argv:
+        return load_config(["--help"], defaults=defaults, note=NOTES["fit" if job == "fit" else "follow-on"])
     if _given(argv, "--model") or _given(argv, "--config"):
         return load_config(argv, defaults=defaults)
     from laplace_dist import demo

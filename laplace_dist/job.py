@@ -1,41 +1,27 @@
-"""A job from settings to result: the order of the stages, open, map, reduce, tune and evaluate, and nothing else."""
+"""A job from settings to result: the order of the stages, open, map, reduce, tune, evaluate and report, and nothing else."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from laplace_dist.config import compatibility
-from laplace_dist.config.import_path import IMPORT_PATH
 from laplace_dist.config.settings import Config
 from laplace_dist.data import sources
-from laplace_dist.errors import MissingObjectError, SettingsError
-from laplace_dist.execution.session import ExecutorType, Session
+from laplace_dist.data.groups import groups_of
+from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
+from laplace_dist.execution.session import ExecutorType
 from laplace_dist.execution.tasks import Task
-from laplace_dist.plan.plan import Plan
+from laplace_dist.fit_stages import FitStages
 from laplace_dist.plan.segments import plan_shards
+from laplace_dist.report.html.subject import is_up_to_date
+from laplace_dist.report.html.task import WriteReport
 from laplace_dist.report.progress import Progress
-from laplace_dist.run import (
-    decompositions,
-    evaluations,
-    layout,
-    lifecycle,
-    ownership,
-    partials,
-    place,
-    pointer,
-    tunings,
-    versions,
-    windows,
-)
-from laplace_dist.run.checkpoint import open_json, open_store
-from laplace_dist.run.combination import Term, Window, alone
-from laplace_dist.stages import decompose, evaluate, map, opening, reduce, tune, words
+from laplace_dist.run import decompositions, evaluations, layout, ownership, pointer, tunings
+from laplace_dist.run.checkpoint import open_json
+from laplace_dist.stages import decompose, evaluate, opening, tune, words
 from laplace_dist.stages.search import Search
-from laplace_dist.storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -49,6 +35,7 @@ class Result:
         metrics: For `map` and `laplace` the metrics by name, or None if not evaluated.
         notes: What belongs beside them: the noise or temperature that they are of, and what the tuning said.
         helps: False where a tuning has found nothing better than MAP, and has kept the limit in which the posterior is that.
+        report: Path or URL of the page that shows it, or None if there is none.
     """
 
     checkpoint: str
@@ -57,6 +44,7 @@ class Result:
     metrics: dict[str, dict[str, float]] | None = None
     notes: tuple[str, ...] = ()
     helps: bool = True
+    report: str | None = None
 
 
 # ------------------------------------------------------------------ jobs
@@ -85,13 +73,13 @@ def fit(config: Config, executor: ExecutorType | None = None) -> Result:
 
 def tune_posterior(config: Config, executor: ExecutorType | None = None) -> Result:
     """Tune the prior precision of a run's current posterior; arguments and errors as of `fit`."""
-    with Job(config, executor) as job:
+    with Job(config, executor, "tune") as job:
         return _follow_on(job, job.current_version(), tuning=True, evaluation=False)
 
 
 def evaluate_posterior(config: Config, executor: ExecutorType | None = None) -> Result:
     """Evaluate a run's current posterior with the tuning in force; arguments and errors as of `fit`."""
-    with Job(config, executor) as job:
+    with Job(config, executor, "evaluate") as job:
         return _follow_on(job, job.current_version(), tuning=False, evaluation=True)
 
 
@@ -99,144 +87,12 @@ def _follow_on(job: Job, version: str, *, tuning: bool, evaluation: bool) -> Res
     key = job.tune(version) if tuning else pointer.read_current(job.store)["tuning"]
     metrics = job.evaluate(version, key) if evaluation else None
     tuned = {"sigma_noise": None} if key is None else tunings.read_tuning(job.store, key)[0]
-    return Result(job.store.url, version, key, metrics, tuple(tunings.notes(tuned)), tunings.helps(tuned))
+    page = job.report(evaluations.shown(job.store) if evaluation else None)
+    return Result(job.store.url, version, key, metrics, tuple(tunings.notes(tuned)), tunings.helps(tuned), page)
 
 
-@dataclass
-class Job:
-    """The stages of a job over one checkpoint. A stage asks the store what is done and submits tasks for the rest.
-
-    Nothing here holds a factor: tasks return small receipts, and Ray is joined when the first task is submitted.
-
-    Attributes:
-        given: The settings as given; relative paths are made absolute, since workers may have another directory.
-        executor: Where the tasks are carried out, such as `Inline`; what `--ray-address` says if not given.
-        say: Where lines for people go.
-    """
-
-    given: Config
-    executor: ExecutorType | None = None
-    say: Callable[[str], None] = lambda text: print(text, flush=True)
-    _continued: bool = field(default=False, init=False)
-    _checked: bool = field(default=False, init=False)
-
-    def __post_init__(self) -> None:
-        self.config = _absolute(self.given)
-        self.store: Store = open_store(self.config)
-        self.session = Session(self.config, self.store, self.executor, lambda text: self.say(text))
-
-    @cached_property
-    def device_type(self) -> str:
-        """Where the workers compute, `cpu` or `cuda`: as the settings say, else as the run has begun, else as there are."""
-        if self.config.device != "auto":
-            return self.config.device
-        if self.store.exists(layout.PLAN) and not self.config.fresh:
-            return self.plan.settings["device_type"]
-        return self.session.executor.device_type()
-
-    @cached_property
-    def plan(self) -> Plan:
-        """The plan of the run at the checkpoint."""
-        return ownership.read_plan(self.store)
-
-    def __enter__(self) -> Job:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.session.close()
-
-    def current_version(self) -> str:
-        """Return the posterior version that a follow-on job works on.
-
-        The posterior's structure is the run's, whatever the settings say; the likelihood has to be given as it was for
-        the fit, since what the scores of the data mean depends on it.
-
-        Raises:
-            SettingsError: The run has none yet, was fitted with another likelihood, or cannot be written to.
-        """
-        try:
-            version = pointer.read_current(self.store)["version"]
-        except MissingObjectError as error:
-            raise SettingsError(f"--checkpoint: got {self.given.checkpoint!r}; {error}") from error
-        stored = self.plan.settings
-        likelihood = stored.get("likelihood")
-        if self.config.likelihood != likelihood:
-            raise SettingsError(
-                f"--likelihood: got {self.config.likelihood!r}, but the run at {self.store.url!r} was fitted with "
-                f"{likelihood!r}. Give --likelihood {likelihood}."
-            )
-        self.config = self.config.model_copy(update={"hessian_structure": stored.get("hessian_structure")})
-        self.store.check_writable()
-        return version
-
-    # -------------------------------------------------------------- the stages of fit
-
-    def open(self) -> None:
-        """Resolve model, data and factors once, and start the run or continue the one that is there."""
-        config = self.config
-        compatibility.check_predictive(config)
-        place.check_place(self.store)
-        resolved = opening.resolve(config)
-        self._checked = True
-        self.store.check_writable()  # before a cluster may be asked for its devices
-        self.plan, self._continued = opening.begin(resolved, config, self.store, self.device_type, self.say)
-        self.window = Window(self.store, self.plan)
-        self.say(f"{'continuing' if self._continued else 'starting'} the run at {self.store.url}")
-        if not self._continued:
-            self.say(str(resolved.la.coverage))
-
-    def map(self) -> None:
-        """Accumulate the segments of the window that have no committed partial."""
-        store, plan = self.window.store, self.window.plan
-        done = lifecycle.committed(store, plan, arrays=False, say=lambda text: self.say(f"map: {text}"))
-        if self._continued and len(done) < len(plan.segments):
-            comparisons = map.comparisons(plan, done)
-            self._run(comparisons, Progress("map", "segments compared with the data", len(comparisons)))
-        self._run(map.tasks(plan, done), Progress("map", "segments", len(plan.segments), len(done)))
-
-    def reduce(self) -> str:
-        """Sum the partials to a posterior version, if that is not done yet, and make it current."""
-        if (done := self._version_of_0_1()) is not None:
-            return done
-        version = self.combine(alone(self.store, self.plan, self.sum_window()))
-        pointer.write_current(self.store, self.plan, version, None, first=True)
-        current = pointer.read_current(self.store)
-        if current.get("history"):
-            self.say(
-                f"reduce: version {current['version']} is current, which a recalibration has promoted, and stays so"
-            )
-            return current["version"]
-        tuned = current["tuning"] is None or ownership.has(self.store, self.plan, current["tuning"])
-        if current["version"] != version or not tuned:
-            pointer.write_current(self.store, self.plan, version, None)
-        return version
-
-    def sum_window(self) -> dict[str, Any]:
-        """Sum the parts of the window that are not summed yet and commit its sum; returns its manifest."""
-        store, plan = self.window.store, self.window.plan
-        if (done := windows.find_window(store, plan)) is not None:
-            return done
-        manifests = list(partials.manifests(store, plan))
-        tasks = reduce.part_tasks(store, plan, manifests)
-        self._run(tasks, Progress("reduce", "parts", len(plan.parts), len(plan.parts) - len(tasks)))
-        return windows.commit_window(store, plan, manifests)
-
-    def combine(self, terms: Sequence[Term]) -> str:
-        """Commit the posterior version that windows make, if that is not done yet; returns its name."""
-        version = versions.version_of(terms)
-        if not ownership.has(self.store, self.plan, layout.version_key(version)):
-            tasks = reduce.factor_tasks(self.plan, terms)
-            receipts = self._run(tasks, Progress("reduce", "groups of factors", len(tasks)), keep=True, alike=False)
-            versions.commit_version(self.store, self.plan, terms, [receipt["factors"] for receipt in receipts])
-        return version
-
-    def _version_of_0_1(self) -> str | None:
-        """Return the posterior version of a finished run of 0.1, whose sums were not kept apart from it."""
-        if self.plan.format_version > 1 or not self.store.exists(layout.CURRENT):
-            return None
-        return pointer.read_current(self.store)["version"]
-
-    # -------------------------------------------------------------- the follow-on stages
+class Job(FitStages):
+    """The stages of a job: those of a fit, and those that follow on it."""
 
     def tune(self, version: str) -> str:
         """Tune the prior precision of a posterior version, put it in force, and return the key of the tuning."""
@@ -308,18 +164,38 @@ class Job:
         compatibility.check_predictive(config)
         splits = self._splits(*compatibility.evaluated(config))
         found = {name: opening.fingerprint(config, split, name) for name, split in splits.items()}
-        chosen = evaluate.settings(config, tuning, found, self.device_type)
+        groups = groups_of(splits["test"], "test")
+        chosen = evaluate.settings(config, tuning, found, self.device_type, groups)
         key = layout.evaluation_key(version, chosen)
         if not ownership.has(self.store, self.plan, key):
             shards = [(name, s) for name, split in splits.items() for s in plan_shards(len(split), config.batch_size)]
             if self.plan.spec["structure"] == "kron":  # a dense precision has a root that costs less
                 self.decompose(version)
-            tasks, done = evaluate.shard_tasks(self.store, self.plan, version, tuning, key, found, shards)
+            tasks, done = evaluate.shard_tasks(self.store, self.plan, version, tuning, key, found, shards, groups)
             self._run(tasks, Progress("evaluate", "shards", len(shards), done))
             ids = {name: [s.id for other, s in shards if other == name] for name in splits}
             summary = evaluate.Summarize(self.plan.digest, key, chosen, ids)
             self._run([summary], Progress("evaluate", "results", 1))
         return key
+
+    def report(self, evaluation: str | None = None) -> str | None:
+        """Write the page that shows the run, unless the settings say not to, and return where it is.
+
+        Args:
+            evaluation: Key of the evaluation that it shows; the latest if not given.
+        """
+        if self.config.skip_report:
+            return None
+        place = f"{self.store.url.rstrip('/')}/{layout.REPORT}"
+        if self.session.pool is None and is_up_to_date(self.store, evaluation):
+            return place
+        self.journal.write("done")  # but for the page, which shows the record
+        try:
+            self._run([WriteReport(self.plan.digest, evaluation)], Progress("report", "pages", 1))
+        except (RunFailed, CheckpointError, SettingsError) as error:  # which is no reason to call the job a failure
+            self.say(f"report: not written ({error}). Everything else is done; jobs/report.py makes it again.")
+            return None
+        return place
 
     def _splits(self, *names: str) -> dict[str, Any]:
         """Load splits; those of a follow-on job are looked at before anything starts, as a fit looks at all of them."""
@@ -327,20 +203,3 @@ class Job:
         if not self._checked:
             opening.check_again(self.config, self.store, self.plan, splits)
         return splits
-
-    def _run(self, tasks: Iterable[Task], progress: Progress, **how: bool) -> list[Mapping[str, Any]]:
-        """Carry out the tasks of a stage; see `Session.run`."""
-        return self.session.run(tasks, self.device_type, progress, **how)
-
-
-def _absolute(config: Config) -> Config:
-    """Return the settings with relative paths, and those that begin with `~`, made absolute."""
-    data = None if IMPORT_PATH.fullmatch(config.data) else config.data
-    paths = {"checkpoint": config.checkpoint, "weights": config.weights, "data": data}
-    return config.model_copy(
-        update={
-            name: os.path.abspath(os.path.expanduser(path))
-            for name, path in paths.items()
-            if path and "://" not in path
-        }
-    )

@@ -1,14 +1,13 @@
 """A recalibration from settings to decision: the order of the stages, and nothing else.
 
 A window of new data is mapped and reduced, the chosen windows make a candidate, its prior is tuned on fresh validation data,
-and candidate and current posterior are compared on the same fresh examples. The candidate is promoted if it is shown to be no
-worse.
+and candidate and current posterior are compared on the same fresh examples. Promoted is what is shown to be no worse.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -48,6 +47,7 @@ class Recalibration:
         promoted: Whether it is current now.
         why: The figure that decided, with its interval.
         metrics: Those of `map`, `current` and `candidate` by name, on the same fresh examples.
+        report: Path or URL of the page that shows it, or None if it was not written anew.
         noticed: What has drifted since the current posterior was accepted: see the record under `drift`.
     """
 
@@ -56,6 +56,7 @@ class Recalibration:
     promoted: bool
     why: str
     metrics: dict[str, dict[str, float]]
+    report: str | None = None
     noticed: tuple[str, ...] = ()
 
 
@@ -93,7 +94,7 @@ def recalibrate(
             found = job.decide(name, terms, version, tuning, dry_run=dry_run)
         if not dry_run:
             job.collect(found)
-        return job.result(found)
+        return replace(job.result(found), report=None if dry_run else job.report())
 
 
 def rollback(url: str, version: str, *, storage_options: dict[str, Any] | None = None) -> None:
@@ -114,6 +115,7 @@ class RecalibrationJob(Job):
     _left_out: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        self.kind = "recalibrate"
         if self.given.window is None:
             self.given = self.given.model_copy(update={"window": datetime.now(UTC).date().isoformat()})
         super().__post_init__()
@@ -293,4 +295,6 @@ class RecalibrationJob(Job):
         """Return what was found as callers get it."""
         noticed = tuple((found.get("drift") or {}).get("noticed", ()))
         version = found["candidate"]["version"]
-        return Recalibration(self.store.url, version, found["promoted"], found["why"], found["metrics"], noticed)
+        return Recalibration(
+            self.store.url, version, found["promoted"], found["why"], found["metrics"], noticed=noticed
+        )

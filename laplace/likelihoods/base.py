@@ -272,6 +272,10 @@ class BaseLikelihood:
         terms = [-self.nll(f.double(), y).flatten() for f in prediction[0].unbind(1)]
         return {"nll": -log_mean(torch.stack(terms).double())}
 
+    def details(self, prediction: Prediction, y: Tensor, sigma_noise: float = 1.0) -> dict[str, Tensor]:
+        """What a report draws beside the scores; see :func:`laplace.likelihoods.scores.regression_details`."""
+        return {}
+
     def confidences(self, prediction: Prediction) -> Tensor:
         """Confidence of every prediction, without targets; for likelihoods that have one."""
         raise NotImplementedError(f"{self.identity} has no confidence.")

@@ -118,6 +118,18 @@ class LikelihoodConformance:
             torch.testing.assert_close(values, torch.cat([part[name] for part in parts]))
         assert all(isinstance(value, float) for value in law.summarize(whole).values())
 
+    def test_details_are_of_examples_and_agree_with_the_scores(self):
+        """The same in parts as in the whole, one row per example; of Gaussian predictions those that the scores are of."""
+        law, f, y = self.make_likelihood(), self.make_outputs(), self.make_targets()
+        whole, scores = law.details(law.at(f), y, 0.7), law.scores(law.at(f), y, 0.7)
+        parts = [law.details(law.at(f[p]), y[p], 0.7) for p in (slice(0, 2), slice(2, None))]
+        for name, values in whole.items():
+            assert len(values) == len(f) and bool(torch.isfinite(values).all())
+            torch.testing.assert_close(values, torch.cat([part[name] for part in parts]))
+        if whole:
+            found = torch.distributions.Normal(whole["mean"], whole["deviation"]).log_prob(whole["target"])
+            torch.testing.assert_close(scores["nll"], -found.mean(1))
+
     def test_it_can_be_sent_to_another_process(self):
         """And is the same likelihood there."""
         law = self.make_likelihood()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from laplace.enums import Likelihood, LinkApprox
 from laplace.likelihoods.base import BaseLikelihood, Prediction
 from laplace.likelihoods.checks import check_finite
-from laplace.likelihoods.scores import gaussian_entropy, regression_scores, summarize_regression
+from laplace.likelihoods.scores import gaussian_entropy, regression_details, regression_scores, summarize_regression
 from laplace.linalg.precision import double
 
 _LOG_SQRT_2PI = log(sqrt(2 * pi))
@@ -126,6 +126,11 @@ class Gaussian(BaseLikelihood):
         """See :func:`laplace.likelihoods.scores.regression_scores`."""
         mean, variance = prediction
         return regression_scores(mean, variance + sigma_noise**2, y)
+
+    def details(self, prediction: Prediction, y: Tensor, sigma_noise: float = 1.0) -> dict[str, Tensor]:
+        """See :func:`laplace.likelihoods.scores.regression_details`."""
+        mean, variance = prediction
+        return regression_details(mean, variance + sigma_noise**2, y)
 
     def monitored(self, prediction: Prediction, y: Tensor | None = None, sigma_noise: float = 1.0) -> dict[str, Tensor]:
         """The differential entropy of every example's Gaussian, averaged over outputs."""

@@ -12,7 +12,7 @@ from laplace.enums import LinkApprox
 from laplace.likelihoods.base import BaseLikelihood, Prediction
 from laplace.likelihoods.checks import check_finite
 from laplace.likelihoods.roots import diagonal_columns
-from laplace.likelihoods.scores import gaussian_entropy, regression_scores, summarize_regression
+from laplace.likelihoods.scores import gaussian_entropy, regression_details, regression_scores, summarize_regression
 
 _LOG_2PI = log(2 * pi)
 
@@ -96,6 +96,10 @@ class HeteroscedasticGaussian(BaseLikelihood):
     def scores(self, prediction: Prediction, y: Tensor, sigma_noise: float = 1.0) -> dict[str, Tensor]:
         """See :func:`laplace.likelihoods.scores.regression_scores`."""
         return regression_scores(*prediction, y)
+
+    def details(self, prediction: Prediction, y: Tensor, sigma_noise: float = 1.0) -> dict[str, Tensor]:
+        """See :func:`laplace.likelihoods.scores.regression_details`."""
+        return regression_details(*prediction, y)
 
     def monitored(self, prediction: Prediction, y: Tensor | None = None, sigma_noise: float = 1.0) -> dict[str, Tensor]:
         """The differential entropy of every example's Gaussian, averaged over outputs."""

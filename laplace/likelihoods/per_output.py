@@ -12,7 +12,7 @@ from torch import Tensor
 from laplace.likelihoods.base import BaseLikelihood, Prediction
 from laplace.likelihoods.gaussian import Gaussian
 from laplace.likelihoods.links import variances_of
-from laplace.likelihoods.scores import gaussian_entropy, regression_scores
+from laplace.likelihoods.scores import gaussian_entropy, regression_details, regression_scores
 from laplace.linalg.precision import double
 
 
@@ -104,6 +104,10 @@ class GaussianPerOutput(Gaussian):
     def scores(self, prediction: Prediction, y: Tensor, sigma_noise: float = 1.0) -> dict[str, Tensor]:
         """See :func:`laplace.likelihoods.scores.regression_scores`."""
         return regression_scores(*self._with_noise(prediction, sigma_noise), y)
+
+    def details(self, prediction: Prediction, y: Tensor, sigma_noise: float = 1.0) -> dict[str, Tensor]:
+        """See :func:`laplace.likelihoods.scores.regression_details`."""
+        return regression_details(*self._with_noise(prediction, sigma_noise), y)
 
     def monitored(self, prediction: Prediction, y: Tensor | None = None, sigma_noise: float = 1.0) -> dict[str, Tensor]:
         """The differential entropy of every example's Gaussian, averaged over outputs."""

@@ -64,6 +64,21 @@ def regression_scores(mean: Tensor, variance: Tensor, y: Tensor) -> dict[str, Te
     return {"nll": nll.mean(1), "squared_error": error.mean(1), "covered_90": covered.mean(1)}
 
 
+def regression_details(mean: Tensor, variance: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """The Gaussian predictions themselves beside their targets, for calibration curves and residuals.
+
+    Args:
+        mean: ``(batch, outputs)``.
+        variance: Variances of the target (including observation noise), ``(batch, outputs)``.
+        y: Targets ``(batch, outputs)``.
+
+    Returns:
+        ``mean``, ``deviation`` (standard deviation of the target) and ``target``, each ``(batch, outputs)`` float64.
+    """
+    found = {"mean": mean, "deviation": variance.sqrt(), "target": y}
+    return {name: values.detach().double().reshape(len(values), -1) for name, values in found.items()}
+
+
 def gaussian_entropy(mean: Tensor, variance: Tensor, sigma_noise: float = 0.0) -> Tensor:
     r"""Entropies :math:`\tfrac12 \log 2\pi e (v + \sigma^2)` averaged over outputs, ``(batch,)`` float64.
 

@@ -15,17 +15,18 @@ from laplace_dist.config.settings import Config, choices_of, close_matches, mess
 from laplace_dist.errors import SettingsError
 
 
-def load_config(argv: Sequence[str], *, defaults: Mapping[str, Any] | None = None) -> Config:
+def load_config(argv: Sequence[str], *, defaults: Mapping[str, Any] | None = None, note: str | None = None) -> Config:
     """Build the settings from a command line; flags win over the `--config` file, which wins over the defaults.
 
     Args:
         argv: Arguments without the program's name.
         defaults: The job's own defaults, by field name.
+        note: What `--help` says before the flags.
 
     Raises:
         SettingsError: Naming the field as it was typed, its value, and what is accepted.
     """
-    flags = vars(_parser(defaults or {}).parse_args(list(argv)))
+    flags = vars(_parser(defaults or {}, note).parse_args(list(argv)))
     path = flags.pop("config", None)
     values, labels = dict(defaults or {}), {}
     if path is not None:
@@ -54,9 +55,9 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(f"{text}. {close_matches(close)}See --help.")
 
 
-def _parser(defaults: Mapping[str, Any]) -> argparse.ArgumentParser:
+def _parser(defaults: Mapping[str, Any], note: str | None = None) -> argparse.ArgumentParser:
     """Return a parser with one dashed flag per field; what is not given is absent from its result."""
-    parser = _Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = _Parser(description=note, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE.yaml", help="settings, by the names of these flags; flags win")
     for name, field in Config.model_fields.items():
         default = defaults.get(name, None if field.is_required() else field.get_default())

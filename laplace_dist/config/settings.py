@@ -42,7 +42,9 @@ class Config(BaseModel):
     model_args: dict[str, Any] = Field({}, description="keyword arguments of --model, as JSON or YAML")
     weights: str | None = Field(None, description="URL or path of a state dict: .safetensors, or torch.save's format")
     data: str = Field(description="import path module:callable that takes split=, or the path or URL of data in files")
-    data_args: dict[str, Any] = Field({}, description="keyword arguments of --data, as JSON or YAML")
+    data_args: dict[str, Any] = Field(
+        {}, description="keyword arguments of --data, as JSON or YAML; of data in files: columns, group, index"
+    )
     ood: list[str] = Field([], description="names of out-of-distribution splits for the evaluation")
     checkpoint: Annotated[str, Field(min_length=1)] = Field(description="directory or fsspec URL of the run")
     storage_options: dict[str, Any] = Field(
@@ -141,6 +143,7 @@ class Config(BaseModel):
     )
     skip_tune: bool = Field(False, description="do not tune the prior precision")
     skip_evaluate: bool = Field(False, description="do not evaluate the predictive")
+    skip_report: bool = Field(False, description="do not write the report")
     fresh: bool = Field(False, description="delete the run at --checkpoint first")
 
     def __init__(self, **values: Any) -> None:

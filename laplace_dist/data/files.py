@@ -25,7 +25,7 @@ KINDS = {
 }
 _PART = re.compile(r"-(?:[0-9]+|part|shard)")  # what follows the split in train-00000-of-00012.parquet
 # By file system; a listing and a look at one file have to agree on it, which they do not on times of objects.
-_VERSIONS = (("ETag",), ("etag",), ("generation",), ("mtime", "ino"))
+_VERSIONS = ("ETag", "etag", "generation", "mtime")
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _AT_ONCE = 64  # files whose ends are in memory together
 
@@ -140,7 +140,10 @@ class Place:
                 f"--data: {self.url!r} has split {split!r} twice ({listed(sorted(some))}); keep one folder {split}/, or one "
                 f"file {split}.parquet, or files {split}-00000-of-00012.parquet"
             )
-        found = sorted((self._file(info) for info in [*ways[0], *ways[1]]), key=lambda file: file.name)
+        found = sorted(
+            (self._file(info if info["size"] is not None else fs.info(info["name"])) for info in [*ways[0], *ways[1]]),
+            key=lambda file: file.name,
+        )
         kinds = sorted({str(_kind(file.name)) for file in found})
         if not found:
             there = f"it has {listed(self.splits)}" if self.splits else "nothing lies there"
@@ -193,8 +196,7 @@ class Place:
                 on_error="raise",
             )
         for content, (start, stop) in zip(found, ranges, strict=True):
-            if len(content) != stop - start:
-                raise FileError(f"{file.name} ends within bytes {start} to {stop}: it is truncated; restore it")
+            _check_length(file, content, start, stop)
         return found
 
     def ends(self, files: Sequence[File], count: int) -> Iterator[tuple[File, bytes]]:
@@ -209,7 +211,9 @@ class Place:
             with self._naming(group[0]):
                 paths, stops = [file.path for file in group], [file.size for file in group]
                 found = self._opened[0].cat_ranges(paths, starts, stops, on_error="raise")
-            yield from zip(group, found, strict=True)
+            for file, content, start in zip(group, found, starts, strict=True):
+                _check_length(file, content, start, file.size)
+                yield file, content
 
     def open(self, file: File) -> Any:
         """Return a file opened for reading in order."""
@@ -247,6 +251,15 @@ class Place:
         return _Naming(file.name, self.options)
 
 
+def _check_length(file: File, content: bytes, start: int, stop: int) -> None:
+    if len(content) < stop - start:
+        raise FileError(f"{file.name} ends within bytes {start} to {stop}: it is truncated; restore it")
+    if len(content) > stop - start:
+        raise FileError(
+            f"{file.name}: {len(content)} bytes came for bytes {start} to {stop}; give a URL whose server sends parts of files"
+        )
+
+
 class _Naming:
     """Turns any error of a file system into a `FileError` that names the file and no option."""
 
@@ -281,7 +294,4 @@ def _hidden(name: str) -> bool:
 
 
 def _version(info: Mapping[str, Any]) -> str:
-    for keys in _VERSIONS:
-        if all(key in info for key in keys):
-            return " ".join(str(info[key]).strip('"') for key in keys)
-    return ""
+    return next((str(info[key]).strip('"') for key in _VERSIONS if key in info), "")

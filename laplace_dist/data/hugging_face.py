@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from laplace_dist.config.secrets import scrub
 from laplace_dist.config.settings import Config
 from laplace_dist.data.choice import choose
 from laplace_dist.data.columns import obstacles, values_of
@@ -62,7 +63,7 @@ class SavedDataset(Rows):
         self._versions = self._now()
         for name in self._files:
             _check_end(name)
-        known = [(os.path.basename(name), size) for name, (size, *_) in zip(self._files, self._versions, strict=True)]
+        known = [(os.path.basename(name), size) for name, (size, _) in zip(self._files, self._versions, strict=True)]
         counts = [min(_ROWS, len(rows) - first) for first in range(0, len(rows), _ROWS)]
         super().__init__(counts, choice, hashlib.sha256(repr((str(schema), known)).encode()).hexdigest())
         self._rows = rows.with_format("arrow")
@@ -82,11 +83,11 @@ class SavedDataset(Rows):
         """Return in a person's words where an example lies."""
         return f"row {index} of {self._where}"
 
-    def _now(self) -> list[tuple[int, int, int]]:
+    def _now(self) -> list[tuple[int, int]]:
         found = []
         for name in self._files:
             info = os.stat(name)
-            found.append((info.st_size, info.st_mtime_ns, info.st_ino))
+            found.append((info.st_size, info.st_mtime_ns))
         return found
 
 
@@ -113,7 +114,7 @@ def _load_from_disk(place: Place, split: str) -> Any:
     except SettingsError:
         raise
     except Exception as error:  # of the package, of Arrow, of the file system
-        text = (str(error).strip().splitlines() or [""])[0][:200]
+        text = scrub((str(error).strip().splitlines() or [""])[0][:200], place.options)
         raise SettingsError(
             f"--data: {place.url}/{split} cannot be loaded ({type(error).__name__}: {text}); restore it"
         ) from None

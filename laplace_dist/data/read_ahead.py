@@ -115,7 +115,8 @@ class ReadAhead:
             self._options |= {
                 "multiprocessing_context": METHOD,
                 "persistent_workers": True,
-                "prefetch_factor": 1 if chunk_of else 2,  # units per process, each of several batches or of one
+                # Units per process, each of several batches or of one.
+                "prefetch_factor": 1 if chunk_of and chunk_of(0) == chunk_of(batch_size) else 2,
                 "worker_init_fn": partial(prepare, threads, torch.get_default_dtype()),
             }
 

@@ -53,6 +53,9 @@ class ZarrSplit:
         split: Name of the subgroup.
         storage_options: For the URL; never shown.
         hint: A sentence about the options that were given elsewhere, for the message if the group cannot be opened.
+
+    Attributes:
+        group: What `data.groups` asks for, from the array `group` if the split has one, else None.
     """
 
     def __init__(self, url: str, split: str, storage_options: Mapping[str, Any] | None = None, hint: str = "") -> None:
@@ -76,6 +79,8 @@ class ZarrSplit:
         if lengths[0] != lengths[1]:
             raise SettingsError(f"--data: split {split!r} of {url!r} has {lengths[0]} x but {lengths[1]} y")
         self._length = lengths[0]
+        group_of = group.get(f"{split}/group")
+        self.group = group_of[:] if isinstance(group_of, zarr.Array) else None
 
     def __len__(self) -> int:
         return self._length

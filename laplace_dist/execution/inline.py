@@ -61,7 +61,7 @@ class InlinePool:
         device: `cpu` or `cuda`.
     """
 
-    size = 1
+    size = alive = 1
 
     def __init__(self, config: Config, device: str = "cpu") -> None:
         self._config = config

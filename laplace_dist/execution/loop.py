@@ -26,6 +26,7 @@ def run_tasks(
     limit: Limit | None = None,
     tick: Callable[[int, str], None] = lambda busy, oldest: None,
     say: Callable[[str], None] = lambda text: None,
+    on_failure: Callable[[Event], None] = lambda event: None,
     alike: bool = True,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
@@ -43,6 +44,7 @@ def run_tasks(
         limit: How long one task may take; none if not given.
         tick: Called about once a second with the number of tasks in flight and the oldest of them in words.
         say: Called with a line for people about each failure.
+        on_failure: Called with each failure.
         alike: The tasks are of about one size, so that one which takes much longer than others is slow, and not large.
         clock: Seconds, by which attempts are timed.
 
@@ -77,6 +79,7 @@ def run_tasks(
                 if not flight.knows(event):
                     continue  # the other attempt was first
                 if event.failure is not None:
+                    on_failure(event)
                     if flight.failed(event):
                         say(f"{event.task.what}: {event.failure}; another attempt at it goes on")
                         continue

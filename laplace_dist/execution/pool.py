@@ -11,6 +11,7 @@ from typing import Any
 
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
+from laplace_dist.execution.counters import Counters
 from laplace_dist.execution.failures import (
     REMEDY,
     STARTS_PER_NODE,
@@ -43,6 +44,7 @@ class Pool:
         placement: Says on which node the next worker is started.
         say: Where lines for people go.
         answers: Says whether something listens at `host:port`, as a node does that lives; for tests.
+        counters: Hear of everything that happens.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Pool:
         placement: Placement,
         say: Callable[[str], None] = print,
         answers: Callable[[str], bool] | None = None,
+        counters: Counters | None = None,
     ) -> None:
         import ray
 
@@ -63,6 +66,7 @@ class Pool:
         self._flight: dict[Any, Flight] = {}
         self._deaths = Deaths(placement, *([answers] if answers else []))
         self._starts = Starts()
+        self._counters = counters
         self._failed_on: dict[str, set[str]] = {}
         self._hint_at = time.monotonic() + FIRST_HINT_SECONDS
         placement.refresh(time.monotonic())
@@ -82,6 +86,11 @@ class Pool:
         """Number of workers with a task in flight, with those that died and of which it is not yet known why."""
         in_flight = sum(flight.task is not None for flight in [*self._flight.values(), *self._deaths.flights])
         return in_flight + sum(hired.commits is not None for hired in self._idle)
+
+    @property
+    def alive(self) -> int:
+        """Number of workers that have come to life and of which nothing else is known."""
+        return len(self._idle) + sum(flight.task is not None for flight in self._flight.values())
 
     def top_up(self, wanted: int) -> None:
         """Start workers until there are `wanted`, at most the pool's size; they come to life in the background.
@@ -115,7 +124,10 @@ class Pool:
         events += [event for death in self._deaths.judged(now) for event in self._died(*death)]
         events += self._leave()
         self._hint(now)
-        return [event for event in events if event is not None]
+        found = [event for event in events if event is not None]
+        if self._counters is not None:
+            self._counters.count(found, self.alive)
+        return found
 
     def close(self) -> None:
         """End every worker."""

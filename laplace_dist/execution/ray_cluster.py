@@ -19,6 +19,7 @@ import torch
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import Interrupted, SettingsError
 from laplace_dist.execution import signals
+from laplace_dist.execution.counters import Counters
 from laplace_dist.execution.pool import Pool
 from laplace_dist.execution.private_cluster import LOOPBACK, PrivateCluster
 from laplace_dist.execution.scaling import Placement, autoscaler_limit, nodes_of
@@ -261,7 +262,7 @@ class Cluster:
             )
         if placement.fits < 1:
             self.say(f"Ray: waiting for nodes to join ({placement.describe()})")
-        return Pool(config, placement, self.say)
+        return Pool(config, placement, self.say, counters=Counters())
 
     def _demand(self, need: dict[str, float]) -> Callable[[int], None]:
         """Return what tells an autoscaler, if there is one, how many workers there is to be room for."""

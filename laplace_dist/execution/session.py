@@ -11,24 +11,38 @@ from laplace_dist.errors import StorageError
 from laplace_dist.execution.inline import Inline
 from laplace_dist.execution.loop import run_tasks
 from laplace_dist.execution.ray_cluster import Cluster
-from laplace_dist.execution.tasks import Executor, Task, Workers
+from laplace_dist.execution.tasks import Event, Executor, Task, Workers
 from laplace_dist.execution.timeouts import Limit
+from laplace_dist.run.journal import Journal
 from laplace_dist.run.leases import Lease
 from laplace_dist.storage.store import Store
 
 ExecutorType = Callable[[Config, Callable[[str], None]], Executor]
 
 
-class Shown(Protocol):
+class Listener(Protocol):
+    """What hears how a stage goes; see `report.progress.Progress` and `run.journal.StageRecord`."""
+
+    def done(self, examples: int, stored: int = 0) -> None:
+        """Count one task, with the examples that it held and the bytes that it stored."""
+
+    def failed(self, lost: bool) -> None:
+        """Count a failure: the loss of a node, or one that says something of the task."""
+
+    def tick(self, busy: int, oldest: str, alive: int) -> None:
+        """Hear about once a second how many tasks are in flight, the oldest of them in words, and how many workers live."""
+
+    def close(self) -> None:
+        """Hear that the stage has ended, in whatever way."""
+
+
+class Shown(Listener, Protocol):
     """What tells people how a stage goes; see `report.progress.Progress`."""
 
     stage: str
-
-    def done(self, examples: int) -> None:
-        """Count one task."""
-
-    def tick(self, busy: int, oldest: str) -> None:
-        """Hear about once a second how many tasks are in flight, and the oldest of them in words."""
+    unit: str
+    total: int
+    count: int
 
 
 class Session:
@@ -40,6 +54,7 @@ class Session:
         executor: Where the tasks are carried out, such as `Inline`; what `--ray-address` says if not given.
         say: Where lines for people go.
         commits: The tasks write to the checkpoint, where a sign says so meanwhile that a job is at work.
+        journal: The record of the job, which hears of every stage.
     """
 
     def __init__(
@@ -50,11 +65,12 @@ class Session:
         say: Callable[[str], None],
         *,
         commits: bool = True,
+        journal: Journal | None = None,
     ) -> None:
         inline = config.ray_address == "inline"
         self.executor: Executor = (executor or (Inline if inline else Cluster))(config, say)
         self.pool: Workers | None = None
-        self._config, self._say = config, say
+        self._config, self._say, self._journal = config, say, journal
         self.lease = Lease(store) if commits else None
 
     def run(
@@ -78,26 +94,42 @@ class Session:
         self.pool = self.pool or self.executor.pool(device)
         self._show_lease()
 
+        listeners: list[Listener] = [progress]
+        if self._journal is not None:
+            stage = progress.stage, progress.unit, progress.total, progress.count
+            listeners.append(self._journal.stage(first.plan, *stage))
+
         def on_done(_: Task, receipt: Mapping[str, Any]) -> None:
-            progress.done(receipt.get("examples", 0))
+            for listener in listeners:
+                listener.done(receipt.get("examples", 0), receipt.get("bytes", 0))
             if keep:
                 kept.append(receipt)
 
+        def on_failure(event: Event) -> None:
+            for listener in listeners:
+                listener.failed(event.lost)
+
         def tick(busy: int, oldest: str) -> None:
-            progress.tick(busy, oldest)
+            for listener in listeners:
+                listener.tick(busy, oldest, self.pool.alive)
             self._show_lease()
 
         given = self._config.segment_timeout
         limit = Limit(given if alike or given is not None else float("inf"))
-        run_tasks(
-            self.pool,
-            chain([first], tasks),
-            on_done,
-            limit=limit,
-            tick=tick,
-            say=lambda text: self._say(f"{progress.stage}: {text}"),
-            alike=alike,
-        )
+        try:
+            run_tasks(
+                self.pool,
+                chain([first], tasks),
+                on_done,
+                limit=limit,
+                tick=tick,
+                say=lambda text: self._say(f"{progress.stage}: {text}"),
+                on_failure=on_failure,
+                alike=alike,
+            )
+        finally:
+            for listener in listeners:
+                listener.close()
         return kept
 
     def close(self) -> None:

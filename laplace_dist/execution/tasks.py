@@ -75,11 +75,13 @@ class Workers(Protocol):
         size: How many workers there would be with enough to do; it may change at any time.
         idle: How many wait for a task.
         busy: How many tasks are in flight.
+        alive: How many workers have come to life and not been lost.
     """
 
     size: int
     idle: int
     busy: int
+    alive: int
 
     def top_up(self, wanted: int) -> None:
         """Start workers until there are `wanted`, at most `size`."""

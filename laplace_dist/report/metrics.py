@@ -32,15 +32,20 @@ def metrics_table(metrics: Mapping[str, Mapping[str, float]], helps: bool = True
     for method in metrics:
         table.add_column({"map": "MAP", "laplace": laplace}.get(method, method), justify="right")
     for name in metrics["map"]:
-        higher = True if name.startswith("ood_auroc/") else None  # of what a user's own likelihood counts, nobody knows
-        text, higher = NAMES.get(name, (name.replace("ood_auroc/", "OOD AUROC, "), higher))
+        text, higher = labelled(name)
         arrow = {True: " ↑", False: " ↓", None: ""}[higher]
         table.add_row(text + arrow, *(f"{metrics[method][name]:.4f}" for method in metrics))
     return table
 
 
+def labelled(name: str) -> tuple[str, bool | None]:
+    """Return what a metric is called for people, and whether more of it is better; None where nobody knows."""
+    higher = True if name.startswith("ood_auroc/") else None  # of what a user's own likelihood counts, nobody knows
+    return NAMES.get(name, (name.replace("ood_auroc/", "OOD AUROC, "), higher))
+
+
 def show_result(result: Any, loading: str, out: TextIO | None = None) -> None:
-    """Print where the checkpoint lies, how to load the posterior, and the table as the last lines.
+    """Print where the checkpoint lies, how to load the posterior, the table, and the report as the last line.
 
     Args:
         result: A `driver.Result`.
@@ -58,11 +63,13 @@ def show_result(result: Any, loading: str, out: TextIO | None = None) -> None:
             print(f"{text}\n", file=out)
         table = metrics_table(result.metrics, result.helps)
         Console(file=out, width=80, highlight=False, soft_wrap=True).print(table)
+    if result.report is not None:
+        print(f"\nreport: {result.report}", file=out)
     out.flush()
 
 
 def show_recalibration(found: Any, out: TextIO | None = None) -> None:
-    """Print what a recalibration has found: the table, and the decision with the figure that decided as the last line.
+    """Print what a recalibration has found: the table, the report, and last the decision with the figure that decided.
 
     Args:
         found: A `recalibration.Recalibration`.
@@ -71,6 +78,8 @@ def show_recalibration(found: Any, out: TextIO | None = None) -> None:
     out = out or sys.stdout
     print(f"\ncheckpoint: {found.checkpoint}\ncandidate:  {found.version}\n", file=out)
     Console(file=out, width=80, highlight=False, soft_wrap=True).print(metrics_table(found.metrics))
+    if found.report is not None:
+        print(f"\nreport: {found.report}", file=out)
     if found.noticed:
         names = ", ".join(found.noticed)
         print(f"\ndrift: {names}: not what it was when the current posterior was accepted", file=out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -63,7 +64,7 @@ def verify(
     place = url if "://" in url else os.path.abspath(os.path.expanduser(url))
     given = {"checkpoint": place, "storage_options": dict(storage_options or {}), **_CPU}
     config = (workers or Config(model="-", data="-", checkpoint=place)).model_copy(update=given)
-    session = Session(config, store, executor, lambda text: print(text, flush=True), commits=False)
+    session = Session(config, store, executor, logging.getLogger("laplace_dist").info, commits=False)
 
     def carry_out(kind: str, checks: Sequence[Check]) -> list[Findings]:
         tasks = stage.tasks(read_plan(store), checks)

@@ -83,6 +83,22 @@ def read(store: Store, plan: Plan, version: str, device: torch.device | str) -> 
     return found or None
 
 
+def values_of(store: Store, plan: Plan, version: str) -> dict[str, Tensor]:
+    """Return the eigenvalues alone, ascending, of the factors of a version whose decompositions are committed, by name.
+
+    Raises:
+        CheckpointError: One is truncated or altered.
+    """
+    found = {}
+    for place, name in names_of(plan).items():
+        key = decomposition_key(version, place)
+        if has(store, plan, key):
+            manifest = open_json(store.read(key), key)
+            _check(plan, key, name, manifest)
+            found[name] = torch.from_numpy(store.read_array(manifest["prefix"], VALUES, manifest["arrays"][VALUES]))
+    return found
+
+
 def _check(plan: Plan, key: str, name: str, manifest: Mapping[str, Any]) -> None:
     shape = plan.spec["factors"][name]["shape"]
     found = {kind: entry["shape"] for kind, entry in manifest["arrays"].items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,16 @@ from laplace_dist.run.ownership import commit
 from laplace_dist.storage.store import Store
 
 MONITOR = "monitor"  # in place of a method: what is watched for drift
+GROUP = "group"  # array of a shard: numbers of the groups whose names its manifest has
 
 
 def commit_shard(
-    store: Store, plan: Plan, key: str, arrays: Mapping[str, np.ndarray], environment: Mapping[str, Any]
+    store: Store,
+    plan: Plan,
+    key: str,
+    arrays: Mapping[str, np.ndarray],
+    environment: Mapping[str, Any],
+    groups: Sequence[str] = (),
 ) -> None:
     """Commit the scores of the examples of one shard, unless they are there.
 
@@ -30,13 +36,20 @@ def commit_shard(
         store: The checkpoint.
         plan: Plan of the run.
         key: `layout.evaluation_shard_key(...)`.
-        arrays: One value per example, by `method/score`.
+        arrays: One value per example, by `method/score`; and what a report draws beside them, by `details/method/name`.
         environment: Where they were made.
+        groups: Names of the examples' groups, if the data give any.
     """
+    names = sorted(set(groups))
+    if groups:
+        place = {name: float(number) for number, name in enumerate(names)}
+        arrays = {**arrays, GROUP: np.array([place[name] for name in groups])}
     prefix = f"{key.removesuffix('.json')}/{new_attempt()}"
     entries = store.write_arrays(prefix, arrays)
     manifest = {"format_version": FORMAT_VERSION, "key": key, "plan": plan.digest, "prefix": prefix, "arrays": entries}
     manifest["environment"] = dict(environment)
+    if groups:
+        manifest["groups"] = names
     if not commit(store, plan, key, manifest):
         store.delete_tree(prefix)
 
@@ -61,7 +74,7 @@ def commit_evaluation(
 
 
 def joined_scores(store: Any, key: str, split: str, ids: list[str], method: str) -> dict[str, Tensor]:
-    """Return the scores of one method over a whole split."""
+    """Return the scores of one method over a whole split; what lies beside them is that of `details/method`."""
     found: dict[str, list[np.ndarray]] = {}
     for shard in ids:
         name = evaluation_shard_key(key, split, shard)
@@ -71,6 +84,19 @@ def joined_scores(store: Any, key: str, split: str, ids: list[str], method: str)
                 values = store.read_array(manifest["prefix"], array, entry)
                 found.setdefault(array.removeprefix(f"{method}/"), []).append(values)
     return {name: torch.from_numpy(np.concatenate(parts)) for name, parts in found.items()}
+
+
+def joined_groups(store: Any, key: str, ids: list[str]) -> list[str]:
+    """Return the groups of the examples of the test split; nothing if they have none."""
+    found: list[str] = []
+    for shard in ids:
+        name = evaluation_shard_key(key, "test", shard)
+        manifest = open_json(store.read(name), name)
+        if not (names := manifest.get("groups")):
+            return []
+        codes = store.read_array(manifest["prefix"], GROUP, manifest["arrays"][GROUP])
+        found += [names[int(code)] for code in codes]
+    return found
 
 
 def metrics_json(version: str, tuning: str | None, metrics: Mapping[str, Any]) -> bytes:

@@ -27,6 +27,7 @@ from laplace_dist.run.schemas import (
     VersionFields,
     WindowFields,
 )
+from laplace_dist.run.shown_fields import SpectraFields, StatusFields
 
 PLAN, WEIGHTS, CONFIG, CURRENT = "plan.json", "weights.safetensors", "config.yaml", "CURRENT.json"
 CLEARED = (
@@ -40,10 +41,18 @@ CLEARED = (
     "window.json",
     "parts/",
     "partials/",
+    "report.html",
+    "report/",
+    "coverage.tsv",
+    "status/",
     "jobs/",
 )  # in the order in which a run is deleted
 PROBE = re.compile(r"probe-[0-9a-f]{16}\.safetensors")
 METRICS = "evaluation/metrics.json"
+COVERAGE = "coverage.tsv"  # every parameter and what was decided for it
+STATUS = "status"  # the folder of the records of jobs
+REPORT, NUMBERS = "report.html", "report/numbers.json"  # the page, and the numbers in it
+RECALIBRATIONS = "recalibration"  # the folder of what recalibrations have found
 RECALIBRATION_LEASE = "recalibration/lease.json"
 DRIFT = "recalibration/drift.json"
 LOSS = "loss"  # in 0.1 an array beside the factors
@@ -77,6 +86,16 @@ def part_key(part: str) -> str:
 def lease_key(job: str) -> str:
     """Return the key of the object that says that a job is at work."""
     return f"jobs/{job}.json"
+
+
+def status_key(job: str) -> str:
+    """Return the key of the record of a job, which sorts by when it began."""
+    return f"{STATUS}/{job}.json"
+
+
+def spectra_key(version: str) -> str:
+    """Return the key of the spectra of a posterior version's factors, which a report shows."""
+    return f"report/spectra-{version}.json"
 
 
 def version_key(version: str) -> str:
@@ -124,7 +143,8 @@ ATTEMPT = re.compile(
 _DIGEST = r"[0-9a-f]{16}"
 _OF_A_WINDOW = r"plan\.json|window\.json|partials/\d{6,}(\.json|/.+)|parts/\d{5,}(\.json|/.+)|probe-[0-9a-f]{32}"
 _OWNED = re.compile(
-    rf"CURRENT\.json|recalibration/(lease|drift|{WINDOW_NAME}/decision)\.json|config\.yaml|weights\.safetensors|{PROBE.pattern}|evaluation/metrics\.json|jobs/[0-9a-f]{{32}}\.json"
+    rf"CURRENT\.json|recalibration/(lease|drift|{WINDOW_NAME}/decision)\.json|config\.yaml|weights\.safetensors|{PROBE.pattern}|evaluation/metrics\.json"
+    rf"|report\.html|report/(numbers|spectra-{_DIGEST})\.json|coverage\.tsv|status/[0-9]{{8}}T[0-9]{{6}}-[0-9a-f]{{8}}\.json|jobs/[0-9a-f]{{32}}\.json"
     rf"|({WINDOWS}/{WINDOW_NAME}/)?({_OF_A_WINDOW})"
     rf"|posteriors/{_DIGEST}(\.json|/.+)|decompositions/{_DIGEST}/\d{{5,}}(\.json|/.+)"
     rf"|(tuning|evaluation)/{_DIGEST}-{_DIGEST}(\.json|/.+)"
@@ -140,6 +160,8 @@ _KINDS: dict[str, type[Strict]] = {
     r"plan\.json": PlanFields,
     r"CURRENT\.json": CurrentFields,
     r"jobs/[^/]+\.json": LeaseFields,
+    r"status/[^/]+\.json": StatusFields,
+    r"report/spectra-[^/]+\.json": SpectraFields,
     r"recalibration/lease\.json": RecalibrationLeaseFields,
     r"recalibration/drift\.json": DriftFields,
     r"recalibration/[^/]+/decision\.json": RecalibrationFields,
@@ -207,6 +229,8 @@ def remedy(key: str) -> str:
         return f"Restore it from a copy, or delete {manifest} and run the same command again: it decomposes that factor anew."
     if parts[0] in ("tuning", "evaluation") and len(parts) > 1:
         return f"Restore it from a copy, or delete everything under {parts[0]}/ and run the same command again."
+    if parts[0] in ("report", "status", COVERAGE):
+        return "Delete it: nothing depends on it, and jobs/report.py makes what belongs to the report anew."
     if key == DRIFT:
         return "Restore it from a copy, or delete it: the watch for drift then begins anew."
     if key == WINDOW:

@@ -29,7 +29,24 @@ def read_plan(store: Store) -> Plan:
         SettingsError: It was written by a newer version.
         CheckpointError: It was truncated or altered.
     """
-    return _parsed(store.read(PLAN))
+    try:
+        return _parsed(store.read(PLAN))
+    except MissingObjectError as error:
+        raise MissingObjectError(
+            f"there is no run at {store.url!r} (no {PLAN}); expected a checkpoint that a fit job has started"
+        ) from error
+
+
+def refuse_no_run(store: Store) -> None:
+    """Refuse a place that holds no run, in the words of a person who has mistyped it.
+
+    Raises:
+        SettingsError: There is no plan.
+    """
+    if not store.exists(PLAN):
+        raise SettingsError(
+            f"--checkpoint: got {store.url!r}, where there is no run; expected one that a fit job has started"
+        )
 
 
 @lru_cache(maxsize=4)  # a worker reads the same plan again before each of its commits

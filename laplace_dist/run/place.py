@@ -18,7 +18,17 @@ from laplace_dist.storage.store import Store
 
 # A job that wrote them at the moment at which its run was deleted leaves these alone behind; a user's own have no such seal.
 _SEALED = {CONFIG: is_sealed_yaml, WEIGHTS: is_sealed}
-_FOLDERS = ("recalibration/", "windows/", "partials/", "parts/", "posteriors/", "tuning/", "evaluation/")
+_FOLDERS = (
+    "recalibration/",
+    "windows/",
+    "partials/",
+    "parts/",
+    "posteriors/",
+    "tuning/",
+    "evaluation/",
+    "report/",
+    "status/",
+)
 
 
 def _left_over(store: Store, folder: str) -> bool:

@@ -20,7 +20,9 @@ from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.combination import LAST, place_of, windows_of
 from laplace_dist.run.ownership import confirm, read_plan
 
-_STEM = re.compile(r"(?:decompositions|posteriors|tuning|evaluation)/([0-9a-f]{16})(?:-[0-9a-f]{16})?")
+_STEM = re.compile(
+    r"(?:(?:decompositions|posteriors|tuning|evaluation)/|report/spectra-)([0-9a-f]{16})(?:-[0-9a-f]{16})?"
+)
 
 
 def collect(
@@ -86,7 +88,7 @@ def _of(stay: Collection[str]) -> tuple[str, ...]:
 
 def _stems(store: Checkpoint, stay: Collection[str], named: Collection[str | None]) -> Iterator[str]:
     """Yield the keys, without `.json`, of versions that do not stay, and of tunings and evaluations that nothing names."""
-    for folder in ("decompositions", "posteriors", "tuning", "evaluation"):
+    for folder in ("report", "decompositions", "posteriors", "tuning", "evaluation"):
         own = (match for key in store.list(folder) if layout.owned(key) and (match := _STEM.match(key)))
         for stem, version in sorted({(match[0], match[1]) for match in own}):
             if version not in stay or (folder in ("tuning", "evaluation") and f"{stem}.json" not in named):

@@ -358,7 +358,7 @@ class TuningShardFields(_Owned):
     environment: Environment | None = None
     scores: str
     prefix: str | None = None
-    arrays: dict[str, Entry] = {}
+    arrays: dict[Literal["examples"], Entry] = {}
 
 
 class EvaluationFields(_Owned):
@@ -378,3 +378,4 @@ class EvaluationShardFields(_Owned):
     environment: Environment | None = None
     prefix: str
     arrays: dict[str, Entry]
+    groups: list[str] | None = None

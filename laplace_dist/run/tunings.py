@@ -20,6 +20,7 @@ from laplace_dist.run.layout import tuning_shard_key
 from laplace_dist.run.ownership import commit
 from laplace_dist.storage.store import Store
 
+EXAMPLES = "examples"  # of a round's shard: scores by name, value and term
 _REMEDY = "Delete it and run the same command again."
 
 
@@ -105,6 +106,8 @@ def commit_shard(
     scores = {"totals": totals.tolist(), "n": n, **(values.plain() if values else {})}
     if of_map is not None:
         scores["map"] = of_map.tolist()
+    if examples:
+        scores["names"] = list(examples)
     manifest = {
         "format_version": FORMAT_VERSION,
         "key": key,
@@ -115,7 +118,7 @@ def commit_shard(
     prefix = None
     if examples:
         prefix = f"{key.removesuffix('.json')}/{new_attempt()}"
-        arrays = {name: np.ascontiguousarray(rows.numpy()) for name, rows in examples.items()}
+        arrays = {EXAMPLES: np.stack([rows.numpy() for rows in examples.values()])}
         manifest |= {"prefix": prefix, "arrays": store.write_arrays(prefix, arrays)}
     if not commit(store, plan, key, manifest) and prefix is not None:
         store.delete_tree(prefix)
@@ -130,10 +133,10 @@ def joined_rows(
     for shard in shards:
         name = tuning_shard_key(key, values.shard(shard))
         manifest = open_json(store.read(name), name)
-        for score, entry in manifest["arrays"].items():
-            rows = store.read_array(manifest["prefix"], score, entry)
-            one.setdefault(score, []).append(rows[row])
-            of_map.setdefault(score, []).append(rows[-1])
+        rows = store.read_array(manifest["prefix"], EXAMPLES, manifest["arrays"][EXAMPLES])
+        for place, score in enumerate(json.loads(manifest["scores"])["names"]):
+            one.setdefault(score, []).append(rows[place, row])
+            of_map.setdefault(score, []).append(rows[place, -1])
     first, second = (
         {name: torch.from_numpy(np.concatenate(parts)) for name, parts in found.items()} for found in (one, of_map)
     )

@@ -15,6 +15,7 @@ from laplace_dist.run import layout, leases, orphans, ownership, settings_file, 
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.checks import CarryOut, Check, CheckData, CheckFollowOns, Place
 from laplace_dist.run.combination import alone
+from laplace_dist.run.coverage import check_coverage
 from laplace_dist.run.findings import Checker, Findings
 from laplace_dist.run.pointer import read_current
 from laplace_dist.run.probe import open_probe
@@ -113,6 +114,10 @@ class _Run:
         if plan.probe is not None:
             key = layout.probe_key(plan.probe)
             attempt(key, lambda: open_probe(store.read(key), plan.probe, key))
+        if layout.COVERAGE in keys:
+            attempt(layout.COVERAGE, lambda: check_coverage(store))
+        for key in (key for key in keys if key.startswith((f"{layout.STATUS}/", "report/spectra-"))):
+            attempt(key, lambda key=key: open_json(store.read(key), key))
         carry_out = pool or self._here
         self._place = Place(store, plan, lambda: data, keys, self.checker.shallow)
         sums = SumsCheck(self.checker, plan, self.keys, carry_out)

@@ -15,6 +15,7 @@ from laplace.predictive import prediction
 from laplace_dist.config.compatibility import link_approx
 from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.config.settings import Config
+from laplace_dist.data.groups import digest_of
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.evaluations import MONITOR, commit_evaluation, commit_shard, joined_scores
@@ -25,7 +26,13 @@ from laplace_dist.stages.context import Context
 from laplace_dist.storage.store import Store
 
 
-def settings(config: Config, tuning: str | None, data: Mapping[str, Any], device_type: str = "cpu") -> dict[str, Any]:
+def settings(
+    config: Config,
+    tuning: str | None,
+    data: Mapping[str, Any],
+    device_type: str = "cpu",
+    groups: Sequence[str] = (),
+) -> dict[str, Any]:
     """Return what the bits of an evaluation depend on beside the posterior version.
 
     Args:
@@ -33,11 +40,14 @@ def settings(config: Config, tuning: str | None, data: Mapping[str, Any], device
         tuning: Key of the tuning that is in force, or None.
         data: Fingerprints of the splits by name.
         device_type: Where the workers compute: `cpu` or `cuda`.
+        groups: Those of the test examples, if the data give any.
     """
     names = ("link_approx", "pred_type", "batch_size", "seed")
     chosen = {name: getattr(config, name) for name in names}
     if config.unlabelled is not None:  # of which more is kept than of one out of distribution
         chosen["unlabelled"] = config.unlabelled
+    if groups:
+        chosen["groups"] = digest_of(groups)
     return {**chosen, **config.batching, **config.machine(device_type), "tuning": tuning, "data": dict(data)}
 
 
@@ -53,6 +63,7 @@ class EvaluateShard:
         split: `test`; an out-of-distribution split, of which only the confidence is kept; or the one without labels.
         data: Fingerprint of the split.
         shard: The shard.
+        groups: Those of its examples, if the data give any.
     """
 
     plan: str
@@ -62,6 +73,7 @@ class EvaluateShard:
     split: str
     data: dict[str, Any]
     shard: Segment
+    groups: tuple[str, ...] = ()
 
     @property
     def what(self) -> str:
@@ -72,12 +84,15 @@ class EvaluateShard:
         """Do so."""
         shard, la = self.shard, context.posterior(self.version, self.tuning)
         found: dict[str, list[Tensor]] = {}
+        apart = bool(self.groups)
         for offset, x, y in context.batches(self.split, self.data, shard.start, shard.stop):
             for name, scores in _batch_scores(context, la, x, y, offset, self.split):
                 found.setdefault(name, []).append(scores.cpu())
+            apart = apart and one_score_each(la.likelihood_object, y, found["map/nll"][-1])
         arrays = {name: torch.cat(parts).numpy() for name, parts in found.items()}
         key = evaluation_shard_key(self.key, self.split, shard.id)
-        commit_shard(context.store, context.plan, key, arrays, environment(context.device))
+        groups = self.groups if apart else ()
+        commit_shard(context.store, context.plan, key, arrays, environment(context.device), groups)
         return {"examples": shard.stop - shard.start}
 
 
@@ -123,13 +138,34 @@ def shard_tasks(
     key: str,
     data: Mapping[str, dict[str, Any]],
     shards: Sequence[tuple[str, Segment]],
+    groups: Sequence[str] = (),
 ) -> tuple[list[EvaluateShard], int]:
-    """Return a task for every shard, given as `(split, shard)`, that has no committed scores, and how many have some."""
+    """Return a task for every shard, given as `(split, shard)`, that has no committed scores, and how many have some.
+
+    Of the test split with the groups of its examples, if the data give any.
+    """
     left = [
         (split, shard) for split, shard in shards if not has(store, plan, evaluation_shard_key(key, split, shard.id))
     ]
-    tasks = [EvaluateShard(plan.digest, version, tuning, key, split, data[split], shard) for split, shard in left]
+    tasks = [
+        EvaluateShard(
+            plan.digest,
+            version,
+            tuning,
+            key,
+            split,
+            data[split],
+            shard,
+            tuple(groups[shard.start : shard.stop]) if split == "test" else (),
+        )
+        for split, shard in left
+    ]
     return tasks, len(shards) - len(left)
+
+
+def one_score_each(likelihood: Any, y: Tensor, scores: Tensor) -> bool:
+    """Say whether the examples of a batch have one score each, so that those of a group can be told."""
+    return len(scores) == len(y) and (y.ndim == 1 or not likelihood.has_confidence)
 
 
 @torch.no_grad()
@@ -152,6 +188,8 @@ def _batch_scores(context: Any, la: Any, x: Any, y: Tensor, offset: int, split: 
     for method, found in (("map", likelihood.at(widened(outputs))), ("laplace", laplace)):
         if labelled:
             scores = likelihood.scores(found, y, noise)
+            for name, values in likelihood.details(found, y, noise).items():
+                yield f"details/{method}/{name}", values
         else:
             scores = {"confidence": likelihood.confidences(found)} if likelihood.has_confidence else {}
         for name, values in scores.items():

@@ -53,7 +53,8 @@ class MapSegment:
     def _commit(self, context: Context, tensors: Mapping[str, Tensor], n_data: int, made: Any) -> dict[str, Any]:
         segment, window = self.segment, context.window
         receipt = partials.commit_partial(window.store, window.plan, segment, tensors, n_data, new_attempt(), **made)
-        return {"examples": segment.stop - segment.start, "won": receipt.won, "seconds": receipt.seconds}
+        count = segment.stop - segment.start
+        return {"examples": count, "won": receipt.won, "seconds": receipt.seconds, "bytes": receipt.bytes}
 
 
 @dataclass(frozen=True)

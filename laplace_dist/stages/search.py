@@ -218,7 +218,7 @@ class Search:
         candidates = _ranked(scored)
         first, compared = self._first_no_worse(candidates)
         if first is not None and abs(candidates[first].loss - done[-1].limit) > TOLERANCE:
-            return _outcome_of(candidates[first]), None, compared, words.passed_over(compared)
+            return _outcome_of(candidates[first]), None, compared, words.passed_over(compared, self.config.prior_range)
         kept = _outcome(lattice, step, {i: noise for found in scored for i, noise in found.noises.items()})
         return kept, "MAP", before, [words.worse_than_map(before, kept.prior)]
 

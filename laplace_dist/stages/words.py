@@ -45,17 +45,18 @@ def ending(limit: str | None, prior: float | None, helps: bool, given: Sequence[
     return []
 
 
-def passed_over(compared: Mapping[str, Any]) -> list[str]:
+def passed_over(compared: Mapping[str, Any], left: Sequence[float] | None = None) -> list[str]:
     """Say that the value of the lowest loss was not taken.
 
     Args:
         compared: Differences from MAP, by figure, of the one that was.
+        left: The range that was given, if the one that was taken lies outside.
     """
     shown = ", ".join(f"{name.upper()} {found['value']:+.4f}" for name, found in compared.items())
-    text = (
-        "The value of the lowest loss is shown to be worse than MAP in another figure. Kept is the best one that is not"
-    )
-    return [f"{text} ({shown} against MAP)."]
+    text = f"The value of the lowest loss is shown to be worse than MAP. Kept is the best that is not ({shown} against MAP)."
+    return [
+        text if left is None else f"{text} It lies outside --prior-range {left[0]:g} {left[1]:g}, where all are worse."
+    ]
 
 
 def worse_than_map(compared: Mapping[str, Any], prior: float | None, link: str = "") -> str:

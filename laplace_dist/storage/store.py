@@ -146,13 +146,18 @@ class Store(Arrays):
         paths = [path for path in paths if path.startswith(top + "/") and local.TEMP not in path[len(top) :]]
         return sorted(path[len(self._root) + 1 :] for path in paths)
 
-    def modified(self) -> dict[str, datetime]:
-        """Return when every object was last written, by key; on a local disk with what a crash left half-written."""
-        with self._reporting(".", "list"):
+    def modified(self, prefix: str = "") -> dict[str, datetime]:
+        """Return when every object was last written, by key; on a local disk with what a crash left half-written.
+
+        Args:
+            prefix: Only of what lies under it (whole path parts).
+        """
+        top = self._path(prefix) if prefix else self._root
+        with self._reporting(prefix or ".", "list"):
             if self.is_local:
-                found = {path: {"mtime": time} for path, time in local.times(self._root).items()}
+                found = {path: {"mtime": time} for path, time in local.times(top).items()}
             else:
-                found = self._fs.find(self._root, detail=True)
+                found = self._fs.find(top, detail=True)
         times = {path[len(self._root) + 1 :]: _time(info) for path, info in found.items()}
         return {key: times[key] for key in sorted(times)}
 

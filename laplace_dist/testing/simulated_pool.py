@@ -60,6 +60,11 @@ class SimulatedPool:
         unfinished = sum(due - self.now for due, _, event in self._due if event is not None)
         return (self.worked - unfinished) / self.size
 
+    @property
+    def alive(self) -> int:
+        """Number of workers."""
+        return self._alive
+
     def top_up(self, wanted: int) -> None:
         """Start workers until there are `wanted`, at most `size`."""
         while self._alive < min(wanted, self.size):

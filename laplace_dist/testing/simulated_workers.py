@@ -46,6 +46,11 @@ class ActorPool:
         """Number of tasks whose end the driver has not heard of."""
         return sum(worker.task is not None for worker in self._workers) + len(self._events)
 
+    @property
+    def alive(self) -> int:
+        """Number of workers."""
+        return len(self._workers)
+
     def top_up(self, wanted: int) -> None:
         """Start workers until there are `wanted`, at most `size`."""
         while len(self._workers) < min(wanted, self.size):

@@ -1,11 +1,11 @@
 """What every source of data must do, as tests to inherit: say how columns are written, and let pytest collect the subclass.
 
-    class TestMine(TableConformance):
+    class TestMine(FileConformance):
         def write(self, folder, split, columns):
             my_format.write(f"{folder}/{split}.mine", columns)
 
-Inherit `SourceConformance` for anything that is read by range, `FileConformance` if the data are files, and `TableConformance`
-if these files have columns, which users choose by the jobs' flags.
+Inherit `SourceConformance` for anything that is read by range, `FileConformance` if the data are files, and that of
+`table_conformance` if these files have columns, which users choose by the jobs' flags.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import pytest
 import torch
 
 from laplace_dist.config.settings import Config
-from laplace_dist.data.collate import Collate
 from laplace_dist.data.loader import batches
 from laplace_dist.data.read_ahead import ReadAhead
 from laplace_dist.data.sources import load_split
@@ -38,11 +37,6 @@ def columns(n: int, seed: int = 0) -> dict[str, np.ndarray]:
     """Return inputs of shape (n, 2, 3) and class labels."""
     generator = np.random.default_rng(seed)
     return {"x": generator.normal(size=(n, 2, 3)).astype(np.float32), "y": generator.integers(0, 5, n)}
-
-
-def listed_rows(items: list[Any]) -> tuple[list[Any], torch.Tensor]:
-    """Join anything, as a `--collate`: a list of inputs, and as targets the numbers of the examples in the batch."""
-    return [item[0] for item in items], torch.arange(len(items))
 
 
 class SourceConformance:
@@ -260,95 +254,6 @@ class FileConformance(SourceConformance):
             assert fingerprint(self.load(folder))["sha256"] != found["sha256"]
 
 
-class TableConformance(FileConformance):
-    """Tests of files with columns: which of them make an example, and what cannot become a batch."""
-
-    def _of(self, tmp_path: Path, **more: Any) -> tuple[str, dict[str, Any]]:
-        values = {**columns(self.n), **more}
-        return self.made(tmp_path, values={k: v for k, v in values.items() if v is not None})[0], values
-
-    def test_columns_are_chosen_by_the_flags(self, tmp_path: Path) -> None:
-        """A pair by --dict-key-x; a mapping of what `columns` lists, or of all there are; the targets by --dict-key-y."""
-        z = np.arange(self.n, dtype=np.float32)
-        folder, values = self._of(tmp_path, z=z, x=None, image=columns(self.n)["x"])
-        x, y = self.load(folder, dict_key_x="image", dict_key_y="y")[5]
-        assert np.array_equal(x.numpy(), values["image"][5]) and int(y) == values["y"][5]
-        whole = self.load(folder, dict_key_y="y")
-        assert {name: value.tolist() for name, value in whole[5].items()} == {
-            "image": values["image"][5].tolist(),
-            "z": 5.0,
-            "y": values["y"][5],
-        }
-        ((_, found, y),) = batches(whole, 3, 9, 8, Collate(key_y="y"))
-        assert found["z"].tolist() == z[3:9].tolist() and y.tolist() == values["y"][3:9].tolist()
-        some = self.load(folder, dict_key_y="y", data_args={"columns": ["z", "y"]})
-        assert sorted(some[0]) == ["y", "z"]
-
-    def test_the_group_of_each_example_is_kept_apart(self, tmp_path: Path) -> None:
-        """It is no input of the model."""
-        shops = np.arange(self.n) % 3
-        folder, _ = self._of(tmp_path, group=shops)
-        assert self.load(folder).group == shops.tolist()
-        assert len(self.load(folder)[0]) == 2
-        folder, _ = self._of(tmp_path / "named", shop=shops, x=None, z=shops * 1.0)
-        dataset = self.load(folder, dict_key_y="y", data_args={"group": "shop"})
-        assert dataset.group == shops.tolist() and sorted(dataset[0]) == ["y", "z"]
-        assert self.load(folder, dict_key_y="y").group is None
-
-    def test_a_missing_column_is_refused_with_those_that_are_there(self, tmp_path: Path) -> None:
-        """By the flag that asks for it."""
-        folder, _ = self._of(tmp_path, z=np.zeros(self.n))
-        for flag, settings in (
-            ("--dict-key-x", {"dict_key_x": "image", "dict_key_y": "y"}),
-            ("--dict-key-y", {"dict_key_x": "x"}),
-            ("--data-args: columns", {"data_args": {"columns": ["x", "image"]}, "dict_key_y": "y"}),
-            ("--data-args: group", {"data_args": {"group": "shop"}}),
-        ):
-            with pytest.raises(SettingsError, match=rf"^{flag}: .* has no column '\w+'; it has x, y, z"):
-                self.load(folder, **settings)
-        with pytest.raises(SettingsError, match="--data-args: colums given.*columns, group and index"):
-            self.load(folder, data_args={"colums": ["x"]})
-
-    def test_rows_of_unequal_shapes_are_named_unless_collate_joins_them(self, tmp_path: Path) -> None:
-        """With the file and the row of two of them."""
-        ragged = [np.arange(3 + (i == 9), dtype=np.float32) for i in range(self.n)]
-        folder, _ = self._of(tmp_path, x=ragged)
-        dataset = self.load(folder)
-        with pytest.raises(
-            ExampleError, match=r"column 'x' has shape \(3,\) in .*row \d.* and \(4,\) in .*row \d.*--collate"
-        ):
-            list(batches(dataset, 0, self.n, 5))
-        collate = Collate("laplace_dist.testing.source_conformance:listed_rows")
-        found = [x for _, xs, _ in batches(dataset, 0, self.n, 5, collate) for x in _parts(xs)]
-        assert [x.tolist() for x in found] == [x.tolist() for x in ragged]
-
-    def test_strings_are_refused_unless_collate_joins_them(self, tmp_path: Path) -> None:
-        """When the split is opened, with the way out."""
-        texts = [f"text {i} é" for i in range(self.n)]
-        folder, _ = self._of(tmp_path, x=texts)
-        with pytest.raises(SettingsError, match="column 'x' of .* holds strings; .*--collate"):
-            self.load(folder)
-        path = "laplace_dist.testing.source_conformance:listed_rows"
-        dataset = self.load(folder, collate=path)
-        assert [x for _, xs, _ in batches(dataset, 0, self.n, 5, Collate(path)) for x in _parts(xs)] == texts
-
-    def test_a_null_is_an_error_that_names_column_row_and_file(self, tmp_path: Path) -> None:
-        """It never becomes a number; where it is not used it does no harm."""
-        row = self.n - 2
-        holed = [None if i == row else float(i) for i in range(self.n)]
-        folder, _ = self._of(tmp_path, z=holed)
-        assert len(list(batches(self.load(folder), 0, self.n, 5))) == 5
-        dataset = self.load(folder, dict_key_x="z", dict_key_y="y")
-        assert dataset[0][0].item() == 0.0
-        with pytest.raises(ExampleError) as caught:
-            list(batches(dataset, 0, self.n, 5))
-        assert "z" in str(caught.value) and dataset.where(row) in str(caught.value)
-
-
 def _one_bit_off(content: bytes) -> bytes:
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-
-
-def _parts(x: Any) -> list[Any]:
-    return list(x.values()) if isinstance(x, Mapping) else x

@@ -11,6 +11,8 @@ import pytest
 import torch
 from s3server import S3Server
 
+from laplace_dist.report import console
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
@@ -50,6 +52,13 @@ def s3(tmp_path_factory):
         yield server.start()
     finally:
         server.stop()
+
+
+@pytest.fixture(autouse=True)
+def printed():
+    """Print what jobs in this process say, as the command line does, so that `capsys` has it."""
+    with console.printed():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

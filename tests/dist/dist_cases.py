@@ -212,6 +212,7 @@ def config(checkpoint, **changes) -> Config:
         "checkpoint": str(checkpoint),
         "skip_tune": True,
         "skip_evaluate": True,
+        "skip_report": True,
     }
     return Config(**{**values, **changes})
 

@@ -257,7 +257,7 @@ class MiniatureJob(Job):
 class SerialPool:
     """One worker in this process to which nothing happens."""
 
-    size, idle = 1, 1
+    size, idle, alive = 1, 1, 1
 
     def __init__(self, store: Any) -> None:
         self._context, self._tasks = Worker(store), []

@@ -13,11 +13,13 @@ from laplace_dist.errors import StorageError
 from laplace_dist.execution.inline import InlinePool
 from laplace_dist.run.checkpoint import Checkpoint
 
-# Few requests, yet every kind of object: two segments, three shards each of validation and test data.
+# Few requests, yet every kind of object: two segments, three shards each of validation and test data, one round of tuning.
 SMALL = {
     "subset_of_weights": "last_layer",
     "segment_size": 24,
     "batch_size": 8,
+    "grid_size": 3,
+    "prior_range": [1e-4, 1e4],
     "skip_tune": False,
     "skip_evaluate": False,
 }

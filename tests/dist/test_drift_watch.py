@@ -127,8 +127,17 @@ def test_an_evaluation_of_an_older_version_is_no_reference(run):
 
 @pytest.mark.parametrize("name", ["test", "a b", ""])
 def test_a_name_that_no_unlabelled_split_can_have_is_refused(run, name):
+    before = Checkpoint(str(run)).read(layout.CURRENT)
     with pytest.raises(SettingsError, match=f"--unlabelled: got {name!r}"):
         day(run, 2, unlabelled=name)
+    assert Checkpoint(str(run)).read(layout.CURRENT) == before
+
+
+def test_a_split_without_labels_that_the_data_do_not_have_is_refused_before_anything_is_computed(run):
+    before = Checkpoint(str(run)).list()
+    with pytest.raises(SettingsError, match="--data: .* gives no split 'yesterday'"):
+        day(run, 2, unlabelled="yesterday", skip_evaluate=False)
+    assert Checkpoint(str(run)).list() == before
 
 
 def test_spectra_of_the_new_window_are_compared_with_the_current_posterior(run):

@@ -226,7 +226,8 @@ def test_the_demo_on_a_private_cluster_then_tune_and_evaluate_alone(tmp_path, en
     assert not (home / ".ray").exists()
 
     metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
-    table = {line.split()[0]: line.split() for line in out.splitlines()[-6:]}
+    assert out.splitlines()[-1] == f"report: {url}/report.html" and (tmp_path / "run" / "report.html").is_file()
+    table = {line.split()[0]: line.split() for line in out.splitlines()[-8:-2]}
     for name, key in (("accuracy", "accuracy"), ("NLL", "nll"), ("Brier", "brier"), ("ECE", "ece")):
         shown = [word for word in table[name] if word.replace(".", "").isdigit()]
         assert shown == [f"{metrics[method][key]:.4f}" for method in ("map", "laplace")]

@@ -23,7 +23,7 @@ from laplace_dist.job import Job
 from laplace_dist.plan.segments import default_segment_size, plan_segments
 from laplace_dist.run.checkpoint import Checkpoint
 
-FULL = {"skip_tune": False, "skip_evaluate": False, "ood": ["other"], "grid_size": 5}
+FULL = {"skip_tune": False, "skip_evaluate": False, "ood": ["other"], "grid_size": 5, "prior_range": [1e-4, 1e4]}
 
 
 @pytest.fixture(scope="module")

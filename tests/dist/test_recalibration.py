@@ -191,6 +191,21 @@ def test_a_window_that_was_dropped_stays_out_until_it_is_named(run):
     )
 
 
+def test_the_last_window_cannot_be_dropped(run):
+    day(run, 1, drop_window="day-1")
+    before = Checkpoint(str(run)).read(layout.CURRENT)
+    with pytest.raises(SettingsError, match="--windows: got 'all', and every window there is was dropped; name some"):
+        day(run, 1, drop_window="day-0")
+    assert Checkpoint(str(run)).read(layout.CURRENT) == before
+
+
+def test_dropping_heeds_which_windows_count(run):
+    day(run, 2)
+    day(run, 3)
+    day(run, 3, drop_window="day-2", windows="last:2")
+    assert [term["window"] for term in decision(run, "without-day-2")["windows"]] == ["day-1", "day-3"]
+
+
 def test_a_dropped_window_that_is_named_is_in_again(run):
     day(run, 1, drop_window="day-1")
     day(run, 2, windows="day-0,day-1,day-2")

@@ -320,7 +320,7 @@ def test_what_an_interrupted_start_leaves_does_not_count(store):
 
 
 def test_status(store):
-    with pytest.raises(MissingObjectError, match="plan.json is missing"):
+    with pytest.raises(MissingObjectError, match="there is no run at .*no plan.json"):
         status(store.url)
     start(store)
     commit(store)

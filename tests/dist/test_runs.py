@@ -311,7 +311,7 @@ def test_nan_names_the_example_and_commits_nothing_of_its_segment(tmp_path):
 def test_follow_on_jobs_need_a_run(tmp_path):
     from laplace_dist import job
 
-    with pytest.raises(SettingsError, match="has no posterior yet"):
+    with pytest.raises(SettingsError, match="where there is no run"):
         job.evaluate_posterior(dist_cases.config(tmp_path / "nothing"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -31,6 +32,20 @@ def test_each_split_of_a_dictionary_is_read(folder):
         assert isinstance(dataset, SavedDataset) and len(dataset) == n
         ((_, x, y),) = batches(dataset, 0, n, n)
         assert torch.equal(x, torch.arange(2.0 * n).reshape(n, 2)) and y.tolist() == [i % 3 for i in range(n)]
+
+
+def test_a_url_is_copied_with_its_options_which_no_message_repeats(folder, monkeypatch):
+    fs = fsspec.filesystem("memory")
+    fs.put(str(folder), "/saved", recursive=True)
+    assert load("memory://saved", "val")[5][1] == 2
+    monkeypatch.setattr(datasets, "load_from_disk", lambda *_, **options: _fail(options))
+    with pytest.raises(SettingsError, match=r"memory://saved/val cannot be loaded \(OSError: .*\*\*\*") as caught:
+        load("memory://saved", "val", data_storage_options={"password": "planted-secret"})
+    assert "planted" not in str(caught.value)
+
+
+def _fail(options):
+    raise OSError(str(options))
 
 
 def test_rows_that_were_chosen_and_the_format_are_kept(tmp_path):

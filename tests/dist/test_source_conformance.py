@@ -16,7 +16,8 @@ import torch
 import zarr
 from torch.utils.data import TensorDataset
 
-from laplace_dist.testing.source_conformance import SourceConformance, TableConformance
+from laplace_dist.testing.source_conformance import SourceConformance
+from laplace_dist.testing.table_conformance import TableConformance
 
 datasets.disable_progress_bars()
 CHUNK = 7

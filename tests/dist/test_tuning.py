@@ -216,10 +216,25 @@ def test_a_range_that_is_given_is_not_left(tmp_path, bounds, edge):
     chosen = config(tmp_path, "classes", model_args={"times": 3.0}, prior_range=bounds)
     _, manifest, said = tuned(chosen)
     priors = [prior for scored in manifest["search"]["rounds"] for prior in scored["priors"]]
+    found = posterior(chosen, tuning_cases.classifier(times=3.0)).prior_precision.item()
     assert bounds[0] * (1 - 1e-9) <= min(priors) and max(priors) <= bounds[1] * (1 + 1e-9)
-    if manifest["search"]["limit"] == "edge":
-        assert posterior(chosen, tuning_cases.classifier(times=3.0)).prior_precision.item() == pytest.approx(edge)
-        assert f"lies at an end of --prior-range {bounds[0]:g} {bounds[1]:g}" in said
+    assert manifest["search"]["limit"] == "edge" and found == pytest.approx(edge)
+    assert f"lies at an end of --prior-range {bounds[0]:g} {bounds[1]:g}" in said
+
+
+def test_a_range_in_which_all_is_worse_than_map_is_left_and_that_is_said(tmp_path):
+    chosen = config(tmp_path, "classes", model_args={"times": 3.0}, prior_range=[1e-9, 1e-7])
+    _, manifest, said = tuned(chosen)
+    la, model = posterior(chosen, tuning_cases.classifier(times=3.0)), tuning_cases.classifier(times=3.0)
+    assert la.prior_precision.item() > 1e-6
+    assert "It lies outside --prior-range 1e-09 1e-07, where all are worse" in said
+    x, y = tuning_cases.classes("val").tensors
+    found = compared_with_map(la, model, x, y)
+    assert found["nll"].value < 0 and found["ece"].low <= 1e-4
+    assert manifest["search"]["compared"]["nll"]["value"] == pytest.approx(found["nll"].value)
+    la.prior_precision = 1e-7
+    worse = compared_with_map(la, model, x, y)
+    assert max(difference.low for difference in worse.values()) > 1e-4
 
 
 def test_losses_that_are_not_finite_end_the_run_with_a_reason(tmp_path, monkeypatch):

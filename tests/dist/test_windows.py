@@ -48,6 +48,7 @@ def config(checkpoint, day="monday", **changes):
         "margin_nll": 10.0,
         "margin_ece": 1.0,
         "grid_size": 5,
+        "prior_range": [1e-4, 1e4],
     }
     return dist_cases.config(checkpoint, **{**given, "skip_tune": False, "skip_evaluate": False, **changes})
 

@@ -1,0 +1,37 @@
+"""From settings back to the command line that gives them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+from laplace_dist.config.settings import Config
+
+_LEFT_OUT = ("fresh", "storage_options", "data_storage_options", "weights_storage_options")
+
+
+def command_of(config: Config, job: str) -> str:
+    """Return the exact command that gives these settings, without secrets: storage options have to be given again.
+
+    Args:
+        config: The settings.
+        job: Path of the script, such as `jobs/fit_kron.py`.
+    """
+    words = ["python", job]
+    for name, field in Config.model_fields.items():
+        value = getattr(config, name)
+        required = name in ("model", "checkpoint", "hessian_structure")  # a job has defaults of its own for these
+        if name not in _LEFT_OUT and (required or field.is_required() or value != field.get_default()):
+            words += _flag(name.replace("_", "-"), value)
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    if value is None:
+        return []
+    return [f"--{name}", json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)]

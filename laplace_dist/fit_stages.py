@@ -1,0 +1,186 @@
+"""The stages of a fit, and what every job has: settings, the checkpoint, a session of workers, the record of what it does."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Self
+
+from laplace_dist.config import compatibility
+from laplace_dist.config.import_path import IMPORT_PATH
+from laplace_dist.config.settings import Config
+from laplace_dist.errors import MissingObjectError, SettingsError
+from laplace_dist.execution.session import ExecutorType, Session
+from laplace_dist.execution.tasks import Task
+from laplace_dist.plan.plan import Plan
+from laplace_dist.report.progress import Progress
+from laplace_dist.run import coverage, layout, lifecycle, ownership, partials, place, pointer, versions, windows
+from laplace_dist.run.checkpoint import open_store
+from laplace_dist.run.combination import Term, Window, alone
+from laplace_dist.run.journal import Journal
+from laplace_dist.stages import map, opening, reduce
+from laplace_dist.storage.store import Store
+
+
+@dataclass
+class FitStages:
+    """A job over one checkpoint, and the stages of a fit. A stage asks the store what is done and submits tasks for the rest.
+
+    Nothing here holds a factor: tasks return small receipts, and Ray is joined when the first task is submitted.
+
+    Attributes:
+        given: The settings as given; relative paths are made absolute, since workers may have another directory.
+        executor: Where the tasks are carried out, such as `Inline`; what `--ray-address` says if not given.
+        kind: `fit`, `tune`, `evaluate` or `recalibrate`.
+        say: Where lines for people go; to the logger `laplace_dist` if not given.
+    """
+
+    given: Config
+    executor: ExecutorType | None = None
+    kind: str = "fit"
+    say: Callable[[str], None] = logging.getLogger("laplace_dist").info
+    _continued: bool = field(default=False, init=False)
+    _checked: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.config = _absolute(self.given)
+        self.store: Store = open_store(self.config)
+        self.journal = Journal(self.store, self.kind, self.config.window)
+        self.session = Session(
+            self.config, self.store, self.executor, lambda text: self.say(text), journal=self.journal
+        )
+
+    @cached_property
+    def device_type(self) -> str:
+        """Where the workers compute, `cpu` or `cuda`: as the settings say, else as the run has begun, else as there are."""
+        if self.config.device != "auto":
+            return self.config.device
+        if self.store.exists(layout.PLAN) and not self.config.fresh:
+            return self.plan.settings["device_type"]
+        return self.session.executor.device_type()
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan of the run at the checkpoint."""
+        return ownership.read_plan(self.store)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: object) -> None:
+        self.journal.end(error)
+        self.session.close()
+
+    def current_version(self) -> str:
+        """Return the posterior version that a follow-on job works on.
+
+        The posterior's structure is the run's, whatever the settings say; the likelihood has to be given as it was for
+        the fit, since what the scores of the data mean depends on it.
+
+        Raises:
+            SettingsError: The run has none yet, was fitted with another likelihood, or cannot be written to.
+        """
+        try:
+            version = pointer.read_current(self.store)["version"]
+        except MissingObjectError as error:
+            ownership.refuse_no_run(self.store)
+            raise SettingsError(f"--checkpoint: got {self.given.checkpoint!r}; {error}") from error
+        stored = self.plan.settings
+        likelihood = stored.get("likelihood")
+        if self.config.likelihood != likelihood:
+            raise SettingsError(
+                f"--likelihood: got {self.config.likelihood!r}, but the run at {self.store.url!r} was fitted with "
+                f"{likelihood!r}. Give --likelihood {likelihood}."
+            )
+        self.config = self.config.model_copy(update={"hessian_structure": stored.get("hessian_structure")})
+        self.store.check_writable()
+        return version
+
+    # -------------------------------------------------------------- the stages of fit
+
+    def open(self) -> None:
+        """Resolve model, data and factors once, and start the run or continue the one that is there."""
+        config = self.config
+        compatibility.check_predictive(config)
+        place.check_place(self.store)
+        resolved = opening.resolve(config)
+        self._checked = True
+        self.store.check_writable()  # before a cluster may be asked for its devices
+        self.plan, self._continued = opening.begin(resolved, config, self.store, self.device_type, self.say)
+        self.window = Window(self.store, self.plan)
+        self.say(f"{'continuing' if self._continued else 'starting'} the run at {self.store.url}")
+        if not self._continued:
+            rows = coverage.rows_of(resolved.la.sums_spec(), resolved.model)
+            there = coverage.write_coverage(self.store, rows)
+            self.say("\n".join([*coverage.lines(rows), f"coverage: every parameter is in {there}"]))
+
+    def map(self) -> None:
+        """Accumulate the segments of the window that have no committed partial."""
+        store, plan = self.window.store, self.window.plan
+        done = lifecycle.committed(store, plan, arrays=False, say=lambda text: self.say(f"map: {text}"))
+        if self._continued and len(done) < len(plan.segments):
+            comparisons = map.comparisons(plan, done)
+            self._run(comparisons, Progress("map", "segments compared with the data", len(comparisons)))
+        self._run(map.tasks(plan, done), Progress("map", "segments", len(plan.segments), len(done)))
+
+    def reduce(self) -> str:
+        """Sum the partials to a posterior version, if that is not done yet, and make it current."""
+        if (done := self._version_of_0_1()) is not None:
+            return done
+        version = self.combine(alone(self.store, self.plan, self.sum_window()))
+        pointer.write_current(self.store, self.plan, version, None, first=True)
+        current = pointer.read_current(self.store)
+        if current.get("history"):
+            self.say(
+                f"reduce: version {current['version']} is current, which a recalibration has promoted, and stays so"
+            )
+            return current["version"]
+        tuned = current["tuning"] is None or ownership.has(self.store, self.plan, current["tuning"])
+        if current["version"] != version or not tuned:
+            pointer.write_current(self.store, self.plan, version, None)
+        return version
+
+    def sum_window(self) -> dict[str, Any]:
+        """Sum the parts of the window that are not summed yet and commit its sum; returns its manifest."""
+        store, plan = self.window.store, self.window.plan
+        if (done := windows.find_window(store, plan)) is not None:
+            return done
+        manifests = list(partials.manifests(store, plan))
+        tasks = reduce.part_tasks(store, plan, manifests)
+        self._run(tasks, Progress("reduce", "parts", len(plan.parts), len(plan.parts) - len(tasks)))
+        return windows.commit_window(store, plan, manifests)
+
+    def combine(self, terms: Sequence[Term]) -> str:
+        """Commit the posterior version that windows make, if that is not done yet; returns its name."""
+        version = versions.version_of(terms)
+        if not ownership.has(self.store, self.plan, layout.version_key(version)):
+            tasks = reduce.factor_tasks(self.plan, terms)
+            receipts = self._run(tasks, Progress("reduce", "groups of factors", len(tasks)), keep=True, alike=False)
+            versions.commit_version(self.store, self.plan, terms, [receipt["factors"] for receipt in receipts])
+        return version
+
+    def _version_of_0_1(self) -> str | None:
+        """Return the posterior version of a finished run of 0.1, whose sums were not kept apart from it."""
+        if self.plan.format_version > 1 or not self.store.exists(layout.CURRENT):
+            return None
+        return pointer.read_current(self.store)["version"]
+
+    def _run(self, tasks: Iterable[Task], progress: Progress, **how: bool) -> list[Mapping[str, Any]]:
+        """Carry out the tasks of a stage; see `Session.run`."""
+        return self.session.run(tasks, self.device_type, progress, **how)
+
+
+def _absolute(config: Config) -> Config:
+    """Return the settings with relative paths, and those that begin with `~`, made absolute."""
+    data = None if IMPORT_PATH.fullmatch(config.data) else config.data
+    paths = {"checkpoint": config.checkpoint, "weights": config.weights, "data": data}
+    return config.model_copy(
+        update={
+            name: os.path.abspath(os.path.expanduser(path))
+            for name, path in paths.items()
+            if path and "://" not in path
+        }
+    )

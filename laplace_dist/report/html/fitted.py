@@ -1,0 +1,67 @@
+"""What was fitted: model, coverage, estimator, data, windows, versions, and the command that repeats it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from laplace_dist.config.command import command_of
+from laplace_dist.config.settings import Config
+from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
+from laplace_dist.plan.plan import Plan
+from laplace_dist.run import coverage, settings_file
+from laplace_dist.run.versions import read_version
+from laplace_dist.storage.store import Store
+
+LISTED = 2000  # parameters on the page; all of them are in the run's coverage file
+NAMES = {"ggn": "exact GGN", "mc": "Monte-Carlo Fisher", "ef": "empirical Fisher"}
+
+
+def fitted(store: Store, plan: Plan, version: str | None) -> dict[str, Any]:
+    """Return what a person has to know to judge, and to repeat, the fit.
+
+    Args:
+        store: The checkpoint.
+        plan: Of the run.
+        version: The posterior version, or None if there is none yet.
+    """
+    settings = plan.settings
+    rows = coverage.read_coverage(store, plan)
+    manifest = {} if version is None else read_version(store, plan, version)
+    terms = manifest.get("windows") or [{"window": plan.window_name, "weight": 1.0}]
+    return {
+        "checkpoint": store.url,
+        "model": plan.model,
+        "likelihood": settings.get("likelihood"),
+        "subset_of_weights": settings.get("subset_of_weights"),
+        "hessian_structure": settings.get("hessian_structure"),
+        "backend": settings.get("backend"),
+        "estimator": NAMES.get(settings.get("estimator"), settings.get("estimator")),
+        "settings": {**settings},
+        "examples": manifest.get("n_data", plan.n_examples),
+        "segments": len(plan.segments),
+        "data": {"length": plan.data["length"], "sha256": plan.data["sha256"]},
+        "weights_sha256": plan.weights,
+        "outputs": plan.spec.get("n_outputs"),
+        "version": version,
+        "windows": [{"window": term["window"], "weight": term["weight"]} for term in terms],
+        "environment": manifest.get("environment"),
+        "coverage": {
+            "summary": [vars(share) | {"name": coverage.KINDS[share.kind]} for share in coverage.summary(rows)],
+            "rows": [vars(row) for row in rows[:LISTED]],
+            "parameters": len(rows),
+        },
+        **_command(store, plan),
+    }
+
+
+def _command(store: Store, plan: Plan) -> dict[str, Any]:
+    """Return the command, and the names of the data, from the settings that the run keeps."""
+    try:
+        values: Mapping[str, Any] = settings_file.read_config(store)
+        config = Config(**{name.replace("-", "_"): value for name, value in values.items()})
+    except (MissingObjectError, CheckpointError, SettingsError):
+        return {"command": None, "source": None}
+    job = f"jobs/fit_{plan.settings.get('hessian_structure', 'kron')}.py"
+    source = {"data": config.data, "data_args": config.data_args, "out_of_distribution": config.ood}
+    return {"command": command_of(config, job), "source": source}
