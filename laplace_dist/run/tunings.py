@@ -246,6 +246,7 @@ def curve(manifest: Mapping[str, Any]) -> list[tuple[float, float | None]]:
             continue
         losses = [math.inf if loss is None else loss for loss in scored["losses"]]
         width = len(losses) // len(scored["priors"])
-        for i, prior in enumerate(scored["priors"]):
+        units = [noise**2 for noise in scored.get("noises", [])] or [1.0] * len(scored["priors"])
+        for i, prior in enumerate(prior / unit for prior, unit in zip(scored["priors"], units, strict=True)):
             found[prior] = min([*losses[i * width : (i + 1) * width], found.get(prior, math.inf)])
     return [(prior, loss if math.isfinite(loss) else None) for prior, loss in sorted(found.items())]

@@ -87,6 +87,8 @@ def test_a_linear_gaussian_models_prior_and_noise_are_the_best_of_all(tmp_path):
     assert manifest["search"]["rounds"][0]["map"] == pytest.approx((math.log(2 * math.pi * of_map**2) + 1) / 2)
     assert manifest["search"]["limit"] is None and manifest["search"]["helps"]
     assert f"observation noise {noise:.4g}" in said
+    drawn = dict(tunings.curve(manifest))
+    assert min(drawn, key=drawn.get) == pytest.approx(la.prior_precision.item())
 
 
 def test_the_table_says_which_noise_it_is_of(tmp_path, capsys):
