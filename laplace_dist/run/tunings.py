@@ -227,7 +227,8 @@ def notes(manifest: Mapping[str, Any]) -> list[str]:
     """Return what people should know beside the metrics: which noise, temperature or limit these are of."""
     found = list((manifest.get("search") or {}).get("said", []))
     if (noise := manifest["sigma_noise"]) is not None:
-        found.append(f"The NLL of MAP and of Laplace is that under the tuned observation noise, {noise:.4g}.")
+        kind = "the tuned observation noise" if "settings" in manifest else "an observation noise that nobody has tuned"
+        found.append(f"The NLL of MAP and of Laplace is that under {kind}, {noise:.4g}.")
     if (temperature := manifest.get("logit_temperature") or 1.0) != 1:
         found.append(f"The logits of Laplace are divided by the temperature {temperature:.4g}; those of MAP are not.")
     return found

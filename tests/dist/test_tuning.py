@@ -104,6 +104,17 @@ def test_the_table_says_which_noise_it_is_of(tmp_path, capsys):
     assert result.metrics["map"]["nll"] == pytest.approx(float(truth))
 
 
+def test_a_noise_that_was_not_tuned_is_said(tmp_path):
+    chosen = config(tmp_path, "line", skip_evaluate=False, skip_tune=True, ray_address="inline")
+    result = fit(chosen)
+    assert result.notes == (
+        "The NLL of MAP and of Laplace is that under an observation noise that nobody has tuned, 1.",
+    )
+    x, y = tuning_cases.points("test").tensors
+    truth = -torch.distributions.Normal(tuning_cases.line()(x), 1.0).log_prob(y).mean()
+    assert result.metrics["map"]["nll"] == pytest.approx(truth.item())
+
+
 def test_sampled_networks_are_evaluated_under_a_noise_that_was_tuned(tmp_path):
     chosen = config(tmp_path, "line", pred_type="nn")
     tuned(chosen)
