@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from laplace_dist.config import compatibility
+from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.config.settings import Config
 from laplace_dist.data import sources
 from laplace_dist.data.groups import groups_of
@@ -86,7 +87,8 @@ def evaluate_posterior(config: Config, executor: ExecutorType | None = None) -> 
 def _follow_on(job: Job, version: str, *, tuning: bool, evaluation: bool) -> Result:
     key = job.tune(version) if tuning else pointer.read_current(job.store)["tuning"]
     metrics = job.evaluate(version, key) if evaluation else None
-    tuned = {"sigma_noise": None} if key is None else tunings.read_tuning(job.store, key)[0]
+    untuned = {"sigma_noise": 1.0 if likelihood_of(job.config.likelihood).has_noise else None}
+    tuned = untuned if key is None else tunings.read_tuning(job.store, key)[0]
     page = job.report(evaluations.shown(job.store) if evaluation else None)
     return Result(job.store.url, version, key, metrics, tuple(tunings.notes(tuned)), tunings.helps(tuned), page)
 

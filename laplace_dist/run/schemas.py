@@ -293,11 +293,15 @@ class RecalibrationLeaseFields(Strict):
 
 
 class _SearchRound(Strict):
-    """One pass over validation data: the mean loss of every value, by temperature within prior precision."""
+    """One pass over validation data: the mean loss of every value, by temperature within prior precision.
+
+    Of a regression the priors are in units of the noise's precision, and the noises are the best ones that go with them.
+    """
 
     priors: list[Finite]
     temperatures: list[Finite]
     losses: list[Finite | None]
+    noises: list[Finite] = []
     map: Finite | None
     terms: Positive
     coarse: bool

@@ -227,7 +227,8 @@ def notes(manifest: Mapping[str, Any]) -> list[str]:
     """Return what people should know beside the metrics: which noise, temperature or limit these are of."""
     found = list((manifest.get("search") or {}).get("said", []))
     if (noise := manifest["sigma_noise"]) is not None:
-        found.append(f"The NLL of MAP and of Laplace is that under the tuned observation noise, {noise:.4g}.")
+        kind = "the tuned observation noise" if "settings" in manifest else "an observation noise that nobody has tuned"
+        found.append(f"The NLL of MAP and of Laplace is that under {kind}, {noise:.4g}.")
     if (temperature := manifest.get("logit_temperature") or 1.0) != 1:
         found.append(f"The logits of Laplace are divided by the temperature {temperature:.4g}; those of MAP are not.")
     return found
@@ -246,6 +247,7 @@ def curve(manifest: Mapping[str, Any]) -> list[tuple[float, float | None]]:
             continue
         losses = [math.inf if loss is None else loss for loss in scored["losses"]]
         width = len(losses) // len(scored["priors"])
-        for i, prior in enumerate(scored["priors"]):
+        units = [noise**2 for noise in scored.get("noises", [])] or [1.0] * len(scored["priors"])
+        for i, prior in enumerate(prior / unit for prior, unit in zip(scored["priors"], units, strict=True)):
             found[prior] = min([*losses[i * width : (i + 1) * width], found.get(prior, math.inf)])
     return [(prior, loss if math.isfinite(loss) else None) for prior, loss in sorted(found.items())]

@@ -176,6 +176,7 @@ class Search:
             {
                 **values.plain(),
                 "losses": [_plain(loss) for loss in shown.flatten().tolist()],
+                "noises": list(noises.values()),
                 "map": _plain(limit),
                 "terms": n,
                 "coarse": step.coarse,

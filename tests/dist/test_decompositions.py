@@ -13,6 +13,7 @@ import laplace_dist
 from laplace.linalg.kronecker import Kron
 from laplace.structures.decomposition import decompose
 from laplace_dist.errors import CheckpointError
+from laplace_dist.report.progress import Progress
 from laplace_dist.run import decompositions
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.layout import CURRENT
@@ -77,7 +78,7 @@ def test_a_job_goes_on_after_those_that_are_committed(tmp_path, worth, eigh):
         assert decompositions.missing(job.store, job.plan, version) == KRON
         first = tasks(job.plan, version, KRON)[0]
         assert first.names == ("4.weight/A",)  # the widest
-        job.session.run([first], "cpu", _Silent())
+        job.session.run([first], "cpu", Progress("decompose", "groups of factors", 1))
         assert decompositions.read(job.store, job.plan, version, "cpu") is None  # not all of them
         eigh.clear()
         job.decompose(version)
@@ -96,14 +97,6 @@ def test_a_job_goes_on_after_those_that_are_committed(tmp_path, worth, eigh):
         torch.testing.assert_close(
             (vectors.double() * values) @ vectors.double().T, factor.double(), rtol=1e-5, atol=1e-6
         )
-
-
-class _Silent:
-    def done(self, examples):
-        pass
-
-    def tick(self, busy, oldest=""):
-        pass
 
 
 def test_narrow_factors_go_together_and_wide_ones_alone(tmp_path, monkeypatch):

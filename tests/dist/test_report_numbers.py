@@ -329,6 +329,12 @@ def test_a_promotion_shows_the_previous_posterior_and_a_rollback_the_candidate_o
     assert kept.promoted and store.list("report") == ["report/numbers.json", f"report/spectra-{kept.version}.json"]
 
 
+def test_a_split_without_labels_is_not_shown_as_out_of_distribution(tmp_path):
+    given = {"skip_evaluate": False, "ood": ["far"], "unlabelled": "requests"}
+    report_cases.inline(dist_cases.config(tmp_path, **given))
+    assert facts(Checkpoint(str(tmp_path)))["calibration"]["splits"] == ["far"]
+
+
 def test_another_posterior_of_other_examples_has_no_column():
     own = scores(20)
     one = column(own, outside={"far": own["nll"]})

@@ -87,6 +87,8 @@ def test_a_linear_gaussian_models_prior_and_noise_are_the_best_of_all(tmp_path):
     assert manifest["search"]["rounds"][0]["map"] == pytest.approx((math.log(2 * math.pi * of_map**2) + 1) / 2)
     assert manifest["search"]["limit"] is None and manifest["search"]["helps"]
     assert f"observation noise {noise:.4g}" in said
+    drawn = dict(tunings.curve(manifest))
+    assert min(drawn, key=drawn.get) == pytest.approx(la.prior_precision.item())
 
 
 def test_the_table_says_which_noise_it_is_of(tmp_path, capsys):
@@ -100,6 +102,17 @@ def test_the_table_says_which_noise_it_is_of(tmp_path, capsys):
     x, y = tuning_cases.points("test").tensors
     truth = -torch.distributions.Normal(tuning_cases.line()(x), la.sigma_noise).log_prob(y).mean()
     assert result.metrics["map"]["nll"] == pytest.approx(float(truth))
+
+
+def test_a_noise_that_was_not_tuned_is_said(tmp_path):
+    chosen = config(tmp_path, "line", skip_evaluate=False, skip_tune=True, ray_address="inline")
+    result = fit(chosen)
+    assert result.notes == (
+        "The NLL of MAP and of Laplace is that under an observation noise that nobody has tuned, 1.",
+    )
+    x, y = tuning_cases.points("test").tensors
+    truth = -torch.distributions.Normal(tuning_cases.line()(x), 1.0).log_prob(y).mean()
+    assert result.metrics["map"]["nll"] == pytest.approx(truth.item())
 
 
 def test_sampled_networks_are_evaluated_under_a_noise_that_was_tuned(tmp_path):

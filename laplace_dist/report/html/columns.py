@@ -105,6 +105,7 @@ def _column(store: Store, key: str, manifest: Mapping[str, Any], name: str, styl
     method = "map" if style == "map" else "laplace"
     shards = dict(manifest["shards"])
     test = shards.pop("test")
+    shards.pop(manifest["settings"].get("unlabelled"), None)  # not out of distribution, as far as anybody knows
     outside = {}
     for split, ids in shards.items():
         confidence = joined_scores(store, key, split, ids, method).get("confidence")
