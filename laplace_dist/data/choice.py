@@ -66,7 +66,7 @@ def choose(config: Config, there: Mapping[str, str], where: str) -> Choice:
             f"--data-args: {listed(wrong)} given, but {config.data!r} is no callable; for files there are "
             f"{listed(list(ARGUMENTS))}"
         )
-    if not _names(given.get("columns", ["x"])) or not isinstance(given.get("group", ""), str):
+    if not _names(given.get("columns", ["x"])) or not isinstance(given.get("group"), str | None):
         raise SettingsError(
             "--data-args: columns takes a list of names, such as '{columns: [input_ids, labels]}', group one name"
         )

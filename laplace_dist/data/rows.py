@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from laplace_dist.data.choice import Choice
+from laplace_dist.errors import SettingsError
 
 Values = np.ndarray | list  # of one column: one array for all rows where their shapes agree, else a list
 _CHUNKS, _SAMPLES = 8, 64  # of a fingerprint
@@ -99,11 +100,18 @@ class Rows(ABC):
 
     @property
     def group(self) -> list[Any] | None:
-        """The group of each example, which reports show apart, or None where the data have none."""
+        """The group of each example, which reports show apart, or None where the data have none.
+
+        Raises:
+            SettingsError: One cannot be read or is null; naming the row.
+        """
         name = self.choice.group
         if name is None:
             return None
-        return [value for chunk in range(len(self._stops)) for value in _plain(self._load(chunk, [name])[name])]
+        try:
+            return [value for chunk in range(len(self._stops)) for value in _plain(self._load(chunk, [name])[name])]
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"--data: {error}") from error
 
     def _joined(self, name: str, parts: list[Values], start: int) -> Any:
         """Join the parts of a column to one tensor, or to a list where they are no numbers.

@@ -55,6 +55,12 @@ class TableConformance(FileConformance):
         dataset = self.load(folder, dict_key_y="y", data_args={"group": "shop"})
         assert dataset.group == shops.tolist() and sorted(dataset[0]) == ["y", "z"]
         assert self.load(folder, dict_key_y="y").group is None
+        folder, _ = self._of(tmp_path / "holed", group=["a" if i != 5 else None for i in range(self.n)])
+        dataset = self.load(folder)
+        with pytest.raises(SettingsError) as caught:
+            _ = dataset.group
+        assert "group" in str(caught.value) and dataset.where(5) in str(caught.value)
+        assert self.load(folder, data_args={"group": None}).group is None
 
     def test_a_missing_column_is_refused_with_those_that_are_there(self, tmp_path: Path) -> None:
         """By the flag that asks for it."""

@@ -19,7 +19,9 @@ from laplace_dist.data.loader import batches
 from laplace_dist.data.sources import load_split
 from laplace_dist.errors import ExampleError, SettingsError
 from laplace_dist.run import lifecycle, pointer, versions
-from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.run.checkpoint import Checkpoint, open_json
+from laplace_dist.run.evaluations import joined_groups
+from laplace_dist.run.layout import METRICS
 
 datasets.disable_progress_bars()
 SPLITS = ("train", "val", "test")
@@ -86,6 +88,23 @@ def test_the_factors_are_those_of_an_import_path_bit_for_bit(tmp_path, expected,
     result = fit(config, Inline)
     assert (factors(tmp_path / "run"), result.metrics) == expected
     assert verify(str(tmp_path / "run")).ok
+
+
+def test_the_group_of_each_example_lies_beside_its_scores(tmp_path, expected):
+    """In the order of the examples, whatever shards they are scored in."""
+    write_parquet(tmp_path / "data")
+    sites = [f"site {i % 3}" for i in range(len(columns("test")["y"]))]
+    for path in (tmp_path / "data/test").iterdir():
+        path.unlink()
+    pq.write_table(table({**columns("test"), "group": sites}), tmp_path / "data/test/a.parquet", row_group_size=7)
+    config = dist_cases.config(tmp_path / "run", data=str(tmp_path / "data"), skip_tune=False, skip_evaluate=False)
+    assert fit(config, Inline).metrics == expected[1]
+    store = Checkpoint(str(tmp_path / "run"))
+    (key,) = [
+        key for key in store.list("evaluation") if key.count("/") == 1 and key.endswith(".json") and key != METRICS
+    ]
+    shards = open_json(store.read(key), key)["shards"]["test"]
+    assert len(shards) > 1 and joined_groups(store, key, shards) == sites
 
 
 def test_a_relative_path_is_the_drivers(tmp_path, expected, monkeypatch):
