@@ -289,7 +289,8 @@ def test_a_file_system_that_overwrites_in_create_mode_is_refused_by_name(tmp_pat
 
 
 def test_everything_committed_says_where_it_was_made_and_verify_lists_it(tmp_path):
-    dist_cases.run_inline(dist_cases.config(tmp_path, skip_tune=False, skip_evaluate=False))
+    once = {"grid_size": 5, "prior_range": [1e-4, 1e4]}  # one round
+    dist_cases.run_inline(dist_cases.config(tmp_path, skip_tune=False, skip_evaluate=False, **once))
     store = Checkpoint(str(tmp_path))
     kinds = {"partials": 6, "parts": 1, "tuning": 4, "evaluation": 4}
     for folder, count in kinds.items():
