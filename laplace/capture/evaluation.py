@@ -64,7 +64,7 @@ def _in_order(module: nn.Module, args: tuple, output: Tensor) -> None:
     flattened sequence, and gives a wrong one without a word.
     """
     if output.requires_grad and len(output) == 1 and not is_batched(output):
-        output.register_hook(lambda gradient: gradient.contiguous())
+        output.register_hook(lambda gradient: None if gradient is None else gradient.contiguous())
 
 
 def _with_own_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

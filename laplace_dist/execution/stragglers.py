@@ -17,8 +17,9 @@ from laplace_dist.execution.timeouts import ENOUGH
 SLOWER = 1.5
 # Attempts at once: a second one may be on a slow node as well.
 MOST = 3
-# And never less than so many seconds: what takes a few seconds is over before a second attempt would be.
-AT_LEAST_SECONDS = 10.0
+# And never less than so many seconds: a store that restarts keeps everyone waiting for some tens of them, and short tasks are
+# over before a second attempt would be.
+AT_LEAST_SECONDS = 60.0
 
 
 @dataclass

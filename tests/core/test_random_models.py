@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from laplace import likelihoods
-from laplace.likelihoods import BaseLikelihood, Categorical, Gaussian, Preference
+from laplace.likelihoods import BaseLikelihood, Categorical, Gaussian, GaussianPerOutput, Preference
 from laplace.utils.enums import Likelihood
 
 from .dense_reference import Reference, Verdict, examine, judge
@@ -49,6 +49,7 @@ def test_no_more_is_excluded_than_the_generator_knows():
 def test_all_likelihoods_of_the_library_are_drawn():
     assert set(LIKELIHOODS) == {member.value for member in Likelihood}
     kinds = {type(law.ours) for law in LAWS.values()} | {Categorical, Gaussian, Preference, BaseLikelihood}
+    kinds |= {GaussianPerOutput}  # a Gaussian on scaled targets, compared with that in `test_noise_per_output`
     assert kinds == {value for value in vars(likelihoods).values() if isinstance(value, type)}
 
 

@@ -474,23 +474,23 @@ def carried_out(pool, n, alike=True):
 
 
 def test_an_idle_worker_begins_the_slow_one_again_and_the_run_does_not_wait_for_the_first():
-    pool = Clocked(lambda task, attempt: 1000.0 if task.what == "9" and attempt == 1 else 20.0)
+    pool = Clocked(lambda task, attempt: 3000.0 if task.what == "9" and attempt == 1 else 60.0)
     done, said = carried_out(pool, 10)
     assert done == {str(i): 1 for i in range(9)} | {"9": 2}
     assert said == ["9: takes much longer than others; an idle worker does it too, and the first to finish counts"]
-    assert pool.now <= 60 + 30 + 20 + 1 and pool.busy == 1  # the first attempt is still at work
+    assert pool.now <= 180 + 90 + 60 + 1 and pool.busy == 1  # the first attempt is still at work
 
 
 def test_the_first_attempt_counts_where_it_is_first():
-    pool = Clocked(lambda task, attempt: 35.0 if task.what == "9" and attempt == 1 else 20.0)
+    pool = Clocked(lambda task, attempt: 105.0 if task.what == "9" and attempt == 1 else 60.0)
     done, said = carried_out(pool, 10)
     assert done["9"] == 1 and len(said) == 1
 
 
 @pytest.mark.parametrize(
     ("seconds", "alike"),
-    [(lambda what: 25.0 if what == "9" else 20.0, True), (lambda what: 9.0 if what == "9" else 1.0, True)]
-    + [(lambda what: 1000.0 if what == "9" else 20.0, False)],
+    [(lambda what: 75.0 if what == "9" else 60.0, True), (lambda what: 9.0 if what == "9" else 1.0, True)]
+    + [(lambda what: 3000.0 if what == "9" else 60.0, False)],
 )
 def test_what_is_a_little_slower_short_or_large_is_waited_for(seconds, alike):
     pool = Clocked(lambda task, attempt: seconds(task.what))
@@ -498,21 +498,21 @@ def test_what_is_a_little_slower_short_or_large_is_waited_for(seconds, alike):
 
 
 def test_nothing_is_begun_twice_while_there_is_other_work():
-    pool = Clocked(lambda task, attempt: 300.0 if task.what == "0" else 20.0)
+    pool = Clocked(lambda task, attempt: 900.0 if task.what == "0" else 60.0)
     assert carried_out(pool, 200)[1] == []
 
 
 def test_a_second_attempt_on_a_slow_node_gets_a_third_and_there_are_no_more():
-    pool = Clocked(lambda task, attempt: 1000.0 if task.what == "9" and attempt < 3 else 20.0)
+    pool = Clocked(lambda task, attempt: 3000.0 if task.what == "9" and attempt < 3 else 60.0)
     assert carried_out(pool, 10)[0]["9"] == 3
-    pool = Clocked(lambda task, attempt: 1000.0 if task.what == "9" else 20.0)
+    pool = Clocked(lambda task, attempt: 3000.0 if task.what == "9" else 60.0)
     assert carried_out(pool, 10)[0]["9"] == 1 and pool.begun["9"] == 3
 
 
 def test_an_attempt_that_fails_beside_another_is_not_begun_again_and_counts_against_nothing():
     lost = Event(None, failure="its node was preempted", lost=True)
     pool = Clocked(
-        lambda task, attempt: {1: 200.0, 2: 10.0}.get(attempt, 999.0) if task.what == "9" else 20.0,
+        lambda task, attempt: {1: 600.0, 2: 30.0}.get(attempt, 2999.0) if task.what == "9" else 60.0,
         answer=lambda task, attempt: lost if (task.what, attempt) == ("9", 2) else None,
     )
     done, said = carried_out(pool, 10)
@@ -521,7 +521,7 @@ def test_an_attempt_that_fails_beside_another_is_not_begun_again_and_counts_agai
 
 
 def test_what_an_earlier_stage_left_behind_is_none_of_the_next_one_s():
-    pool = Clocked(lambda task, attempt: 200.0 if task.what == "9" and attempt == 1 else 20.0)
+    pool = Clocked(lambda task, attempt: 600.0 if task.what == "9" and attempt == 1 else 60.0)
     carried_out(pool, 10)
     assert pool.busy == 1
     more = {}

@@ -94,8 +94,8 @@ def test_ray_workers_survive_an_outage_of_ten_seconds(server, cluster, monkeypat
     """It begins after the second of eleven segments, while the workers are busy with the next ones."""
     url, done = server.url(), Progress.done
 
-    def then_kill(progress, examples):
-        done(progress, examples)
+    def then_kill(progress, examples, *stored):
+        done(progress, examples, *stored)
         if progress.stage == "map" and progress.count == 2:
             before.update({key: Checkpoint(url, server.options).read(key) for key in committed()})
             server.outage(10.0)
