@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace.capture import memory_format
 from laplace.capture.attribution import check_attribution, picks_by_mask, picks_rows
 from laplace.capture.blocks import row_key
 from laplace.capture.calls import Call, recorded, that_reach
@@ -66,8 +67,12 @@ class Capture:
 
     def _forward(self, model: nn.Module, x: Any) -> None:
         hooked = {name: module for name, module in self.modules.items() if name not in self._products}
-        with recorded(hooked) as (calls, without), torch.enable_grad():
-            self._output = model(x)
+
+        def once(x: Any) -> tuple[list[Call], set[str], Tensor]:
+            with recorded(hooked) as (calls, without), torch.enable_grad():
+                return calls, without, model(x)
+
+        calls, without, self._output = memory_format.run(once, model, x, hooked.values())
         names = [call.layer for call in calls]
         products = list(calls_of(self._output, self._products, len(self._output)))
         self._calls = that_reach(self._output, calls) if len(set(names)) < len(names) else calls
