@@ -33,6 +33,7 @@ from laplace_dist.run import (
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.combination import Term, Window, choose, chosen_names, is_rule, terms_of, windows_of
 from laplace_dist.run.ownership import read_plan
+from laplace_dist.run.place import delete_owned
 from laplace_dist.stages import drift, opening
 from laplace_dist.stages import recalibrate as stage
 
@@ -154,7 +155,7 @@ class RecalibrationJob(Job):
             self.sum_window()
         if not self.config.keep_partials and self.window.store.list("partials"):
             windows.check_arrays(self.window.store, windows.read_window(self.window.store, self.window.plan))
-            self.window.store.delete_tree("partials")
+            delete_owned(self.window.store, "partials")
 
     def _chosen(self, there: Sequence[str]) -> list[str]:
         """Return the names of the windows that `--windows` means: those that were dropped are in only if they are named."""

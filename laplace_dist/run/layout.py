@@ -151,6 +151,16 @@ _OWNED = re.compile(
 )
 
 
+# What lies directly under a checkpoint and is a folder of the run's.
+FOLDERS = tuple(
+    f"{name}/"
+    for name in (
+        *("recalibration", "windows", "partials", "parts", "posteriors", "decompositions"),
+        *("tuning", "evaluation", "report", "status", "jobs"),
+    )
+)
+
+
 def owned(key: str) -> bool:
     """Say whether an object with this key is the run's own; whatever else lies beside it is the user's."""
     return bool(_OWNED.fullmatch(key))

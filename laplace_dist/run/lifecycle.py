@@ -70,9 +70,9 @@ def open_run(
         SettingsError: The location cannot be written to, or holds something that is no run; or the run there has another
             plan, and every field that differs is named with both values; or a newer version wrote it.
     """
+    check_place(store)
     here = store.exists(PLAN)
     if not here:
-        check_place(store)
         _check_left_weights(store, weights)
     store.check_writable()
     if fresh and here:

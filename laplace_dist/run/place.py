@@ -8,33 +8,14 @@ from dataclasses import replace
 
 from laplace_dist.errors import CheckpointError, SettingsError, StorageError, listed
 from laplace_dist.run.attempts import new_attempt
-from laplace_dist.run.layout import CLEARED, CONFIG, CURRENT, PLAN, PROBE, WEIGHTS, owned
+from laplace_dist.run.layout import CLEARED, CONFIG, COVERAGE, CURRENT, FOLDERS, PLAN, PROBE, WEIGHTS, owned
+from laplace_dist.run.marks import is_own
 from laplace_dist.run.ownership import read_plan
-from laplace_dist.run.settings_file import is_sealed_yaml
-from laplace_dist.run.weights import is_sealed
 from laplace_dist.storage.local import TEMP
 from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
 
-# A job that wrote them at the moment at which its run was deleted leaves these alone behind; a user's own have no such seal.
-_SEALED = {CONFIG: is_sealed_yaml, WEIGHTS: is_sealed}
-_FOLDERS = (
-    "recalibration/",
-    "windows/",
-    "partials/",
-    "parts/",
-    "posteriors/",
-    "tuning/",
-    "evaluation/",
-    "report/",
-    "status/",
-)
-
-
-def _left_over(store: Store, folder: str) -> bool:
-    """Say whether a folder holds what workers write and nothing else: without a plan, one has outlived its run's deletion."""
-    keys = store.list(folder.rstrip("/"))
-    return bool(keys) and all(map(owned, keys))
+_SIGNS = (CONFIG, WEIGHTS, COVERAGE)  # by which a run is known whose plan was damaged
 
 
 def check_place(store: Store) -> None:
@@ -43,15 +24,28 @@ def check_place(store: Store) -> None:
     Raises:
         SettingsError: Naming what was found.
     """
-    found = [name for name in store.entries() if not owned(name) or name in _SEALED]
-    found = [name for name in found if name not in _SEALED or not _SEALED[name](store.read(name))]
-    found = [name for name in found if not name.startswith(TEMP) and not (name in _FOLDERS and _left_over(store, name))]
-    found = [name for name in found if name != "lost+found/"]  # of a file system's own root
-    if found and not store.exists(PLAN):
+    there = store.entries()
+    if PLAN in there and is_own(PLAN, store.read):
+        return
+    found = [name for name in there if not _left_over(store, name)]
+    if PLAN in found and any(name in there and is_own(name, store.read) for name in _SIGNS):
+        return  # a run's, and damaged, which whoever reads it says
+    if found:
+        why = "is no plan of a run" if PLAN in found else "is not there"
         raise SettingsError(
-            f"--checkpoint {store.url!r}: holds no run (no {PLAN}), but is not empty: {listed(found)}. Nothing was changed. "
+            f"--checkpoint {store.url!r}: holds no run ({PLAN} {why}), but is not empty: {listed(found)}. Nothing was changed. "
             "Give a new or empty place, or one that holds a run."
         )
+
+
+def _left_over(store: Store, name: str) -> bool:
+    """Say whether an entry is what workers and drivers write, and nothing else: without a plan, it has outlived a deletion."""
+    if name.startswith(TEMP) or name == "lost+found/":  # of a file system's own root
+        return True
+    if not name.endswith("/"):
+        return is_own(name, store.read)
+    keys = store.list(name.rstrip("/")) if name in FOLDERS else []
+    return bool(keys) and all(is_own(key, store.read) for key in keys)
 
 
 def clear(store: Store, say: Callable[[str], None] = lambda text: None) -> None:
@@ -96,6 +90,12 @@ def _disown(store: Store) -> None:
         return  # altered, or of a newer version: no worker can go on with it either
     if plan.format_version > 1:
         store.replace(PLAN, seal_json(replace(plan, run=new_attempt()).to_values()))
+
+
+def delete_owned(store: Store, folder: str) -> None:
+    """Delete a folder of the run's, and nothing in it that is a user's."""
+    keys = store.list(folder)
+    _delete_folder(store, folder, [key for key in keys if owned(key)], [key for key in keys if not owned(key)])
 
 
 def _delete_folder(store: Store, folder: str, mine: Collection[str], kept: Collection[str]) -> None:

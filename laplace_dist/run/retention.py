@@ -19,6 +19,7 @@ from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.combination import LAST, place_of, windows_of
 from laplace_dist.run.ownership import confirm, read_plan
+from laplace_dist.run.place import delete_owned
 
 _STEM = re.compile(
     r"(?:(?:decompositions|posteriors|tuning|evaluation)/|report/spectra-)([0-9a-f]{16})(?:-[0-9a-f]{16})?"
@@ -132,5 +133,6 @@ def _delete(store: Checkpoint, stem: str) -> None:
         first = [key for key in store.list(stem, recursive=False) if key.endswith(".json")]
     else:
         first = [f"{stem}/{layout.PLAN}" if folder == layout.WINDOWS else f"{stem}.json"]
-    for key in (*first, stem):
+    for key in first:
         store.delete_tree(key)
+    delete_owned(store, stem)

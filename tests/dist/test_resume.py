@@ -18,6 +18,7 @@ from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsErr
 from laplace_dist.plan.plan import FORMAT_VERSION
 from laplace_dist.run import evaluations
 from laplace_dist.run.checkpoint import Checkpoint, open_json
+from laplace_dist.run.layout import PLAN as PLAN_KEY
 from laplace_dist.run.lifecycle import committed, open_run, remaining
 from laplace_dist.run.ownership import has, read_plan
 from laplace_dist.run.place import clear
@@ -288,12 +289,49 @@ def test_clearing_can_be_interrupted_anywhere(store, monkeypatch):
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize("name", ["config.yaml", "weights.safetensors", "evaluation/my_eval.py", ".git/HEAD"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.yaml", "weights.safetensors", "coverage.tsv", "report.html", "evaluation/my_eval.py", ".git/HEAD"),
+        *("report/numbers.json", "evaluation/metrics.json"),
+    ],
+)
 def test_a_place_that_is_not_empty_and_holds_no_run_is_refused_and_left_alone(store, name, fresh):
     store.create(name, b"mine")
     with pytest.raises(SettingsError, match=rf"holds no run.*but is not empty: {name.split('/')[0]}"):
         start(store, fresh=fresh)
     assert store.list() == [name] and store.read(name) == b"mine"
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("plan", [b'{"terraform": 1}', b"mine", b"", b"[1]", b'{"sha256": "of something"}'])
+def test_a_plan_that_is_no_runs_is_somebody_elses_and_nothing_is_deleted_for_it(store, plan, fresh):
+    mine = {
+        name: b"mine" for name in ("config.yaml", "weights.safetensors", "report.html", "coverage.tsv", "notes.txt")
+    }
+    mine["plan.json"] = plan
+    for name, content in mine.items():
+        store.create(name, content)
+    with pytest.raises(SettingsError, match="holds no run .plan.json is no plan of a run., but is not empty") as caught:
+        start(store, fresh=fresh)
+    assert "--fresh" not in str(caught.value)
+    assert {name: store.read(name) for name in store.list()} == mine
+
+
+@pytest.mark.parametrize("content", [b'{"format_version": 2, "sha256": "0"}', b"cut of"])
+def test_a_damaged_plan_beside_a_runs_own_files_is_said_to_be_that(store, content):
+    start(store, weights=dump_weights(nn.Linear(3, 2)))
+    for key in [key for key in store.list() if key not in ("config.yaml", "weights.safetensors")]:
+        store.delete_tree(key)
+    store.create(PLAN_KEY, content)
+    with pytest.raises(CheckpointError, match="plan.json is truncated or altered"):
+        start(store)
+
+
+def test_signs_of_life_and_decompositions_that_outlive_a_deletion_do_not_count(store):
+    store.create(f"jobs/{32 * '0'}.json", b"{}")
+    store.create(f"decompositions/{16 * '0'}/00000.json", b"{}")
+    assert start(store) == (PLAN, False)
 
 
 def test_what_a_job_of_a_deleted_run_leaves_at_that_moment_does_not_count(store):

@@ -59,6 +59,19 @@ def undisturbed(before):
     return store.counter["operations"], objects
 
 
+def test_a_users_files_in_folders_that_are_collected_stay(before):
+    objects = copied(before)
+    mine = {f"windows/{name}/{rest}": b"mine" for name in ("w001", "w002") for rest in ("notes.txt", "partials/x.txt")}
+    for key, content in mine.items():
+        objects.data[key], objects.times[key] = content, 0.0
+    for name in ("w004", "w005", "w006"):
+        assert recalibrate(Memory(objects), name, keep=1, chosen="last:1") == "promoted"
+    assert not [key for key in objects.data if key.startswith("windows/w001/") and key not in mine], (
+        "the rest is collected"
+    )
+    assert {key: objects.data.get(key) for key in mine} == mine
+
+
 def test_only_what_is_needed_is_left(before, undisturbed):
     operations, objects = undisturbed
     history = read_all(objects)
