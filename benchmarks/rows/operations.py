@@ -1,0 +1,27 @@
+"""How many floating-point operations the mathematics of a Kron fit needs; counted on the layers, not on an implementation."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def kron_gflop(model: nn.Module, x: torch.Tensor, columns: int) -> float:
+    """Return the operations of one batch, in units of 10⁹: forward, backward of some columns, and half of each Gram matrix.
+
+    Every layer is a product of `positions × d_in` with `d_in × d_out` per example. The first needs no gradient of its input.
+    """
+    layers: list[tuple[int, int, int]] = []
+
+    def note(module: nn.Module, _: object, out: torch.Tensor) -> None:
+        d_out, d_in = module.weight.shape[0], module.weight[0].numel()
+        layers.append((out.numel() // d_out, d_in, d_out))
+
+    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    products = [2 * rows * d_in * d_out for rows, d_in, d_out in layers]
+    grams = sum(rows * d_in * (d_in + 1) + columns * rows * d_out * (d_out + 1) for rows, d_in, d_out in layers)
+    return (sum(products) + columns * sum(products[1:]) + grams) / 1e9
