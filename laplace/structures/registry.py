@@ -1,4 +1,4 @@
-"""The structures that are sums, by name: what they add up, how a batch is added, and what was decided for every parameter."""
+"""The structures that are sums, by name: what they add up, in how many passes, and what was decided for every parameter."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ from laplace.capture.products import product_of
 from laplace.capture.rules import is_outer
 from laplace.capture.verify import Source
 from laplace.linalg.precision import without_autocast
-from laplace.structures import diag, full, kron, subnetwork
+from laplace.structures import diag, full, kron, sketch, subnetwork
+from laplace.structures.second_pass import SecondPass
 from laplace.structures.sums import CurvatureSums, SumsSpec
+
+SECOND_PASSES: dict[str, SecondPass] = {"lowrank": sketch.SECOND_PASS}  # by the structure of the posterior
+_ADD = {
+    "diag": diag.add_,
+    "full": full.add_,
+    sketch.SKETCH: sketch.add_sketch_,
+    sketch.CORE: sketch.add_core_,
+}
 
 
 def sums_spec(
@@ -44,7 +53,7 @@ def add_curvature_(sums: CurvatureSums, capture, directions: Iterator[Tensor], r
     if sums.spec.structure == "kron":
         kron.add_(sums, capture, directions, reduce)
     else:
-        {"diag": diag.add_, "full": full.add_}[sums.spec.structure](sums, capture, directions)
+        _ADD[sums.spec.structure](sums, capture, directions)
 
 
 class CoverageReport(list):
@@ -62,7 +71,7 @@ def coverage_report(spec: SumsSpec) -> CoverageReport:
     """The treatment of every parameter, read off the specification of the sums."""
     rows = CoverageReport()
     for block in spec.blocks:
-        kind = spec.structure
+        kind = spec.structure.partition("-")[0]  # of the passes of a structure, that structure
         if kind == "kron" and not block.has_factors:
             kind = "diag"
         rows.append((block.parameter, kind, block.reason))

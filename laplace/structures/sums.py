@@ -95,9 +95,12 @@ class CurvatureSums:
         loss: Summed negative log likelihood, a float64 scalar.
         n_data: Number of examples added so far; of a weighted sum the sum of their weights.
         estimator: What the backend estimates, such as ``'ggn'`` or ``'ef'``; None where it is not known.
+        basis: Matrices in which what is added is expressed, by name; None where there are none. They are the same for all sums
+            that are merged, and not part of them.
     """
 
     estimator: str | None = None
+    basis: Mapping[str, Tensor] | None = None
 
     def __init__(self, spec: SumsSpec, tensors: dict[str, Tensor], loss: Tensor, n_data: float):
         """Wrap existing tensors; use :meth:`zero` or :meth:`from_tensors` instead."""

@@ -35,6 +35,8 @@ def check_predictive(config: Config) -> None:
             f"--precision: got 'bf16' with --backend {config.backend}, whose package would round its sums of products to "
             "two digits too; expected --backend native, float32 or tf32"
         )
+    if config.hessian_structure == "lowrank":
+        _check_lowrank(config)
     likelihood = likelihood_of(config.likelihood)
     if config.pred_type == "nn" and not likelihood.predicts_outputs and config.link_approx != "mc":
         raise SettingsError(
@@ -53,6 +55,19 @@ def check_predictive(config: Config) -> None:
     if config.searches_prior and config.prior_structure != "scalar":
         raise SettingsError(
             f"--prior-structure: got {config.prior_structure!r} with --tune-method gridsearch; expected scalar"
+        )
+
+
+def _check_lowrank(config: Config) -> None:
+    if config.subset_of_weights != "all":
+        raise SettingsError(
+            f"--subset-of-weights: got {config.subset_of_weights!r} with --hessian-structure lowrank, which is over all "
+            "weights; expected all, or --hessian-structure full or kron"
+        )
+    if config.backend != "native":
+        raise SettingsError(
+            f"--backend: got {config.backend!r} with --hessian-structure lowrank, whose sketches are sums over rows that this "
+            "package does not give; expected native"
         )
 
 

@@ -74,7 +74,14 @@ class Session:
         self.lease = Lease(store) if commits else None
 
     def run(
-        self, tasks: Iterable[Task], device: str, progress: Shown, *, keep: bool = False, alike: bool = True
+        self,
+        tasks: Iterable[Task],
+        device: str,
+        progress: Shown,
+        *,
+        keep: bool = False,
+        alike: bool = True,
+        run: str | None = None,
     ) -> list[Mapping[str, Any]]:
         """Carry out the tasks of a stage.
 
@@ -85,6 +92,7 @@ class Session:
             keep: Return the receipts.
             alike: The tasks are of about one size, so that the time of those that finish says when one hangs; where they
                 are not, only a limit that the user gave holds.
+            run: Digest of the run's plan, which the record of the job is kept under; that of the first task if not given.
         """
         kept: list[Mapping[str, Any]] = []
         tasks = iter(tasks)
@@ -97,7 +105,7 @@ class Session:
         listeners: list[Listener] = [progress]
         if self._journal is not None:
             stage = progress.stage, progress.unit, progress.total, progress.count
-            listeners.append(self._journal.stage(first.plan, *stage))
+            listeners.append(self._journal.stage(run or first.plan, *stage))
 
         def on_done(_: Task, receipt: Mapping[str, Any]) -> None:
             for listener in listeners:

@@ -21,6 +21,8 @@ _SEALED = {CONFIG: is_sealed_yaml, WEIGHTS: is_sealed}
 _FOLDERS = (
     "recalibration/",
     "windows/",
+    "passes/",
+    "basis/",
     "partials/",
     "parts/",
     "posteriors/",

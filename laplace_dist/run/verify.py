@@ -178,7 +178,7 @@ class _Run:
                 for key in named
                 if key is not None and self.checker.missing(key)
             ]
-            if current is not None and sums.window is not None and not current.get("history"):
+            if current is not None and sums.window is not None and not current.get("history") and plan.further is None:
                 wanted = versions.version_of(alone(self.store, plan, sums.window))
                 if wanted != current["version"]:
                     text = f"it names version {current['version']}, but the window's sum makes {wanted}"
@@ -247,7 +247,7 @@ def _collect(
 ) -> None:
     """Find what no manifest names, and delete what is old enough unless a manifest cannot be read."""
     report.orphans, readable = orphans.find(store, times, plan, now)
-    for prefix in sorted({"/".join(key.split("/")[:2]) for key in times if key.startswith(f"{layout.WINDOWS}/")}):
+    for prefix in sorted({match[1] for key in times if (match := layout.WITHIN.match(key))}):
         found, whole = _of_window(store.under(prefix), prefix, times, now)
         report.orphans |= found
         readable = readable and whole

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from laplace.structures.registry import SECOND_PASSES
 from laplace_dist.config.settings import Config
 from laplace_dist.data import loader, sources
 from laplace_dist.data.collate import Collate
@@ -85,6 +86,7 @@ def begin(
         spec=plain(resolved.la.sums_spec()),
         run=new_attempt(),
         window={"name": config.window or datetime.now(UTC).date().isoformat(), "number": 0},
+        further=further(resolved.la),
     )
     snapshot = config.model_copy(update={"weights": f"{store.url}/{layout.WEIGHTS}"}).to_yaml()
     _check_first_window(config, store)
@@ -98,6 +100,12 @@ def begin(
         fresh=config.fresh,
         say=say,
     )
+
+
+def further(la: Any) -> dict[str, Any] | None:
+    """Return name and specification of the second pass over the data, of structures that take two."""
+    second = SECOND_PASSES.get(la.structure)
+    return None if second is None else {"name": second.name, "spec": plain(second.spec(la.sums_spec()))}
 
 
 def _check_first_window(config: Config, store: Store) -> None:
@@ -144,6 +152,7 @@ def begin_window(config: Config, store: Store, there: Sequence[Window], device_t
         probe=run.probe,
         run=run.run_id,
         window={"name": config.window, "number": number},
+        further=run.further,
     )
     lifecycle.refuse_another_run(store, run, wanted)
     for window in there:

@@ -53,7 +53,7 @@ REFUSED = [
     (["--backend", "asdll"], ["--backend", "'asdll'", "native, curvlinops"]),
     (["--estimator", "fisher"], ["--estimator", "'fisher'", "ggn, mc, ef"]),
     (["--subset-of-weights", "some"], ["--subset-of-weights", "'some'", "all, last_layer"]),
-    (["--hessian-structure", "lowrank"], ["'lowrank'", "not a sum", "kron, diag or full"]),
+    (["--hessian-structure", "gp"], ["'gp'", "not a sum", "kron, diag, full or lowrank"]),
     (["--hessian-structure", "gp"], ["'gp'", "not a sum", "kron, diag or full"]),
     (["--hessian-structure", "functional"], ["'functional'", "not a sum", "kron, diag or full"]),
     (["--ood", "train"], ["--ood", "'train'", "other than train, val and test"]),
