@@ -22,6 +22,7 @@ from laplace.posterior.functional import FunctionalLaplace
 from laplace.posterior.kron import KronLaplace
 from laplace.posterior.lowrank import LowRankLaplace
 from laplace.posterior.parametric import ParametricLaplace
+from laplace.posterior.sketched import SketchedLowRankLaplace
 from laplace.subsets.last_layer import DiagLLLaplace, FullLLLaplace, FunctionalLLLaplace, KronLLLaplace, LLLaplace
 from laplace.subsets.subnetwork import DiagSubnetLaplace, FullSubnetLaplace, SubnetLaplace
 
@@ -49,6 +50,7 @@ __all__ = [
     "ParametricLaplace",
     "PredType",
     "PriorStructure",
+    "SketchedLowRankLaplace",
     "SubnetLaplace",
     "SubsetOfWeights",
     "TuningMethod",
