@@ -71,6 +71,25 @@ def _check_lowrank(config: Config) -> None:
         )
 
 
+def check_training(config: Config) -> None:
+    """Refuse settings that a training by empirical Bayes has no use for.
+
+    Raises:
+        SettingsError: Naming the fields.
+    """
+    if config.subset_of_weights != "all":
+        raise SettingsError(
+            f"--subset-of-weights: got {config.subset_of_weights!r}; a training by empirical Bayes is of all weights"
+        )
+    if config.hessian_structure not in ("kron", "diag", "full"):
+        raise SettingsError(
+            f"--hessian-structure: got {config.hessian_structure!r}; a training by empirical Bayes expects kron, diag or full"
+        )
+    if config.window is not None:
+        raise SettingsError(f"--window: got {config.window!r}; a training by empirical Bayes is of all its data")
+    check_predictive(config)
+
+
 def link_approx(config: Config) -> str:
     """Return the link that predictions use: of sampled networks there is but one."""
     return "mc" if config.pred_type == "nn" else config.link_approx

@@ -48,6 +48,8 @@ def lines(found: Mapping[str, Any], now: Callable[[], datetime] = lambda: dateti
     """
     whole = "complete" if found["complete"] else "not complete"
     yield f"run        {found['url']}"
+    if "epochs" in found:
+        yield f"training   {found['epochs']:,} epochs are committed"
     yield (
         f"first fit  {found['segments_committed']:,} of {found['segments']:,} segments, "
         f"{found['examples_committed']:,} of {found['examples']:,} examples: {whole}"

@@ -14,6 +14,7 @@ from laplace_dist.run.schemas import (
     CurrentFields,
     DecompositionFields,
     DriftFields,
+    EpochFields,
     EvaluationFields,
     EvaluationShardFields,
     LeaseFields,
@@ -33,6 +34,7 @@ from laplace_dist.run.shown_fields import SpectraFields, StatusFields
 PLAN, WEIGHTS, CONFIG, CURRENT = "plan.json", "weights.safetensors", "config.yaml", "CURRENT.json"
 CLEARED = (
     CURRENT,
+    "training/",
     "recalibration/",
     "evaluation/",
     "tuning/",
@@ -67,6 +69,8 @@ WINDOWS = "windows"
 PASSES = "passes"  # the folder of a window's second pass, which is laid out like a window too
 
 
+TRAINING = "training"  # the folder of what a training by empirical Bayes commits
+TRAINED = f"{TRAINING}/weights.safetensors"  # of its best posterior
 # What is laid out like a checkpoint of its own: windows after the first, and the second pass of any window.
 WITHIN = re.compile(rf"((?:{WINDOWS}/[^/]+/)?{PASSES}/[^/]+|{WINDOWS}/(?:[^/]+)(?!/{PASSES}/))/")
 
@@ -104,6 +108,16 @@ def status_key(job: str) -> str:
 def spectra_key(version: str) -> str:
     """Return the key of the spectra of a posterior version's factors, which a report shows."""
     return f"report/spectra-{version}.json"
+
+
+def epoch_key(number: int) -> str:
+    """Return the key of the manifest of an epoch of a training."""
+    return f"{TRAINING}/epochs/{number:06d}.json"
+
+
+def training_file_key(digest: str) -> str:
+    """Return the key of a file of a training, which is named by its sha256."""
+    return f"{TRAINING}/files/{digest}.safetensors"
 
 
 def basis_key(name: str) -> str:
@@ -159,6 +173,7 @@ _OWNED = re.compile(
     rf"CURRENT\.json|recalibration/(lease|drift|{WINDOW_NAME}/decision)\.json|config\.yaml|weights\.safetensors|{PROBE.pattern}|evaluation/metrics\.json"
     rf"|report\.html|report/(numbers|spectra-{_DIGEST})\.json|coverage\.tsv|status/[0-9]{{8}}T[0-9]{{6}}-[0-9a-f]{{8}}\.json|jobs/[0-9a-f]{{32}}\.json"
     rf"|({WINDOWS}/{WINDOW_NAME}/)?({PASSES}/\w+/)?({_OF_A_WINDOW})|basis/\w+(\.json|/.+)"
+    rf"|{TRAINING}/(weights\.safetensors|epochs/\d{{6,}}\.json|files/[0-9a-f]{{64}}\.safetensors)"
     rf"|posteriors/{_DIGEST}(\.json|/.+)|decompositions/{_DIGEST}/\d{{5,}}(\.json|/.+)"
     rf"|(tuning|evaluation)/{_DIGEST}-{_DIGEST}(\.json|/.+)"
 )
@@ -182,6 +197,7 @@ _KINDS: dict[str, type[Strict]] = {
     r"parts/[^/]+\.json": PartFields,
     r"window\.json": WindowFields,
     r"basis/[^/]+\.json": BasisFields,
+    r"training/epochs/[^/]+\.json": EpochFields,
     r"posteriors/[^/]+\.json": VersionFields,
     r"decompositions/[^/]+/[^/]+\.json": DecompositionFields,
     r"tuning/[^/]+\.json": TuningFields,
@@ -245,6 +261,8 @@ def remedy(key: str) -> str:
         return f"Restore it from a copy, or delete everything under {parts[0]}/ and run the same command again."
     if parts[0] in ("report", "status", COVERAGE):
         return "Delete it: nothing depends on it, and jobs/report.py makes what belongs to the report anew."
+    if parts[0] == TRAINING:
+        return "Restore it from a copy, or start again with --fresh."
     if parts[0] == "basis":
         return "Restore it from a copy, or start again with --fresh: the sums of the second pass are in it."
     if key == DRIFT:

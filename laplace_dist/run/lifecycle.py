@@ -12,7 +12,7 @@ from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.plan.plan import Plan, differences
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.checkpoint import Checkpoint, open_json
-from laplace_dist.run.layout import CONFIG, CURRENT, PLAN, WEIGHTS, partial_key, probe_key
+from laplace_dist.run.layout import CONFIG, CURRENT, PLAN, TRAINING, WEIGHTS, partial_key, probe_key
 from laplace_dist.run.ownership import confirm, of_another, read_plan
 from laplace_dist.run.partials import check_manifest
 from laplace_dist.run.place import check_place, clear
@@ -232,7 +232,8 @@ def status(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[s
     Returns:
         `url`, `plan` (digest), `examples`, `examples_committed`, `segments`, `segments_committed`, `complete`, and
         `posterior`: whether a posterior version is current. Of structures that take two passes over the data the segments are
-        those of the first, and `second_pass` is the number of those that are committed in the second.
+        those of the first, and `second_pass` is the number of those that are committed in the second. Of a training `epochs`
+        is the number of committed epochs.
 
     Raises:
         MissingObjectError: There is no run.
@@ -242,7 +243,9 @@ def status(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[s
     plan = read_plan(store)
     done = committed_ids(store, plan)
     second = {} if plan.further is None else {"second_pass": len(committed_ids(place_of_second(store, plan), plan))}
-    whole = {len(done), *second.values()} == {len(plan.segments)}
+    trained = len(store.list(f"{TRAINING}/epochs", recursive=False))
+    second |= {"epochs": trained} if trained else {}
+    whole = {len(done), second.get("second_pass", len(done))} == {len(plan.segments)}
     return {
         **second,
         "url": store.url,

@@ -30,6 +30,8 @@ _FOLDERS = (
     "evaluation/",
     "report/",
     "status/",
+    "training/",
+    "jobs/",
 )
 
 

@@ -195,6 +195,19 @@ class BasisFields(_Owned):
     environment: Environment
 
 
+class EpochFields(_Owned):
+    """The manifest of an epoch of a training."""
+
+    plan: str
+    number: Positive
+    loss: Finite
+    margliks: list[Finite]
+    state: Sha256
+    best: Sha256 | None
+    best_epoch: Positive | None
+    environment: Environment
+
+
 class WindowFields(Strict):
     """`window.json`."""
 

@@ -20,6 +20,7 @@ from laplace_dist.run.findings import Checker, Findings
 from laplace_dist.run.pointer import read_current
 from laplace_dist.run.probe import open_probe
 from laplace_dist.run.verify_sums import SumsCheck
+from laplace_dist.run.verify_training import check_training
 from laplace_dist.run.verify_windows import check_windows
 from laplace_dist.run.weights import check_weights
 from laplace_dist.storage.local import TEMP
@@ -129,6 +130,7 @@ class _Run:
         some = [tuple(follows[start : start + TOGETHER]) for start in range(0, len(follows), TOGETHER)]
         self._add(carry_out("tunings and evaluations", [CheckFollowOns(keys) for keys in some]))
         check_windows(self.checker, plan, self.keys, self.report.versions)
+        check_training(self.checker, plan)
         self._pointers(sums)
         self._unmerged()
         if data is not None:

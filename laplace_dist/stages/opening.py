@@ -62,7 +62,12 @@ def resolve(config: Config) -> Resolved:
 
 
 def begin(
-    resolved: Resolved, config: Config, store: Store, device_type: str, say: Callable[[str], None]
+    resolved: Resolved,
+    config: Config,
+    store: Store,
+    device_type: str,
+    say: Callable[[str], None],
+    training: Mapping[str, Any] | None = None,
 ) -> tuple[Plan, bool]:
     """Begin the run, or continue the one that is there; returns its plan and whether it was there.
 
@@ -72,6 +77,7 @@ def begin(
         store: The checkpoint.
         device_type: Where the workers compute, `cpu` or `cuda`.
         say: Where lines for people go.
+        training: Settings of a training that change bits too.
 
     Raises:
         SettingsError: What is there is of another plan.
@@ -79,7 +85,7 @@ def begin(
     """
     model = resolved.model
     wanted = build_plan(
-        config.bits(device_type=device_type),
+        {**config.bits(device_type=device_type), **(training or {})},
         data=resolved.data,
         weights=weights.weights_digest(model),
         model={"path": config.model, "args": config.model_args},

@@ -43,6 +43,12 @@ class CrashingStore(Checkpoint):
         super().__init__(url)
         self.at, self.when, self.operations = at, when, []
 
+    def under(self, prefix):
+        """Of a place within, whose operations count as its own."""
+        inner = CrashingStore(f"{self.url}/{prefix}")
+        inner._do = self._do
+        return inner
+
     def _do(self, name, key, act, half=lambda: None):
         if self.at and len(self.operations) >= self.at:
             raise Crash
