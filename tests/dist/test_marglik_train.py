@@ -15,6 +15,7 @@ from laplace_dist import cli_training, load_trained
 from laplace_dist.config.training import Training
 from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError
 from laplace_dist.execution.inline import Inline, InlinePool
+from laplace_dist.execution.session import Stage
 from laplace_dist.marglik import MarglikJob, marglik_train
 from laplace_dist.run import training
 from laplace_dist.run.checkpoint import Checkpoint
@@ -166,6 +167,15 @@ def test_ray_workers_find_the_same_bits(whole, tmp_path, cluster):
     chosen = small(tmp_path / "run", ray_address=cluster, num_workers=2)
     found = marglik_train(chosen, settings())
     assert found.margliks == whole.margliks and epochs_of(tmp_path / "run") == epochs_of(whole.checkpoint)
+
+
+def test_the_order_in_which_receipts_arrive_changes_no_bit(tmp_path, monkeypatch):
+    chosen, own = {"batch_size": 24, "segment_size": 12}, settings(parts=7)
+    marglik_train(small(tmp_path / "in order", **chosen), own, Inline)
+    real = Stage.carry_out
+    monkeypatch.setattr(Stage, "carry_out", lambda self, tasks, **how: real(self, tasks, **how)[::-1])
+    marglik_train(small(tmp_path / "reversed", **chosen), own, Inline)
+    assert epochs_of(tmp_path / "reversed") == epochs_of(tmp_path / "in order")
 
 
 # ------------------------------------------------------------------ what is refused
