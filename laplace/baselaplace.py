@@ -2,6 +2,7 @@
 
 from laplace.posterior.base import BaseLaplace
 from laplace.posterior.diag import DiagLaplace
+from laplace.posterior.ekfac import EKFACLaplace
 from laplace.posterior.full import FullLaplace
 from laplace.posterior.functional import FunctionalLaplace
 from laplace.posterior.kron import KronLaplace
@@ -11,6 +12,7 @@ from laplace.posterior.parametric import ParametricLaplace
 __all__ = [
     "BaseLaplace",
     "DiagLaplace",
+    "EKFACLaplace",
     "FullLaplace",
     "FunctionalLaplace",
     "KronLaplace",

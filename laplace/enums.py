@@ -19,6 +19,7 @@ class HessianStructure(StrEnum):
 
     FULL = "full"
     KRON = "kron"
+    EKFAC = "ekfac"
     DIAG = "diag"
     LOWRANK = "lowrank"
     GP = "gp"

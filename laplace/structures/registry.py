@@ -12,8 +12,10 @@ from laplace.capture.products import product_of
 from laplace.capture.rules import is_outer
 from laplace.capture.verify import Source
 from laplace.linalg.precision import without_autocast
-from laplace.structures import diag, full, kron, subnetwork
+from laplace.structures import diag, ekfac, full, kron, subnetwork
 from laplace.structures.sums import CurvatureSums, SumsSpec
+
+_STRUCTURES = {"full": full, "diag": diag, "kron": kron, "ekfac": ekfac}
 
 
 def sums_spec(
@@ -29,8 +31,7 @@ def sums_spec(
     if any(chosen is not None for chosen in (kept or {}).values()):
         blocks, factors = subnetwork.blocks_of(structure, shapes, found, kept)
     else:
-        build = {"full": full.blocks_of, "diag": diag.blocks_of, "kron": kron.blocks_of}[structure]
-        blocks, factors = build(shapes, found)
+        blocks, factors = _STRUCTURES[structure].blocks_of(shapes, found)
     return SumsSpec(structure, tuple(blocks), factors, str(dtype).removeprefix("torch."), n_outputs)
 
 
@@ -44,7 +45,7 @@ def add_curvature_(sums: CurvatureSums, capture, directions: Iterator[Tensor], r
     if sums.spec.structure == "kron":
         kron.add_(sums, capture, directions, reduce)
     else:
-        {"diag": diag.add_, "full": full.add_}[sums.spec.structure](sums, capture, directions)
+        _STRUCTURES[sums.spec.structure].add_(sums, capture, directions)
 
 
 class CoverageReport(list):
@@ -63,7 +64,7 @@ def coverage_report(spec: SumsSpec) -> CoverageReport:
     rows = CoverageReport()
     for block in spec.blocks:
         kind = spec.structure
-        if kind == "kron" and not block.has_factors:
+        if (kind == "kron" and not block.has_factors) or (kind == "ekfac" and not block.basis):
             kind = "diag"
         rows.append((block.parameter, kind, block.reason))
     return rows

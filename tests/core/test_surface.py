@@ -52,6 +52,7 @@ CALLABLES = {
     "laplace.ParametricLaplace": BASE,
     "laplace.FullLaplace": BASE,
     "laplace.KronLaplace": KRON,
+    "laplace.EKFACLaplace": BASE,
     "laplace.DiagLaplace": BASE,
     "laplace.LowRankLaplace": BASE.replace("backend=None", "backend"),
     "laplace.FunctionalLaplace": f"{HEAD} n_subset {PRIOR} enable_backprop=False {KEYS} backend=None {GP}",
@@ -59,6 +60,7 @@ CALLABLES = {
     "laplace.LLLaplace": LAST,
     "laplace.FullLLLaplace": LAST,
     "laplace.KronLLLaplace": f"{HEAD} {REDUCED} damping=False {TAIL}",
+    "laplace.EKFACLLLaplace": LAST,
     "laplace.DiagLLLaplace": LAST,
     "laplace.SubnetLaplace": SUBNET,
     "laplace.FullSubnetLaplace": SUBNET,
@@ -160,11 +162,13 @@ EVERY = (
 ATTRIBUTES = {
     ("all", "full"): f"{EVERY} posterior_scale posterior_covariance",
     ("all", "kron"): EVERY,
+    ("all", "ekfac"): EVERY,
     ("all", "diag"): f"{EVERY} posterior_scale posterior_variance",
     ("all", "lowrank"): f"{EVERY} V Kinv",
     ("all", "gp"): EVERY.replace(" posterior_precision", "").replace(" H", ""),
     ("last_layer", "full"): f"{EVERY} posterior_scale posterior_covariance",
     ("last_layer", "kron"): EVERY,
+    ("last_layer", "ekfac"): EVERY,
     ("last_layer", "diag"): f"{EVERY} posterior_scale posterior_variance",
     ("last_layer", "gp"): EVERY.replace(" posterior_precision", "").replace(" H", ""),
     ("subnetwork", "full"): f"{EVERY} posterior_scale posterior_covariance mean_subnet",
@@ -173,7 +177,7 @@ ATTRIBUTES = {
 
 MEMBERS = {
     "SubsetOfWeights": "ALL LAST_LAYER SUBNETWORK",
-    "HessianStructure": "FULL KRON DIAG LOWRANK GP",
+    "HessianStructure": "FULL KRON EKFAC DIAG LOWRANK GP",
     "Likelihood": "REGRESSION CLASSIFICATION REWARD_MODELING",
     "PredType": "GLM NN GP",
     "LinkApprox": "MC PROBIT BRIDGE BRIDGE_NORM",
