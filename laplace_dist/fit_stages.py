@@ -17,11 +17,23 @@ from laplace_dist.execution.session import ExecutorType, Session
 from laplace_dist.execution.tasks import Task
 from laplace_dist.plan.plan import Plan
 from laplace_dist.report.progress import Progress
-from laplace_dist.run import coverage, layout, lifecycle, ownership, partials, place, pointer, versions, windows
+from laplace_dist.run import (
+    coverage,
+    decompositions,
+    layout,
+    lifecycle,
+    moments,
+    ownership,
+    partials,
+    place,
+    pointer,
+    versions,
+    windows,
+)
 from laplace_dist.run.checkpoint import open_store
 from laplace_dist.run.combination import Term, Window, alone
 from laplace_dist.run.journal import Journal
-from laplace_dist.stages import map, opening, reduce
+from laplace_dist.stages import decompose, map, opening, reduce
 from laplace_dist.storage.store import Store
 
 
@@ -119,18 +131,23 @@ class FitStages:
 
     def map(self) -> None:
         """Accumulate the segments of the window that have no committed partial."""
-        store, plan = self.window.store, self.window.plan
-        done = lifecycle.committed(store, plan, arrays=False, say=lambda text: self.say(f"map: {text}"))
-        if self._continued and len(done) < len(plan.segments):
-            comparisons = map.comparisons(plan, done)
-            self._run(comparisons, Progress("map", "segments compared with the data", len(comparisons)))
-        self._run(map.tasks(plan, done), Progress("map", "segments", len(plan.segments), len(done)))
+        self._map(self.window, "map", self._continued)
+
+    def _map(self, window: Window, stage: str, continued: bool, basis: str | None = None) -> None:
+        store, plan = window.store, window.plan
+        done = lifecycle.committed(store, plan, arrays=False, say=lambda text: self.say(f"{stage}: {text}"))
+        if continued and len(done) < len(plan.segments):
+            comparisons = map.comparisons(plan, done, basis)
+            self._run(comparisons, Progress(stage, "segments compared with the data", len(comparisons)))
+        self._run(map.tasks(plan, done, basis), Progress(stage, "segments", len(plan.segments), len(done)))
 
     def reduce(self) -> str:
         """Sum the partials to a posterior version, if that is not done yet, and make it current."""
         if (done := self._version_of_0_1()) is not None:
             return done
         version = self.combine(alone(self.store, self.plan, self.sum_window()))
+        if self.plan.is_corrected:
+            self.correct(version)
         pointer.write_current(self.store, self.plan, version, None, first=True)
         current = pointer.read_current(self.store)
         if current.get("history"):
@@ -145,12 +162,28 @@ class FitStages:
 
     def sum_window(self) -> dict[str, Any]:
         """Sum the parts of the window that are not summed yet and commit its sum; returns its manifest."""
-        store, plan = self.window.store, self.window.plan
+        return self._sum(self.window, "reduce")
+
+    def correct(self, version: str) -> None:
+        """Take the second pass over the data, in the eigenbasis of a version's factors, as far as that is not done yet."""
+        self.decompose(version)
+        window, there = moments.open_pass(self.store, self.plan, version)
+        self._map(window, "moments", there, version)
+        self._sum(window, "moments", version)
+
+    def decompose(self, version: str) -> None:
+        """Commit the eigendecompositions of a version's large factors that are not there yet."""
+        if names := decompositions.missing(self.store, self.plan, version):
+            tasks = decompose.tasks(self.plan, version, names)
+            self._run(tasks, Progress("decompose", "groups of factors", len(tasks)), alike=False)
+
+    def _sum(self, window: Window, stage: str, basis: str | None = None) -> dict[str, Any]:
+        store, plan = window.store, window.plan
         if (done := windows.find_window(store, plan)) is not None:
             return done
         manifests = list(partials.manifests(store, plan))
-        tasks = reduce.part_tasks(store, plan, manifests)
-        self._run(tasks, Progress("reduce", "parts", len(plan.parts), len(plan.parts) - len(tasks)))
+        tasks = reduce.part_tasks(store, plan, manifests, basis)
+        self._run(tasks, Progress(stage, "parts", len(plan.parts), len(plan.parts) - len(tasks)))
         return windows.commit_window(store, plan, manifests)
 
     def combine(self, terms: Sequence[Term]) -> str:

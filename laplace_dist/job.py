@@ -19,9 +19,9 @@ from laplace_dist.plan.segments import plan_shards
 from laplace_dist.report.html.subject import is_up_to_date
 from laplace_dist.report.html.task import WriteReport
 from laplace_dist.report.progress import Progress
-from laplace_dist.run import decompositions, evaluations, layout, ownership, pointer, tunings
+from laplace_dist.run import evaluations, layout, ownership, pointer, tunings
 from laplace_dist.run.checkpoint import open_json
-from laplace_dist.stages import decompose, evaluate, opening, tune, words
+from laplace_dist.stages import evaluate, opening, tune, words
 from laplace_dist.stages.search import Search
 
 
@@ -101,12 +101,6 @@ class Job(FitStages):
         key = self.choose_prior(version)
         pointer.write_current(self.store, self.plan, version, key)
         return key
-
-    def decompose(self, version: str) -> None:
-        """Commit the eigendecompositions of a version's large factors that are not there yet."""
-        if names := decompositions.missing(self.store, self.plan, version):
-            tasks = decompose.tasks(self.plan, version, names)
-            self._run(tasks, Progress("decompose", "groups of factors", len(tasks)), alike=False)
 
     def choose_prior(self, version: str, start: str | None = None) -> str:
         """Tune a posterior version and return the key of the tuning.

@@ -123,6 +123,12 @@ class RecalibrationJob(Job):
     def take(self) -> bool:
         """Become the one job that recalibrates the run; False, with a line, if another one that lives is at it."""
         self.current_version()
+        if self.plan.is_corrected:
+            raise SettingsError(
+                f"--checkpoint: got {self.given.checkpoint!r}, an ekfac run. Its eigenbasis is that of all its data: another "
+                "window changes it, and with it what has to be summed over the windows before, whose data may be gone. Fit all "
+                "data anew, or recalibrate a kron, diag or full run."
+            )
         self._before = self.store.read(layout.CURRENT)
         self._current = open_json(self._before, layout.CURRENT)
         self.session.lease.show()

@@ -20,7 +20,7 @@ others.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -62,13 +62,12 @@ class Eigenbasis:
 
     @cached_property
     def digest(self) -> str:
-        """Sha256 of names, types, shapes and bytes."""
-        digest = hashlib.sha256()
-        for name in sorted(self.vectors):
-            value = self.vectors[name].detach().cpu().contiguous()
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-            digest.update(memoryview(value.numpy()).cast("B"))
-        return digest.hexdigest()
+        """See :func:`digest_of`."""
+        found = {}
+        for name, value in self.vectors.items():
+            array = value.detach().cpu().contiguous().numpy()
+            found[name] = array.dtype.name, array.shape, hashlib.sha256(memoryview(array).cast("B")).hexdigest()
+        return digest_of(found)
 
     def spec(self, spec: SumsSpec) -> SumsSpec:
         """The specification of sums that are taken in this basis.
@@ -86,10 +85,26 @@ class Eigenbasis:
         return replace(spec, basis=self.digest)
 
 
+def digest_of(matrices: Mapping[str, tuple[str, Sequence[int], str]]) -> str:
+    """What an eigenbasis is told by, from the type, shape and sha256 of the bytes of every matrix by name."""
+    lines = [f"{name} {dtype} {list(shape)} {sha256}" for name, (dtype, shape, sha256) in sorted(matrices.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def blocks_of(shapes, found):
     """The blocks of Kronecker factors, each with one sum of the parameter's shape and the names of the factors as its basis."""
+    return _corrected(kron.blocks_of(shapes, found)[0])
+
+
+def second_pass(spec: SumsSpec, basis: str) -> SumsSpec:
+    """The specification of second moments, from that of the Kronecker factors and the digest of their eigenbasis."""
+    blocks, factors = _corrected(spec.blocks)
+    return replace(spec, structure="ekfac", blocks=tuple(blocks), factors=factors, basis=basis)
+
+
+def _corrected(factored: Iterable[Block]) -> tuple[list[Block], dict[str, Factor]]:
     blocks = []
-    for block in kron.blocks_of(shapes, found)[0]:
+    for block in factored:
         if block.has_factors:
             block = replace(block, factors=(f"{block.parameter}/moments",), basis=block.factors)
         blocks.append(block)

@@ -69,11 +69,16 @@ class Config(BaseModel):
         Field("classification", description="of the model, or an import path module:callable that returns one")
     )
     subset_of_weights: Literal["all", "last_layer"] = Field("all", description="the weights to be uncertain about")
-    hessian_structure: Literal["kron", "diag", "full"] = Field("kron", description="structure of the curvature")
+    hessian_structure: Literal["kron", "ekfac", "diag", "full"] = Field(
+        "kron", description="structure of the curvature"
+    )
     backend: Literal["native", "curvlinops", "asdl", "backpack"] = Field(
         "native", description="what computes the curvature"
     )
     estimator: Literal["ggn", "mc", "ef"] = Field("ggn", description="exact GGN, sampled Fisher or empirical Fisher")
+    kfac_approx: Literal["expand", "reduce"] = Field(
+        "expand", description="how Kronecker factors treat weights that positions share: each by itself, or their mean"
+    )
     batch_size: Count = Field(256, description="examples per batch")
     segment_size: Count | None = Field(None, description="examples per segment, the unit of work and of loss")
     num_workers: Count | None = Field(None, description="workers; as many as the cluster holds if not given")
@@ -251,6 +256,8 @@ class Config(BaseModel):
         names = ("likelihood", "subset_of_weights", "hessian_structure", "backend", "estimator")
         sizes = ("batch_size", "segment_size", "seed")
         chosen = {name: getattr(self, name) for name in names + sizes}
+        if self.kfac_approx != "expand":  # what runs from before there was another have
+            chosen["kfac_approx"] = self.kfac_approx
         return {**chosen, **self.batching, **self.machine(device_type)}
 
     def machine(self, device_type: str) -> dict[str, Any]:

@@ -151,6 +151,11 @@ def _advice(plan: Plan, trial: Trial, found: dict) -> list[str]:
             f"Commits take {found['commit_share']:.0%} of a segment's time: a larger --segment-size than "
             f"{plan.segments[0].stop - plan.segments[0].start} makes that less."
         )
+    if plan.is_corrected:
+        said.append(
+            "These figures are of the first of two passes over the data. The second one takes about as long again; its "
+            "partials hold a number for each weight."
+        )
     if found["segments"] < found["workers"]:
         said.append(f"{found['workers']} workers share {found['segments']} segments: give a smaller --segment-size.")
     return said

@@ -59,6 +59,11 @@ class Plan:
         return replace(self, run=None, window=None).digest
 
     @property
+    def is_corrected(self) -> bool:
+        """Whether the posterior takes a second pass over the data, in the eigenbasis of what the first one has summed."""
+        return self.settings.get("hessian_structure") == "ekfac"
+
+    @property
     def window_name(self) -> str:
         """Name of the window; that of a run of 0.1 is `0`."""
         return "0" if self.window is None else self.window["name"]

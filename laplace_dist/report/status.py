@@ -52,6 +52,8 @@ def lines(found: Mapping[str, Any], now: Callable[[], datetime] = lambda: dateti
         f"first fit  {found['segments_committed']:,} of {found['segments']:,} segments, "
         f"{found['examples_committed']:,} of {found['examples']:,} examples: {whole}"
     )
+    if "second_pass" in found:
+        yield f"second     {found['second_pass']:,} of {found['segments']:,} segments of the second pass, in the eigenbasis"
     current = found["current"]
     tuned = "" if current is None else ", tuned" if current["tuning"] else ", not tuned"
     yield f"posterior  {'none yet' if current is None else current['version'] + tuned}"

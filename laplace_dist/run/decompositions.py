@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from laplace.structures.decomposition import widths
+from laplace.structures.ekfac import digest_of
 from laplace.structures.sums import SumsSpec
 from laplace_dist.errors import CheckpointError, MissingObjectError
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
@@ -23,9 +24,12 @@ VALUES, VECTORS = "values", "vectors"
 
 
 def names_of(plan: Plan) -> dict[str, str]:
-    """Return the factors whose decompositions are worth keeping, by the key's part that stands for them."""
+    """Return the factors whose decompositions are worth keeping, by the key's part that stands for them.
+
+    What a second pass is taken in has to be the same for all of its workers, so there all are worth it.
+    """
     found = widths(SumsSpec.from_json(plan.spec))
-    if sum(width**3 for width in found.values()) < WORTH:
+    if not plan.is_corrected and sum(width**3 for width in found.values()) < WORTH:
         return {}
     order = {name: f"{number:05d}" for number, name in enumerate(plan.spec["factors"])}
     return {order[name]: name for name in found}
@@ -81,6 +85,23 @@ def read(store: Store, plan: Plan, version: str, device: torch.device | str) -> 
         values, vectors = (torch.from_numpy(array).to(device) for array in pair)
         found[name] = values, vectors
     return found or None
+
+
+def basis_digest(store: Store, plan: Plan, version: str) -> str:
+    """Return what the eigenvectors of a version are told by, as the core library tells them, from their manifests alone.
+
+    Raises:
+        MissingObjectError: One is not committed.
+        CheckpointError: A manifest is truncated or altered.
+    """
+    found = {}
+    for place, name in names_of(plan).items():
+        key = decomposition_key(version, place)
+        manifest = open_json(store.read(key), key)
+        _check(plan, key, name, manifest)
+        entry = manifest["arrays"][VECTORS]
+        found[name] = entry["dtype"], entry["shape"], entry["sha256"]
+    return digest_of(found)
 
 
 def values_of(store: Store, plan: Plan, version: str) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ CLEARED = (
     "recalibration/",
     "evaluation/",
     "tuning/",
+    "moments/",
     "decompositions/",
     "posteriors/",
     "windows/",
@@ -61,6 +62,7 @@ WINDOW_NAME = (
     r"[\w-][\w.-]*"  # of windows after the first, each of which lies in a folder of its own, laid out like the first
 )
 WINDOWS = "windows"
+MOMENTS = "moments"  # of second passes, each in a folder with the name of its posterior version, laid out like a window
 
 
 def probe_key(digest: str) -> str:
@@ -145,7 +147,7 @@ _OF_A_WINDOW = r"plan\.json|window\.json|partials/\d{6,}(\.json|/.+)|parts/\d{5,
 _OWNED = re.compile(
     rf"CURRENT\.json|recalibration/(lease|drift|{WINDOW_NAME}/decision)\.json|config\.yaml|weights\.safetensors|{PROBE.pattern}|evaluation/metrics\.json"
     rf"|report\.html|report/(numbers|spectra-{_DIGEST})\.json|coverage\.tsv|status/[0-9]{{8}}T[0-9]{{6}}-[0-9a-f]{{8}}\.json|jobs/[0-9a-f]{{32}}\.json"
-    rf"|({WINDOWS}/{WINDOW_NAME}/)?({_OF_A_WINDOW})"
+    rf"|({WINDOWS}/{WINDOW_NAME}/|{MOMENTS}/{_DIGEST}/)?({_OF_A_WINDOW})"
     rf"|posteriors/{_DIGEST}(\.json|/.+)|decompositions/{_DIGEST}/\d{{5,}}(\.json|/.+)"
     rf"|(tuning|evaluation)/{_DIGEST}-{_DIGEST}(\.json|/.+)"
 )

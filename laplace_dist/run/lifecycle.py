@@ -12,7 +12,7 @@ from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.plan.plan import Plan, differences
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.checkpoint import Checkpoint, open_json
-from laplace_dist.run.layout import CONFIG, CURRENT, PLAN, WEIGHTS, partial_key, probe_key
+from laplace_dist.run.layout import CONFIG, CURRENT, MOMENTS, PLAN, WEIGHTS, partial_key, probe_key
 from laplace_dist.run.ownership import confirm, of_another, read_plan
 from laplace_dist.run.partials import check_manifest
 from laplace_dist.run.place import check_place, clear
@@ -230,7 +230,8 @@ def status(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[s
 
     Returns:
         `url`, `plan` (digest), `examples`, `examples_committed`, `segments`, `segments_committed`, `complete`, and
-        `posterior`: whether a posterior version is current.
+        `posterior`: whether a posterior version is current. Of a run with a second pass over the data, `second_pass`: the
+        number of its committed segments.
 
     Raises:
         MissingObjectError: There is no run.
@@ -248,4 +249,11 @@ def status(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[s
         "segments_committed": len(done),
         "complete": len(done) == len(plan.segments),
         "posterior": store.exists(CURRENT),
+        **({"second_pass": _second_pass(store, plan)} if plan.is_corrected else {}),
     }
+
+
+def _second_pass(store: Checkpoint, plan: Plan) -> int:
+    """Return the number of committed segments of the second pass that is farthest."""
+    versions = {key.split("/")[1] for key in store.list(MOMENTS)}
+    return max((len(committed_ids(store.under(f"{MOMENTS}/{version}"), plan)) for version in versions), default=0)

@@ -21,6 +21,7 @@ _SEALED = {CONFIG: is_sealed_yaml, WEIGHTS: is_sealed}
 _FOLDERS = (
     "recalibration/",
     "windows/",
+    "moments/",
     "partials/",
     "parts/",
     "posteriors/",

@@ -15,7 +15,7 @@ from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.data.calling import adapted
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan
-from laplace_dist.run import decompositions
+from laplace_dist.run import decompositions, moments
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.layout import LOSS, PLAN
 from laplace_dist.run.lifecycle import check_model
@@ -106,6 +106,10 @@ def build(store: Store, plan: Plan, model: nn.Module, version: str) -> Any:
         ) from error
     manifest = read_version(store, plan, version)
     device = next(model.parameters()).device
+    if plan.is_corrected:
+        la.basis = moments.read_basis(store, plan, version, device)
+        la.set_sums(moments.read_sums(store, plan, version, device))
+        return la
     tensors = {name: read_factor(store, manifest, name).to(device) for name in manifest["factors"] if name != LOSS}
     tensors[LOSS] = torch.tensor(read_loss(store, manifest), dtype=torch.float64, device=device)
     la.set_sums(CurvatureSums.from_tensors(spec, tensors, manifest["n_data"]))
@@ -128,6 +132,8 @@ def new_laplace(settings: Mapping[str, Any], model: nn.Module, spec: SumsSpec | 
     backend, arguments = backend_class(settings["backend"], settings["estimator"])
     if settings["estimator"] == "mc":
         arguments = {**arguments, "seed": settings["seed"]}
+    if settings.get("kfac_approx", "expand") != "expand":
+        arguments = {**arguments, "kfac_approx": settings["kfac_approx"]}
     subset = settings["subset_of_weights"]
     extra = {"last_layer_name": spec.blocks[0].layer} if spec is not None and subset == "last_layer" else {}
     return Laplace(

@@ -19,6 +19,7 @@ from laplace_dist.run.coverage import check_coverage
 from laplace_dist.run.findings import Checker, Findings
 from laplace_dist.run.pointer import read_current
 from laplace_dist.run.probe import open_probe
+from laplace_dist.run.verify_moments import check_moments
 from laplace_dist.run.verify_sums import SumsCheck
 from laplace_dist.run.verify_windows import check_windows
 from laplace_dist.run.weights import check_weights
@@ -129,6 +130,7 @@ class _Run:
         some = [tuple(follows[start : start + TOGETHER]) for start in range(0, len(follows), TOGETHER)]
         self._add(carry_out("tunings and evaluations", [CheckFollowOns(keys) for keys in some]))
         check_windows(self.checker, plan, self.keys, self.report.versions)
+        check_moments(self.checker, plan, self.keys, store)
         self._pointers(sums)
         self._unmerged()
         if data is not None:
@@ -247,7 +249,8 @@ def _collect(
 ) -> None:
     """Find what no manifest names, and delete what is old enough unless a manifest cannot be read."""
     report.orphans, readable = orphans.find(store, times, plan, now)
-    for prefix in sorted({"/".join(key.split("/")[:2]) for key in times if key.startswith(f"{layout.WINDOWS}/")}):
+    places = (f"{layout.WINDOWS}/", f"{layout.MOMENTS}/")
+    for prefix in sorted({"/".join(key.split("/")[:2]) for key in times if key.startswith(places)}):
         found, whole = _of_window(store.under(prefix), prefix, times, now)
         report.orphans |= found
         readable = readable and whole

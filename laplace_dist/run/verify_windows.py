@@ -46,7 +46,19 @@ def check_windows(checker: Checker, plan: Plan, keys: Collection[str], whole: Se
 
 def _check_window(checker: Checker, run: Plan, name: str, keys: Collection[str]) -> Window | None:
     """Check one window as a run of its own; returns it if it belongs to the run."""
-    prefix, store = f"{layout.WINDOWS}/{name}/", place_of(checker.store, run, name)
+    return check_place(checker, run, f"{layout.WINDOWS}/{name}/", place_of(checker.store, run, name), keys)
+
+
+def check_place(checker: Checker, run: Plan, prefix: str, store: Checkpoint, keys: Collection[str]) -> Window | None:
+    """Check what is laid out like a window, as a run of its own; returns it if it belongs to the run.
+
+    Args:
+        checker: Of the verification.
+        run: Plan of the run.
+        prefix: Where it lies, with a slash at its end.
+        store: Of what lies there.
+        keys: All objects.
+    """
     own = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
     found = Findings()
     inner = Checker(store, found, own, shallow=checker.shallow)

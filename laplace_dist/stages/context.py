@@ -20,7 +20,7 @@ from laplace_dist.errors import SettingsError
 from laplace_dist.plan.digests import feed
 from laplace_dist.plan.identity import check_data
 from laplace_dist.plan.plan import Plan
-from laplace_dist.run import posterior, provenance, tunings, weights
+from laplace_dist.run import moments, posterior, provenance, tunings, weights
 from laplace_dist.run.checkpoint import open_store
 from laplace_dist.run.combination import Window, place_of
 from laplace_dist.run.lifecycle import check_model
@@ -42,6 +42,7 @@ class Context:
         self.device = torch.device(device)
         self._splits: dict[str, Any] = {}
         self._window: Window | None = None
+        self._moments: tuple[str, Window, Any] | None = None
         self._posterior: tuple[Any, Any] | None = None
         self._reading: tuple[str, ReadAhead] | None = None
 
@@ -52,7 +53,8 @@ class Context:
             SettingsError: The task is of another run, which was there before.
         """
         if task.plan != self.plan.digest:
-            same(self.window.store, self.window.plan.digest, task.plan)
+            window = self.window_of(getattr(task, "basis", None))
+            same(window.store, window.plan.digest, task.plan)
         return task.run(self)
 
     def carry_out(self, task: Any) -> Mapping[str, Any]:
@@ -78,6 +80,26 @@ class Context:
             self._window = Window(store, self.plan if store is self.store else read_plan(store))
         return self._window
 
+    def window_of(self, basis: str | None) -> Window:
+        """Return what a pass over the data sums up: the window, or of a second pass what is of the eigenbasis of a version.
+
+        Raises:
+            CheckpointError: The second pass was begun in another eigenbasis than the one that is there.
+        """
+        return self.window if basis is None else self._second_pass(basis)[0]
+
+    def la_of(self, basis: str | None) -> Any:
+        """Return a Laplace object that can accumulate the sums of a pass; arguments and errors as of `window_of` and `la`."""
+        return self.la if basis is None else self._second_pass(basis)[1]
+
+    def _second_pass(self, version: str) -> tuple[Window, Any]:
+        if self._moments is None or self._moments[0] != version:
+            self._moments = None
+            window = moments.read_pass(self.store, self.plan, version)
+            basis = moments.read_basis(self.store, self.plan, version, self.device)
+            self._moments = version, window, self._initialized(window.plan, basis)
+        return self._moments[1:]
+
     @cached_property
     @without_autocast()  # what builds a model may train it
     def model(self) -> nn.Module:
@@ -100,10 +122,12 @@ class Context:
         Raises:
             SettingsError: Its sums are not those of the plan.
         """
-        la = initialized(
-            self.plan.settings, self.model, self.split("train", self.window.plan.data), Collate.of(self.config)
-        )
-        if plain(la.sums_spec()) != self.plan.spec:
+        return self._initialized(self.plan)
+
+    def _initialized(self, plan: Plan, basis: Any = None) -> Any:
+        data = self.split("train", self.window.plan.data)
+        la = initialized(plan.settings, self.model, data, Collate.of(self.config), basis)
+        if plain(la.sums_spec()) != plan.spec:
             raise SettingsError(
                 "this worker finds other factors in the model than the driver did: the same versions of laplace_dist, "
                 "torch and of the code behind --model must be installed on every node."
@@ -179,13 +203,28 @@ class Context:
         return self._reading[1]
 
 
-def initialized(settings: Mapping[str, Any], model: nn.Module, dataset: Any, collate: Collate = loader.DEFAULT) -> Any:
+def initialized(
+    settings: Mapping[str, Any],
+    model: nn.Module,
+    dataset: Any,
+    collate: Collate = loader.DEFAULT,
+    basis: Any = None,
+) -> Any:
     """Build the Laplace object and let it look at one example, which tells it the outputs and the last layer.
+
+    Args:
+        settings: By field name.
+        model: The network.
+        dataset: Whose first example it looks at.
+        collate: What makes a batch of it.
+        basis: The eigenbasis of a second pass over the data.
 
     Raises:
         ValueError: The core library does not have this combination of settings, or cannot use the model.
     """
     la = posterior.new_laplace(settings, model)
+    if basis is not None:
+        la.basis = basis
     x, _ = loader.read_batch(dataset, 0, 1, collate)
     x = x + x if isinstance(x, list | tuple) else x  # of strings: the core library doubles only what it can stack
     la.initialize(to_device(x, next(model.parameters()).device))

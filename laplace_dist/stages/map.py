@@ -29,10 +29,12 @@ class MapSegment:
     Attributes:
         plan: Digest of the plan.
         segment: The segment.
+        basis: Of a second pass, the posterior version whose eigenbasis it is taken in.
     """
 
     plan: str
     segment: Segment
+    basis: str | None = None
 
     @property
     def what(self) -> str:
@@ -41,17 +43,17 @@ class MapSegment:
 
     def run(self, context: Context) -> dict[str, Any] | Callable[[], dict[str, Any]]:
         """Do so; the receipt says who won the commit and how many seconds that took. The commit of small sums may wait."""
-        segment, data = self.segment, context.window.plan.data
-        sums, digest = context.la.zero_sums(), hashlib.sha256()
+        segment, data, la = self.segment, context.window.plan.data, context.la_of(self.basis)
+        sums, digest = la.zero_sums(), hashlib.sha256()
         for offset, x, y in context.batches("train", data, segment.start, segment.stop, digest):
-            context.la.accumulate(sums, x, y, offset=offset)
+            la.accumulate(sums, x, y, offset=offset)
         tensors = sums.to_tensors()
         made = {"data_sha256": digest.hexdigest(), "environment": environment(context.device)}
         commit = partial(self._commit, context, tensors, sums.n_data, made)
         return commit if sum(tensor.nbytes for tensor in tensors.values()) <= BESIDE else commit()
 
     def _commit(self, context: Context, tensors: Mapping[str, Tensor], n_data: int, made: Any) -> dict[str, Any]:
-        segment, window = self.segment, context.window
+        segment, window = self.segment, context.window_of(self.basis)
         receipt = partials.commit_partial(window.store, window.plan, segment, tensors, n_data, new_attempt(), **made)
         count = segment.stop - segment.start
         return {"examples": count, "won": receipt.won, "seconds": receipt.seconds, "bytes": receipt.bytes}
@@ -64,10 +66,12 @@ class CompareData:
     Attributes:
         plan: Digest of the plan.
         segment: The segment.
+        basis: As of `MapSegment`.
     """
 
     plan: str
     segment: Segment
+    basis: str | None = None
 
     @property
     def what(self) -> str:
@@ -80,7 +84,7 @@ class CompareData:
         Raises:
             RunFailed: The data are not those that the partial was made of.
         """
-        segment, digest, window = self.segment, hashlib.sha256(), context.window
+        segment, digest, window = self.segment, hashlib.sha256(), context.window_of(self.basis)
         for _ in context.batches("train", window.plan.data, segment.start, segment.stop, digest):
             pass
         manifest = partials.read_manifest(window.store, window.plan, segment)
@@ -88,18 +92,19 @@ class CompareData:
         return {}
 
 
-def comparisons(plan: Plan, done: Collection[str]) -> list[CompareData]:
+def comparisons(plan: Plan, done: Collection[str], basis: str | None = None) -> list[CompareData]:
     """Return tasks that compare the data of three committed segments, the first, the last and one between.
 
     Args:
         plan: The plan.
         done: Ids of the committed segments.
+        basis: As of `MapSegment`.
     """
     there = [segment for segment in plan.segments if segment.id in done]
     chosen = {index: there[index] for index in (0, len(there) // 2, len(there) - 1)} if there else {}
-    return [CompareData(plan.digest, segment) for segment in chosen.values()]
+    return [CompareData(plan.digest, segment, basis) for segment in chosen.values()]
 
 
-def tasks(plan: Plan, done: Collection[str]) -> Iterator[MapSegment]:
+def tasks(plan: Plan, done: Collection[str], basis: str | None = None) -> Iterator[MapSegment]:
     """Yield a task for every segment that has no committed partial, in plan order."""
-    return (MapSegment(plan.digest, segment) for segment in lifecycle.remaining(plan, done))
+    return (MapSegment(plan.digest, segment, basis) for segment in lifecycle.remaining(plan, done))

@@ -28,11 +28,13 @@ class SumPart:
         plan: Digest of the plan.
         part: The part.
         of: What it is the sum of: `windows.inputs_digest`.
+        basis: Of a second pass, the posterior version whose eigenbasis it is taken in.
     """
 
     plan: str
     part: Part
     of: str
+    basis: str | None = None
 
     @property
     def what(self) -> str:
@@ -41,7 +43,8 @@ class SumPart:
 
     def run(self, context: Context) -> dict[str, Any]:
         """Do so."""
-        store, plan = context.window.store, context.window.plan
+        window = context.window_of(self.basis)
+        store, plan = window.store, window.plan
         manifests = [partials.of_part(manifest, self.part) for manifest in partials.manifests(store, plan)]
         total = windows.sum_part(store, plan, manifests, self.part)
         windows.commit_part(store, plan, self.part, total, self.of, environment(context.device))
@@ -89,9 +92,11 @@ class WriteFactors:
         return {"factors": {name: {"prefix": prefix, "entry": entry} for name, entry in entries.items()}}
 
 
-def part_tasks(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any]]) -> list[SumPart]:
+def part_tasks(
+    store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any]], basis: str | None = None
+) -> list[SumPart]:
     """Return a task for every part that has no sum of these partials."""
-    return [SumPart(plan.digest, part, of) for part, of in windows.missing_parts(store, plan, manifests)]
+    return [SumPart(plan.digest, part, of, basis) for part, of in windows.missing_parts(store, plan, manifests)]
 
 
 def factor_tasks(plan: Plan, terms: Sequence[Term]) -> list[WriteFactors]:

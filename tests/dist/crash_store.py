@@ -114,7 +114,7 @@ def work(store: Checkpoint, plan: Plan, segment) -> partials.Receipt:
 
 def finish(store: Checkpoint, plan: Plan) -> str:
     """Reduce and promote as the driver does; returns the version."""
-    context = SimpleNamespace(store=store, plan=plan, window=Window(store, plan), device="cpu")
+    context = SimpleNamespace(store=store, plan=plan, window_of=lambda basis: Window(store, plan), device="cpu")
     window = windows.find_window(store, plan)
     if window is None:
         manifests = list(partials.manifests(store, plan))

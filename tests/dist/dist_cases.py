@@ -184,6 +184,23 @@ class DeadlyOnce(Watched):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class DeadlyInSecondPass(Watched):
+    """Kills the first process that reads the trap once a run's second pass has begun."""
+
+    def __init__(self, split: str, folder: str, run: str, trap: int) -> None:
+        super().__init__(split, folder, trap)
+        self.run = Path(run)
+
+    def at_trap(self) -> None:
+        if not any(self.run.glob("moments/*/plan.json")):
+            return
+        try:
+            (self.folder / "killed").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Failing(Watched):
     """Raises an error at the trap, until it is mended."""
 
