@@ -16,6 +16,7 @@ from laplace.errors import NonFiniteError, NotEnoughMemoryError, NotFittedError
 from laplace.laplace import Laplace
 from laplace.marglik_training import marglik_training
 from laplace.posterior.base import BaseLaplace
+from laplace.posterior.blockdiag import BlockDiagLaplace
 from laplace.posterior.diag import DiagLaplace
 from laplace.posterior.ekfac import EKFACLaplace
 from laplace.posterior.full import FullLaplace
@@ -35,6 +36,7 @@ from laplace.subsets.subnetwork import DiagSubnetLaplace, FullSubnetLaplace, Sub
 
 __all__ = [
     "BaseLaplace",
+    "BlockDiagLaplace",
     "DiagLLLaplace",
     "DiagLaplace",
     "DiagSubnetLaplace",

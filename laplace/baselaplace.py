@@ -1,6 +1,7 @@
 """The structures over all weights, under their customary import path."""
 
 from laplace.posterior.base import BaseLaplace
+from laplace.posterior.blockdiag import BlockDiagLaplace
 from laplace.posterior.diag import DiagLaplace
 from laplace.posterior.ekfac import EKFACLaplace
 from laplace.posterior.full import FullLaplace
@@ -11,6 +12,7 @@ from laplace.posterior.parametric import ParametricLaplace
 
 __all__ = [
     "BaseLaplace",
+    "BlockDiagLaplace",
     "DiagLaplace",
     "EKFACLaplace",
     "FullLaplace",

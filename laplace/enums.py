@@ -21,6 +21,7 @@ class HessianStructure(StrEnum):
     KRON = "kron"
     EKFAC = "ekfac"
     DIAG = "diag"
+    BLOCKDIAG = "blockdiag"
     LOWRANK = "lowrank"
     GP = "gp"
 

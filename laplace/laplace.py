@@ -8,6 +8,7 @@ from torch import nn
 
 from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights, parse
 from laplace.likelihoods.base import BaseLikelihood
+from laplace.posterior.blockdiag import BlockDiagLaplace
 from laplace.posterior.diag import DiagLaplace
 from laplace.posterior.ekfac import EKFACLaplace
 from laplace.posterior.full import FullLaplace
@@ -23,6 +24,7 @@ _CLASSES: dict[tuple[str, str], type[ParametricLaplace]] = {
     ("all", "kron"): KronLaplace,
     ("all", "ekfac"): EKFACLaplace,
     ("all", "diag"): DiagLaplace,
+    ("all", "blockdiag"): BlockDiagLaplace,
     ("all", "lowrank"): LowRankLaplace,
     ("all", "gp"): FunctionalLaplace,
     ("last_layer", "full"): FullLLLaplace,
@@ -50,7 +52,8 @@ def Laplace(
         likelihood: ``'classification'``, ``'regression'`` or ``'reward_modeling'``; or an object of
             :mod:`laplace.likelihoods`, yours among them.
         subset_of_weights: ``'last_layer'``, ``'all'`` or ``'subnetwork'`` (which needs ``subnetwork_indices``).
-        hessian_structure: ``'kron'``, ``'ekfac'``, ``'full'``, ``'diag'``, ``'gp'``, or ``'lowrank'`` (over all weights).
+        hessian_structure: ``'kron'``, ``'ekfac'``, ``'full'``, ``'diag'``, ``'gp'``, or, over all
+            weights, ``'lowrank'`` or ``'blockdiag'``.
         *args: Further arguments of the class, see :class:`laplace.BaseLaplace`.
         **kwargs: Further arguments of the class.
 

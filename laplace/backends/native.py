@@ -27,7 +27,7 @@ class _Native:
     """Contractions in place of dense Jacobians; the estimator's directions come from the sibling class."""
 
     exact_products = True
-    takes_basis = True
+    contracted = frozenset({"ekfac", "blockdiag"})
     _has_warned = False
 
     kfac_approx = "expand"

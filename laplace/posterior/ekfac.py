@@ -11,6 +11,7 @@ from torch import Tensor
 from laplace.linalg.decomposed import KronDecomposed
 from laplace.posterior.arguments import by_name
 from laplace.posterior.decomposed import DecomposedLaplace
+from laplace.posterior.refusals import check_structure
 from laplace.structures import ekfac, passes
 from laplace.structures.ekfac import Eigenbasis
 from laplace.structures.sums import CurvatureSums, SumsSpec
@@ -41,12 +42,8 @@ class EKFACLaplace(DecomposedLaplace):
         self.basis: Eigenbasis | None = None
         self._decomposed: KronDecomposed | None = None
         super().__init__(**kwargs)
-        cls = self._backend_cls
-        if cls is not None and not cls.has_structure(self.structure):
-            raise ValueError(
-                f"{cls.__name__} has no 'ekfac' curvature: it gives Kronecker factors, but no gradients in their eigenbasis. "
-                "Use the native backend (NativeGGN or NativeEF), or hessian_structure='kron'."
-            )
+        why = "it gives Kronecker factors, but no gradients in their eigenbasis"
+        check_structure(self._backend_cls, self.structure, why, "kron")
 
     @property
     def _summed(self) -> str:

@@ -12,10 +12,10 @@ from laplace.capture.products import product_of
 from laplace.capture.rules import is_outer
 from laplace.capture.verify import Source
 from laplace.linalg.precision import without_autocast
-from laplace.structures import diag, ekfac, full, kron, subnetwork
+from laplace.structures import blockdiag, diag, ekfac, full, kron, subnetwork
 from laplace.structures.sums import CurvatureSums, SumsSpec
 
-_STRUCTURES = {"full": full, "diag": diag, "kron": kron, "ekfac": ekfac}
+_STRUCTURES = {"full": full, "diag": diag, "kron": kron, "ekfac": ekfac, "blockdiag": blockdiag}
 
 
 def sums_spec(

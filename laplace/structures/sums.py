@@ -27,6 +27,7 @@ _SMALLER = {
     "full": "Use hessian_structure='kron', 'diag' or 'gp', subset_of_weights='last_layer', or a smaller subnetwork.",
     "kron": "Use hessian_structure='diag', subset_of_weights='last_layer', or set requires_grad=False on wide layers.",
     "ekfac": "Use hessian_structure='diag', subset_of_weights='last_layer', or set requires_grad=False on wide layers.",
+    "blockdiag": "Use hessian_structure='kron', 'ekfac' or 'diag', or set requires_grad=False on wide layers.",
     "diag": "Use subset_of_weights='last_layer', or set requires_grad=False on parameters to leave out.",
 }
 
@@ -44,7 +45,7 @@ class SumsSpec:
     """Names, shapes and precision of the sums of one structure for one model.
 
     Attributes:
-        structure: ``'full'``, ``'kron'``, ``'ekfac'`` or ``'diag'``.
+        structure: ``'full'``, ``'kron'``, ``'ekfac'``, ``'diag'`` or ``'blockdiag'``.
         blocks: One per parameter, in the order of the parameter vector.
         factors: Shape of every sum by name.
         dtype: Name of the floating-point type of one batch's contribution and of the posterior, such as ``'float32'``. The

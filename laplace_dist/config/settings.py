@@ -69,7 +69,7 @@ class Config(BaseModel):
         Field("classification", description="of the model, or an import path module:callable that returns one")
     )
     subset_of_weights: Literal["all", "last_layer"] = Field("all", description="the weights to be uncertain about")
-    hessian_structure: Literal["kron", "ekfac", "diag", "full"] = Field(
+    hessian_structure: Literal["kron", "ekfac", "diag", "blockdiag", "full"] = Field(
         "kron", description="structure of the curvature"
     )
     backend: Literal["native", "curvlinops", "asdl", "backpack"] = Field(

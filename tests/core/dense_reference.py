@@ -377,6 +377,8 @@ def _raised_in(error: Exception) -> str:
 
 
 def _dense(la: Any) -> torch.Tensor:
+    if la.structure == "blockdiag":
+        return torch.block_diag(*[block.double() for block in la.H])
     if la.structure == "ekfac":
         return la.H.to_matrix().double()
     if la.structure == "kron":
@@ -399,6 +401,8 @@ def _compare(plan: Plan, la: Any, prediction: Any, ref: Reference, warned: list[
         truth = torch.diag(truth.diagonal())
     if plan.structure == "ekfac":
         truth = _corrected(la, ref)
+    if plan.structure == "blockdiag":
+        truth = _by_layer(ref)
     silent = ""
     if plan.outer == "classes_first" and not any("class" in text for text in warned):
         silent = "as many positions as classes, no warning"
@@ -453,6 +457,13 @@ def _corrected(la: Any, ref: Reference) -> torch.Tensor:
         start += p.numel()
         blocks.append((q * (q.T @ ref.ggn[rows, rows] @ q).diagonal()) @ torch.linalg.inv(q))
     return torch.block_diag(*blocks)
+
+
+def _by_layer(ref: Reference) -> torch.Tensor:
+    """The dense curvature without what couples parameters of different modules."""
+    owners = [name.rpartition(".")[0] or name for name in ref.names]
+    where = torch.cat([torch.full((p.numel(),), owners.index(o)) for p, o in zip(ref.params, owners, strict=True)])
+    return torch.where(where[:, None] == where, ref.ggn, 0.0)
 
 
 def _prediction_errors(plan: Plan, prediction: Any, ref: Reference, covariance: torch.Tensor) -> dict[str, float]:

@@ -53,6 +53,7 @@ CALLABLES = {
     "laplace.FullLaplace": BASE,
     "laplace.KronLaplace": KRON,
     "laplace.EKFACLaplace": BASE,
+    "laplace.BlockDiagLaplace": BASE,
     "laplace.DiagLaplace": BASE,
     "laplace.LowRankLaplace": BASE.replace("backend=None", "backend"),
     "laplace.FunctionalLaplace": f"{HEAD} n_subset {PRIOR} enable_backprop=False {KEYS} backend=None {GP}",
@@ -163,6 +164,7 @@ ATTRIBUTES = {
     ("all", "full"): f"{EVERY} posterior_scale posterior_covariance",
     ("all", "kron"): EVERY,
     ("all", "ekfac"): EVERY,
+    ("all", "blockdiag"): f"{EVERY} posterior_scale posterior_covariance",
     ("all", "diag"): f"{EVERY} posterior_scale posterior_variance",
     ("all", "lowrank"): f"{EVERY} V Kinv",
     ("all", "gp"): EVERY.replace(" posterior_precision", "").replace(" H", ""),
@@ -177,7 +179,7 @@ ATTRIBUTES = {
 
 MEMBERS = {
     "SubsetOfWeights": "ALL LAST_LAYER SUBNETWORK",
-    "HessianStructure": "FULL KRON EKFAC DIAG LOWRANK GP",
+    "HessianStructure": "FULL KRON EKFAC DIAG BLOCKDIAG LOWRANK GP",
     "Likelihood": "REGRESSION CLASSIFICATION REWARD_MODELING",
     "PredType": "GLM NN GP",
     "LinkApprox": "MC PROBIT BRIDGE BRIDGE_NORM",

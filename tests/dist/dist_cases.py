@@ -41,6 +41,12 @@ def blobs(split: str, dtype: str = "float32") -> TensorDataset:
     return TensorDataset(*tensors(split, dtype))
 
 
+def second_window(split: str) -> TensorDataset:
+    """Return other examples for training, and the same ones else."""
+    x, y = tensors(split)
+    return TensorDataset(x + 1 if split == "train" else x, y)
+
+
 def regression_data(split: str) -> TensorDataset:
     x, _ = tensors(split)
     return TensorDataset(x, torch.stack([x.sum((1, 2, 3)), x.std((1, 2, 3)), x[:, 0, 0, 0]], dim=1))
