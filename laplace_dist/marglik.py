@@ -187,7 +187,7 @@ class MarglikJob(FitStages):
         tasks = (Curvature(self.plan.digest, i, number, s, vector) for i, s in enumerate(self.plan.segments))
         total: CurvatureSums | None = None
         for found in self._round(stage, tasks):
-            tensors = {name: torch.from_numpy(array) for name, array in found["tensors"].items()}
+            tensors = {name: torch.from_numpy(array.copy()) for name, array in found["tensors"].items()}
             sums = CurvatureSums.from_tensors(self.la.sums_spec(), tensors, found["n_data"])
             total = sums if total is None else total.merge(sums)
         total.estimator = self.la.backend.estimator

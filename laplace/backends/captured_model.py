@@ -106,8 +106,8 @@ class CapturedModel:
         Raises:
             ValueError: If a subnetwork is to be Kronecker-factored.
         """
-        if structure == "kron" and self.subnetwork_indices is not None:
-            raise ValueError("Single entries of a weight have no Kronecker factors; subnetworks take 'full' or 'diag'.")
+        if structure in ("kron", "ekfac", "blockdiag") and self.subnetwork_indices is not None:
+            raise ValueError("Single entries of a weight have no factors or block; subnetworks take 'full' or 'diag'.")
         named, kept = self.named_params, self.kept_entries()
         shapes = {name: tuple(named[name].shape) for name in kept}
         check_inputs(x)

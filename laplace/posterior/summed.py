@@ -59,7 +59,7 @@ class SummedLaplace(BaseLaplace):
         ``fit`` does this with its first batch; call it directly only to use :meth:`accumulate`.
         """
         self._check_parameters(x)
-        self._spec = self.backend.initialize(x, self.structure)
+        self._spec = self.backend.initialize(x, self._summed)
         self.n_outputs = self._spec.n_outputs
         return self._spec
 
@@ -101,6 +101,11 @@ class SummedLaplace(BaseLaplace):
     def coverage(self) -> CoverageReport:
         """For every parameter, the structure its curvature has and where it comes from."""
         return coverage_report(self.sums_spec())
+
+    @property
+    def _summed(self) -> str:
+        """The structure of the sums, where that is not the posterior's own."""
+        return self.structure
 
     def zero_sums(self) -> CurvatureSums:
         """Raw sums over no example."""

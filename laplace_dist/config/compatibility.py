@@ -37,6 +37,15 @@ def check_predictive(config: Config) -> None:
         )
     if config.hessian_structure == "lowrank":
         _check_lowrank(config)
+    if config.kfac_approx != "expand" and config.hessian_structure not in ("kron", "ekfac"):
+        raise SettingsError(
+            f"--kfac-approx: got {config.kfac_approx!r} with --hessian-structure {config.hessian_structure}, which has no "
+            "Kronecker factors; leave it out, or expected --hessian-structure kron or ekfac"
+        )
+    if config.kfac_approx != "expand" and config.backend != "native":
+        raise SettingsError(
+            f"--kfac-approx: got {config.kfac_approx!r} with --backend {config.backend}; expected --backend native, or expand"
+        )
     likelihood = likelihood_of(config.likelihood)
     if config.pred_type == "nn" and not likelihood.predicts_outputs and config.link_approx != "mc":
         raise SettingsError(
@@ -47,9 +56,10 @@ def check_predictive(config: Config) -> None:
             f"--recalibrate: got {config.recalibrate!r} for {likelihood.identity}, whose outputs are no logits that a "
             "temperature could divide; expected prior"
         )
-    if config.prior_structure == "diag" and config.hessian_structure == "kron":
+    if config.prior_structure == "diag" and config.hessian_structure in ("kron", "ekfac"):
+        which = "a kron" if config.hessian_structure == "kron" else "an ekfac"
         raise SettingsError(
-            "--prior-structure: got 'diag' for a kron posterior, whose factors do not commute with a diagonal; expected "
+            f"--prior-structure: got 'diag' for {which} posterior, whose factors do not commute with a diagonal; expected "
             "scalar or layerwise, or a diag or full fit"
         )
     if config.searches_prior and config.prior_structure != "scalar":

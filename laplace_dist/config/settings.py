@@ -69,7 +69,7 @@ class Config(BaseModel):
         Field("classification", description="of the model, or an import path module:callable that returns one")
     )
     subset_of_weights: Literal["all", "last_layer"] = Field("all", description="the weights to be uncertain about")
-    hessian_structure: Literal["kron", "diag", "full", "lowrank"] = Field(
+    hessian_structure: Literal["kron", "ekfac", "diag", "blockdiag", "full", "lowrank"] = Field(
         "kron", description="structure of the curvature"
     )
     rank: Count = Field(20, description="eigenpairs of a lowrank posterior, at most")
@@ -80,6 +80,9 @@ class Config(BaseModel):
         "native", description="what computes the curvature"
     )
     estimator: Literal["ggn", "mc", "ef"] = Field("ggn", description="exact GGN, sampled Fisher or empirical Fisher")
+    kfac_approx: Literal["expand", "reduce"] = Field(
+        "expand", description="how Kronecker factors treat weights that positions share: each by itself, or their mean"
+    )
     batch_size: Count = Field(256, description="examples per batch")
     segment_size: Count | None = Field(None, description="examples per segment, the unit of work and of loss")
     num_workers: Count | None = Field(None, description="workers; as many as the cluster holds if not given")
@@ -257,6 +260,8 @@ class Config(BaseModel):
         names = ("likelihood", "subset_of_weights", "hessian_structure", "backend", "estimator")
         sizes = ("batch_size", "segment_size", "seed")
         chosen = {name: getattr(self, name) for name in names + sizes}
+        if self.kfac_approx != "expand":  # what runs from before there was another have
+            chosen["kfac_approx"] = self.kfac_approx
         sketch = {"rank": self.rank, "oversampling": self.oversampling} if self.hessian_structure == "lowrank" else {}
         return {**chosen, **sketch, **self.batching, **self.machine(device_type)}
 

@@ -20,6 +20,7 @@ from laplace_dist.storage.store import Store
 KINDS = {
     "kron": "Kronecker factors",
     "diag": "diagonal",
+    "blockdiag": "full matrix of its layer",
     "full": "full matrix",
     "lowrank": "low rank",
     "map": "MAP value alone",

@@ -133,6 +133,8 @@ def new_laplace(settings: Mapping[str, Any], model: nn.Module, spec: SumsSpec | 
     backend, arguments = backend_class(settings["backend"], settings["estimator"])
     if settings["estimator"] == "mc":
         arguments = {**arguments, "seed": settings["seed"]}
+    if settings.get("kfac_approx", "expand") != "expand":
+        arguments = {**arguments, "kfac_approx": settings["kfac_approx"]}
     subset, likelihood = settings["subset_of_weights"], likelihood_of(settings["likelihood"])
     if settings["hessian_structure"] == "lowrank":
         sketch = {name: settings[name] for name in ("rank", "oversampling", "seed")}

@@ -40,12 +40,13 @@ class FindBasis:
         store, plan = context.store, context.plan
         law, spec, parts = bases.law_of(plan), SumsSpec.from_json(plan.spec), bases.parts_of(plan)
         (term,) = alone(store, plan, read_window(store, plan))
-        prefix, found = f"basis/{plan.further['name']}/{new_attempt()}", {}
+        arrays = {}
         for name in self.names:
             factors = versions.factors_of([term], parts[name].factors)
             tensors = {factor: torch.from_numpy(array).to(context.device) for factor, array in factors.items()}
-            array = law.find(spec, name, tensors, term.manifest["n_data"]).cpu().contiguous().numpy()
-            found |= store.write_arrays(prefix, {name: array})
+            arrays[name] = law.find(spec, name, tensors, term.manifest["n_data"]).cpu().contiguous().numpy()
+        prefix = f"basis/{plan.further['name']}/{new_attempt()}"
+        found = store.write_arrays(prefix, arrays)
         return {"factors": {name: {"prefix": prefix, "entry": entry} for name, entry in found.items()}}
 
 

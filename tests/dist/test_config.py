@@ -49,7 +49,10 @@ REFUSED = [
     (["--dict-key-y", ""], ["--dict-key-y", "''", "at least 1"]),
     (["--data-storage-options", "x"], ["--data-storage-options", "mapping", "JSON or YAML"]),
     (["--likelihood", "poisson"], ["--likelihood", "'poisson'", "classification, regression"]),
-    (["--hessian-structure", "krn"], ["--hessian-structure", "'krn'", "kron, diag, full", "Did you mean kron"]),
+    (
+        ["--hessian-structure", "krn"],
+        ["--hessian-structure", "'krn'", "kron, ekfac, diag, blockdiag, full", "Did you mean kron"],
+    ),
     (["--backend", "asdll"], ["--backend", "'asdll'", "native, curvlinops"]),
     (["--estimator", "fisher"], ["--estimator", "'fisher'", "ggn, mc, ef"]),
     (["--subset-of-weights", "some"], ["--subset-of-weights", "'some'", "all, last_layer"]),
