@@ -20,6 +20,7 @@ from laplace_dist.run import decompositions, moments, pointer, windows
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.layout import PLAN, WINDOW
 from laplace_dist.run.ownership import read_plan
+from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
 
 TOLERANCE = {"float64": 1e-10, "float32": 2e-6}
@@ -213,6 +214,22 @@ def test_a_second_pass_is_not_continued_in_another_basis(tmp_path, monkeypatch):
     (tmp_path / "run" / "CURRENT.json").unlink()
     with pytest.raises(CheckpointError, match="was summed in the eigenbasis"):
         dist_cases.run_inline(config(tmp_path / "run"))
+
+
+def test_a_plan_of_other_settings_is_not_the_second_pass_of_this_run(tmp_path):
+    dist_cases.run_inline(config(tmp_path))
+    store = Checkpoint(str(tmp_path))
+    place = moments.place_of(store, pointer.read_current(store)["version"])
+    values = read_plan(place).to_values()
+    place.replace(PLAN, seal_json({**values, "settings": {**values["settings"], "seed": 9}}))
+    for meet in (
+        lambda: laplace_dist.load_posterior(str(tmp_path), dist_cases.convnet()),
+        lambda: dist_cases.run_inline(config(tmp_path)),
+    ):
+        with pytest.raises(
+            CheckpointError, match=r"plan.json is not the plan of a second pass of this run. Delete moments/"
+        ):
+            meet()
 
 
 def test_what_is_missing_or_damaged_is_named(tmp_path):
