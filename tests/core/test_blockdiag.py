@@ -14,11 +14,12 @@ from laplace.curvature.conformance import SumsConformance
 from laplace.linalg import memory
 from laplace.predictive import glm_distribution
 
-from . import naive, test_drift
+from . import naive, test_drift, test_layers
 from .models import CASES, loader, mlp
 from .test_drift import head, times, worst
 
 TOLERANCE = 1e-10
+KINDS = {**CASES, **test_layers.CASES}
 
 
 def fit(model, likelihood, x, y, backend=("native", "ggn"), structure="blockdiag", **kwargs):
@@ -37,9 +38,9 @@ def blocks_of(model, full):
 
 
 @pytest.mark.parametrize("estimator", ["ggn", "ef"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", KINDS)
 def test_layers_are_the_blocks_of_the_dense_curvature(name, estimator):
-    case = CASES[name]
+    case = KINDS[name]
     model, x, y = case.make()
     la = fit(model, case.likelihood, x, y, ("native", estimator))
     expected = blocks_of(model, naive.full(model, x, y, case.likelihood, estimator))
