@@ -13,7 +13,7 @@ from laplace_dist.run.checks import Check, Place
 from laplace_dist.run.combination import Window, alone
 from laplace_dist.run.findings import Checker, Findings
 from laplace_dist.run.ownership import read_plan
-from laplace_dist.run.second_pass import place_of_second
+from laplace_dist.run.second_pass import place_of_second, second_plan
 from laplace_dist.run.verify_sums import SumsCheck
 
 
@@ -91,6 +91,9 @@ def check_second_passes(
         if basis is not None and (plan.basis or {}).get("sha256") != basis:
             text = f"{prefix}{layout.PLAN} is in another basis than {key}. {layout.remedy(key)}"
             checker.found.problem(f"{prefix}{layout.PLAN}", text)
+        elif basis is not None and plan.digest != second_plan(window.plan, basis).digest:
+            text = f"{prefix}{layout.PLAN} is not the plan of the second pass of this run. Restore it from a copy, or start"
+            checker.found.problem(f"{prefix}{layout.PLAN}", f"{text} again with --fresh.")
         if used and name == run.window_name:
             _complete(checker, prefix, plan)
     return found
