@@ -19,7 +19,9 @@ class HessianStructure(StrEnum):
 
     FULL = "full"
     KRON = "kron"
+    EKFAC = "ekfac"
     DIAG = "diag"
+    BLOCKDIAG = "blockdiag"
     LOWRANK = "lowrank"
     GP = "gp"
 

@@ -8,23 +8,28 @@ from torch import nn
 
 from laplace.enums import HessianStructure, Likelihood, SubsetOfWeights, parse
 from laplace.likelihoods.base import BaseLikelihood
+from laplace.posterior.blockdiag import BlockDiagLaplace
 from laplace.posterior.diag import DiagLaplace
+from laplace.posterior.ekfac import EKFACLaplace
 from laplace.posterior.full import FullLaplace
 from laplace.posterior.functional import FunctionalLaplace
 from laplace.posterior.kron import KronLaplace
 from laplace.posterior.lowrank import LowRankLaplace
 from laplace.posterior.parametric import ParametricLaplace
-from laplace.subsets.last_layer import DiagLLLaplace, FullLLLaplace, FunctionalLLLaplace, KronLLLaplace
+from laplace.subsets.last_layer import DiagLLLaplace, EKFACLLLaplace, FullLLLaplace, FunctionalLLLaplace, KronLLLaplace
 from laplace.subsets.subnetwork import DiagSubnetLaplace, FullSubnetLaplace
 
 _CLASSES: dict[tuple[str, str], type[ParametricLaplace]] = {
     ("all", "full"): FullLaplace,
     ("all", "kron"): KronLaplace,
+    ("all", "ekfac"): EKFACLaplace,
     ("all", "diag"): DiagLaplace,
+    ("all", "blockdiag"): BlockDiagLaplace,
     ("all", "lowrank"): LowRankLaplace,
     ("all", "gp"): FunctionalLaplace,
     ("last_layer", "full"): FullLLLaplace,
     ("last_layer", "kron"): KronLLLaplace,
+    ("last_layer", "ekfac"): EKFACLLLaplace,
     ("last_layer", "diag"): DiagLLLaplace,
     ("last_layer", "gp"): FunctionalLLLaplace,
     ("subnetwork", "full"): FullSubnetLaplace,
@@ -47,7 +52,8 @@ def Laplace(
         likelihood: ``'classification'``, ``'regression'`` or ``'reward_modeling'``; or an object of
             :mod:`laplace.likelihoods`, yours among them.
         subset_of_weights: ``'last_layer'``, ``'all'`` or ``'subnetwork'`` (which needs ``subnetwork_indices``).
-        hessian_structure: ``'kron'``, ``'full'``, ``'diag'``, ``'gp'``, or ``'lowrank'`` (over all weights).
+        hessian_structure: ``'kron'``, ``'ekfac'``, ``'full'``, ``'diag'``, ``'gp'``, or, over all
+            weights, ``'lowrank'`` or ``'blockdiag'``.
         *args: Further arguments of the class, see :class:`laplace.BaseLaplace`.
         **kwargs: Further arguments of the class.
 

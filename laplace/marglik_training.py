@@ -9,7 +9,6 @@ weights.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +21,11 @@ from torch.utils.data import BatchSampler, DataLoader
 from laplace.backends.interface import CurvatureInterface
 from laplace.backends.native import NativeGGN
 from laplace.data.batches import batches
+from laplace.empirical_bayes import Hyperparameters, is_estimated, penalty
 from laplace.enums import HessianStructure, Likelihood, PriorStructure, SubsetOfWeights, parse
 from laplace.laplace import Laplace
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.named import likelihood_of
-from laplace.linalg.dense import parameter_vector
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.structures.sums import CurvatureSums
 
@@ -123,7 +122,7 @@ def marglik_training(
         backend=backend,
     )
     la.prior_precision = la.initial_prior_precision(prior_prec_init, prior_structure)
-    hyper = _Hyperparameters(la, law.has_noise and not fix_sigma_noise, lr_hyp)
+    hyper = Hyperparameters(la, law.has_noise and not fix_sigma_noise, lr_hyp)
     optimizer = optimizer_cls(la.params, **(optimizer_kwargs or {}))
     scheduler = None if scheduler_cls is None else scheduler_cls(optimizer, **(scheduler_kwargs or {}))
     n_data = _count(train_loader, dict_key_y)
@@ -133,7 +132,7 @@ def marglik_training(
     for epoch in _epochs(n_epochs, progress_bar):
         loss, n_data = _train_epoch(la, train_loader, optimizer, scheduler, n_data)
         losses.append(loss)
-        if epoch <= n_epochs_burnin or epoch % marglik_frequency:
+        if not is_estimated(epoch, n_epochs_burnin, marglik_frequency):
             continue
         la.fit(train_loader)
         margliks += hyper.climb(n_hypersteps, epoch)
@@ -145,39 +144,6 @@ def marglik_training(
     else:
         best.restore(la)
     return la, model, margliks, losses
-
-
-class _Hyperparameters:
-    """Logarithms of prior precision and observation noise, and the optimizer that climbs the evidence with them."""
-
-    def __init__(self, la: ParametricLaplace, with_noise: bool, lr: float):
-        """Start from the posterior's own values."""
-        self.la = la
-        start = [la.prior_precision, la.sigma_noise] if with_noise else [la.prior_precision]
-        self.logs = [value.detach().log().requires_grad_(True) for value in start]
-        self.optimizer = Adam(self.logs, lr=lr)
-
-    def climb(self, n_steps: int, epoch: int) -> list[float]:
-        """Take steps; the posterior is left with the values of the last estimate. Returns the negative evidences."""
-        estimates = []
-        for _ in range(n_steps):
-            self.optimizer.zero_grad()
-            loss = -self.la.log_marginal_likelihood(*[log.exp() for log in self.logs])
-            if not math.isfinite(loss.item()):
-                raise ValueError(
-                    f"The log marginal likelihood is {-loss.item()} after epoch {epoch}. Lower lr_hyp or the step size "
-                    "of the optimizer, or start from other hyperparameters."
-                )
-            loss.backward()
-            self.optimizer.step()
-            estimates.append(loss.item())
-        return estimates
-
-    def apply(self) -> None:
-        """Give the posterior the current values, detached."""
-        self.la.prior_precision = self.logs[0].detach().exp()
-        if len(self.logs) > 1:
-            self.la.sigma_noise = self.logs[1].detach().exp()
 
 
 @dataclass
@@ -204,20 +170,13 @@ class _Best:
 def _train_epoch(
     la: ParametricLaplace, loader: Iterable, optimizer: Optimizer, scheduler: LRScheduler | None, n_data: int
 ) -> tuple[float, int]:
-    r"""One epoch on the mean loss plus :math:`\tfrac{1}{2N c}\,\theta^\top P_0\,\theta`; its mean, and the number of examples.
-
-    :math:`c` turns the mean of torch's loss into the mean negative log likelihood: :math:`1/T` for cross entropy,
-    :math:`1/(2\sigma^2T)` for the squared error. Torch's means are over outputs and positions too; of several, the prior then
-    counts as many times as there are.
-    """
-    precision, mean = la.prior_precision_diag, la.prior_mean
+    """One epoch on the mean loss and the prior's part of it; its mean, and the number of examples."""
     total, seen = 0.0, 0
     la.model.train()
     for x, y in batches(loader, la._device, la.dict_key_y):
         optimizer.zero_grad()
         loss, factor = la.likelihood_object.training_loss(la.model(x), y)
-        delta = parameter_vector(la.params) - mean
-        loss = loss + 0.5 * (precision * delta * delta).sum() / n_data / (factor * float(la._H_factor))
+        loss = loss + penalty(la, n_data, factor)
         loss.backward()
         optimizer.step()
         total, seen = total + loss.item() * len(y), seen + len(y)

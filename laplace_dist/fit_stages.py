@@ -17,11 +17,12 @@ from laplace_dist.execution.session import ExecutorType, Session
 from laplace_dist.execution.tasks import Task
 from laplace_dist.plan.plan import Plan
 from laplace_dist.report.progress import Progress
-from laplace_dist.run import coverage, layout, lifecycle, ownership, partials, place, pointer, versions, windows
+from laplace_dist.run import bases, coverage, layout, lifecycle, ownership, partials, place, pointer, versions, windows
 from laplace_dist.run.checkpoint import open_store
-from laplace_dist.run.combination import Term, Window, alone
+from laplace_dist.run.combination import Term, Window, alone, terms_of
 from laplace_dist.run.journal import Journal
-from laplace_dist.stages import map, opening, reduce
+from laplace_dist.run.second_pass import open_second, place_of_second
+from laplace_dist.stages import basis, map, opening, reduce
 from laplace_dist.storage.store import Store
 
 
@@ -120,19 +121,22 @@ class FitStages:
             self.say("\n".join([*coverage.lines(rows), f"coverage: every parameter is in {there}"]))
 
     def map(self) -> None:
-        """Accumulate the segments of the window that have no committed partial."""
-        store, plan = self.window.store, self.window.plan
+        """Accumulate the segments of the window that have no committed partial, in the first pass over its data."""
+        self._map(self.window, "segments")
+
+    def _map(self, window: Window, unit: str) -> None:
+        store, plan = window.store, window.plan
         done = lifecycle.committed(store, plan, arrays=False, say=lambda text: self.say(f"map: {text}"))
         if self._continued and len(done) < len(plan.segments):
             comparisons = map.comparisons(plan, done)
             self._run(comparisons, Progress("map", "segments compared with the data", len(comparisons)))
-        self._run(map.tasks(plan, done), Progress("map", "segments", len(plan.segments), len(done)))
+        self._run(map.tasks(plan, done), Progress("map", unit, len(plan.segments), len(done)))
 
     def reduce(self) -> str:
         """Sum the partials to a posterior version, if that is not done yet, and make it current."""
         if (done := self._version_of_0_1()) is not None:
             return done
-        version = self.combine(alone(self.store, self.plan, self.sum_window()))
+        version = self.combine(terms_of([(self.sum_window(), 1.0)]))
         pointer.write_current(self.store, self.plan, version, None, first=True)
         current = pointer.read_current(self.store)
         if current.get("history"):
@@ -145,9 +149,46 @@ class FitStages:
             pointer.write_current(self.store, self.plan, version, None)
         return version
 
-    def sum_window(self) -> dict[str, Any]:
-        """Sum the parts of the window that are not summed yet and commit its sum; returns its manifest."""
-        store, plan = self.window.store, self.window.plan
+    def sum_window(self) -> Window:
+        """Commit the window's sum; of structures that take two passes over the data, do the second one and commit its sum.
+
+        Windows after the first take the basis that the first one's sum gave, so that their sums add, and no first pass.
+        """
+        if self.plan.further is None:
+            self._sum(self.window)
+            return self.window
+        first = self.window.store is self.store
+        found = self.find_basis(self._sum(self.window)) if first else self._known_basis()
+        place = place_of_second(self.window.store, self.window.plan)
+        second = Window(place, open_second(place, self.window.plan, bases.digest_of(found)))
+        if windows.find_window(second.store, second.plan) is None:
+            self._map(second, "segments, second pass")
+            self._sum(second)
+        return self.window
+
+    def find_basis(self, of: Mapping[str, Any]) -> dict[str, Any]:
+        """Commit the basis of the second pass, if that is not done yet; returns its manifest.
+
+        Args:
+            of: Manifest of the first window's sum.
+        """
+        if not ownership.has(self.store, self.plan, layout.basis_key(self.plan.further["name"])):
+            tasks = basis.tasks(self.plan)
+            receipts = self._run(tasks, Progress("basis", "groups of arrays", len(tasks)), keep=True, alike=False)
+            (term,) = alone(self.store, self.plan, of)
+            bases.commit_basis(self.store, self.plan, term.digest, [receipt["factors"] for receipt in receipts])
+        return bases.read_manifest(self.store, self.plan)
+
+    def _known_basis(self) -> dict[str, Any]:
+        """Return the manifest of the run's basis, which its fit has committed."""
+        try:
+            return bases.read_manifest(self.store, self.plan)
+        except MissingObjectError as error:
+            raise SettingsError(f"--checkpoint: the fit at {self.store.url!r} is not finished ({error})") from error
+
+    def _sum(self, window: Window) -> dict[str, Any]:
+        """Sum the parts of a window that are not summed yet and commit its sum; returns its manifest."""
+        store, plan = window.store, window.plan
         if (done := windows.find_window(store, plan)) is not None:
             return done
         manifests = list(partials.manifests(store, plan))
@@ -172,7 +213,7 @@ class FitStages:
 
     def _run(self, tasks: Iterable[Task], progress: Progress, **how: bool) -> list[Mapping[str, Any]]:
         """Carry out the tasks of a stage; see `Session.run`."""
-        return self.session.run(tasks, self.device_type, progress, **how)
+        return self.session.run(tasks, self.device_type, progress, run=self.plan.digest, **how)
 
 
 def _absolute(config: Config) -> Config:

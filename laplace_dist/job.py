@@ -171,7 +171,7 @@ class Job(FitStages):
         key = layout.evaluation_key(version, chosen)
         if not ownership.has(self.store, self.plan, key):
             shards = [(name, s) for name, split in splits.items() for s in plan_shards(len(split), config.batch_size)]
-            if self.plan.spec["structure"] == "kron":  # a dense precision has a root that costs less
+            if self.plan.posterior_spec["structure"] == "kron":  # a dense precision has a root that costs less
                 self.decompose(version)
             tasks, done = evaluate.shard_tasks(self.store, self.plan, version, tuning, key, found, shards, groups)
             self._run(tasks, Progress("evaluate", "shards", len(shards), done))

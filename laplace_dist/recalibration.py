@@ -31,7 +31,7 @@ from laplace_dist.run import (
     windows,
 )
 from laplace_dist.run.checkpoint import Checkpoint, open_json
-from laplace_dist.run.combination import Term, Window, choose, chosen_names, is_rule, terms_of, windows_of
+from laplace_dist.run.combination import Term, Window, choose, chosen_names, is_rule, summed, terms_of, windows_of
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.place import delete_owned
 from laplace_dist.stages import drift, opening
@@ -150,12 +150,12 @@ class RecalibrationJob(Job):
         self.window, self._continued = opening.begin_window(self.config, self.store, there, self.device_type)
         self._checked = True
         self.say(f"{'continuing' if self._continued else 'adding'} window {self.window.name} of {self.store.url}")
-        if windows.find_window(self.window.store, self.window.plan) is None:
+        if self.plan.further is None and windows.find_window(self.window.store, self.window.plan) is None:
             self.map()
-            self.sum_window()
-        if not self.config.keep_partials and self.window.store.list("partials"):
-            windows.check_arrays(self.window.store, windows.read_window(self.window.store, self.window.plan))
-            delete_owned(self.window.store, "partials")
+        whole = summed(self.sum_window())
+        if not self.config.keep_partials and whole.store.list("partials"):
+            windows.check_arrays(whole.store, windows.read_window(whole.store, whole.plan))
+            delete_owned(whole.store, "partials")
 
     def _chosen(self, there: Sequence[str]) -> list[str]:
         """Return the names of the windows that `--windows` means: those that were dropped are in only if they are named."""

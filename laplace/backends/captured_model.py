@@ -104,10 +104,13 @@ class CapturedModel:
         """Decide from one batch which parameter's curvature comes from where.
 
         Raises:
-            ValueError: If a subnetwork is to be Kronecker-factored.
+            ValueError: If a subnetwork is to be Kronecker-factored or taken by layers.
         """
-        if structure == "kron" and self.subnetwork_indices is not None:
-            raise ValueError("Single entries of a weight have no Kronecker factors; subnetworks take 'full' or 'diag'.")
+        if structure in ("kron", "ekfac", "blockdiag") and self.subnetwork_indices is not None:
+            raise ValueError(
+                "Single entries of a weight have neither a block of a layer nor Kronecker factors; subnetworks take 'full' or "
+                "'diag'."
+            )
         named, kept = self.named_params, self.kept_entries()
         shapes = {name: tuple(named[name].shape) for name in kept}
         check_inputs(x)

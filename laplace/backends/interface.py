@@ -52,6 +52,7 @@ class CurvatureInterface(CapturedModel):
     """
 
     stochastic = False
+    contracted: frozenset[str] = frozenset()  # structures without a method of their own that ``accumulate`` adds
     exact_products = False  # whether dense sums are of products in float64, so that they have the rank of the rows
 
     def __init__(
@@ -73,6 +74,8 @@ class CurvatureInterface(CapturedModel):
     def has_structure(cls, structure: str) -> bool:
         """Whether curvature of this structure can be added up: by a method of that name, or by ``accumulate`` itself."""
         base = CurvatureInterface
+        if structure in ("ekfac", "blockdiag"):
+            return structure in cls.contracted
         return (
             getattr(cls, structure, None) is not getattr(base, structure, None) or cls.accumulate is not base.accumulate
         )

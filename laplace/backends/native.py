@@ -27,6 +27,7 @@ class _Native:
     """Contractions in place of dense Jacobians; the estimator's directions come from the sibling class."""
 
     exact_products = True
+    contracted = frozenset({"ekfac", "blockdiag"})
     _has_warned = False
 
     kfac_approx = "expand"
@@ -59,7 +60,7 @@ class _Native:
         closed = self.last_layer and last_layer.applies(sums, f)
         if closed and sums.spec.structure == "full":
             last_layer.add_full_(sums, capture, self.directions(f, y, offset))
-        elif closed and exact:
+        elif closed and exact and sums.spec.structure in ("kron", "diag"):
             last_layer.add_(sums, capture, self.likelihood_object, f, y)
         else:
             add_curvature_(sums, capture, self.directions(f, y, offset), reduce=self.kfac_approx == "reduce")

@@ -26,6 +26,8 @@ class Block:
         factors: Names of its sums; of Kronecker factors, that over the weight's first dimension first.
         reason: Why it is treated in this way; shown in the coverage report.
         chosen: Flat indices of the entries that a subnetwork keeps; None for all.
+        basis: Names of the orthonormal matrices in whose basis its sum is taken, that over the weight's first dimension first;
+            none where it is taken as it is.
     """
 
     parameter: str
@@ -34,6 +36,7 @@ class Block:
     factors: tuple[str, ...]
     reason: str
     chosen: tuple[int, ...] | None = None
+    basis: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:

@@ -13,7 +13,7 @@ from laplace.likelihoods.gaussian import Gaussian
 class Preference(Categorical):
     """The likelihood of which of two inputs is preferred, from their rewards as logits; predictions are of rewards."""
 
-    structures = ("kron", "diag")
+    structures = ("kron", "ekfac", "diag")
     scales_logits = False  # what is predicted are rewards
 
     @property

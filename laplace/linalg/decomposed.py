@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from math import prod
 from typing import Self
 
 import torch
@@ -16,8 +17,9 @@ class KronSpectrum:
     r"""Eigenvalues :math:`l_B \otimes l_A + \delta` of blocks that are Kronecker products: all that a log determinant needs.
 
     Attributes:
-        eigenvalues: For each block, one vector per factor. Those that are zero but for rounding may be slightly negative;
-            see :func:`shifted`.
+        eigenvalues: For each block, one vector per factor, whose outer product they are; or one table ``(out, in)`` with a
+            value for every pair of eigenvectors, as EKFAC has it. Those that are zero but for rounding may be slightly
+            negative; see :func:`shifted`.
         deltas: One additive constant per block, ``(blocks,)``.
         damping: Add :math:`\sqrt\delta` to the eigenvalues of each factor instead of :math:`\delta` to their product.
     """
@@ -148,16 +150,14 @@ class KronDecomposed(KronSpectrum):
         """The dense matrix raised to ``exponent``; for tests and small models."""
         blocks = []
         for i, vectors in enumerate(self.eigenvectors):
-            values = self.eigenvalues[i]
-            q = dense_block([torch.ones_like(v) if q is None else q for q, v in zip(vectors, values, strict=True)])
+            sizes = self.spectrum(i).shape
+            ones = self.deltas.new_ones
+            q = dense_block([ones(size) if q is None else q for q, size in zip(vectors, sizes, strict=True)])
             blocks.append((q * (self.spectrum(i) ** exponent).flatten()) @ q.T)
         return torch.block_diag(*blocks)
 
     def _size(self, block: int) -> int:
-        size = 1
-        for values in self.eigenvalues[block]:
-            size *= len(values)
-        return size
+        return prod(values.numel() for values in self.eigenvalues[block])
 
     def _apply(self, block: int, rows: Tensor, exponent: float) -> Tensor:
         vectors, spectrum = self.eigenvectors[block], self.spectrum(block) ** exponent

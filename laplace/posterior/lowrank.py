@@ -10,7 +10,7 @@ The differences that this involves are taken in float64, whatever the model's ty
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from laplace.posterior.arguments import by_name
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.posterior.refusals import NotASum
 from laplace.prior import spread
+from laplace.structures import passes
 from laplace.structures.sums import CurvatureSums, Factor, SumsSpec
 
 
@@ -96,10 +97,7 @@ class LowRankLaplace(NotASum, ParametricLaplace):
 
     def _first_inputs(self, loader: Iterable) -> tuple[Any, int]:
         """Inputs of the first batch, and the number of examples in all."""
-        if isinstance(loader, Iterator):
-            raise ValueError(
-                "A low-rank fit passes over the data several times; give a DataLoader or list, not an iterator."
-            )
+        passes.refuse_iterator(loader, "A low-rank fit")
         first, n = None, 0
         for x, y in self._batches(loader):
             first, n = (x if n == 0 else first), n + len(y)

@@ -10,6 +10,25 @@ from torch import Tensor
 from laplace.structures.sums import CurvatureSums
 
 
+def check_structure(backend: Any, structure: str, why: str, instead: str) -> None:
+    """Refuse a backend that cannot add up a structure.
+
+    Args:
+        backend: Its class; None for the native one.
+        structure: The structure.
+        why: What it gives in place of it.
+        instead: A structure that it may have.
+
+    Raises:
+        ValueError: Naming the backend.
+    """
+    if backend is not None and not backend.has_structure(structure):
+        raise ValueError(
+            f"{backend.__name__} has no {structure!r} curvature: {why}. Use the native backend (NativeGGN or NativeEF), or "
+            f"hessian_structure={instead!r}."
+        )
+
+
 class NotASum:
     """Of a posterior whose curvature does not add up over batches.
 

@@ -2,7 +2,7 @@ r"""Fits of posteriors over weights: what is added up over batches, how it becom
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from laplace.linalg.dense import parameter_vector
 from laplace.posterior import weights
 from laplace.posterior.arguments import by_name
 from laplace.posterior.base import BaseLaplace
-from laplace.structures.registry import CoverageReport, coverage_report
+from laplace.structures.registry import SECOND_PASSES, CoverageReport, coverage_report
 from laplace.structures.sums import CurvatureSums, SumsSpec, check_same_estimator
 
 
@@ -59,7 +59,7 @@ class SummedLaplace(BaseLaplace):
         ``fit`` does this with its first batch; call it directly only to use :meth:`accumulate`.
         """
         self._check_parameters(x)
-        self._spec = self.backend.initialize(x, self.structure)
+        self._spec = self.backend.initialize(x, self._summed)
         self.n_outputs = self._spec.n_outputs
         return self._spec
 
@@ -102,11 +102,31 @@ class SummedLaplace(BaseLaplace):
         """For every parameter, the structure its curvature has and where it comes from."""
         return coverage_report(self.sums_spec())
 
+    @property
+    def _summed(self) -> str:
+        """The structure of the sums, where that is not the posterior's own."""
+        return self.structure
+
     def zero_sums(self) -> CurvatureSums:
         """Raw sums over no example."""
         sums = CurvatureSums.zero(self.sums_spec(), self._device)
         sums.estimator = self.backend.estimator
         return sums
+
+    def second_sums(self, basis: Mapping[str, Tensor]) -> CurvatureSums:
+        """Raw sums over no example of the second pass over the data, in a basis that the first one's sums gave.
+
+        Args:
+            basis: Arrays by name, see :class:`laplace.structures.second_pass.SecondPass`.
+        """
+        sums = CurvatureSums.zero(SECOND_PASSES[self.structure].spec(self.sums_spec()), self._device)
+        sums.estimator = self.backend.estimator
+        sums.basis = {name: value.to(self._device) for name, value in basis.items()}
+        return sums
+
+    def set_second_sums(self, sums: CurvatureSums, basis: Mapping[str, Tensor]) -> None:
+        """Finalise the raw sums of the second pass, as :meth:`set_sums` does those of a structure that takes one."""
+        self.set_sums(SECOND_PASSES[self.structure].finish(sums, basis))
 
     def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
         """Add one batch to raw sums in place; ``offset`` is the index of its first example in the data set.

@@ -11,7 +11,7 @@ from laplace.structures.sums import SumsSpec
 
 def widths(spec: SumsSpec) -> dict[str, int]:
     """Width of every factor whose eigendecomposition a posterior of this kind uses, by name: none of a diagonal one."""
-    if spec.structure not in ("kron", "full"):
+    if spec.structure not in ("kron", "full", "blockdiag"):
         return {}
     return {name: factor.shape[0] for name, factor in spec.factors.items() if factor.symmetric}
 
@@ -35,6 +35,6 @@ def decompose(spec: SumsSpec, name: str, value: Tensor, n_data: float) -> tuple[
     what = f"factor {name!r} {tuple(value.shape)}"
     if not bool(value.isfinite().all()):
         raise ValueError(f"The {what} holds NaN or Inf.")
-    if spec.structure == "full":
+    if spec.structure != "kron":
         return eigh_double(value, what)
     return eigh(rounded_factor(name, value, n_data, spec.torch_dtype), what)

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from laplace.capture.evaluation import eval_mode
 from laplace.data.batches import batches
 from laplace.linalg.lowrank import block_lanczos
-from laplace.noise import fresh_seed
+from laplace.structures import passes
 
 
 def eigenpairs(backend: Any, data_loader: Iterable, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,10 +37,7 @@ def eigenpairs(backend: Any, data_loader: Iterable, rank: int) -> tuple[Tensor, 
         ValueError: If the loader is empty, can be passed through only once or changes between passes, or if no eigenvalue is
             positive.
     """
-    if isinstance(data_loader, Iterator):
-        raise ValueError(
-            "Low-rank curvature passes over the data several times; give a DataLoader or list, not an iterator."
-        )
+    passes.refuse_iterator(data_loader, "Low-rank curvature")
     if backend.subnetwork_indices is not None:
         raise ValueError("Low-rank curvature is over all weights; for a subnetwork use 'full' or 'diag'.")
     size = sum(p.numel() for p in backend.params)
@@ -53,7 +50,7 @@ def eigenpairs(backend: Any, data_loader: Iterable, rank: int) -> tuple[Tensor, 
         return total
 
     device, dtype = backend.params[0].device, backend.params[0].dtype
-    with _one_seed(backend):
+    with passes.one_seed(backend):
         vectors, values = block_lanczos(product, size, rank, dtype, device)
     if len(values) == 0:
         raise ValueError(
@@ -158,26 +155,9 @@ def _pass(backend: Any, data_loader: Iterable, vectors: Tensor) -> tuple[_Summar
 
 
 def _check_same(first: _Summary, now: _Summary, ordered: bool) -> None:
-    if now.n != first.n or abs(now.loss - first.loss) > 1e-3 * abs(first.loss):
-        raise ValueError(
-            f"The data changes between passes: {first.n} examples of summed loss {first.loss:.6g} first, then {now.n} of "
-            f"{now.loss:.6g}. Low-rank curvature needs a loader without random augmentation or sampling."
-        )
+    passes.check_same((first.n, first.loss), (now.n, now.loss), "Low-rank curvature")
     if ordered and abs(now.order - first.order) > 1e-3 * abs(first.order):
         raise ValueError(
             "The order of the data changes between passes, and the draws of a sampled Fisher belong to the places of the "
             "examples. Use a loader with shuffle=False, or the exact GGN."
         )
-
-
-@contextmanager
-def _one_seed(backend: Any) -> Iterator[None]:
-    """Give a sampled Fisher the same draws in every pass."""
-    if not backend.stochastic or backend.seed is not None:
-        yield
-        return
-    backend.seed = fresh_seed()
-    try:
-        yield
-    finally:
-        backend.seed = None

@@ -1,4 +1,4 @@
-"""The structures that are sums, by name: what they add up, how a batch is added, and what was decided for every parameter."""
+"""The structures that are sums, by name: what they add up, in how many passes, and what was decided for every parameter."""
 
 from __future__ import annotations
 
@@ -12,8 +12,18 @@ from laplace.capture.products import product_of
 from laplace.capture.rules import is_outer
 from laplace.capture.verify import Source
 from laplace.linalg.precision import without_autocast
-from laplace.structures import diag, full, kron, subnetwork
+from laplace.structures import blockdiag, diag, ekfac, full, kron, sketch, subnetwork
+from laplace.structures.second_pass import SecondPass
 from laplace.structures.sums import CurvatureSums, SumsSpec
+
+_STRUCTURES = {"full": full, "diag": diag, "kron": kron, "ekfac": ekfac, "blockdiag": blockdiag}
+_ADD = {
+    **{name: module.add_ for name, module in _STRUCTURES.items()},
+    sketch.SKETCH: sketch.add_sketch_,
+    sketch.CORE: sketch.add_core_,
+}
+# By the structure of the posterior:
+SECOND_PASSES: dict[str, SecondPass] = {"lowrank": sketch.SECOND_PASS, "ekfac": ekfac.SECOND_PASS}
 
 
 def sums_spec(
@@ -29,8 +39,7 @@ def sums_spec(
     if any(chosen is not None for chosen in (kept or {}).values()):
         blocks, factors = subnetwork.blocks_of(structure, shapes, found, kept)
     else:
-        build = {"full": full.blocks_of, "diag": diag.blocks_of, "kron": kron.blocks_of}[structure]
-        blocks, factors = build(shapes, found)
+        blocks, factors = _STRUCTURES[structure].blocks_of(shapes, found)
     return SumsSpec(structure, tuple(blocks), factors, str(dtype).removeprefix("torch."), n_outputs)
 
 
@@ -44,7 +53,7 @@ def add_curvature_(sums: CurvatureSums, capture, directions: Iterator[Tensor], r
     if sums.spec.structure == "kron":
         kron.add_(sums, capture, directions, reduce)
     else:
-        {"diag": diag.add_, "full": full.add_}[sums.spec.structure](sums, capture, directions)
+        _ADD[sums.spec.structure](sums, capture, directions)
 
 
 class CoverageReport(list):
@@ -62,8 +71,8 @@ def coverage_report(spec: SumsSpec) -> CoverageReport:
     """The treatment of every parameter, read off the specification of the sums."""
     rows = CoverageReport()
     for block in spec.blocks:
-        kind = spec.structure
-        if kind == "kron" and not block.has_factors:
+        kind = spec.structure.partition("-")[0]  # of the passes of a structure, that structure
+        if (kind == "kron" and not block.has_factors) or (kind == "ekfac" and not block.basis):
             kind = "diag"
         rows.append((block.parameter, kind, block.reason))
     return rows

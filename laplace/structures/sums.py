@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from laplace.linalg.gram import mirror_
 _SMALLER = {
     "full": "Use hessian_structure='kron', 'diag' or 'gp', subset_of_weights='last_layer', or a smaller subnetwork.",
     "kron": "Use hessian_structure='diag', subset_of_weights='last_layer', or set requires_grad=False on wide layers.",
+    "ekfac": "Use hessian_structure='diag', subset_of_weights='last_layer', or set requires_grad=False on wide layers.",
+    "blockdiag": "Use hessian_structure='kron', 'ekfac' or 'diag', or set requires_grad=False on wide layers.",
     "diag": "Use subset_of_weights='last_layer', or set requires_grad=False on parameters to leave out.",
 }
 
@@ -42,12 +45,13 @@ class SumsSpec:
     """Names, shapes and precision of the sums of one structure for one model.
 
     Attributes:
-        structure: ``'full'``, ``'kron'`` or ``'diag'``.
+        structure: ``'full'``, ``'kron'``, ``'ekfac'``, ``'diag'`` or ``'blockdiag'``.
         blocks: One per parameter, in the order of the parameter vector.
         factors: Shape of every sum by name.
         dtype: Name of the floating-point type of one batch's contribution and of the posterior, such as ``'float32'``. The
             running sums themselves are of float64 always.
         n_outputs: Number of outputs (classes or regression targets) of the model.
+        basis: Digest of the eigenbasis that the sums are taken in, see :mod:`laplace.structures.ekfac`; None for all others.
     """
 
     structure: str
@@ -55,6 +59,7 @@ class SumsSpec:
     factors: Mapping[str, Factor]
     dtype: str
     n_outputs: int
+    basis: str | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -64,6 +69,7 @@ class SumsSpec:
     def to_json(self) -> dict:
         """A plain dictionary that :meth:`from_json` turns back into an equal specification."""
         return {
+            **({} if self.basis is None else {"basis": self.basis}),
             "structure": self.structure,
             "dtype": self.dtype,
             "n_outputs": self.n_outputs,
@@ -77,12 +83,9 @@ class SumsSpec:
     @classmethod
     def from_json(cls, data: Mapping) -> SumsSpec:
         """Inverse of :meth:`to_json`."""
-        blocks = tuple(
-            Block(b["parameter"], tuple(b["shape"]), b["layer"], tuple(b["factors"]), b["reason"], _chosen(b))
-            for b in data["blocks"]
-        )
+        blocks = tuple(_block_from_json(block) for block in data["blocks"])
         factors = {k: Factor(tuple(v["shape"]), bool(v["symmetric"])) for k, v in data["factors"].items()}
-        return cls(data["structure"], blocks, factors, data["dtype"], int(data["n_outputs"]))
+        return cls(data["structure"], blocks, factors, data["dtype"], int(data["n_outputs"]), data.get("basis"))
 
 
 class CurvatureSums:
@@ -95,9 +98,12 @@ class CurvatureSums:
         loss: Summed negative log likelihood, a float64 scalar.
         n_data: Number of examples added so far; of a weighted sum the sum of their weights.
         estimator: What the backend estimates, such as ``'ggn'`` or ``'ef'``; None where it is not known.
+        basis: Matrices in which what is added is expressed, such as those that ``spec.basis`` is the digest of; None where
+            there are none. They are the same for all sums that are merged, no sum themselves, and not kept with the sums.
     """
 
     estimator: str | None = None
+    basis: Any = None
 
     def __init__(self, spec: SumsSpec, tensors: dict[str, Tensor], loss: Tensor, n_data: float):
         """Wrap existing tensors; use :meth:`zero` or :meth:`from_tensors` instead."""
@@ -241,18 +247,21 @@ def weighted_sum_in_order(tensors: Iterable[Tensor], weights: Iterable[float]) -
 
 def _block_to_json(block: Block) -> dict:
     data = {**asdict(block), "shape": list(block.shape), "factors": list(block.factors)}
-    chosen = data.pop("chosen")
-    return data if chosen is None else {**data, "chosen": list(chosen)}
+    chosen, basis = data.pop("chosen"), data.pop("basis")
+    data |= {} if chosen is None else {"chosen": list(chosen)}
+    return {**data, "basis": list(basis)} if basis else data
 
 
-def _chosen(data: Mapping) -> tuple[int, ...] | None:
-    return tuple(data["chosen"]) if "chosen" in data else None
+def _block_from_json(data: Mapping) -> Block:
+    chosen = tuple(data["chosen"]) if "chosen" in data else None
+    place = (data["parameter"], tuple(data["shape"]), data["layer"], tuple(data["factors"]), data["reason"])
+    return Block(*place, chosen, tuple(data.get("basis", ())))
 
 
 def _spec_differences(one: SumsSpec, two: SumsSpec) -> list[str]:
     rows = [
         f"{field} {getattr(one, field)!r} against {getattr(two, field)!r}"
-        for field in ("structure", "dtype", "n_outputs")
+        for field in ("structure", "dtype", "n_outputs", "basis")
         if getattr(one, field) != getattr(two, field)
     ]
     names = {block.parameter: block for block in one.blocks}

@@ -12,6 +12,7 @@ from laplace.capture.evaluation import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor, FeatureReduction
 from laplace.posterior.arguments import before, by_name, check_model
 from laplace.posterior.diag import DiagLaplace
+from laplace.posterior.ekfac import EKFACLaplace
 from laplace.posterior.full import FullLaplace
 from laplace.posterior.functional import OWN_ARGUMENTS, FunctionalLaplace
 from laplace.posterior.kron import KronLaplace
@@ -129,6 +130,10 @@ class KronLLLaplace(LLLaplace, KronLaplace):
     """Kronecker-factored posterior over the last layer."""
 
     order = before(LLLaplace.order, "backend_kwargs", "damping")
+
+
+class EKFACLLLaplace(LLLaplace, EKFACLaplace):
+    """Posterior over the last layer with eigenvalue-corrected Kronecker factors."""
 
 
 class DiagLLLaplace(LLLaplace, DiagLaplace):

@@ -35,6 +35,17 @@ def check_predictive(config: Config) -> None:
             f"--precision: got 'bf16' with --backend {config.backend}, whose package would round its sums of products to "
             "two digits too; expected --backend native, float32 or tf32"
         )
+    if config.hessian_structure == "lowrank":
+        _check_lowrank(config)
+    if config.kfac_approx != "expand" and config.hessian_structure not in ("kron", "ekfac"):
+        raise SettingsError(
+            f"--kfac-approx: got {config.kfac_approx!r} with --hessian-structure {config.hessian_structure}, which has no "
+            "Kronecker factors; leave it out, or expected --hessian-structure kron or ekfac"
+        )
+    if config.kfac_approx != "expand" and config.backend != "native":
+        raise SettingsError(
+            f"--kfac-approx: got {config.kfac_approx!r} with --backend {config.backend}; expected --backend native, or expand"
+        )
     likelihood = likelihood_of(config.likelihood)
     if config.pred_type == "nn" and not likelihood.predicts_outputs and config.link_approx != "mc":
         raise SettingsError(
@@ -45,15 +56,48 @@ def check_predictive(config: Config) -> None:
             f"--recalibrate: got {config.recalibrate!r} for {likelihood.identity}, whose outputs are no logits that a "
             "temperature could divide; expected prior"
         )
-    if config.prior_structure == "diag" and config.hessian_structure == "kron":
+    if config.prior_structure == "diag" and config.hessian_structure in ("kron", "ekfac"):
+        which = "a kron" if config.hessian_structure == "kron" else "an ekfac"
         raise SettingsError(
-            "--prior-structure: got 'diag' for a kron posterior, whose factors do not commute with a diagonal; expected "
+            f"--prior-structure: got 'diag' for {which} posterior, whose factors do not commute with a diagonal; expected "
             "scalar or layerwise, or a diag or full fit"
         )
     if config.searches_prior and config.prior_structure != "scalar":
         raise SettingsError(
             f"--prior-structure: got {config.prior_structure!r} with --tune-method gridsearch; expected scalar"
         )
+
+
+def _check_lowrank(config: Config) -> None:
+    if config.subset_of_weights != "all":
+        raise SettingsError(
+            f"--subset-of-weights: got {config.subset_of_weights!r} with --hessian-structure lowrank, which is over all "
+            "weights; expected all, or --hessian-structure full or kron"
+        )
+    if config.backend != "native":
+        raise SettingsError(
+            f"--backend: got {config.backend!r} with --hessian-structure lowrank, whose sketches are sums over rows that this "
+            "package does not give; expected native"
+        )
+
+
+def check_training(config: Config) -> None:
+    """Refuse settings that a training by empirical Bayes has no use for.
+
+    Raises:
+        SettingsError: Naming the fields.
+    """
+    if config.subset_of_weights != "all":
+        raise SettingsError(
+            f"--subset-of-weights: got {config.subset_of_weights!r}; a training by empirical Bayes is of all weights"
+        )
+    if config.hessian_structure not in ("kron", "diag", "full"):
+        raise SettingsError(
+            f"--hessian-structure: got {config.hessian_structure!r}; a training by empirical Bayes expects kron, diag or full"
+        )
+    if config.window is not None:
+        raise SettingsError(f"--window: got {config.window!r}; a training by empirical Bayes is of all its data")
+    check_predictive(config)
 
 
 def link_approx(config: Config) -> str:

@@ -17,7 +17,7 @@ from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.errors import SettingsError
 
 Count = Annotated[int, Field(ge=1)]
-_NOT_SUMS = ("lowrank", "low_rank", "gp", "functional")
+_NOT_SUMS = ("gp", "functional")
 _WORDS = {
     "Input should be": "expected",
     "String should have": "expected",
@@ -69,11 +69,20 @@ class Config(BaseModel):
         Field("classification", description="of the model, or an import path module:callable that returns one")
     )
     subset_of_weights: Literal["all", "last_layer"] = Field("all", description="the weights to be uncertain about")
-    hessian_structure: Literal["kron", "diag", "full"] = Field("kron", description="structure of the curvature")
+    hessian_structure: Literal["kron", "ekfac", "diag", "blockdiag", "full", "lowrank"] = Field(
+        "kron", description="structure of the curvature"
+    )
+    rank: Count = Field(20, description="eigenpairs of a lowrank posterior, at most")
+    oversampling: Annotated[int, Field(ge=2)] = Field(
+        10, description="columns of a lowrank posterior's sketch beyond the rank"
+    )
     backend: Literal["native", "curvlinops", "asdl", "backpack"] = Field(
         "native", description="what computes the curvature"
     )
     estimator: Literal["ggn", "mc", "ef"] = Field("ggn", description="exact GGN, sampled Fisher or empirical Fisher")
+    kfac_approx: Literal["expand", "reduce"] = Field(
+        "expand", description="how Kronecker factors treat weights that positions share: each by itself, or their mean"
+    )
     batch_size: Count = Field(256, description="examples per batch")
     segment_size: Count | None = Field(None, description="examples per segment, the unit of work and of loss")
     num_workers: Count | None = Field(None, description="workers; as many as the cluster holds if not given")
@@ -251,7 +260,10 @@ class Config(BaseModel):
         names = ("likelihood", "subset_of_weights", "hessian_structure", "backend", "estimator")
         sizes = ("batch_size", "segment_size", "seed")
         chosen = {name: getattr(self, name) for name in names + sizes}
-        return {**chosen, **self.batching, **self.machine(device_type)}
+        if self.kfac_approx != "expand":  # what runs from before there was another have
+            chosen["kfac_approx"] = self.kfac_approx
+        sketch = {"rank": self.rank, "oversampling": self.oversampling} if self.hessian_structure == "lowrank" else {}
+        return {**chosen, **sketch, **self.batching, **self.machine(device_type)}
 
     def machine(self, device_type: str) -> dict[str, Any]:
         """Return what changes bits of how a worker computes, for `bits` and the keys of follow-on results."""
@@ -290,7 +302,9 @@ def _refusal(name: str, value: Any, item: Mapping[str, Any]) -> str:
     got = f"a {type(value).__name__}" if secret else repr(value)
     choices = choices_of(name)
     if name == "hessian_structure" and value in _NOT_SUMS:
-        accepted = "this structure is not a sum over examples, so segments cannot be merged; use kron, diag or full"
+        accepted = (
+            "this structure is not a sum over examples, so segments cannot be merged; use kron, diag, full or lowrank"
+        )
     elif choices:
         close = difflib.get_close_matches(str(value), choices, n=1)
         path = ", or an import path module:callable" if str in plain_types(Config.model_fields[name].annotation) else ""

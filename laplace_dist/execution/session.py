@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
 
@@ -45,6 +47,66 @@ class Shown(Listener, Protocol):
     count: int
 
 
+@dataclass
+class Stage:
+    """A stage that has begun.
+
+    Attributes:
+        pool: The workers.
+        listeners: Who hears how it goes.
+        limit: How long one task may take.
+        alike: As of `Session.run`.
+        alive: Called about once a second.
+        say: Where lines for people go.
+    """
+
+    pool: Workers
+    listeners: list[Listener]
+    limit: Limit
+    alike: bool
+    alive: Callable[[], None]
+    say: Callable[[str], None]
+
+    def carry_out(
+        self,
+        tasks: Iterable[Task],
+        *,
+        each: Callable[[Mapping[str, Any]], None] = lambda receipt: None,
+        keep: bool = True,
+    ) -> list[Mapping[str, Any]]:
+        """Carry out some tasks and return their receipts, in the order in which they finish.
+
+        Args:
+            tasks: The tasks.
+            each: Called with every receipt.
+            keep: Return the receipts; none otherwise.
+        """
+        kept: list[Mapping[str, Any]] = []
+
+        def on_done(_: Task, receipt: Mapping[str, Any]) -> None:
+            each(receipt)
+            if keep:
+                kept.append(receipt)
+
+        how = {"limit": self.limit, "tick": self._tick, "on_failure": self._failed, "alike": self.alike}
+        run_tasks(self.pool, tasks, on_done, say=self.say, **how)
+        return kept
+
+    def done(self, receipt: Mapping[str, Any]) -> None:
+        """Count one unit of the stage, with the examples and bytes that a receipt tells of."""
+        for listener in self.listeners:
+            listener.done(receipt.get("examples", 0), receipt.get("bytes", 0))
+
+    def _failed(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener.failed(event.lost)
+
+    def _tick(self, busy: int, oldest: str) -> None:
+        for listener in self.listeners:
+            listener.tick(busy, oldest, self.pool.alive)
+        self.alive()
+
+
 class Session:
     """Carries out tasks; Ray is joined, and workers are started, with the first one.
 
@@ -74,7 +136,14 @@ class Session:
         self.lease = Lease(store) if commits else None
 
     def run(
-        self, tasks: Iterable[Task], device: str, progress: Shown, *, keep: bool = False, alike: bool = True
+        self,
+        tasks: Iterable[Task],
+        device: str,
+        progress: Shown,
+        *,
+        keep: bool = False,
+        alike: bool = True,
+        run: str | None = None,
     ) -> list[Mapping[str, Any]]:
         """Carry out the tasks of a stage.
 
@@ -85,52 +154,34 @@ class Session:
             keep: Return the receipts.
             alike: The tasks are of about one size, so that the time of those that finish says when one hangs; where they
                 are not, only a limit that the user gave holds.
+            run: Digest of the run's plan, which the record of the job is kept under; that of the first task if not given.
         """
-        kept: list[Mapping[str, Any]] = []
         tasks = iter(tasks)
         first = next(tasks, None)
         if first is None:
-            return kept
+            return []
+        with self.stage(device, progress, run or first.plan, alike=alike) as stage:
+            return stage.carry_out(chain([first], tasks), each=stage.done, keep=keep)
+
+    @contextmanager
+    def stage(self, device: str, progress: Shown, run: str, *, alike: bool = True) -> Iterator[Stage]:
+        """Begin a stage, whose tasks are carried out in rounds that wait for each other; arguments as of `run`."""
         self.pool = self.pool or self.executor.pool(device)
         self._show_lease()
-
         listeners: list[Listener] = [progress]
         if self._journal is not None:
-            stage = progress.stage, progress.unit, progress.total, progress.count
-            listeners.append(self._journal.stage(first.plan, *stage))
-
-        def on_done(_: Task, receipt: Mapping[str, Any]) -> None:
-            for listener in listeners:
-                listener.done(receipt.get("examples", 0), receipt.get("bytes", 0))
-            if keep:
-                kept.append(receipt)
-
-        def on_failure(event: Event) -> None:
-            for listener in listeners:
-                listener.failed(event.lost)
-
-        def tick(busy: int, oldest: str) -> None:
-            for listener in listeners:
-                listener.tick(busy, oldest, self.pool.alive)
-            self._show_lease()
-
+            shown = progress.stage, progress.unit, progress.total, progress.count
+            listeners.append(self._journal.stage(run, *shown))
         given = self._config.segment_timeout
         limit = Limit(given if alike or given is not None else float("inf"))
+        say = self._say
         try:
-            run_tasks(
-                self.pool,
-                chain([first], tasks),
-                on_done,
-                limit=limit,
-                tick=tick,
-                say=lambda text: self._say(f"{progress.stage}: {text}"),
-                on_failure=on_failure,
-                alike=alike,
+            yield Stage(
+                self.pool, listeners, limit, alike, self._show_lease, lambda text: say(f"{progress.stage}: {text}")
             )
         finally:
             for listener in listeners:
                 listener.close()
-        return kept
 
     def close(self) -> None:
         """End the workers and leave the cluster."""

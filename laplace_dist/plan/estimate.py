@@ -151,6 +151,10 @@ def _advice(plan: Plan, trial: Trial, found: dict) -> list[str]:
             f"Commits take {found['commit_share']:.0%} of a segment's time: a larger --segment-size than "
             f"{plan.segments[0].stop - plan.segments[0].start} makes that less."
         )
+    if plan.further is not None:
+        said.append(
+            "These figures are of the first of two passes over the data. The second one takes about as long again."
+        )
     if found["segments"] < found["workers"]:
         said.append(f"{found['workers']} workers share {found['segments']} segments: give a smaller --segment-size.")
     return said

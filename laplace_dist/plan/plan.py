@@ -34,6 +34,9 @@ class Plan:
         run: Id of the run, drawn when a job begins one: a run that was deleted and begun again with the same settings is
             another one, so that what workers of the first still write is not taken for the second one's. May be None.
         window: `name` and `number` of the window of data that the plan is of; the first window's number is 0. May be None.
+        further: `name` and `spec` of the second pass over the data, of structures that take two; `spec` is then that of the
+            first pass. May be None.
+        basis: Of the plan of a second pass, its `name` and the `sha256` of the basis that its sums are in. May be None.
     """
 
     segments: tuple[Segment, ...]
@@ -47,6 +50,8 @@ class Plan:
     part_entries: int = PART_ENTRIES
     run: str | None = None
     window: dict[str, Any] | None = None
+    further: dict[str, Any] | None = None
+    basis: dict[str, Any] | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -57,6 +62,11 @@ class Plan:
     def content(self) -> str:
         """Return the sha256 of all that decides the result, which two runs may have in common."""
         return replace(self, run=None, window=None).digest
+
+    @property
+    def posterior_spec(self) -> dict[str, Any]:
+        """The specification of the sums that a posterior is made of: those of the last pass."""
+        return self.spec if self.further is None else self.further["spec"]
 
     @property
     def window_name(self) -> str:
@@ -90,7 +100,7 @@ class Plan:
 
     def to_values(self) -> dict[str, Any]:
         """Return the plan as plain values, those that its format has."""
-        absent = {name for name in ("run", "window") if getattr(self, name) is None}
+        absent = {name for name in ("run", "window", "further", "basis") if getattr(self, name) is None}
         if self.format_version == 1:
             absent |= {"probe", "part_entries"}
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in absent}
@@ -115,6 +125,7 @@ def build_plan(
     probe: str | None = None,
     run: str | None = None,
     window: Mapping[str, Any] | None = None,
+    further: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Return the plan for these settings and digests; a segment size that is not given gets its default.
 
@@ -127,6 +138,7 @@ def build_plan(
         probe: Sha256 of `probe.safetensors`.
         run: Id of the run that it begins, or that it is another window of.
         window: `name` and `number` of the window.
+        further: `name` and `spec` of the second pass.
 
     Raises:
         SettingsError: The data set is empty or a size is below 1.
@@ -135,7 +147,7 @@ def build_plan(
     length, batch_size, size = data["length"], settings["batch_size"], settings["segment_size"]
     segments = plan_segments(length, default_segment_size(length, batch_size) if size is None else size, batch_size)
     settings["segment_size"] = min(whole_batches(size, batch_size), length) if size else segments[0].stop
-    plain = json.loads(canonical({"data": data, "model": model, "spec": spec}))
+    plain = json.loads(canonical({"data": data, "model": model, "spec": spec, "further": further}))
     own = {
         "weights": weights,
         "probe": probe,
@@ -165,6 +177,7 @@ def differences(stored: Plan, wanted: Plan) -> list[str]:
     _compare(found, "--weights (values, as sha256)", stored.weights, wanted.weights)
     if not found:
         _compare(found, "factors of the curvature", canonical(stored.spec).decode(), canonical(wanted.spec).decode())
+        _compare(found, "second pass", stored.further, wanted.further)
         _compare(found, "segments", len(stored.segments), len(wanted.segments))
     return found
 

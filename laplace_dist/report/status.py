@@ -48,10 +48,14 @@ def lines(found: Mapping[str, Any], now: Callable[[], datetime] = lambda: dateti
     """
     whole = "complete" if found["complete"] else "not complete"
     yield f"run        {found['url']}"
+    if "epochs" in found:
+        yield f"training   {found['epochs']:,} epochs are committed"
     yield (
         f"first fit  {found['segments_committed']:,} of {found['segments']:,} segments, "
         f"{found['examples_committed']:,} of {found['examples']:,} examples: {whole}"
     )
+    if "second_pass" in found:
+        yield f"then       {found['second_pass']:,} of {found['segments']:,} segments in the second pass"
     current = found["current"]
     tuned = "" if current is None else ", tuned" if current["tuning"] else ", not tuned"
     yield f"posterior  {'none yet' if current is None else current['version'] + tuned}"

@@ -22,6 +22,7 @@ from laplace_dist.plan.plan import Plan
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.layout import WINDOWS
 from laplace_dist.run.ownership import read_plan
+from laplace_dist.run.second_pass import place_of_second, read_second_plan
 from laplace_dist.run.windows import read_window
 from laplace_dist.storage.store import Store
 
@@ -94,6 +95,22 @@ def windows_of(store: Checkpoint, plan: Plan) -> list[Window]:
     return sorted(found, key=lambda window: (window.plan.window_number, window.name))
 
 
+def summed(window: Window) -> Window:
+    """Return where the sum of a window lies that a posterior is made of: of structures that take two passes, the second's.
+
+    Raises:
+        MissingObjectError: Its second pass was not begun.
+        CheckpointError: The plan of its second pass is truncated or altered.
+    """
+    if window.plan.further is None:
+        return window
+    place = place_of_second(window.store, window.plan)
+    found = read_second_plan(place, window.plan)
+    if found is None:
+        raise MissingObjectError(f"{place.url} is of a run that was deleted: the second pass was not begun")
+    return Window(place, found)
+
+
 def choose(windows: Sequence[Window], chosen: str, decay: float) -> list[tuple[Window, float]]:
     """Return the windows that a posterior version is made of, each with its weight, in order.
 
@@ -139,7 +156,8 @@ def terms_of(chosen: Sequence[tuple[Window, float]]) -> list[Term]:
     found = []
     for window, weight in chosen:
         try:
-            found.append(Term(window, weight, read_window(window.store, window.plan)))
+            whole = summed(window)
+            found.append(Term(whole, weight, read_window(whole.store, whole.plan)))
         except MissingObjectError as error:
             raise SettingsError(
                 f"--windows: window {window.name} is not finished, so it has no sum yet. Run its job to the end, or leave it "

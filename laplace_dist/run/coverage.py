@@ -17,7 +17,14 @@ from laplace_dist.run.layout import COVERAGE, remedy
 from laplace_dist.run.settings_file import is_sealed_yaml, seal_yaml
 from laplace_dist.storage.store import Store
 
-KINDS = {"kron": "Kronecker factors", "diag": "diagonal", "full": "full matrix", "map": "MAP value alone"}
+KINDS = {
+    "kron": "Kronecker factors",
+    "diag": "diagonal",
+    "blockdiag": "full matrix of its layer",
+    "full": "full matrix",
+    "lowrank": "low rank",
+    "map": "MAP value alone",
+}
 _HEADER = ("parameter", "kind", "weights", "why")
 
 

@@ -24,10 +24,10 @@ VALUES, VECTORS = "values", "vectors"
 
 def names_of(plan: Plan) -> dict[str, str]:
     """Return the factors whose decompositions are worth keeping, by the key's part that stands for them."""
-    found = widths(SumsSpec.from_json(plan.spec))
+    found = widths(SumsSpec.from_json(plan.posterior_spec))
     if sum(width**3 for width in found.values()) < WORTH:
         return {}
-    order = {name: f"{number:05d}" for number, name in enumerate(plan.spec["factors"])}
+    order = {name: f"{number:05d}" for number, name in enumerate(plan.posterior_spec["factors"])}
     return {order[name]: name for name in found}
 
 
@@ -100,7 +100,7 @@ def values_of(store: Store, plan: Plan, version: str) -> dict[str, Tensor]:
 
 
 def _check(plan: Plan, key: str, name: str, manifest: Mapping[str, Any]) -> None:
-    shape = plan.spec["factors"][name]["shape"]
+    shape = plan.posterior_spec["factors"][name]["shape"]
     found = {kind: entry["shape"] for kind, entry in manifest["arrays"].items()}
     if manifest["factor"] != name or found != {VALUES: shape[:1], VECTORS: shape}:
         raise CheckpointError(f"{key} is not the decomposition of factor {name!r} of this run. {remedy(key)}")

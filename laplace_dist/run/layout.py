@@ -10,9 +10,11 @@ from pydantic import ValidationError
 
 from laplace_dist.plan.digests import digest
 from laplace_dist.run.schemas import (
+    BasisFields,
     CurrentFields,
     DecompositionFields,
     DriftFields,
+    EpochFields,
     EvaluationFields,
     EvaluationShardFields,
     LeaseFields,
@@ -32,12 +34,15 @@ from laplace_dist.run.shown_fields import SpectraFields, StatusFields
 PLAN, WEIGHTS, CONFIG, CURRENT = "plan.json", "weights.safetensors", "config.yaml", "CURRENT.json"
 CLEARED = (
     CURRENT,
+    "training/",
     "recalibration/",
     "evaluation/",
     "tuning/",
     "decompositions/",
     "posteriors/",
     "windows/",
+    "passes/",
+    "basis/",
     "window.json",
     "parts/",
     "partials/",
@@ -61,6 +66,13 @@ WINDOW_NAME = (
     r"[\w-][\w.-]*"  # of windows after the first, each of which lies in a folder of its own, laid out like the first
 )
 WINDOWS = "windows"
+PASSES = "passes"  # the folder of a window's second pass, which is laid out like a window too
+
+
+TRAINING = "training"  # the folder of what a training by empirical Bayes commits
+TRAINED = f"{TRAINING}/weights.safetensors"  # of its best posterior
+# What is laid out like a checkpoint of its own: windows after the first, and the second pass of any window.
+WITHIN = re.compile(rf"((?:{WINDOWS}/[^/]+/)?{PASSES}/[^/]+|{WINDOWS}/(?:[^/]+)(?!/{PASSES}/))/")
 
 
 def probe_key(digest: str) -> str:
@@ -98,6 +110,21 @@ def spectra_key(version: str) -> str:
     return f"report/spectra-{version}.json"
 
 
+def epoch_key(number: int) -> str:
+    """Return the key of the manifest of an epoch of a training."""
+    return f"{TRAINING}/epochs/{number:06d}.json"
+
+
+def training_file_key(digest: str) -> str:
+    """Return the key of a file of a training, which is named by its sha256."""
+    return f"{TRAINING}/files/{digest}.safetensors"
+
+
+def basis_key(name: str) -> str:
+    """Return the key of the manifest of the basis that the second pass of this name is in."""
+    return f"basis/{name}.json"
+
+
 def version_key(version: str) -> str:
     """Return the key of a posterior version's manifest."""
     return f"posteriors/{version}.json"
@@ -129,13 +156,13 @@ def evaluation_shard_key(key: str, split: str, shard: str) -> str:
 
 
 MANIFEST = re.compile(
-    r"(?:partials|parts|posteriors|tuning|evaluation)/[^/]+\.json|window\.json"
+    r"(?:partials|parts|basis|posteriors|tuning|evaluation)/[^/]+\.json|window\.json"
     r"|(?:tuning|evaluation|decompositions)/[^/]+/[^/]+\.json"
 )
 # Attempt directories, and the temporary files of a crashed commit: only these are ever collected.
 # Scores of a tuning's round lie under its key and their shard's, the prior precision that was chosen under the key alone.
 ATTEMPT = re.compile(
-    r"(tuning/[^/]+/r\d+-[^/]+/[^/]+|(?:partials|parts|posteriors|tuning)/[^/]+/[^/]+"
+    r"(tuning/[^/]+/r\d+-[^/]+/[^/]+|(?:partials|parts|basis|posteriors|tuning)/[^/]+/[^/]+"
     r"|(?:evaluation|decompositions)/[^/]+/[^/]+/[^/]+)/.+"
 )
 
@@ -145,7 +172,8 @@ _OF_A_WINDOW = r"plan\.json|window\.json|partials/\d{6,}(\.json|/.+)|parts/\d{5,
 _OWNED = re.compile(
     rf"CURRENT\.json|recalibration/(lease|drift|{WINDOW_NAME}/decision)\.json|config\.yaml|weights\.safetensors|{PROBE.pattern}|evaluation/metrics\.json"
     rf"|report\.html|report/(numbers|spectra-{_DIGEST})\.json|coverage\.tsv|status/[0-9]{{8}}T[0-9]{{6}}-[0-9a-f]{{8}}\.json|jobs/[0-9a-f]{{32}}\.json"
-    rf"|({WINDOWS}/{WINDOW_NAME}/)?({_OF_A_WINDOW})"
+    rf"|({WINDOWS}/{WINDOW_NAME}/)?({PASSES}/\w+/)?({_OF_A_WINDOW})|basis/\w+(\.json|/.+)"
+    rf"|{TRAINING}/(weights\.safetensors|epochs/\d{{6,}}\.json|files/[0-9a-f]{{64}}\.safetensors)"
     rf"|posteriors/{_DIGEST}(\.json|/.+)|decompositions/{_DIGEST}/\d{{5,}}(\.json|/.+)"
     rf"|(tuning|evaluation)/{_DIGEST}-{_DIGEST}(\.json|/.+)"
 )
@@ -155,8 +183,8 @@ _OWNED = re.compile(
 FOLDERS = tuple(
     f"{name}/"
     for name in (
-        *("recalibration", "windows", "partials", "parts", "posteriors", "decompositions"),
-        *("tuning", "evaluation", "report", "status", "jobs"),
+        *("recalibration", "windows", "passes", "basis", "partials", "parts", "posteriors", "decompositions"),
+        *("tuning", "evaluation", "report", "status", "training", "jobs"),
     )
 )
 
@@ -178,6 +206,8 @@ _KINDS: dict[str, type[Strict]] = {
     r"partials/[^/]+\.json": PartialFields,
     r"parts/[^/]+\.json": PartFields,
     r"window\.json": WindowFields,
+    r"basis/[^/]+\.json": BasisFields,
+    r"training/epochs/[^/]+\.json": EpochFields,
     r"posteriors/[^/]+\.json": VersionFields,
     r"decompositions/[^/]+/[^/]+\.json": DecompositionFields,
     r"tuning/[^/]+\.json": TuningFields,
@@ -241,6 +271,10 @@ def remedy(key: str) -> str:
         return f"Restore it from a copy, or delete everything under {parts[0]}/ and run the same command again."
     if parts[0] in ("report", "status", COVERAGE):
         return "Delete it: nothing depends on it, and jobs/report.py makes what belongs to the report anew."
+    if parts[0] == TRAINING:
+        return "Restore it from a copy, or start again with --fresh."
+    if parts[0] == "basis":
+        return "Restore it from a copy, or start again with --fresh: the sums of the second pass are in it."
     if key == DRIFT:
         return "Restore it from a copy, or delete it: the watch for drift then begins anew."
     if key == WINDOW:

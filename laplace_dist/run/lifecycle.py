@@ -12,11 +12,12 @@ from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.plan.plan import Plan, differences
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.checkpoint import Checkpoint, open_json
-from laplace_dist.run.layout import CONFIG, CURRENT, PLAN, WEIGHTS, partial_key, probe_key
+from laplace_dist.run.layout import CONFIG, CURRENT, PLAN, TRAINING, WEIGHTS, partial_key, probe_key
 from laplace_dist.run.ownership import confirm, of_another, read_plan
 from laplace_dist.run.partials import check_manifest
 from laplace_dist.run.place import check_place, clear
 from laplace_dist.run.probe import check_probe, probe_digest
+from laplace_dist.run.second_pass import place_of_second
 from laplace_dist.run.settings_file import seal_yaml
 from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
@@ -230,7 +231,9 @@ def status(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[s
 
     Returns:
         `url`, `plan` (digest), `examples`, `examples_committed`, `segments`, `segments_committed`, `complete`, and
-        `posterior`: whether a posterior version is current.
+        `posterior`: whether a posterior version is current. Of structures that take two passes over the data the segments are
+        those of the first, and `second_pass` is the number of those that are committed in the second. Of a training `epochs`
+        is the number of committed epochs.
 
     Raises:
         MissingObjectError: There is no run.
@@ -239,13 +242,18 @@ def status(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[s
     store = Checkpoint(url, storage_options)
     plan = read_plan(store)
     done = committed_ids(store, plan)
+    second = {} if plan.further is None else {"second_pass": len(committed_ids(place_of_second(store, plan), plan))}
+    trained = len(store.list(f"{TRAINING}/epochs", recursive=False))
+    second |= {"epochs": trained} if trained else {}
+    whole = {len(done), second.get("second_pass", len(done))} == {len(plan.segments)}
     return {
+        **second,
         "url": store.url,
         "plan": plan.digest,
         "examples": plan.n_examples,
         "examples_committed": sum(s.stop - s.start for s in plan.segments if s.id in done),
         "segments": len(plan.segments),
         "segments_committed": len(done),
-        "complete": len(done) == len(plan.segments),
+        "complete": whole,
         "posterior": store.exists(CURRENT),
     }

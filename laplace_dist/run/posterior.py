@@ -10,12 +10,13 @@ from torch import nn
 
 from laplace import Laplace
 from laplace.backends import backend_class
+from laplace.posterior.sketched import SketchedLowRankLaplace
 from laplace.structures.sums import CurvatureSums, SumsSpec
 from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.data.calling import adapted
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan
-from laplace_dist.run import decompositions
+from laplace_dist.run import bases, decompositions
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.layout import LOSS, PLAN
 from laplace_dist.run.lifecycle import check_model
@@ -97,7 +98,7 @@ def build(store: Store, plan: Plan, model: nn.Module, version: str) -> Any:
         CheckpointError: A factor is missing, truncated or altered.
     """
     try:
-        spec = SumsSpec.from_json(plan.spec)
+        spec = SumsSpec.from_json(plan.posterior_spec)
         la = new_laplace(plan.settings, model, spec)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(
@@ -108,7 +109,11 @@ def build(store: Store, plan: Plan, model: nn.Module, version: str) -> Any:
     device = next(model.parameters()).device
     tensors = {name: read_factor(store, manifest, name).to(device) for name in manifest["factors"] if name != LOSS}
     tensors[LOSS] = torch.tensor(read_loss(store, manifest), dtype=torch.float64, device=device)
-    la.set_sums(CurvatureSums.from_tensors(spec, tensors, manifest["n_data"]))
+    sums = CurvatureSums.from_tensors(spec, tensors, manifest["n_data"])
+    if plan.further is None:
+        la.set_sums(sums)
+    else:
+        la.set_second_sums(sums, bases.read_basis(store, plan, manifest["basis"], device))
     if (known := decompositions.read(store, plan, version, device)) is not None:
         la.use_decompositions(known)
     return la
@@ -128,11 +133,16 @@ def new_laplace(settings: Mapping[str, Any], model: nn.Module, spec: SumsSpec | 
     backend, arguments = backend_class(settings["backend"], settings["estimator"])
     if settings["estimator"] == "mc":
         arguments = {**arguments, "seed": settings["seed"]}
-    subset = settings["subset_of_weights"]
+    if settings.get("kfac_approx", "expand") != "expand":
+        arguments = {**arguments, "kfac_approx": settings["kfac_approx"]}
+    subset, likelihood = settings["subset_of_weights"], likelihood_of(settings["likelihood"])
+    if settings["hessian_structure"] == "lowrank":
+        sketch = {name: settings[name] for name in ("rank", "oversampling", "seed")}
+        return SketchedLowRankLaplace(model, likelihood, backend=backend, backend_kwargs=arguments, **sketch)
     extra = {"last_layer_name": spec.blocks[0].layer} if spec is not None and subset == "last_layer" else {}
     return Laplace(
         model,
-        likelihood_of(settings["likelihood"]),
+        likelihood,
         subset_of_weights=subset,
         hessian_structure=settings["hessian_structure"],
         backend=backend,

@@ -84,6 +84,16 @@ class _Window(Strict):
     number: Number
 
 
+class _Further(Strict):
+    name: Annotated[str, Field(pattern=r"^\w+$")]
+    spec: _Spec
+
+
+class _InBasis(Strict):
+    name: Annotated[str, Field(pattern=r"^\w+$")]
+    sha256: Sha256
+
+
 class PlanFields(Strict):
     """`plan.json`."""
 
@@ -98,6 +108,8 @@ class PlanFields(Strict):
     part_entries: Positive | None = None
     run: Name | None = None
     window: _Window | None = None
+    further: _Further | None = None
+    basis: _InBasis | None = None
 
     @model_validator(mode="after")
     def _covers_the_data(self) -> PlanFields:
@@ -153,6 +165,7 @@ class VersionFields(Strict):
     loss: Finite | None = None
     environment: Environment | None = None
     windows: list[_Term] | None = None
+    basis: Sha256 | None = None
     factors: dict[str, _Place]
 
 
@@ -170,6 +183,28 @@ class PartFields(_Owned):
     of: Sha256
     prefix: str
     arrays: Annotated[dict[Literal["sum"], Entry], Field(min_length=1)]
+    environment: Environment
+
+
+class BasisFields(_Owned):
+    """The manifest of the basis of a second pass."""
+
+    plan: str
+    of: Sha256
+    factors: Annotated[dict[str, _Place], Field(min_length=1)]
+    environment: Environment
+
+
+class EpochFields(_Owned):
+    """The manifest of an epoch of a training."""
+
+    plan: str
+    number: Positive
+    loss: Finite
+    margliks: list[Finite]
+    state: Sha256
+    best: Sha256 | None
+    best_epoch: Positive | None
     environment: Environment
 
 

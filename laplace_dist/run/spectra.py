@@ -54,7 +54,7 @@ def spectra(store: Store, plan: Plan, version: str) -> list[dict[str, Any]]:
     for name, place in sorted(manifest["factors"].items(), key=lambda item: prod(item[1]["entry"]["shape"])):
         if name == LOSS:
             continue
-        shape, symmetric = place["entry"]["shape"], plan.spec["factors"][name]["symmetric"]
+        shape, symmetric = place["entry"]["shape"], plan.posterior_spec["factors"][name]["symmetric"]
         entry = {"factor": name, "size": shape[0] if symmetric else prod(shape), "values": [], "skipped": None}
         found.append(entry)
         cost = shape[0] ** 3 if symmetric and name not in known else 0
@@ -63,7 +63,7 @@ def spectra(store: Store, plan: Plan, version: str) -> list[dict[str, Any]]:
             continue
         left -= cost
         entry["values"] = _some(known[name] if name in known else _values(store, plan, manifest, name))
-    order = list(plan.spec["factors"])
+    order = list(plan.posterior_spec["factors"])
     found.sort(key=lambda entry: order.index(entry["factor"]))
     key = spectra_key(version)
     confirm(store, plan)
@@ -85,10 +85,10 @@ def _kept(store: Store, plan: Plan, version: str) -> list[dict[str, Any]] | None
 def _values(store: Store, plan: Plan, manifest: Mapping[str, Any], name: str) -> Tensor:
     """Return the eigenvalues of one factor; of a diagonal its entries."""
     value = read_factor(store, manifest, name)
-    if not plan.spec["factors"][name]["symmetric"]:
+    if not plan.posterior_spec["factors"][name]["symmetric"]:
         return value.double().flatten()
-    if plan.spec.get("structure") == "kron":
-        value = rounded_factor(name, value, manifest["n_data"], SumsSpec.from_json(plan.spec).torch_dtype)
+    if plan.posterior_spec.get("structure") == "kron":
+        value = rounded_factor(name, value, manifest["n_data"], SumsSpec.from_json(plan.posterior_spec).torch_dtype)
     return eigenvalues(value, f"factor {name!r}")
 
 

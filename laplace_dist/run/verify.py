@@ -20,6 +20,7 @@ from laplace_dist.run.findings import Checker, Findings
 from laplace_dist.run.pointer import read_current
 from laplace_dist.run.probe import open_probe
 from laplace_dist.run.verify_sums import SumsCheck
+from laplace_dist.run.verify_training import check_training
 from laplace_dist.run.verify_windows import check_windows
 from laplace_dist.run.weights import check_weights
 from laplace_dist.storage.local import TEMP
@@ -129,6 +130,7 @@ class _Run:
         some = [tuple(follows[start : start + TOGETHER]) for start in range(0, len(follows), TOGETHER)]
         self._add(carry_out("tunings and evaluations", [CheckFollowOns(keys) for keys in some]))
         check_windows(self.checker, plan, self.keys, self.report.versions)
+        check_training(self.checker, plan)
         self._pointers(sums)
         self._unmerged()
         if data is not None:
@@ -178,7 +180,7 @@ class _Run:
                 for key in named
                 if key is not None and self.checker.missing(key)
             ]
-            if current is not None and sums.window is not None and not current.get("history"):
+            if current is not None and sums.window is not None and not current.get("history") and plan.further is None:
                 wanted = versions.version_of(alone(self.store, plan, sums.window))
                 if wanted != current["version"]:
                     text = f"it names version {current['version']}, but the window's sum makes {wanted}"
@@ -247,7 +249,7 @@ def _collect(
 ) -> None:
     """Find what no manifest names, and delete what is old enough unless a manifest cannot be read."""
     report.orphans, readable = orphans.find(store, times, plan, now)
-    for prefix in sorted({"/".join(key.split("/")[:2]) for key in times if key.startswith(f"{layout.WINDOWS}/")}):
+    for prefix in sorted({match[1] for key in times if (match := layout.WITHIN.match(key))}):
         found, whole = _of_window(store.under(prefix), prefix, times, now)
         report.orphans |= found
         readable = readable and whole

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 
-from laplace_dist.errors import MissingObjectError
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run import layout, versions, windows
-from laplace_dist.run.checkpoint import Checkpoint, open_json
-from laplace_dist.run.checks import Check, Place
+from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.combination import Term, Window, place_of
-from laplace_dist.run.findings import Checker, Findings
-from laplace_dist.run.ownership import read_plan
-from laplace_dist.run.verify_sums import SumsCheck
+from laplace_dist.run.findings import Checker
+from laplace_dist.run.verify_places import check_place, check_second_passes
 
 
 def check_windows(checker: Checker, plan: Plan, keys: Collection[str], whole: Sequence[str]) -> None:
@@ -29,9 +26,12 @@ def check_windows(checker: Checker, plan: Plan, keys: Collection[str], whole: Se
     for name in sorted(
         {key.split("/")[1] for key in keys if key.startswith(f"{layout.WINDOWS}/") and key.count("/") > 1}
     ):
-        found = _check_window(checker, plan, name, keys)
+        prefix, store = f"{layout.WINDOWS}/{name}/", place_of(checker.store, plan, name)
+        found = check_place(checker, plan, prefix, store, keys)
         if found is not None:
-            there[name] = found
+            there[name] = Window(store, found)
+    if plan.further is not None:
+        there = check_second_passes(checker, plan, there, keys, used=bool(whole))
     for version in whole:
         key = layout.version_key(version)
         if checker.attempt(key, lambda v=version: _is_the_sum(checker, plan, there, v)) is False:
@@ -44,49 +44,12 @@ def check_windows(checker: Checker, plan: Plan, keys: Collection[str], whole: Se
                 checker.found.came_from(found) if "environment" in found else None
 
 
-def _check_window(checker: Checker, run: Plan, name: str, keys: Collection[str]) -> Window | None:
-    """Check one window as a run of its own; returns it if it belongs to the run."""
-    prefix, store = f"{layout.WINDOWS}/{name}/", place_of(checker.store, run, name)
-    own = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
-    found = Findings()
-    inner = Checker(store, found, own, shallow=checker.shallow)
-    try:
-        plan = inner.attempt(layout.PLAN, lambda: read_plan(store))
-    except MissingObjectError:
-        plan = None
-    if plan is not None and plan.run != run.run_id:
-        checker.found.notes.append(
-            (f"{prefix}{layout.PLAN}", f"{prefix} is of another run, which was deleted (--fresh). Delete it.")
-        )
-        return None
-    if plan is not None:
-        _sums(inner, store, plan, own)
-    checker.found.add(
-        Findings(
-            [(prefix + key, text) for key, text in found.problems],
-            [(prefix + key, text) for key, text in found.notes],
-            found.environments,
-        )
-    )
-    return None if plan is None else Window(store, plan)
-
-
-def _sums(checker: Checker, store: Checkpoint, plan: Plan, keys: list[str]) -> None:
-    place = Place(store, plan, lambda: None, frozenset(keys), checker.shallow)
-
-    def here(_: str, checks: Sequence[Check]) -> Iterator[Findings]:
-        return (place.find(check) for check in checks)
-
-    sums = SumsCheck(checker, plan, keys, here)
-    object.__setattr__(place, "manifests", sums.manifests)
-    sums.run()
-
-
 def _is_the_sum(checker: Checker, plan: Plan, there: dict[str, Window], version: str) -> bool | None:
     """Compare a version of several windows with their sum; None where that was done elsewhere or cannot be done."""
     manifest = versions.read_version(checker.store, plan, version)
     named = manifest.get("windows") or []
-    if checker.shallow or not named or [(t["window"], t["weight"]) for t in named] == [(plan.window_name, 1.0)]:
+    alone = plan.further is None and [(t["window"], t["weight"]) for t in named] == [(plan.window_name, 1.0)]
+    if checker.shallow or not named or alone:
         return None
     if not {term["window"] for term in named} <= there.keys():
         return None
@@ -98,6 +61,6 @@ def _is_the_sum(checker: Checker, plan: Plan, there: dict[str, Window], version:
         return False
     for name, place in manifest["factors"].items():
         value = checker.store.read_array(place["prefix"], name, place["entry"])
-        if versions.factors_of(plan, terms, [name])[name].tobytes() != value.tobytes():
+        if versions.factors_of(terms, [name])[name].tobytes() != value.tobytes():
             return False
     return True

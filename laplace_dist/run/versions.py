@@ -35,17 +35,17 @@ def version_of(terms: Sequence[Term]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def factors_of(plan: Plan, terms: Sequence[Term], names: Collection[str]) -> dict[str, np.ndarray]:
+def factors_of(terms: Sequence[Term], names: Collection[str]) -> dict[str, np.ndarray]:
     """Return some factors of a weighted sum of windows by name, float64, after verifying every byte that they are made of.
 
     Args:
-        plan: Plan of the run.
-        terms: The windows with their weights.
+        terms: The windows with their weights; the factors are those of their plans.
         names: Of the factors.
 
     Raises:
         CheckpointError: A part is missing, truncated or altered.
     """
+    plan = terms[0].window.plan
     wanted = [place for place in plan.places if place.name in names]
     found = {place.name: np.empty(place.shape) for place in wanted}
     for part in plan.parts:
@@ -72,7 +72,7 @@ def commit_version(store: Store, plan: Plan, terms: Sequence[Term], receipts: It
         receipts: `prefix` and `entry` of every factor by name, in several mappings.
     """
     factors = {name: place for receipt in receipts for name, place in receipt.items()}
-    assert set(factors) == set(plan.spec["factors"]), "a posterior version needs every factor of the plan"
+    assert set(factors) == set(plan.posterior_spec["factors"]), "a posterior version needs every factor of the plan"
     version = version_of(terms)
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -84,10 +84,27 @@ def commit_version(store: Store, plan: Plan, terms: Sequence[Term], receipts: It
         "windows": [{"window": term.window.name, "weight": term.weight, "sum": term.digest} for term in terms],
         "factors": factors,
     }
+    if plan.further is not None:
+        manifest["basis"] = basis_of(terms)
     if not commit(store, plan, version_key(version), manifest):
         for place in factors.values():  # another driver was first, with the same numbers
             store.delete_tree(place["prefix"])
     read_version(store, plan, version)
+
+
+def basis_of(terms: Sequence[Term]) -> str:
+    """Return the digest of the basis that the sums of some windows are in.
+
+    Raises:
+        CheckpointError: They are in several, so they do not add.
+    """
+    found = {term.window.plan.basis["sha256"] for term in terms}
+    if len(found) > 1:
+        raise CheckpointError(
+            f"the windows {', '.join(term.window.name for term in terms)} are summed in different bases, so they do not add. "
+            "Restore the run from a copy, or start again with --fresh."
+        )
+    return found.pop()
 
 
 def weighted(terms: Sequence[Term], field: str) -> float:
@@ -106,10 +123,11 @@ def read_version(store: Store, plan: Plan, version: str) -> dict[str, Any]:
     key = version_key(version)
     manifest = open_json(store.read(key), key)
     shapes = {name: place["entry"]["shape"] for name, place in manifest["factors"].items()}
-    planned = {name: list(factor["shape"]) for name, factor in plan.spec["factors"].items()}
+    planned = {name: list(factor["shape"]) for name, factor in plan.posterior_spec["factors"].items()}
     if manifest["format_version"] == 1:
         planned[LOSS] = []
     whole = manifest.get("windows") is not None or manifest["n_data"] == plan.n_examples
+    whole = whole and (plan.further is None) == (manifest.get("basis") is None)
     if not whole or (manifest["plan"], manifest["version"], shapes) != (plan.digest, version, planned):
         raise (CheckpointError if manifest["plan"] == plan.digest else ForeignError)(
             f"{key} does not belong to this run's plan. Delete it and run the same command again: it reduces the "

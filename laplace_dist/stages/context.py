@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -20,13 +21,18 @@ from laplace_dist.errors import SettingsError
 from laplace_dist.plan.digests import feed
 from laplace_dist.plan.identity import check_data
 from laplace_dist.plan.plan import Plan
-from laplace_dist.run import posterior, provenance, tunings, weights
+from laplace_dist.run import bases, posterior, provenance, tunings, weights
 from laplace_dist.run.checkpoint import open_store
-from laplace_dist.run.combination import Window, place_of
+from laplace_dist.run.combination import Window, place_of, summed
 from laplace_dist.run.lifecycle import check_model
 from laplace_dist.run.ownership import read_plan, same
 from laplace_dist.run.weights import load_run_weights
 from laplace_dist.storage.store import Store
+
+_OTHER_FACTORS = (
+    "this worker finds other factors in the model than the driver did: the same versions of laplace_dist, torch and of the "
+    "code behind --model must be installed on every node."
+)
 
 
 class Context:
@@ -42,6 +48,8 @@ class Context:
         self.device = torch.device(device)
         self._splits: dict[str, Any] = {}
         self._window: Window | None = None
+        self._second: Window | None = None
+        self._basis: tuple[str, dict[str, torch.Tensor]] | None = None
         self._posterior: tuple[Any, Any] | None = None
         self._reading: tuple[str, ReadAhead] | None = None
 
@@ -52,7 +60,7 @@ class Context:
             SettingsError: The task is of another run, which was there before.
         """
         if task.plan != self.plan.digest:
-            same(self.window.store, self.window.plan.digest, task.plan)
+            self.window_of(task.plan)
         return task.run(self)
 
     def carry_out(self, task: Any) -> Mapping[str, Any]:
@@ -77,6 +85,37 @@ class Context:
             store = place_of(self.store, self.plan, self.config.window or self.plan.window_name)
             self._window = Window(store, self.plan if store is self.store else read_plan(store))
         return self._window
+
+    def window_of(self, digest: str) -> Window:
+        """Return the window that the job works on, or its second pass: the one whose plan has this digest.
+
+        Raises:
+            SettingsError: It is another one, of a run that was there before.
+        """
+        if digest == self.window.plan.digest:
+            return self.window
+        if self.window.plan.further is None:
+            same(self.window.store, self.window.plan.digest, digest)
+        if self._second is None or self._second.plan.digest != digest:
+            self._second = summed(self.window)
+        same(self._second.store, self._second.plan.digest, digest)
+        return self._second
+
+    def zero_sums(self, plan: Plan) -> Any:
+        """Return raw sums over no example, of the pass over the data that has this plan.
+
+        Raises:
+            SettingsError: They are not those of the plan.
+        """
+        if plan.basis is None:
+            return self.la.zero_sums()
+        if self._basis is None or self._basis[0] != plan.basis["sha256"]:
+            wanted = plan.basis["sha256"]
+            self._basis = wanted, bases.read_basis(self.store, self.plan, wanted, self.device)
+        sums = self.la.second_sums(self._basis[1])
+        if plain(replace(sums.spec, basis=None)) != plan.spec:
+            raise SettingsError(_OTHER_FACTORS)
+        return sums
 
     @cached_property
     @without_autocast()  # what builds a model may train it
@@ -104,10 +143,7 @@ class Context:
             self.plan.settings, self.model, self.split("train", self.window.plan.data), Collate.of(self.config)
         )
         if plain(la.sums_spec()) != self.plan.spec:
-            raise SettingsError(
-                "this worker finds other factors in the model than the driver did: the same versions of laplace_dist, "
-                "torch and of the code behind --model must be installed on every node."
-            )
+            raise SettingsError(_OTHER_FACTORS)
         return la
 
     def posterior(self, version: str, tuning: str | None = None) -> Any:

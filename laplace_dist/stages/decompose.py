@@ -37,7 +37,7 @@ class Decompose:
     def run(self, context: Context) -> dict[str, Any]:
         """Do so."""
         store, plan = context.store, context.plan
-        spec, manifest = SumsSpec.from_json(plan.spec), read_version(store, plan, self.version)
+        spec, manifest = SumsSpec.from_json(plan.posterior_spec), read_version(store, plan, self.version)
         for name in self.names:
             value = read_factor(store, manifest, name).to(context.device)
             pair = decompose(spec, name, value, manifest["n_data"])
@@ -47,7 +47,7 @@ class Decompose:
 
 def tasks(plan: Plan, version: str, names: Sequence[str]) -> list[Decompose]:
     """Return tasks for some factors, the widest first: a wide one alone, narrow ones together."""
-    widths = {name: plan.spec["factors"][name]["shape"][0] for name in names}
+    widths = {name: plan.posterior_spec["factors"][name]["shape"][0] for name in names}
     groups: list[list[str]] = []
     held = decompositions.WORTH
     for name in sorted(names, key=lambda name: -widths[name]):

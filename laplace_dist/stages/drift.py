@@ -16,9 +16,9 @@ from laplace.drift.confidence import estimates
 from laplace.drift.features import Distance, fit_distance
 from laplace.drift.labels import estimated_proportions, proportions
 from laplace.drift.spectra import relative_distance, spectrum
-from laplace_dist.run import versions, windows
+from laplace_dist.run import versions
 from laplace_dist.run.checkpoint import open_json
-from laplace_dist.run.combination import alone
+from laplace_dist.run.combination import terms_of
 from laplace_dist.run.evaluations import MONITOR, joined_scores
 from laplace_dist.stages.context import Context
 
@@ -149,15 +149,15 @@ class CompareSpectra:
     def run(self, context: Context) -> dict[str, Any]:
         """Do so; the receipt has the relative distance of every factor, and the names of those that are too large."""
         store, plan, window = context.store, context.plan, context.window
-        terms = alone(window.store, window.plan, windows.read_window(window.store, window.plan))
+        terms = terms_of([(window, 1.0)])
         current = versions.read_version(store, plan, self.version)
         found, large = {}, []
-        for name, factor in plan.spec["factors"].items():
+        for name, factor in plan.posterior_spec["factors"].items():
             if factor["symmetric"] and factor["shape"][-1] > LARGEST:
                 large.append(name)
                 continue
             old = versions.read_factor(store, current, name)
-            new = torch.from_numpy(versions.factors_of(plan, terms, [name])[name])
+            new = torch.from_numpy(versions.factors_of(terms, [name])[name])
             one = spectrum(new, window.plan.n_examples, symmetric=factor["symmetric"])
             distance = relative_distance(one, spectrum(old, self.n_data, symmetric=factor["symmetric"]))
             found[name] = distance if isfinite(distance) else None

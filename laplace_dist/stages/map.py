@@ -41,9 +41,9 @@ class MapSegment:
 
     def run(self, context: Context) -> dict[str, Any] | Callable[[], dict[str, Any]]:
         """Do so; the receipt says who won the commit and how many seconds that took. The commit of small sums may wait."""
-        segment, data = self.segment, context.window.plan.data
-        sums, digest = context.la.zero_sums(), hashlib.sha256()
-        for offset, x, y in context.batches("train", data, segment.start, segment.stop, digest):
+        segment, plan = self.segment, context.window_of(self.plan).plan
+        sums, digest = context.zero_sums(plan), hashlib.sha256()
+        for offset, x, y in context.batches("train", plan.data, segment.start, segment.stop, digest):
             context.la.accumulate(sums, x, y, offset=offset)
         tensors = sums.to_tensors()
         made = {"data_sha256": digest.hexdigest(), "environment": environment(context.device)}
@@ -51,7 +51,7 @@ class MapSegment:
         return commit if sum(tensor.nbytes for tensor in tensors.values()) <= BESIDE else commit()
 
     def _commit(self, context: Context, tensors: Mapping[str, Tensor], n_data: int, made: Any) -> dict[str, Any]:
-        segment, window = self.segment, context.window
+        segment, window = self.segment, context.window_of(self.plan)
         receipt = partials.commit_partial(window.store, window.plan, segment, tensors, n_data, new_attempt(), **made)
         count = segment.stop - segment.start
         return {"examples": count, "won": receipt.won, "seconds": receipt.seconds, "bytes": receipt.bytes}
@@ -80,7 +80,7 @@ class CompareData:
         Raises:
             RunFailed: The data are not those that the partial was made of.
         """
-        segment, digest, window = self.segment, hashlib.sha256(), context.window
+        segment, digest, window = self.segment, hashlib.sha256(), context.window_of(self.plan)
         for _ in context.batches("train", window.plan.data, segment.start, segment.stop, digest):
             pass
         manifest = partials.read_manifest(window.store, window.plan, segment)

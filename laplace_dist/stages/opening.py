@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from laplace.structures.registry import SECOND_PASSES
 from laplace_dist.config.settings import Config
 from laplace_dist.data import loader, sources
 from laplace_dist.data.collate import Collate
@@ -61,7 +62,12 @@ def resolve(config: Config) -> Resolved:
 
 
 def begin(
-    resolved: Resolved, config: Config, store: Store, device_type: str, say: Callable[[str], None]
+    resolved: Resolved,
+    config: Config,
+    store: Store,
+    device_type: str,
+    say: Callable[[str], None],
+    training: Mapping[str, Any] | None = None,
 ) -> tuple[Plan, bool]:
     """Begin the run, or continue the one that is there; returns its plan and whether it was there.
 
@@ -71,6 +77,7 @@ def begin(
         store: The checkpoint.
         device_type: Where the workers compute, `cpu` or `cuda`.
         say: Where lines for people go.
+        training: Settings of a training that change bits too.
 
     Raises:
         SettingsError: What is there is of another plan.
@@ -78,13 +85,14 @@ def begin(
     """
     model = resolved.model
     wanted = build_plan(
-        config.bits(device_type=device_type),
+        {**config.bits(device_type=device_type), **(training or {})},
         data=resolved.data,
         weights=weights.weights_digest(model),
         model={"path": config.model, "args": config.model_args},
         spec=plain(resolved.la.sums_spec()),
         run=new_attempt(),
         window={"name": config.window or datetime.now(UTC).date().isoformat(), "number": 0},
+        further=further(resolved.la),
     )
     snapshot = config.model_copy(update={"weights": f"{store.url}/{layout.WEIGHTS}"}).to_yaml()
     _check_first_window(config, store)
@@ -98,6 +106,12 @@ def begin(
         fresh=config.fresh,
         say=say,
     )
+
+
+def further(la: Any) -> dict[str, Any] | None:
+    """Return name and specification of the second pass over the data, of structures that take two."""
+    second = SECOND_PASSES.get(la.structure)
+    return None if second is None else {"name": second.name, "spec": plain(second.spec(la.sums_spec()))}
 
 
 def _check_first_window(config: Config, store: Store) -> None:
@@ -144,6 +158,7 @@ def begin_window(config: Config, store: Store, there: Sequence[Window], device_t
         probe=run.probe,
         run=run.run_id,
         window={"name": config.window, "number": number},
+        further=run.further,
     )
     lifecycle.refuse_another_run(store, run, wanted)
     for window in there:

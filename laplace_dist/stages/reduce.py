@@ -41,7 +41,8 @@ class SumPart:
 
     def run(self, context: Context) -> dict[str, Any]:
         """Do so."""
-        store, plan = context.window.store, context.window.plan
+        window = context.window_of(self.plan)
+        store, plan = window.store, window.plan
         manifests = [partials.of_part(manifest, self.part) for manifest in partials.manifests(store, plan)]
         total = windows.sum_part(store, plan, manifests, self.part)
         windows.commit_part(store, plan, self.part, total, self.of, environment(context.device))
@@ -82,8 +83,8 @@ class WriteFactors:
             raise CheckpointError(
                 f"the sums of the windows {', '.join(self.weights)} are not those that the driver has read."
             )
-        arrays = versions.factors_of(plan, terms, self.names)
-        symmetric = {name for name in self.names if plan.spec["factors"][name]["symmetric"]}
+        arrays = versions.factors_of(terms, self.names)
+        symmetric = {name for name in self.names if plan.posterior_spec["factors"][name]["symmetric"]}
         prefix = f"posteriors/{self.version}/{new_attempt()}"
         entries = store.write_arrays(prefix, arrays, symmetric)
         return {"factors": {name: {"prefix": prefix, "entry": entry} for name, entry in entries.items()}}
@@ -99,7 +100,7 @@ def factor_tasks(plan: Plan, terms: Sequence[Term]) -> list[WriteFactors]:
     version, weights = versions.version_of(terms), {term.window.name: term.weight for term in terms}
     groups: list[list[str]] = []
     held = GROUP_BYTES
-    for name, factor in plan.spec["factors"].items():
+    for name, factor in plan.posterior_spec["factors"].items():
         size = prod(factor["shape"]) * 8
         if held + size > GROUP_BYTES:
             groups.append([])

@@ -377,6 +377,10 @@ def _raised_in(error: Exception) -> str:
 
 
 def _dense(la: Any) -> torch.Tensor:
+    if la.structure == "blockdiag":
+        return torch.block_diag(*[block.double() for block in la.H])
+    if la.structure == "ekfac":
+        return la.H.to_matrix().double()
     if la.structure == "kron":
         return la.H_facs.to_matrix().double()
     if la.structure == "lowrank":
@@ -395,6 +399,10 @@ def _compare(plan: Plan, la: Any, prediction: Any, ref: Reference, warned: list[
     truth = ref.ggn[chosen][:, chosen]
     if plan.structure == "diag":
         truth = torch.diag(truth.diagonal())
+    if plan.structure == "ekfac":
+        truth = _corrected(la, ref)
+    if plan.structure == "blockdiag":
+        truth = _by_layer(ref)
     silent = ""
     if plan.outer == "classes_first" and not any("class" in text for text in warned):
         silent = "as many positions as classes, no warning"
@@ -436,6 +444,26 @@ def _kron_truth(la: Any, ours: torch.Tensor, ref: Reference, warned: list[str]) 
             if is_factored(ref.model.get_submodule(parameter.rpartition(".")[0])) and "out_proj" not in parameter:
                 foreign = f"{parameter} has Kronecker factors that are not its own"
     return torch.block_diag(*blocks), foreign, silent
+
+
+def _corrected(la: Any, ref: Reference) -> torch.Tensor:
+    """Of every block of the dense curvature, what is on the diagonal in the library's basis, which has to be orthonormal."""
+    blocks, start = [], 0
+    for p, vectors in zip(ref.params, la.H.eigenvectors, strict=True):
+        sizes = (p.numel(),) if len(vectors) == 1 else (p.shape[0], p.numel() // p.shape[0])
+        dense = [torch.eye(n) if q is None else q for q, n in zip(vectors, sizes, strict=True)]
+        q = dense[0].double() if len(dense) == 1 else torch.kron(*(d.double().contiguous() for d in dense))
+        rows = slice(start, start + p.numel())
+        start += p.numel()
+        blocks.append((q * (q.T @ ref.ggn[rows, rows] @ q).diagonal()) @ torch.linalg.inv(q))
+    return torch.block_diag(*blocks)
+
+
+def _by_layer(ref: Reference) -> torch.Tensor:
+    """The dense curvature without what couples parameters of different modules."""
+    owners = [name.rpartition(".")[0] or name for name in ref.names]
+    where = torch.cat([torch.full((p.numel(),), owners.index(o)) for p, o in zip(ref.params, owners, strict=True)])
+    return torch.where(where[:, None] == where, ref.ggn, 0.0)
 
 
 def _prediction_errors(plan: Plan, prediction: Any, ref: Reference, covariance: torch.Tensor) -> dict[str, float]:

@@ -18,6 +18,8 @@ from .random_features import ACTIVATIONS, EITHER, INPUTS, LAYERS, OUTER, REFUSE,
 from .random_laws import LAWS, outputs_of
 
 STRUCTURES = ("full", "diag", "kron")
+CORRECTED = "ekfac"  # in place of some of those with factors
+BY_LAYER = "blockdiag"  # in place of some that are dense
 NO_SUMS = ("lowrank", "gp")
 BACKENDS = ("curvlinops", "asdl", "backpack")
 FOR_PACKAGES = frozenset({"linear", "tanh", "relu"})  # what all of them know
@@ -49,7 +51,7 @@ NEED_THEIR_OUTPUT = ("rnn_cell", "rnn", "gru", "gru_batch_second", "lstm")  # fo
 PERMUTING = ("channel_norm", "channels_last_linear")
 IN_PLACE, ON_VIEW = "relu in place", "relu in place on a view"  # of layers whose output is a view of another tensor
 CHOICES = (
-    *STRUCTURES, *NO_SUMS, *BACKENDS, *SUBSETS, *LIKELIHOODS, *LAWS, *PRECISIONS, *OUTPUTS, *ACTIVATIONS, ON_VIEW, "one by one", "wrapped head",
+    *STRUCTURES, CORRECTED, BY_LAYER, *NO_SUMS, *BACKENDS, *SUBSETS, *LIKELIHOODS, *LAWS, *PRECISIONS, *OUTPUTS, *ACTIVATIONS, ON_VIEW, "one by one", "wrapped head",
     "norm", *CONTEXTS,
 )  # fmt: skip
 NAMES = frozenset((*FEATURES, *CHOICES))
@@ -251,6 +253,10 @@ def plan(seed: int) -> Plan:
         wrapped = outer = inputs = context = ""
         output, subset, precision = OUTPUTS[0], "all", rng.choice(PRECISIONS[:2])
         likelihood, structure = rng.choice(LIKELIHOODS[:2]), rng.choice(STRUCTURES)
+    elif structure == "kron" and rng.random() < 0.4:
+        structure = CORRECTED
+    elif structure == "full" and subset == "all" and likelihood != "reward_modeling" and rng.random() < 0.3:
+        structure = BY_LAYER
     return Plan(
         seed, layers, activations, wrapped, head, outer, inputs, context, output, likelihood, structure, subset, precision,
         batch_size, backend,

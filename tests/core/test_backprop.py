@@ -14,7 +14,7 @@ from tests.core import naive
 from tests.core.models import CASES, Case, loader, mlp
 
 POSTERIORS = [
-    *[("all", structure) for structure in ("full", "kron", "diag")],
+    *[("all", structure) for structure in ("full", "kron", "ekfac", "diag", "blockdiag")],
     *[("last_layer", structure) for structure in ("full", "kron", "diag")],
     *[("subnetwork", structure) for structure in ("full", "diag")],
 ]

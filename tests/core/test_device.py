@@ -91,7 +91,7 @@ def test_fit_evidence_tuning_and_predictives_stay_with_the_model(subset, structu
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("structure", ["full", "kron", "diag"])
+@pytest.mark.parametrize("structure", ["full", "kron", "diag", "ekfac", "blockdiag"])
 @pytest.mark.parametrize("estimator", ["exact", "sampled", "empirical"])
 def test_curvature_of_every_kind_of_layer_stays_with_the_model(name, structure, estimator, elsewhere):
     case = CASES[name]

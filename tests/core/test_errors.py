@@ -29,7 +29,10 @@ NAN = float("nan")
             ("classification", "some"),
             "subset_of_weights='some' is unknown; valid values are 'all', 'last_layer', 'subnetwork'",
         ),
-        (("classification", "all", "block"), "valid values are 'full', 'kron', 'diag', 'lowrank', 'gp'"),
+        (
+            ("classification", "all", "block"),
+            "valid values are 'full', 'kron', 'ekfac', 'diag', 'blockdiag', 'lowrank', 'gp'",
+        ),
         (
             ("classification", "subnetwork", "gp"),
             "no Laplace approximation for subnetwork × gp; available are all × full, all × kron",

@@ -35,6 +35,7 @@ PLACES = (
     "subsets",
     "laplace",
     "drift",
+    "empirical_bayes",
     "marglik_training",
     "backends.conformance",  # tests to inherit, which fit whole posteriors
     "transforms",

@@ -57,7 +57,7 @@ def test_draws_and_targets_stay_with_their_examples(backend, kwargs, monkeypatch
     torch.testing.assert_close(factors(), expected, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("structure", ["kron", "diag"])
+@pytest.mark.parametrize("structure", ["kron", "diag", "ekfac", "blockdiag"])
 def test_their_jacobians_stay_small(structure, monkeypatch):
     """The tied weight has 9 entries: its Jacobians over 200 examples and 3 outputs would have 5,400."""
     monkeypatch.setattr(captured_model, "_HELD", 300)
@@ -91,7 +91,7 @@ class OneConvolution(torch.nn.Sequential):
         self.append(torch.nn.Linear(4, 20))
 
 
-@pytest.mark.parametrize("structure", ["kron", "diag"])
+@pytest.mark.parametrize("structure", ["kron", "diag", "ekfac", "blockdiag"])
 def test_memory_of_predictions_and_diagonal_fits_does_not_grow_with_the_batch(structure, monkeypatch):
     """Of 20 outputs, gradients of all pixels; of a convolution, patches: neither of more than a few examples at once."""
     monkeypatch.setattr(captured_model, "_HELD", 20000)

@@ -89,7 +89,9 @@ def test_sums_are_of_pairs_and_variances_of_single_inputs(structure, batch_size)
     "subset, structure", [("all", "full"), ("all", "lowrank"), ("all", "gp"), ("last_layer", "full")]
 )
 def test_other_structures_are_refused(subset, structure):
-    with pytest.raises(ValueError, match="reward_modeling' has no .* valid hessian_structures are 'kron' and 'diag'"):
+    with pytest.raises(
+        ValueError, match="reward_modeling' has no .* valid hessian_structures are 'kron' and 'ekfac' and 'diag'"
+    ):
         Laplace(SimpleRewardModel(), "reward_modeling", subset, structure)
 
 

@@ -371,8 +371,11 @@ def test_subnetworks_are_full_or_diagonal():
     with pytest.raises(ValueError, match="no Laplace approximation for subnetwork × kron; available are"):
         subnet(mlp(), "classification", "kron", torch.tensor([0]))
     backend = NativeGGN(mlp(), "classification", subnetwork_indices=torch.tensor([0]))
-    with pytest.raises(ValueError, match="no Kronecker factors; subnetworks take 'full' or 'diag'"):
+    with pytest.raises(ValueError, match="nor Kronecker factors; subnetworks take 'full' or 'diag'"):
         backend.kron(torch.randn(2, 3), torch.tensor([0, 1]), N=2)
+    for structure in ("ekfac", "blockdiag"):
+        with pytest.raises(ValueError, match="neither a block of a layer nor Kronecker factors"):
+            backend.initialize(torch.randn(2, 3), structure)
 
 
 def test_names_and_attributes():

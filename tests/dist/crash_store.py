@@ -43,6 +43,12 @@ class CrashingStore(Checkpoint):
         super().__init__(url)
         self.at, self.when, self.operations = at, when, []
 
+    def under(self, prefix):
+        """Of a place within, whose operations count as its own."""
+        inner = CrashingStore(f"{self.url}/{prefix}")
+        inner._do = self._do
+        return inner
+
     def _do(self, name, key, act, half=lambda: None):
         if self.at and len(self.operations) >= self.at:
             raise Crash
@@ -114,7 +120,7 @@ def work(store: Checkpoint, plan: Plan, segment) -> partials.Receipt:
 
 def finish(store: Checkpoint, plan: Plan) -> str:
     """Reduce and promote as the driver does; returns the version."""
-    context = SimpleNamespace(store=store, plan=plan, window=Window(store, plan), device="cpu")
+    context = SimpleNamespace(store=store, plan=plan, window_of=lambda digest: Window(store, plan), device="cpu")
     window = windows.find_window(store, plan)
     if window is None:
         manifests = list(partials.manifests(store, plan))

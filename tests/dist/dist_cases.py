@@ -41,6 +41,12 @@ def blobs(split: str, dtype: str = "float32") -> TensorDataset:
     return TensorDataset(*tensors(split, dtype))
 
 
+def second_window(split: str, dtype: str = "float32") -> TensorDataset:
+    """Return other examples for training, and the same ones else."""
+    x, y = tensors(split, dtype)
+    return TensorDataset(x + 1 if split == "train" else x, y)
+
+
 def regression_data(split: str) -> TensorDataset:
     x, _ = tensors(split)
     return TensorDataset(x, torch.stack([x.sum((1, 2, 3)), x.std((1, 2, 3)), x[:, 0, 0, 0]], dim=1))
@@ -177,6 +183,23 @@ class DeadlyOnce(Watched):
     """Kills the first process that reads the trap; later ones pass."""
 
     def at_trap(self) -> None:
+        try:
+            (self.folder / "killed").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DeadlyInSecondPass(Watched):
+    """Kills the first process that reads the trap once a run's second pass has begun."""
+
+    def __init__(self, split: str, folder: str, run: str, trap: int) -> None:
+        super().__init__(split, folder, trap)
+        self.run = Path(run)
+
+    def at_trap(self) -> None:
+        if not any(self.run.glob("passes/*/plan.json")):
+            return
         try:
             (self.folder / "killed").touch(exist_ok=False)
         except FileExistsError:

@@ -96,7 +96,7 @@ def sum_window(store, plan):
         sums, attempt = sums_of(plan.window_name), attempts.new_attempt()
         partials.commit_partial(store, plan, segment, sums, 4, attempt, **ORIGIN)
     manifests = list(partials.manifests(store, plan))
-    context = SimpleNamespace(store=store, plan=plan, window=Window(store, plan), device="cpu")
+    context = SimpleNamespace(store=store, plan=plan, window_of=lambda digest: Window(store, plan), device="cpu")
     for task in reduce.part_tasks(store, plan, manifests):
         task.run(context)
     return windows.commit_window(store, plan, manifests)
@@ -108,7 +108,7 @@ def combine(store, plan, terms):
     if all(entry["version"] != version for entry in history):
         versions.discard_torn(store, plan, version)
     if not ownership.has(store, plan, layout.version_key(version)):
-        context = SimpleNamespace(store=store, plan=plan, window=Window(store, plan), device="cpu")
+        context = SimpleNamespace(store=store, plan=plan, window_of=lambda digest: Window(store, plan), device="cpu")
         receipts = [task.run(context)["factors"] for task in reduce.factor_tasks(plan, terms)]
         versions.commit_version(store, plan, terms, receipts)
     return version

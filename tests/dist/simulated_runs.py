@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
@@ -12,7 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from laplace.capture.blocks import Block
 from laplace.likelihoods.categorical import Categorical
+from laplace.structures.registry import SECOND_PASSES
+from laplace.structures.sums import Factor, SumsSpec
 from laplace_dist.config.settings import Config
 from laplace_dist.execution.failures import event_of
 from laplace_dist.execution.raised import Raised, outcome_of
@@ -28,7 +32,7 @@ from laplace_dist.run.leases import Lease
 from laplace_dist.run.probe import make_probe
 from laplace_dist.run.provenance import environment
 from laplace_dist.run.weights import dump_weights, weights_digest
-from laplace_dist.stages.context import Context
+from laplace_dist.stages.context import Context, plain
 
 torch.manual_seed(0)
 MODEL = nn.Linear(3, 2).eval()
@@ -41,34 +45,57 @@ SPEC = {
     "factors": {"w/A": {"shape": [3, 3], "symmetric": True}, "b": {"shape": [2], "symmetric": False}},
 }
 SHARDS = ("000000", "000001")
+TWO_PASSES = 2  # the kind of run whose structure takes a second pass, in a basis that the first one's sum gives
+FIRST = SumsSpec(
+    "lowrank-sketch", (Block("w", (6,), None, ("sketch",), "made up"),), {"sketch": Factor((6, 2))}, "float32", 1
+)
+LAW = SECOND_PASSES["lowrank"]
 
 
 @cache
 def _plan(kind: int) -> Plan:
     """Return what a command of a kind asks for; kinds differ in their seed, and so in every number, and in their length."""
-    settings = {"batch_size": 4, "segment_size": 4, "hessian_structure": "kron", "seed": kind}
-    data = {"length": 4 * (3 - kind), "sha256": "d"}
-    return build_plan(settings, data=data, weights=DIGEST, model={"path": "m:f", "args": {}}, spec=SPEC)
+    two = kind == TWO_PASSES
+    settings = {"batch_size": 4, "segment_size": 4, "hessian_structure": "lowrank" if two else "kron", "seed": kind}
+    given = {
+        "data": {"length": 8 if kind else 12, "sha256": "d"},
+        "weights": DIGEST,
+        "model": {"path": "m:f", "args": {}},
+    }
+    further = {"name": LAW.name, "spec": plain(LAW.spec(FIRST))} if two else None
+    return build_plan(settings, **given, spec=plain(FIRST) if two else SPEC, further=further)
 
 
-def batch(kind: int, start: int) -> dict[str, torch.Tensor]:
+def batch(kind: int, start: int, basis: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """Return what four examples add to the sums: rounded differently in another order of adding."""
     generator = torch.Generator().manual_seed(100 * kind + start)
-    x = torch.randn(5, 3, generator=generator) * 10.0**start
     loss = torch.tensor([0.1, 0.2, 0.3][start // 4] + kind, dtype=torch.float64)
+    if kind == TWO_PASSES:
+        rows = torch.randn(5, 6, generator=generator).double() * 10.0**start
+        if basis is not None:
+            return {"core": (rows @ basis["range"]).T @ (rows @ basis["range"]), "loss": loss}
+        return {"sketch": rows.T @ rows[:, :2], "loss": loss}
+    x = torch.randn(5, 3, generator=generator) * 10.0**start
     return {"w/A": x.T @ x, "b": torch.randn(2, generator=generator), "loss": loss}
 
 
 @cache
 def serial(kind: int) -> dict[str, bytes]:
     """Return the factors and the loss that one process finds."""
-    sums = [batch(kind, segment.start) for segment in _plan(kind).segments]
-    found = {"loss": repr(math.fsum(float(part["loss"]) for part in sums)).encode()}
-    for name in SPEC["factors"]:
-        total = np.zeros(sums[0][name].shape)
+    basis = None
+    if kind == TWO_PASSES:
+        basis = {"range": LAW.find(FIRST, "range", {"sketch": torch.from_numpy(_summed(kind)["sketch"])}, 8)}
+    loss = math.fsum(float(batch(kind, segment.start)["loss"]) for segment in _plan(kind).segments)
+    found = {name: total.tobytes() for name, total in _summed(kind, basis).items()}
+    return {**found, "loss": repr(loss).encode()}
+
+
+def _summed(kind: int, basis: Mapping[str, torch.Tensor] | None = None) -> dict[str, np.ndarray]:
+    sums = [batch(kind, segment.start, basis) for segment in _plan(kind).segments]
+    found = {name: np.zeros(value.shape) for name, value in sums[0].items() if name != "loss"}
+    for name in found:
         for part in sums:
-            total = total + part[name].numpy().astype(np.float64)
-        found[name] = total.tobytes()
+            found[name] = found[name] + part[name].numpy().astype(np.float64)
     return found
 
 
@@ -99,6 +126,9 @@ class _Sums:
 
     n_data = 0
 
+    def __init__(self, basis: Mapping[str, torch.Tensor] | None = None) -> None:
+        self.basis, self.spec = basis, LAW.spec(FIRST)
+
     def to_tensors(self) -> dict[str, torch.Tensor]:
         return self.tensors
 
@@ -114,7 +144,7 @@ class Worker(Context):
         super().__init__(CONFIG)
         self._plan: Plan | None = None
         self.__dict__["store"] = store
-        self.__dict__["la"] = SimpleNamespace(zero_sums=_Sums, accumulate=self._accumulate)
+        self.__dict__["la"] = SimpleNamespace(zero_sums=_Sums, second_sums=_Sums, accumulate=self._accumulate)
 
     @property
     def plan(self) -> Plan:
@@ -128,7 +158,7 @@ class Worker(Context):
         yield start, None, None
 
     def _accumulate(self, sums, x, y, offset):
-        sums.tensors, sums.n_data = batch(kind_of(self.plan), offset), 4
+        sums.tensors, sums.n_data = batch(kind_of(self.plan), offset, sums.basis), 4
 
     def posterior(self, version, tuning=None):
         """Read every factor, and return what a tuning is made of."""

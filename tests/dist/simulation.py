@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from unittest import mock
 
-from simulated_runs import MiniatureJob, SerialPool, Worker, kind_of, load, serial
+from simulated_runs import TWO_PASSES, MiniatureJob, SerialPool, Worker, kind_of, load, serial
 
 from laplace_dist.errors import (
     CheckpointError,
@@ -72,11 +72,12 @@ class Simulation:
     def run(self) -> None:
         """Let everybody go, then bring the run that is left to its end and look at it."""
         start, draw = self.schedule.start, self.random.random
-        start("A", lambda actor: self.driver(actor, 0))
+        own = self.random.choice([0, 0, TWO_PASSES])
+        start("A", lambda actor: self.driver(actor, own))
         if draw() < 0.5:
-            start("B", lambda actor: self.driver(actor, 0))
+            start("B", lambda actor: self.driver(actor, own))
         if draw() < 0.5:
-            self.deleting, kind = True, self.random.choice([0, 1, 1])
+            self.deleting, kind = True, self.random.choice([0, 1, 1, TWO_PASSES])
             start("F", lambda actor: self.driver(actor, kind, self.random.randrange(2, 250)))
         if draw() < 0.4:
             start("collector", self.collector)

@@ -98,7 +98,7 @@ def test_a_part_of_partials_that_were_computed_again_is_summed_again(tmp_path):
     start(store, plan)
     for segment in plan.segments:
         work(store, plan, segment)
-    context = SimpleNamespace(store=store, plan=plan, window=Window(store, plan), device="cpu")
+    context = SimpleNamespace(store=store, plan=plan, window_of=lambda digest: Window(store, plan), device="cpu")
     (task,) = reduce.part_tasks(store, plan, list(partials.manifests(store, plan)))
     task.run(context)
     assert reduce.part_tasks(store, plan, list(partials.manifests(store, plan))) == []

@@ -353,6 +353,7 @@ def test_what_a_job_of_a_deleted_run_leaves_at_that_moment_does_not_count(store)
 def test_what_an_interrupted_start_leaves_does_not_count(store):
     store.create(f"probe-{16 * '0'}.safetensors", b"of a driver that died before its plan")
     store.create(f"probe-{32 * '0'}", b"of the check whether a place can be written to")
+    store.create(f"jobs/{32 * '0'}.json", b"a sign of life of one whose run was deleted")
     (Path(store.url) / "lost+found").mkdir()
     assert start(store) == (PLAN, False)
 

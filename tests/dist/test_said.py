@@ -119,7 +119,10 @@ def test_help_shows_the_defaults_that_hold_with_ones_own_model(job, own, capsys)
     assert (
         f"examples per batch ({Config.model_fields['batch_size'].default})" in said and "laplace_dist.demo:" not in said
     )
-    assert f"structure of the curvature: kron, diag, full ({own.get('hessian_structure', 'kron')})" in said
+    assert (
+        f"structure of the curvature: kron, ekfac, diag, blockdiag, full, lowrank ({own.get('hessian_structure', 'kron')})"
+        in said
+    )
     assert demo.settings()["batch_size"] != Config.model_fields["batch_size"].default
     assert ("Without --model the bundled demo is fitted" if job == "fit" else "is the run's own") in said
 

@@ -1,0 +1,8 @@
+"""Fit a Laplace approximation with EKFAC structure, on the bundled demo if no model is given; see `--help`."""
+
+import sys
+
+from laplace_dist.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main("fit", hessian_structure="ekfac", checkpoint="runs/fit_ekfac"))

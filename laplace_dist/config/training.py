@@ -1,0 +1,63 @@
+"""Settings of a training by empirical Bayes, beside those of every job."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from laplace_dist.errors import SettingsError
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Training(BaseModel):
+    """How weights and hyperparameters are trained together; every name is that of `laplace.marglik_training`, where it has one.
+
+    Raises:
+        SettingsError: Naming each field that is refused, its value, and what is accepted.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
+
+    n_epochs: Count = Field(100, description="epochs of training; a finished run goes on if given more")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="of the weights: adam, adamw or sgd")
+    optimizer_args: dict[str, Any] = Field(
+        {"lr": 1e-3}, description="its arguments, as JSON or YAML, such as '{lr: 0.01, momentum: 0.9}'"
+    )
+    parts: Count = Field(4, description="parts of a batch, whose gradients workers find and the driver adds in order")
+    shuffle: bool = Field(False, description="draw the order of the batches anew in every epoch")
+    lr_hyp: Positive = Field(0.1, description="step size of Adam on the hyperparameters")
+    n_epochs_burnin: Annotated[int, Field(ge=0)] = Field(0, description="epochs before the first estimate")
+    n_hypersteps: Count = Field(10, description="steps on the hyperparameters for each estimate of the evidence")
+    marglik_frequency: Count = Field(1, description="estimate the evidence after every so many epochs")
+    prior_prec_init: Positive = Field(1.0, description="initial prior precision")
+    sigma_noise_init: Positive = Field(1.0, description="initial observation noise of a regression")
+    temperature: Positive = Field(1.0, description="of the likelihood")
+    fix_sigma_noise: bool = Field(False, description="keep the initial observation noise")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            found = {}
+            for item in error.errors(include_url=False, include_input=False):
+                name = str(item["loc"][0])
+                text = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+                found.setdefault(name, f"--{name.replace('_', '-')}: got {values.get(name)!r}; {text}")
+            raise SettingsError("\n".join(found.values()), tuple(found.items())) from None
+
+    @field_validator("optimizer_args")
+    @classmethod
+    def _plain(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError("expected values that JSON can hold, since they are stored with the run") from None
+        return value
+
+    def bits(self) -> dict[str, Any]:
+        """Return the settings that belong to the plan: all but the number of epochs, since a run may go on."""
+        return self.model_dump(exclude={"n_epochs"})
