@@ -6,6 +6,7 @@ and candidate and current posterior are compared on the same fresh examples. Pro
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -15,8 +16,8 @@ from laplace_dist.config import gates
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError, listed
 from laplace_dist.execution.session import ExecutorType
-from laplace_dist.job import Job
 from laplace_dist.plan.segments import plan_shards
+from laplace_dist.recalibration_windows import WindowStages
 from laplace_dist.report import alert
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import (
@@ -28,12 +29,11 @@ from laplace_dist.run import (
     recalibrations,
     retention,
     versions,
-    windows,
 )
 from laplace_dist.run.checkpoint import Checkpoint, open_json
-from laplace_dist.run.combination import Term, Window, choose, chosen_names, is_rule, terms_of, windows_of
+from laplace_dist.run.combination import Term
 from laplace_dist.run.ownership import read_plan
-from laplace_dist.stages import drift, opening
+from laplace_dist.stages import drift
 from laplace_dist.stages import recalibrate as stage
 
 
@@ -108,11 +108,14 @@ def rollback(url: str, version: str, *, storage_options: dict[str, Any] | None =
     pointer.roll_back(store, read_plan(store), version)
 
 
-class RecalibrationJob(Job):
-    """The stages of a recalibration over one run."""
+class RecalibrationJob(WindowStages):
+    """The stages of a recalibration over one run.
 
-    window: Window | None = None
-    _left_out: Sequence[str] = ()
+    Attributes:
+        wait: Lets so many seconds pass, while it is to be seen whether another job lives.
+    """
+
+    wait = staticmethod(time.sleep)
 
     def __post_init__(self) -> None:
         self.kind = "recalibrate"
@@ -121,71 +124,18 @@ class RecalibrationJob(Job):
         super().__post_init__()
 
     def take(self) -> bool:
-        """Become the one job that recalibrates the run; False, with a line, if another one that lives is at it."""
+        """Become the one job that recalibrates the run; False, with a line, if another one that lives is at it.
+
+        What is current counts from then on: before that, another one may still have promoted.
+        """
         self.current_version()
-        self._before = self.store.read(layout.CURRENT)
-        self._current = open_json(self._before, layout.CURRENT)
-        self.session.lease.show()
-        holder = recalibrations.take(self.store, self.session.lease.job)
+        holder = recalibrations.take(self.store, self.session.lease, self.say, self.wait)
         if holder is not None:
             self.say(f"another recalibration of {self.store.url} is at work on {holder}; nothing to do")
-        return holder is None
-
-    def begin(self, drop_window: str | None) -> None:
-        """Begin or continue the window, and see to it that its sum is committed."""
-        if self.config.alert_cmd is not None:
-            alert.arguments(self.config.alert_cmd)
-        self._left_out = pointer.left_out(self._current)
-        if drop_window is not None:
-            return
-        there = windows_of(self.store, self.plan)
-        names = [window.name for window in there]
-        self._chosen([*names, *({self.config.window} - set(names))])  # before anything is computed
-        if self.config.window not in names and recalibrations.read_decision(self.store, self.plan, self.config.window):
-            raise SettingsError(
-                f"--window: got {self.config.window!r}, which was decided before and whose sum is gone (--keep-versions). Give "
-                "new data a name of their own."
-            )
-        self.window, self._continued = opening.begin_window(self.config, self.store, there, self.device_type)
-        self._checked = True
-        self.say(f"{'continuing' if self._continued else 'adding'} window {self.window.name} of {self.store.url}")
-        if windows.find_window(self.window.store, self.window.plan) is None:
-            self.map()
-            self.sum_window()
-        if not self.config.keep_partials and self.window.store.list("partials"):
-            windows.check_arrays(self.window.store, windows.read_window(self.window.store, self.window.plan))
-            self.window.store.delete_tree("partials")
-
-    def _chosen(self, there: Sequence[str]) -> list[str]:
-        """Return the names of the windows that `--windows` means: those that were dropped are in only if they are named."""
-        staying = [name for name in there if name not in self._left_out]
-        return chosen_names(staying if is_rule(self.config.windows) else there, self.config.windows)
-
-    def terms(self, drop_window: str | None) -> list[Term]:
-        """Return the windows that the candidate is made of, with their weights."""
-        there = windows_of(self.store, self.plan)
-        names = [window.name for window in there]
-        if drop_window is not None:
-            if drop_window not in names or len(names) == 1:
-                raise SettingsError(
-                    f"--drop-window: got {drop_window!r}; expected one of several windows, and the run has "
-                    f"{', '.join(names)}"
-                )
-            self._left_out = [*(name for name in self._left_out if name != drop_window), drop_window]
-        chosen = self._chosen([name for name in names if name != drop_window])
-        if not chosen:
-            raise SettingsError(
-                f"--windows: got {self.config.windows!r}, and every window there is was dropped; name some"
-            )
-        self._left_out = [name for name in self._left_out if name not in chosen]
-        return terms_of(choose(there, ",".join(chosen), self.config.decay))
-
-    def combine(self, terms: Sequence[Term]) -> str:
-        """Commit the posterior version that windows make; one that was never current and lost its arrays is made again."""
-        version = versions.version_of(terms)
-        if all(entry["version"] != version for entry in pointer.history_of(self._current)):
-            versions.discard_torn(self.store, self.plan, version)
-        return super().combine(terms)
+            return False
+        self._before = self.store.read(layout.CURRENT)
+        self._current = open_json(self._before, layout.CURRENT)
+        return True
 
     def decided(self, name: str, terms: Sequence[Term]) -> dict[str, Any] | None:
         """Return what was found before, if the same was asked then and the current posterior is still what that left."""

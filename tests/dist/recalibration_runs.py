@@ -41,12 +41,21 @@ class Memory(SimulatedStore):
         at: Number of the operation, from 1; 0 for none.
         act: What is done then; a process that is to die raises `Crash` in it.
         when: Of a death: `before` the operation, or in the `middle` of it.
+        living: Keys of the signs of life of jobs that live beside this one.
     """
 
-    def __init__(self, objects, at=0, when=None, act=None):
+    def __init__(self, objects, at=0, when=None, act=None, living=()):
         super().__init__(objects)
+        self.living = living
         self.counter = {"count": 0, "dead": False, "operations": []}  # one for all folders of a process
         self.at, self.when, self.act = at, when, act
+
+    def wait(self, seconds):
+        """Let time pass, in which whoever lives says so."""
+        clock = self.objects.clock
+        clock[0] += seconds
+        for key in self.living:
+            self.objects.times[key] = clock[0]
 
     def _do(self, name, key, effect, half=None):
         counter = self.counter
@@ -149,8 +158,7 @@ def recalibrate(store, name, **how):
 def _recalibrate(store, lease, name, *, better=True, keep=2, chosen="last:2", drop=None):
     plan, before = ownership.read_plan(store), store.read(layout.CURRENT)
     current = pointer.read_current(store)
-    lease.show()
-    if recalibrations.take(store, lease.job) is not None:
+    if recalibrations.take(store, lease, wait=store.wait) is not None:
         return "busy"
     left_out, there = pointer.left_out(current), windows_of(store, plan)
     if drop is None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import dist_cases
 import numpy as np
@@ -275,11 +280,24 @@ def test_a_version_that_is_not_the_sum_of_its_windows_is_named(run):
 # ------------------------------------------------------------------ two jobs, and what dies
 
 
-def test_of_two_at_once_one_works_and_the_other_says_so(run, capsys):
+def passing(store, job, *, lives):
+    """Return what lets time pass without passing any: another job renews its sign of life meanwhile, or is silent for long."""
+
+    def wait(seconds):
+        path = Path(store.url, layout.lease_key(job))
+        when = path.stat().st_mtime + (seconds if lives else -recalibrations.SILENT_SECONDS)
+        os.utime(path, (when, when))
+
+    return staticmethod(wait)
+
+
+def test_of_two_at_once_one_works_and_the_other_says_so(run, capsys, monkeypatch):
     with RecalibrationJob(config(run, "wednesday", window="wednesday"), laplace_dist.Inline) as job:
         assert job.take()
+        monkeypatch.setattr(RecalibrationJob, "wait", passing(job.store, job.session.lease.job, lives=True))
         assert add(run, "wednesday") is None
-        assert "another recalibration of" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "has begun and not ended; waiting up to 600 s" in said and "another recalibration of" in said
     assert add(run, "wednesday").promoted
 
 
@@ -287,13 +305,49 @@ def test_a_job_that_gave_no_sign_of_life_is_taken_over_from_and_promotes_nothing
     store = Checkpoint(str(run))
     job = RecalibrationJob(config(run, "wednesday", window="wednesday"), laplace_dist.Inline)
     assert job.take()
-    monkeypatch.setattr(recalibrations, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(RecalibrationJob, "wait", passing(store, job.session.lease.job, lives=False))
     assert add(run, "wednesday").promoted
     before = store.read(layout.CURRENT)
     with pytest.raises(SettingsError, match="another recalibration of .* has taken over.*Nothing was promoted"):
         job._promote("0" * 16, None, "late")
     assert store.read(layout.CURRENT) == before
     job.session.close()
+
+
+KILLED = """
+import os, signal, sys
+import test_windows
+from laplace_dist.recalibration import RecalibrationJob
+
+RecalibrationJob.sum_window = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+test_windows.add(sys.argv[1], "wednesday")
+"""
+
+
+def test_a_recalibration_that_was_killed_is_continued_by_the_same_command(run, monkeypatch, capsys):
+    """At once: the sign of life of the dead one is as young as that of one that lives."""
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, str(run)], env={**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    )
+    assert ended.returncode == -signal.SIGKILL
+    store = Checkpoint(str(run))
+    job = open_json(store.read(layout.RECALIBRATION_LEASE), layout.RECALIBRATION_LEASE)["job"]
+    assert store.exists(layout.lease_key(job))
+    monkeypatch.setattr(RecalibrationJob, "wait", passing(store, job, lives=False))
+    assert add(run, "wednesday").promoted
+    assert "continuing window wednesday" in capsys.readouterr().out
+
+
+def test_what_is_current_counts_from_the_lease_on(run, monkeypatch):
+    """A promotion by the job before, which ends at that moment, is no reason to refuse after all the work."""
+    first, real = pointer.read_current(Checkpoint(str(run)))["history"][0]["version"], recalibrations.take
+
+    def meanwhile(*given):
+        rollback(str(run), first)
+        return real(*given)
+
+    monkeypatch.setattr(recalibrations, "take", meanwhile)
+    assert add(run, "wednesday", windows="monday,tuesday,wednesday").promoted
 
 
 def test_what_another_has_made_current_meanwhile_is_not_overwritten(run, monkeypatch):
