@@ -46,7 +46,7 @@ class Memory(SimulatedStore):
 
     def __init__(self, objects, at=0, when=None, act=None, living=()):
         super().__init__(objects)
-        self.living = living
+        self.living = set(living)
         self.counter = {"count": 0, "dead": False, "operations": []}  # one for all folders of a process
         self.at, self.when, self.act = at, when, act
 
@@ -54,7 +54,7 @@ class Memory(SimulatedStore):
         """Let time pass, in which whoever lives says so."""
         clock = self.objects.clock
         clock[0] += seconds
-        for key in self.living:
+        for key in self.living & self.objects.data.keys():
             self.objects.times[key] = clock[0]
 
     def _do(self, name, key, effect, half=None):
@@ -148,6 +148,7 @@ def fit(store):
 def recalibrate(store, name, **how):
     """Do as `RecalibrationJob` does, in its order; returns what became of it. Whoever ends, though by an error, says so."""
     lease = leases.Lease(store, lambda: store.objects.now())
+    store.counter["sign"] = layout.lease_key(lease.job)
     try:
         return _recalibrate(store, lease, name, **how)
     finally:

@@ -277,11 +277,14 @@ class Schedules(RuleBasedStateMachine):
         def act(operation):
             if operation != "delete":
                 self.objects.clock[0] += silence
-                seen.append(self.run(Memory(self.objects), name=other, better=second, keep=keep, chosen=chosen))
+                living = set() if silence else {outer.counter["sign"]}
+                store = Memory(self.objects, living=living)
+                seen.append(self.run(store, name=other, better=second, keep=keep, chosen=chosen))
                 read_all(self.objects)
 
+        outer = Memory(self.objects, at, act=act)
         try:
-            found = self.run(Memory(self.objects, at, act=act), name=mine, better=first, keep=keep, chosen=chosen)
+            found = self.run(outer, name=mine, better=first, keep=keep, chosen=chosen)
         except CheckpointError as error:  # the other has taken over and collected what this one needs
             found = f"stopped: {error}"
             assert silence and seen and ("deleted" in str(error) or "missing" in str(error)), (found, seen)

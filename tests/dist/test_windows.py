@@ -14,6 +14,7 @@ import dist_cases
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils.data import TensorDataset
 
 import laplace_dist
@@ -21,7 +22,7 @@ from laplace_dist import cli
 from laplace_dist.demo import digits
 from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.execution.inline import InlinePool
-from laplace_dist.job import Job, fit
+from laplace_dist.job import Job, evaluate_posterior, fit, tune_posterior
 from laplace_dist.recalibration import RecalibrationJob, recalibrate, rollback
 from laplace_dist.run import layout, pointer, recalibrations, versions
 from laplace_dist.run.checkpoint import Checkpoint, open_json
@@ -421,6 +422,51 @@ def test_a_refusal_leaves_the_current_posterior_as_it_is(run, case):
         add(run, changes.get("day", "wednesday"), **{k: v for k, v in changes.items() if k != "day"})
     assert store.read(layout.CURRENT) == before
     assert add(run, "wednesday", window="after").promoted
+
+
+JOBS = {
+    "recalibrate": lambda place, **given: add(place, "wednesday", **given),
+    "drop": lambda place, **given: add(place, "tuesday", drop_window="tuesday", **given),
+    "tune": lambda place, **given: tune_posterior(config(place, **given), laplace_dist.Inline),
+    "evaluate": lambda place, **given: evaluate_posterior(config(place, **given), laplace_dist.Inline),
+}
+OTHERS = {
+    "weights": ({"weights": "other"}, r"--weights .*other.safetensors \(values, as sha256\): stored '.*', now '"),
+    "missing weights": ({"weights": "none"}, "--weights: .*none.safetensors"),
+    "structure": ({"hessian_structure": "diag"}, "--hessian-structure: stored 'kron', now 'diag'"),
+    "subset": ({"subset_of_weights": "last_layer"}, "--subset-of-weights: stored 'all', now 'last_layer'"),
+    "estimator": ({"estimator": "ef"}, "--estimator: stored 'ggn', now 'ef'"),
+    "backend": ({"backend": "curvlinops"}, "--backend: stored 'native', now 'curvlinops'"),
+    "model": ({"model": "dist_cases:tiny", "model_args": {"name": "one unit"}}, "--model: stored 'dist_cases:convnet'"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("job", JOBS)
+def test_what_a_follow_on_job_is_given_is_the_runs_or_refused_by_name(run, job, case, tmp_path):
+    """Also where it would not be used: who gives other weights believes that these are being looked at."""
+    given, message = OTHERS[case]
+    state = {name: value + 1.0 for name, value in dist_cases.convnet().state_dict().items()}
+    save_file(state, tmp_path / "other.safetensors")
+    if "weights" in given:
+        given = {"weights": str(tmp_path / f"{given['weights']}.safetensors")}
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.parts[-2] not in ("jobs", "status")}
+    with pytest.raises(SettingsError, match=message):
+        JOBS[job](run, **given)
+    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.parts[-2] not in ("jobs", "status")}
+    assert {path for path in after if path.is_file()} == {path for path in before if path.is_file()}
+    assert all(after[path] == time for path, time in before.items() if path.is_file())
+
+
+def test_the_runs_own_weights_may_be_given(run, tmp_path):
+    save_file(dist_cases.convnet().state_dict(), tmp_path / "own.safetensors")
+    given = {"weights": str(tmp_path / "own.safetensors"), "hessian_structure": "kron"}
+    assert add(run, "wednesday", **given).promoted and add(run, "tuesday", drop_window="tuesday", **given).promoted
+
+
+def test_a_drop_adds_no_sums_but_has_the_settings_of_the_runs(run):
+    with pytest.raises(SettingsError, match="--batch-size: stored 4, now 7"):
+        add(run, "tuesday", drop_window="tuesday", batch_size=7)
 
 
 def test_a_run_without_a_posterior_is_refused(tmp_path):
