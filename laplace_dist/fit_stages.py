@@ -139,6 +139,10 @@ class FitStages:
             pointer.write_current(self.store, self.plan, version, None)
         return version
 
+    def is_recalibrated(self) -> bool:
+        """Whether what is current is so by a promotion or a rollback, and not by the fit alone."""
+        return bool(pointer.read_current(self.store).get("history"))
+
     def sum_window(self) -> dict[str, Any]:
         """Sum the parts of the window that are not summed yet and commit its sum; returns its manifest."""
         store, plan = self.window.store, self.window.plan

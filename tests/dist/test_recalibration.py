@@ -301,6 +301,26 @@ def test_a_tuning_of_what_is_not_current_any_more_is_not_put_in_force(run, monke
     assert pointer.read_current(store)["history"][-1]["why"] == "rolled back"
 
 
+def test_a_fit_job_that_runs_again_after_promotions_changes_nothing(run, capsys):
+    """With validation and test data of its own day, on which it would tune the promoted posterior otherwise."""
+    day(run, 2, skip_tune=False, skip_evaluate=False)
+    store = Checkpoint(str(run))
+    before = {
+        key: store.read(key) for key in store.list() if key.split("/")[0] not in ("jobs", "status", "config.yaml")
+    }
+    given = {"data": "recalibration_cases:fresh", "data_args": {"day": 0}, "window": "day-0", **SIZES}
+    found = test_windows.fit_inline(config(run, **{**given, "skip_tune": False}))
+    assert {key: store.read(key) for key in before} == before
+    assert {key for key in store.list() if key.split("/")[0] not in ("jobs", "status", "config.yaml")} == before.keys()
+    current = pointer.read_current(store)
+    assert (found.version, found.tuning) == (current["version"], current["tuning"])
+    assert found.metrics["laplace"] == decision(run, "day-2")["metrics"]["candidate"]
+    assert "so do its tuning and its metrics" in capsys.readouterr().out
+    day(run, 3)
+    accepted = current["history"][-1]["evaluation"]
+    assert decision(run, "day-3")["drift"]["reference"]["evaluation"] == accepted
+
+
 def test_a_tuning_leaves_the_windows_that_were_dropped_out(run):
     day(run, 1, drop_window="day-1")
     retune(run)
