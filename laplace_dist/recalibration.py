@@ -82,19 +82,7 @@ def recalibrate(
     if config.fresh:
         raise SettingsError("--fresh: a recalibration adds to a run; only a fit begins one anew")
     with RecalibrationJob(config, executor) as job:
-        if not job.take():
-            return None
-        job.begin(drop_window)
-        terms = job.terms(drop_window)
-        name = f"without-{drop_window}" if drop_window else job.window.name
-        found = job.decided(name, terms)
-        if found is None:
-            version = job.combine(terms)
-            tuning = None if config.skip_tune else job.choose_prior(version)
-            found = job.decide(name, terms, version, tuning, dry_run=dry_run)
-        if not dry_run:
-            job.collect(found)
-        return replace(job.result(found), report=None if dry_run else job.report())
+        return job.carry_out(drop_window, dry_run=dry_run)
 
 
 def rollback(url: str, version: str, *, storage_options: dict[str, Any] | None = None) -> None:
@@ -123,6 +111,24 @@ class RecalibrationJob(WindowStages):
             self.given = self.given.model_copy(update={"window": datetime.now(UTC).date().isoformat()})
         super().__post_init__()
 
+    def carry_out(self, drop_window: str | None = None, *, dry_run: bool = False) -> Recalibration | None:
+        """Do all of it; arguments and what is returned as of `recalibrate`."""
+        if not self.take():
+            return None
+        if not dry_run:
+            self.finish()
+        self.begin(drop_window)
+        terms = self.terms(drop_window)
+        name = f"without-{drop_window}" if drop_window else self.window.name
+        found = self.decided(name, terms)
+        if found is None:
+            version = self.combine(terms)
+            tuning = None if self.config.skip_tune else self.choose_prior(version)
+            found = self.decide(name, terms, version, tuning, dry_run=dry_run)
+        if not dry_run:
+            self.collect(found)
+        return replace(self.result(found), report=None if dry_run else self.report())
+
     def take(self) -> bool:
         """Become the one job that recalibrates the run; False, with a line, if another one that lives is at it.
 
@@ -142,6 +148,7 @@ class RecalibrationJob(WindowStages):
         found = recalibrations.read_decision(self.store, self.plan, name)
         if (
             found is None
+            or found.get("pending")
             or found["windows"] != stage.weights_of(terms)
             or found["settings"] != stage.settings(self.config)
         ):
@@ -174,7 +181,6 @@ class RecalibrationJob(WindowStages):
         if better and (failed := gates.why_not(passed)):
             better, why = False, failed
         watched = self.watch(name, sides["current"], dry_run=dry_run)
-        promoted = better and not dry_run and self._promote(version, tuning, why, sides["candidate"]["evaluation"])
         found = {
             "windows": stage.weights_of(terms),
             **sides,
@@ -183,18 +189,46 @@ class RecalibrationJob(WindowStages):
             "metrics": metrics,
             "gates": passed,
             "drift": watched,
-            "promoted": promoted,
+            "promoted": False,
             "why": f"{why}; not promoted, since this is a dry run" if better and dry_run else why,
             "environment": receipt["environment"],
         }
-        if promoted:
-            shown = {"map": metrics["map"], "laplace": metrics["candidate"]}
-            self.store.replace(layout.METRICS, evaluations.metrics_json(version, tuning, shown))
-        if not dry_run:
-            if watched["noticed"] and config.alert_cmd is not None:
-                alert.send(config.alert_cmd, {"checkpoint": self.store.url, "window": name, **found}, self.say)
-            recalibrations.write_decision(self.store, self.plan, name, found)
+        if dry_run:
+            return found
+        if better:
+            recalibrations.write_decision(self.store, self.plan, name, {**found, "pending": True})
+            self._promote(name, found)
+            found["promoted"] = True
+        self.conclude(name, found)
         return found
+
+    def conclude(self, name: str, found: Mapping[str, Any]) -> None:
+        """Say to whom it concerns what was decided, and record it last: until then the same command does this again."""
+        side = found["candidate"]
+        if found["promoted"] and pointer.read_current(self.store)["version"] == side["version"]:
+            shown = {"map": found["metrics"]["map"], "laplace": found["metrics"]["candidate"]}
+            self.store.replace(layout.METRICS, evaluations.metrics_json(side["version"], side["tuning"], shown))
+        if found["drift"]["noticed"] and self.config.alert_cmd is not None:
+            self.tell({"checkpoint": self.store.url, "window": name, **found})
+        recalibrations.write_decision(self.store, self.plan, name, found)
+
+    def tell(self, record: Mapping[str, Any]) -> None:
+        """Hand a record to the command of `--alert-cmd`."""
+        alert.send(self.config.alert_cmd, record, self.say)
+
+    def finish(self) -> None:
+        """Do what a job has left undone that died after its promotion: the history says so, and its decision is pending."""
+        last = [entry for entry in pointer.history_of(self._current) if entry.get("window")][-1:]
+        found = recalibrations.read_decision(self.store, self.plan, last[0]["window"]) if last else None
+        if found is None or not found.get("pending"):
+            return
+        side = found["candidate"]
+        if (last[0]["version"], last[0].get("evaluation")) == (side["version"], side["evaluation"]):
+            self.say(f"{found['window']} was promoted by a job that died then; what it has left undone is done now")
+            done = {
+                key: value for key, value in found.items() if key not in ("format_version", "plan", "window", "pending")
+            }
+            self.conclude(found["window"], {**done, "promoted": True})
 
     def watch(self, name: str, current: Mapping[str, Any], *, dry_run: bool) -> dict[str, Any]:
         """Look whether the fresh data are still like those on which the current posterior was accepted; returns the record.
@@ -230,17 +264,18 @@ class RecalibrationJob(WindowStages):
         if gone := retention.collect(self.store, self.plan, job, sides=sides, **how):
             self.say(f"collected {listed(gone)}")
 
-    def _promote(self, version: str, tuning: str | None, why: str, evaluation: str | None = None) -> bool:
+    def _promote(self, name: str, found: Mapping[str, Any]) -> None:
         if not recalibrations.holds(self.store, self.session.lease.job):
             raise SettingsError(f"another recalibration of {self.store.url} has taken over. Nothing was promoted.")
-        beside = {"evaluation": evaluation, "left_out": self._left_out}
-        if not pointer.promote(self.store, self.plan, self._before, version, tuning, why, **beside):
+        side = found["candidate"]
+        given = side["version"], side["tuning"], found["why"]
+        beside = {"evaluation": side["evaluation"], "left_out": self._left_out, "window": name}
+        if not pointer.promote(self.store, self.plan, self._before, *given, **beside):
             now = pointer.read_current(self.store)["version"]
             raise SettingsError(
                 f"another job has made version {now} current at {self.store.url} meanwhile, so that the comparison with the "
                 "one before says nothing. Nothing was promoted: run the same command again."
             )
-        return True
 
     def result(self, found: Mapping[str, Any]) -> Recalibration:
         """Return what was found as callers get it."""

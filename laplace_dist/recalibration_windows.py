@@ -35,8 +35,7 @@ class WindowStages(Job):
                 f"--window: got {self.config.window!r}, which was decided before and whose sum is gone (--keep-versions). Give "
                 "new data a name of their own."
             )
-        self.window, self._continued = opening.begin_window(self.config, self.store, there, self.device_type)
-        self._checked = True
+        self.window, self._continued = self.begin_window(there)
         self.say(f"{'continuing' if self._continued else 'adding'} window {self.window.name} of {self.store.url}")
         if windows.find_window(self.window.store, self.window.plan) is None:
             self.map()
@@ -44,6 +43,12 @@ class WindowStages(Job):
         if not self.config.keep_partials and self.window.store.list("partials"):
             windows.check_arrays(self.window.store, windows.read_window(self.window.store, self.window.plan))
             self.window.store.delete_tree("partials")
+
+    def begin_window(self, there: Sequence[Window]) -> tuple[Window, bool]:
+        """Begin the window of the settings, or continue it; returns it and whether it was there."""
+        found = opening.begin_window(self.config, self.store, there, self.device_type)
+        self._checked = True
+        return found
 
     def _chosen(self, there: Sequence[str]) -> list[str]:
         """Return the names of the windows that `--windows` means: those that were dropped are in only if they are named."""

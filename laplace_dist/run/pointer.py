@@ -109,6 +109,7 @@ def promote(
     *,
     evaluation: str | None = None,
     left_out: Sequence[str] = (),
+    window: str | None = None,
 ) -> bool:
     """Make a posterior version current if nobody has changed what is current meanwhile, and keep the history.
 
@@ -121,6 +122,7 @@ def promote(
         why: In a person's words.
         evaluation: Key of the evaluation by which it was accepted, or None.
         left_out: The windows that stay out from now on.
+        window: Name of the recalibration that has decided so.
 
     Returns:
         Whether it was done; False if another job was first.
@@ -129,6 +131,7 @@ def promote(
         SettingsError: The run was deleted meanwhile, or is another one; or the storage cannot compare and set.
     """
     entry = {"version": version, "tuning": tuning, "why": why, "evaluation": evaluation, "left_out": list(left_out)}
+    entry["window"] = window
     confirm(store, plan)
     return _append(store, before, entry)
 

@@ -310,7 +310,7 @@ def test_a_job_that_gave_no_sign_of_life_is_taken_over_from_and_promotes_nothing
     assert add(run, "wednesday").promoted
     before = store.read(layout.CURRENT)
     with pytest.raises(SettingsError, match="another recalibration of .* has taken over.*Nothing was promoted"):
-        job._promote("0" * 16, None, "late")
+        job._promote("late", {"candidate": {"version": "0" * 16, "tuning": None, "evaluation": None}, "why": "late"})
     assert store.read(layout.CURRENT) == before
     job.session.close()
 
