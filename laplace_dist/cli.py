@@ -74,6 +74,11 @@ def recalibrate_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
         parser.print_help()
 
     def carry_out() -> int:
+        if given.rollback is not None and (given.dry_run or given.drop_window is not None):
+            other = "--dry-run" if given.dry_run else "--drop-window"
+            raise SettingsError(
+                f"--rollback: given with {other}, which it would not heed; give one of them. Nothing was changed"
+            )
         config = _settings("recalibrate", rest, defaults)
         if given.rollback is not None:
             rollback(config.checkpoint, given.rollback, storage_options=config.storage_options)

@@ -149,6 +149,7 @@ class RecalibrationJob(WindowStages):
         if (
             found is None
             or found.get("pending")
+            or stage.TOO_FEW in found["why"]  # which more examples of the same window change
             or found["windows"] != stage.weights_of(terms)
             or found["settings"] != stage.settings(self.config)
         ):
@@ -175,11 +176,16 @@ class RecalibrationJob(WindowStages):
         task = stage.Compare(self.plan.digest, *keys, shards, config.draws, config.level, config.seed)
         (receipt,) = self._run([task], Progress("recalibrate", "comparisons", 1), keep=True)
         margins = {"nll": config.margin_nll, "ece": config.margin_ece}
-        better, why = stage.decide(receipt["differences"], margins)
+        better, why = stage.decide(receipt["differences"], margins, len(splits["test"]), config.level)
         metrics = stage.metrics_of(self.store, sides)
         passed = gates.check(config.gate, metrics["candidate"], metrics["current"])
         if better and (failed := gates.why_not(passed)):
             better, why = False, failed
+        if not better and self.dropping is not None:
+            why += (
+                f"; window {self.dropping} stays in, in the next candidates too. To drop it whatever the figures say: the same "
+                "command with a --margin-nll and --margin-ece that allow it, and without --gate"
+            )
         watched = self.watch(name, sides["current"], dry_run=dry_run)
         found = {
             "windows": stage.weights_of(terms),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from laplace_dist.errors import SettingsError
+from laplace_dist.errors import SettingsError, listed
 from laplace_dist.job import Job
 from laplace_dist.report import alert
-from laplace_dist.run import pointer, recalibrations, versions, windows
+from laplace_dist.run import layout, pointer, recalibrations, versions, windows
 from laplace_dist.run.combination import Term, Window, choose, chosen_names, is_rule, terms_of, windows_of
 from laplace_dist.stages import opening
 
@@ -17,6 +17,7 @@ class WindowStages(Job):
     """The stages of a recalibration that make its candidate."""
 
     window: Window | None = None
+    dropping: str | None = None
     _current: dict[str, Any]  # `CURRENT.json` as it was when this job became the one that recalibrates
     _left_out: Sequence[str] = ()
 
@@ -25,16 +26,15 @@ class WindowStages(Job):
         if self.config.alert_cmd is not None:
             alert.arguments(self.config.alert_cmd)
         self._left_out = pointer.left_out(self._current)
+        if self._left_out:
+            self.say(
+                f"left out, since they were dropped or rolled back: {listed(self._left_out)}; --windows takes them in by name"
+            )
+        self.dropping = drop_window
         if drop_window is not None:
             return
         there = windows_of(self.store, self.plan)
-        names = [window.name for window in there]
-        self._chosen([*names, *({self.config.window} - set(names))])  # before anything is computed
-        if self.config.window not in names and recalibrations.read_decision(self.store, self.plan, self.config.window):
-            raise SettingsError(
-                f"--window: got {self.config.window!r}, which was decided before and whose sum is gone (--keep-versions). Give "
-                "new data a name of their own."
-            )
+        self._refuse_windows(there)  # before anything is computed
         self.window, self._continued = self.begin_window(there)
         self.say(f"{'continuing' if self._continued else 'adding'} window {self.window.name} of {self.store.url}")
         if windows.find_window(self.window.store, self.window.plan) is None:
@@ -50,10 +50,40 @@ class WindowStages(Job):
         self._checked = True
         return found
 
+    def _refuse_windows(self, there: Sequence[Window]) -> None:
+        own, names = self.config.window, [window.name for window in there]
+        if own not in names and recalibrations.read_decision(self.store, self.plan, own):
+            raise SettingsError(
+                f"--window: got {own!r}, which was decided before and whose sum is gone (--keep-versions). Give new data a "
+                "name of their own."
+            )
+        if is_rule(self.config.windows) and own in self._left_out:
+            named = ",".join([*self._counting(names), own])
+            raise SettingsError(
+                f"--window: got {own!r}, which was dropped or rolled back and stays out until it is named: --windows {named}"
+            )
+        waiting = [name for name in names if name not in {own, *self._left_out, *self._counting(names)}]
+        if waiting and is_rule(self.config.windows):
+            self.say(
+                f"not counted by --windows {self.config.windows}: {listed(waiting)}, whose recalibration was a dry run or "
+                "did not end. Its command counts it, --drop-window drops it, --windows takes it in by name"
+            )
+        chosen = [name for name in self._chosen([*names, *({own} - set(names))]) if name != own]
+        terms_of([(window, 1.0) for window in there if window.name in chosen])
+
+    def _counting(self, names: Sequence[str]) -> list[str]:
+        """Return the windows from which a rule chooses: the fit's, this job's, and those decided on, dropped ones not.
+
+        One that a dry run has added, or a job that did not end, counts once its own recalibration has.
+        """
+        keys = self.store.list(layout.RECALIBRATIONS)
+        decided = {name for name in names if layout.recalibration_key(name) in keys}
+        counted = {self.plan.window_name, self.window.name if self.window else self.config.window, *decided}
+        return [name for name in names if name in counted and name not in self._left_out]
+
     def _chosen(self, there: Sequence[str]) -> list[str]:
-        """Return the names of the windows that `--windows` means: those that were dropped are in only if they are named."""
-        staying = [name for name in there if name not in self._left_out]
-        return chosen_names(staying if is_rule(self.config.windows) else there, self.config.windows)
+        """Return the names of the windows that `--windows` means: by a rule only those that count."""
+        return chosen_names(self._counting(there) if is_rule(self.config.windows) else there, self.config.windows)
 
     def terms(self, drop_window: str | None) -> list[Term]:
         """Return the windows that the candidate is made of, with their weights."""
@@ -72,7 +102,14 @@ class WindowStages(Job):
                 f"--windows: got {self.config.windows!r}, and every window there is was dropped; name some"
             )
         self._left_out = [name for name in self._left_out if name not in chosen]
-        return terms_of(choose(there, ",".join(chosen), self.config.decay))
+        terms = terms_of(choose(there, ",".join(chosen), self.config.decay))
+        version = versions.version_of(terms)
+        if drop_window is None and is_rule(self.config.windows) and version in pointer.rolled_back(self._current):
+            raise SettingsError(
+                f"--windows: {self.config.windows!r} makes version {version} again, which was rolled back. To promote it all "
+                f"the same, name its windows: --windows {','.join(chosen)}"
+            )
+        return terms
 
     def combine(self, terms: Sequence[Term]) -> str:
         """Commit the posterior version that windows make; one that was never current and lost its arrays is made again."""

@@ -142,8 +142,8 @@ def terms_of(chosen: Sequence[tuple[Window, float]]) -> list[Term]:
             found.append(Term(window, weight, read_window(window.store, window.plan)))
         except MissingObjectError as error:
             raise SettingsError(
-                f"--windows: window {window.name} is not finished, so it has no sum yet. Run its job to the end, or leave it "
-                "out."
+                f"--windows: window {window.name} is not finished, so it has no sum yet. Finish it with its own command "
+                f"(--window {window.name} and its data), drop it with --drop-window {window.name}, or name others."
             ) from error
     return found
 

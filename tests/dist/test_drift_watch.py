@@ -196,7 +196,7 @@ def test_an_alert_that_fails_is_reported_and_changes_nothing(run, cmd, why, caps
     again = run.parent / "again"
     shutil.copytree(run, again)
     rollback(str(again), pointer.read_current(Checkpoint(str(run)))["history"][-2]["version"])
-    found = day(again, 2, shift=1.0, alert_cmd=cmd)
+    found = day(again, 2, shift=1.0, alert_cmd=cmd, windows="day-0,day-1,day-2")
     assert re.search(why, capsys.readouterr().out)
     assert found.promoted and found.version == wanted.version and Checkpoint(str(run)).read(layout.CURRENT) == current
 

@@ -20,6 +20,7 @@ from laplace_dist.run import decompositions, layout, pointer, retention
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.combination import windows_of
 from laplace_dist.run.ownership import read_plan
+from laplace_dist.stages import recalibrate as stage
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,21 @@ def test_a_threshold_is_asked_beside_the_comparison(run, gate, met):
         assert found.why == f"--gate {gate}: the candidate's own figure is {own:+.4f}: it is not met"
     else:
         assert shown[1]["value"] == found.metrics["candidate"]["nll"] - found.metrics["current"]["nll"]
+
+
+@pytest.mark.parametrize("level, least", [(0.9, 22), (0.95, 59), (0.99, 459), (0.51, 2)])
+def test_so_many_examples_show_the_worst_of_them(level, least):
+    """Of so many, and not of one fewer, at least one is among the share of the worst with the probability of the level."""
+    assert stage.needed(level) == least
+    assert 1 - level**least >= level > 1 - level ** (least - 1)
+
+
+def test_too_few_fresh_examples_promote_nothing_whatever_they_say(run):
+    before = Checkpoint(str(run)).read(layout.CURRENT)
+    found = day(run, 2, data="recalibration_cases:few", n=58)
+    assert found.why == "58 fresh examples are too few to tell: a promotion at --level 0.95 needs at least 59"
+    assert not found.promoted and Checkpoint(str(run)).read(layout.CURRENT) == before
+    assert day(run, 2, data="recalibration_cases:few", n=59).promoted
 
 
 def test_the_comparison_decides_before_the_thresholds(run):

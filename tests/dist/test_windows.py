@@ -30,13 +30,14 @@ from laplace_dist.run.combination import choose, windows_of
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.storage.sealed_json import seal_json
 
-SIZES = {"monday": 44, "tuesday": 20, "wednesday": 27}
+SIZES = {"monday": 44, "tuesday": 20, "wednesday": 27, "thursday": 21, "friday": 22}
 
 
 def days(split: str, day: str, kind: str = "float32") -> TensorDataset:
-    """Return one day's data; what is fresh is the same every day. `a+b` is two days."""
+    """Return one day's data; what is fresh is the same every day, and enough. `a+b` is two days."""
     if split != "train":
-        return dist_cases.blobs(split)
+        parts = [dist_cases.tensors(name) for name in (split, "train", "val", "test")]
+        return TensorDataset(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
     parts = []
     for name in day.split("+"):
         if name == "none":
@@ -90,6 +91,11 @@ def factors(place, version=None):
     manifest = versions.read_version(store, read_plan(store), version)
     found = {n: store.read_array(p["prefix"], n, p["entry"]) for n, p in manifest["factors"].items()}
     return {**found, "loss": manifest["loss"], "n": manifest["n_data"]}
+
+
+def names_of(place, version):
+    store = Checkpoint(str(place))
+    return versions.windows_in(store, read_plan(store), version)
 
 
 def same(one, other):
@@ -195,6 +201,32 @@ def test_the_same_window_twice_is_nothing_to_do(run, monkeypatch, capsys):
     assert "wednesday was decided before: nothing to do" in capsys.readouterr().out
 
 
+def test_a_dry_run_leaves_no_window_that_counts(run, capsys):
+    add(run, "wednesday", dry_run=True)
+    version = add(run, "thursday").version
+    assert "not counted by --windows all: wednesday" in capsys.readouterr().out
+    assert names_of(run, version) == ["monday", "tuesday", "thursday"]
+    assert names_of(run, add(run, "wednesday").version) == ["monday", "tuesday", "wednesday", "thursday"]
+
+
+def test_a_window_that_did_not_finish_stops_no_other_one(run, monkeypatch, capsys):
+    """By a rule it is passed over; who names it is refused before anything is computed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(RecalibrationJob, "sum_window", lambda self: (_ for _ in ()).throw(RunFailed("poisoned")))
+        with pytest.raises(RunFailed, match="poisoned"):
+            add(run, "wednesday")
+    before = Checkpoint(str(run)).list("windows")
+    message = "--windows: window wednesday is not finished.*--window wednesday and its data.*--drop-window wednesday"
+    with pytest.raises(SettingsError, match=message):
+        add(run, "thursday", windows="wednesday,thursday")
+    assert Checkpoint(str(run)).list("windows") == before
+    assert names_of(run, add(run, "thursday").version) == ["monday", "tuesday", "thursday"]
+    assert "not counted by --windows all: wednesday" in capsys.readouterr().out
+    add(run, "wednesday", drop_window="wednesday")
+    assert names_of(run, add(run, "friday").version) == ["monday", "tuesday", "thursday", "friday"]
+    assert "not counted" not in capsys.readouterr().out.partition("left out")[2]
+
+
 def test_another_fit_job_leaves_what_was_promoted(run, capsys):
     before = pointer.read_current(Checkpoint(str(run)))
     result = fit_inline(config(run, window="monday"))
@@ -211,6 +243,45 @@ def test_a_rollback_is_a_promotion_of_what_was_current_before(run):
     assert [entry["why"] for entry in now["history"]][-1] == "rolled back" and len(now["history"]) == 3
     with pytest.raises(SettingsError, match="got 'none', which was never current"):
         rollback(str(run), "none")
+
+
+def test_what_somebody_rolled_back_from_is_not_promoted_by_the_next_tick(run, capsys):
+    store = Checkpoint(str(run))
+    first = pointer.read_current(store)["version"]
+    version = add(run, "wednesday").version
+    rollback(str(run), first)
+    before = store.read(layout.CURRENT)
+    with pytest.raises(
+        SettingsError,
+        match="--window: got 'wednesday', which was dropped or rolled back.*--windows monday,tuesday,wednesday",
+    ):
+        add(run, "wednesday")
+    assert store.read(layout.CURRENT) == before
+    assert names_of(run, add(run, "thursday").version) == ["monday", "tuesday", "thursday"]
+    assert "left out, since they were dropped or rolled back: wednesday" in capsys.readouterr().out
+    assert add(run, "wednesday", windows="monday,tuesday,wednesday").version == version
+    assert pointer.read_current(store)["version"] == version, "who names it has been asked"
+
+
+def test_a_version_of_the_same_windows_that_was_rolled_back_is_not_made_again_unasked(run):
+    store = Checkpoint(str(run))
+    first = add(run, "wednesday").version
+    forgetting = add(run, "wednesday", decay=0.5).version
+    assert first != forgetting
+    rollback(str(run), first)
+    with pytest.raises(
+        SettingsError, match=f"makes version {forgetting} again, which was rolled back.*--windows monday,tuesday,wed"
+    ):
+        add(run, "wednesday", decay=0.5)
+    assert pointer.read_current(store)["version"] == first
+    assert add(run, "wednesday", decay=0.5, windows="monday,tuesday,wednesday").version == forgetting
+
+
+def test_a_drop_that_is_refused_says_that_the_window_stays_in_and_what_drops_it(run):
+    found = add(run, "tuesday", drop_window="tuesday", gate=["nll<=-10"])
+    assert not found.promoted and "window tuesday stays in, in the next candidates too" in found.why
+    assert "--margin-nll" in found.why and "without --gate" in found.why
+    assert add(run, "tuesday", drop_window="tuesday").promoted
 
 
 def test_partials_of_a_window_are_dropped_once_its_sum_is_there(run):
@@ -519,6 +590,11 @@ def test_the_command_line_says_what_was_decided_and_by_which_figure(run, capsys)
     )
     version = open_json(Checkpoint(str(run)).read(layout.CURRENT), layout.CURRENT)["history"][0]["version"]
     assert cli.recalibrate_main([*given, "--rollback", version]) == 0
+    before = Checkpoint(str(run)).read(layout.CURRENT)
+    for other in (["--dry-run"], ["--drop-window", "tuesday"]):
+        assert cli.recalibrate_main([*given, "--rollback", version, *other]) == 2
+        assert f"--rollback: given with {other[0]}" in capsys.readouterr().err
+    assert Checkpoint(str(run)).read(layout.CURRENT) == before
     assert cli.recalibrate_main([*given, "--windows", "x"]) == 2
     assert "error: --windows: got 'x'" in capsys.readouterr().err
 
