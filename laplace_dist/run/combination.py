@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from laplace_dist.config.chosen_windows import LAST
 from laplace_dist.errors import MissingObjectError, SettingsError, listed
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run.checkpoint import Checkpoint
@@ -24,8 +24,6 @@ from laplace_dist.run.layout import WINDOWS
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.windows import read_window
 from laplace_dist.storage.store import Store
-
-LAST = re.compile(r"last:([1-9][0-9]*)")
 
 
 @dataclass(frozen=True)

@@ -475,7 +475,14 @@ REFUSED = {
         {"windows": "monday,sunday"},
         "--windows: got 'monday,sunday', but the run has no window sunday",
     ),
-    "nonsense": ({"windows": "last:0"}, "--windows: got 'last:0'"),
+    "nonsense": ({"windows": "last:0"}, "--windows: got 'last:0'; expected all, last:K"),
+    "no name": ({"windows": "a,,b"}, "--windows: got 'a,,b'; expected all, last:K"),
+    "a rule among names": ({"windows": "all,monday"}, "--windows: got 'all,monday'"),
+    "a name twice": ({"windows": "monday,monday"}, "--windows: got 'monday,monday'"),
+    "a window called all": ({"window": "all"}, "--window: got 'all'; expected a name of letters"),
+    "a window called as a rule": ({"window": "last:3"}, "--window: got 'last:3'; expected a name of letters"),
+    "a window called as a drop": ({"window": "without-monday"}, "--window: got 'without-monday'"),
+    "a window in a folder": ({"window": "a/b"}, "--window: got 'a/b'; expected a name of letters"),
     "another backend": ({"backend": "curvlinops"}, "--backend: stored 'native', now 'curvlinops'"),
     "another batch size": ({"batch_size": 5}, "--batch-size: stored 4, now 5"),
     "another model": ({"model": "dist_cases:tiny", "model_args": {"name": "one unit"}}, "--model|weights"),
@@ -597,6 +604,17 @@ def test_the_command_line_says_what_was_decided_and_by_which_figure(run, capsys)
     assert Checkpoint(str(run)).read(layout.CURRENT) == before
     assert cli.recalibrate_main([*given, "--windows", "x"]) == 2
     assert "error: --windows: got 'x'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("job", ["fit", "tune", "evaluate"])
+@pytest.mark.parametrize(
+    "flag", ["--windows=x", "--decay=0.3", "--gate=nll<=0.1", "--margin-nll=1", "--keep-versions=2"]
+)
+def test_a_flag_that_does_nothing_in_a_job_is_refused_by_name(run, job, flag, capsys):
+    before = Checkpoint(str(run)).read(layout.CURRENT)
+    assert cli.main(job, ["--checkpoint", str(run), flag]) == 2
+    assert f"{flag.partition('=')[0]}: does nothing in this job" in capsys.readouterr().err
+    assert Checkpoint(str(run)).read(layout.CURRENT) == before
 
 
 def test_the_weeks_of_the_demo_are_its_training_split():
