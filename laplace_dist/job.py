@@ -163,6 +163,11 @@ class Job(FitStages):
         manifest, value = tunings.read_tuning(self.store, key)
         method, temperature = manifest["settings"]["method"], manifest.get("logit_temperature") or 1.0
         self.say(f"tune: {words.chosen(value, manifest['sigma_noise'], temperature, method)}")
+        if manifest.get("search") is None:
+            self.say(
+                "tune: the evidence has chosen, and nothing was compared with MAP; --tune-method gridsearch does that on a val "
+                "split, for a scalar prior"
+            )
         for text in (manifest.get("search") or {}).get("said", []):
             self.say(f"tune: {text}")
 

@@ -115,7 +115,7 @@ class Config(BaseModel):
         "all", description="which windows the posterior is made of: all, last:K, or names with commas between them"
     )
     decay: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
-        1.0, description="weight of a window relative to that of the next one"
+        1.0, description="weight of a window relative to that of the next one that counts"
     )
     keep_partials: bool = Field(
         False, description="keep the partials of a window after the first once its sum is committed"

@@ -337,6 +337,14 @@ def test_a_fit_job_that_runs_again_after_promotions_changes_nothing(run, capsys)
     assert decision(run, "day-3")["drift"]["reference"]["evaluation"] == accepted
 
 
+def test_a_prior_that_the_evidence_chose_says_that_nothing_was_compared_with_map(run, capsys):
+    given = {"data": "recalibration_cases:fresh", "data_args": {"day": 1}, **SIZES, "skip_tune": False}
+    tune_posterior(config(run, **given, tune_method="marglik"), laplace_dist.Inline)
+    assert "the evidence has chosen, and nothing was compared with MAP" in capsys.readouterr().out
+    retune(run)
+    assert "nothing was compared with MAP" not in capsys.readouterr().out
+
+
 def test_a_tuning_leaves_the_windows_that_were_dropped_out(run):
     day(run, 1, drop_window="day-1")
     retune(run)
