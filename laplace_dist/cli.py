@@ -32,6 +32,20 @@ NOTES = {  # of `--help`
 }
 
 
+_OF_RECALIBRATIONS = [
+    "windows",
+    "decay",
+    "keep-partials",
+    "margin-nll",
+    "margin-ece",
+    "level",
+    "draws",
+    "gate",
+    "keep-versions",
+    "alert-cmd",
+]  # which do nothing in other jobs
+
+
 def main(job: str, argv: Sequence[str] | None = None, **defaults: Any) -> int:
     """Carry out a job from the command line.
 
@@ -46,6 +60,10 @@ def main(job: str, argv: Sequence[str] | None = None, **defaults: Any) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
 
     def carry_out() -> int:
+        if idle := [f"--{name}" for name in _OF_RECALIBRATIONS if _given(argv, f"--{name}")]:
+            raise SettingsError(
+                f"{', '.join(idle)}: does nothing in this job, but in jobs/recalibrate.py. Leave it out"
+            )
         config = _settings(job, argv, defaults)
         result = JOBS[job](config)
         show_result(result, _loading(config, result))
@@ -74,6 +92,11 @@ def recalibrate_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
         parser.print_help()
 
     def carry_out() -> int:
+        if given.rollback is not None and (given.dry_run or given.drop_window is not None):
+            other = "--dry-run" if given.dry_run else "--drop-window"
+            raise SettingsError(
+                f"--rollback: given with {other}, which it would not heed; give one of them. Nothing was changed"
+            )
         config = _settings("recalibrate", rest, defaults)
         if given.rollback is not None:
             rollback(config.checkpoint, given.rollback, storage_options=config.storage_options)

@@ -80,25 +80,19 @@ class FitStages:
     def current_version(self) -> str:
         """Return the posterior version that a follow-on job works on.
 
-        The posterior's structure is the run's, whatever the settings say; the likelihood has to be given as it was for
-        the fit, since what the scores of the data mean depends on it.
+        What was not given is the run's; the likelihood has to be given as it was for the fit, since what the scores of the data
+        mean depends on it.
 
         Raises:
-            SettingsError: The run has none yet, was fitted with another likelihood, or cannot be written to.
+            SettingsError: The run has none yet, was fitted with other settings or weights, or cannot be written to.
         """
         try:
             version = pointer.read_current(self.store)["version"]
         except MissingObjectError as error:
             ownership.refuse_no_run(self.store)
             raise SettingsError(f"--checkpoint: got {self.given.checkpoint!r}; {error}") from error
-        stored = self.plan.settings
-        likelihood = stored.get("likelihood")
-        if self.config.likelihood != likelihood:
-            raise SettingsError(
-                f"--likelihood: got {self.config.likelihood!r}, but the run at {self.store.url!r} was fitted with "
-                f"{likelihood!r}. Give --likelihood {likelihood}."
-            )
-        self.config = self.config.model_copy(update={"hessian_structure": stored.get("hessian_structure")})
+        opening.refuse_other_settings(self.config, self.store, self.plan, self.kind)
+        self.config = self.config.model_copy(update={"hessian_structure": self.plan.settings.get("hessian_structure")})
         self.store.check_writable()
         return version
 
@@ -148,6 +142,10 @@ class FitStages:
         if current["version"] != version or not tuned:
             pointer.write_current(self.store, self.plan, version, None)
         return version
+
+    def is_recalibrated(self) -> bool:
+        """Whether what is current is so by a promotion or a rollback, and not by the fit alone."""
+        return bool(pointer.read_current(self.store).get("history"))
 
     def sum_window(self) -> Window:
         """Commit the window's sum; of structures that take two passes over the data, do the second one and commit its sum.

@@ -69,6 +69,8 @@ def fit(config: Config, executor: ExecutorType | None = None) -> Result:
         job.open()
         job.map()
         version = job.reduce()
+        if job.is_recalibrated():
+            return _as_it_is(job, version)
         return _follow_on(job, version, tuning=not config.skip_tune, evaluation=not config.skip_evaluate)
 
 
@@ -87,10 +89,24 @@ def evaluate_posterior(config: Config, executor: ExecutorType | None = None) -> 
 def _follow_on(job: Job, version: str, *, tuning: bool, evaluation: bool) -> Result:
     key = job.tune(version) if tuning else pointer.read_current(job.store)["tuning"]
     metrics = job.evaluate(version, key) if evaluation else None
+    return _result(job, version, key, metrics, job.report(evaluations.shown(job.store) if evaluation else None))
+
+
+def _result(job: Job, version: str, key: str | None, metrics: dict[str, Any] | None, page: str | None) -> Result:
     untuned = {"sigma_noise": 1.0 if likelihood_of(job.config.likelihood).has_noise else None}
     tuned = untuned if key is None else tunings.read_tuning(job.store, key)[0]
-    page = job.report(evaluations.shown(job.store) if evaluation else None)
     return Result(job.store.url, version, key, metrics, tuple(tunings.notes(tuned)), tunings.helps(tuned), page)
+
+
+def _as_it_is(job: Job, version: str) -> Result:
+    """Leave tuning and metrics of a posterior alone that a recalibration has accepted: others were compared with nothing."""
+    job.say(
+        "so do its tuning and its metrics: jobs/tune.py and jobs/evaluate.py change them, jobs/recalibrate.py adds data"
+    )
+    key, shown = pointer.read_current(job.store)["tuning"], evaluations.shown(job.store)
+    sealed = None if shown is None else open_json(job.store.read(shown), shown)
+    ours = sealed is not None and shown.startswith(f"evaluation/{version}-") and sealed["settings"].get("tuning") == key
+    return _result(job, version, key, sealed["metrics"] if ours else None, job.report())
 
 
 class Job(FitStages):
@@ -147,6 +163,11 @@ class Job(FitStages):
         manifest, value = tunings.read_tuning(self.store, key)
         method, temperature = manifest["settings"]["method"], manifest.get("logit_temperature") or 1.0
         self.say(f"tune: {words.chosen(value, manifest['sigma_noise'], temperature, method)}")
+        if manifest.get("search") is None:
+            self.say(
+                "tune: the evidence has chosen, and nothing was compared with MAP; --tune-method gridsearch does that on a val "
+                "split, for a scalar prior"
+            )
         for text in (manifest.get("search") or {}).get("said", []):
             self.say(f"tune: {text}")
 

@@ -6,6 +6,7 @@ and candidate and current posterior are compared on the same fresh examples. Pro
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -15,8 +16,8 @@ from laplace_dist.config import gates
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError, listed
 from laplace_dist.execution.session import ExecutorType
-from laplace_dist.job import Job
 from laplace_dist.plan.segments import plan_shards
+from laplace_dist.recalibration_windows import WindowStages
 from laplace_dist.report import alert
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import (
@@ -28,13 +29,11 @@ from laplace_dist.run import (
     recalibrations,
     retention,
     versions,
-    windows,
 )
 from laplace_dist.run.checkpoint import Checkpoint, open_json
-from laplace_dist.run.combination import Term, Window, choose, chosen_names, is_rule, summed, terms_of, windows_of
+from laplace_dist.run.combination import Term
 from laplace_dist.run.ownership import read_plan
-from laplace_dist.run.place import delete_owned
-from laplace_dist.stages import drift, opening
+from laplace_dist.stages import drift
 from laplace_dist.stages import recalibrate as stage
 
 
@@ -83,19 +82,7 @@ def recalibrate(
     if config.fresh:
         raise SettingsError("--fresh: a recalibration adds to a run; only a fit begins one anew")
     with RecalibrationJob(config, executor) as job:
-        if not job.take():
-            return None
-        job.begin(drop_window)
-        terms = job.terms(drop_window)
-        name = f"without-{drop_window}" if drop_window else job.window.name
-        found = job.decided(name, terms)
-        if found is None:
-            version = job.combine(terms)
-            tuning = None if config.skip_tune else job.choose_prior(version)
-            found = job.decide(name, terms, version, tuning, dry_run=dry_run)
-        if not dry_run:
-            job.collect(found)
-        return replace(job.result(found), report=None if dry_run else job.report())
+        return job.carry_out(drop_window, dry_run=dry_run)
 
 
 def rollback(url: str, version: str, *, storage_options: dict[str, Any] | None = None) -> None:
@@ -109,11 +96,14 @@ def rollback(url: str, version: str, *, storage_options: dict[str, Any] | None =
     pointer.roll_back(store, read_plan(store), version)
 
 
-class RecalibrationJob(Job):
-    """The stages of a recalibration over one run."""
+class RecalibrationJob(WindowStages):
+    """The stages of a recalibration over one run.
 
-    window: Window | None = None
-    _left_out: Sequence[str] = ()
+    Attributes:
+        wait: Lets so many seconds pass, while it is to be seen whether another job lives.
+    """
+
+    wait = staticmethod(time.sleep)
 
     def __post_init__(self) -> None:
         self.kind = "recalibrate"
@@ -121,78 +111,45 @@ class RecalibrationJob(Job):
             self.given = self.given.model_copy(update={"window": datetime.now(UTC).date().isoformat()})
         super().__post_init__()
 
+    def carry_out(self, drop_window: str | None = None, *, dry_run: bool = False) -> Recalibration | None:
+        """Do all of it; arguments and what is returned as of `recalibrate`."""
+        if not self.take():
+            return None
+        if not dry_run:
+            self.finish()
+        self.begin(drop_window)
+        terms = self.terms(drop_window)
+        name = f"without-{drop_window}" if drop_window else self.window.name
+        found = self.decided(name, terms)
+        if found is None:
+            version = self.combine(terms)
+            tuning = None if self.config.skip_tune else self.choose_prior(version)
+            found = self.decide(name, terms, version, tuning, dry_run=dry_run)
+        if not dry_run:
+            self.collect(found)
+        return replace(self.result(found), report=None if dry_run else self.report())
+
     def take(self) -> bool:
-        """Become the one job that recalibrates the run; False, with a line, if another one that lives is at it."""
+        """Become the one job that recalibrates the run; False, with a line, if another one that lives is at it.
+
+        What is current counts from then on: before that, another one may still have promoted.
+        """
         self.current_version()
-        self._before = self.store.read(layout.CURRENT)
-        self._current = open_json(self._before, layout.CURRENT)
-        self.session.lease.show()
-        holder = recalibrations.take(self.store, self.session.lease.job)
+        holder = recalibrations.take(self.store, self.session.lease, self.say, self.wait)
         if holder is not None:
             self.say(f"another recalibration of {self.store.url} is at work on {holder}; nothing to do")
-        return holder is None
-
-    def begin(self, drop_window: str | None) -> None:
-        """Begin or continue the window, and see to it that its sum is committed."""
-        if self.config.alert_cmd is not None:
-            alert.arguments(self.config.alert_cmd)
-        self._left_out = pointer.left_out(self._current)
-        if drop_window is not None:
-            return
-        there = windows_of(self.store, self.plan)
-        names = [window.name for window in there]
-        self._chosen([*names, *({self.config.window} - set(names))])  # before anything is computed
-        if self.config.window not in names and recalibrations.read_decision(self.store, self.plan, self.config.window):
-            raise SettingsError(
-                f"--window: got {self.config.window!r}, which was decided before and whose sum is gone (--keep-versions). Give "
-                "new data a name of their own."
-            )
-        self.window, self._continued = opening.begin_window(self.config, self.store, there, self.device_type)
-        self._checked = True
-        self.say(f"{'continuing' if self._continued else 'adding'} window {self.window.name} of {self.store.url}")
-        if self.plan.further is None and windows.find_window(self.window.store, self.window.plan) is None:
-            self.map()
-        whole = summed(self.sum_window())
-        if not self.config.keep_partials and whole.store.list("partials"):
-            windows.check_arrays(whole.store, windows.read_window(whole.store, whole.plan))
-            delete_owned(whole.store, "partials")
-
-    def _chosen(self, there: Sequence[str]) -> list[str]:
-        """Return the names of the windows that `--windows` means: those that were dropped are in only if they are named."""
-        staying = [name for name in there if name not in self._left_out]
-        return chosen_names(staying if is_rule(self.config.windows) else there, self.config.windows)
-
-    def terms(self, drop_window: str | None) -> list[Term]:
-        """Return the windows that the candidate is made of, with their weights."""
-        there = windows_of(self.store, self.plan)
-        names = [window.name for window in there]
-        if drop_window is not None:
-            if drop_window not in names or len(names) == 1:
-                raise SettingsError(
-                    f"--drop-window: got {drop_window!r}; expected one of several windows, and the run has "
-                    f"{', '.join(names)}"
-                )
-            self._left_out = [*(name for name in self._left_out if name != drop_window), drop_window]
-        chosen = self._chosen([name for name in names if name != drop_window])
-        if not chosen:
-            raise SettingsError(
-                f"--windows: got {self.config.windows!r}, and every window there is was dropped; name some"
-            )
-        self._left_out = [name for name in self._left_out if name not in chosen]
-        return terms_of(choose(there, ",".join(chosen), self.config.decay))
-
-    def combine(self, terms: Sequence[Term]) -> str:
-        """Commit the posterior version that windows make; one that was never current and lost its arrays is made again."""
-        version = versions.version_of(terms)
-        if all(entry["version"] != version for entry in pointer.history_of(self._current)):
-            versions.discard_torn(self.store, self.plan, version)
-        return super().combine(terms)
+            return False
+        self._before = self.store.read(layout.CURRENT)
+        self._current = open_json(self._before, layout.CURRENT)
+        return True
 
     def decided(self, name: str, terms: Sequence[Term]) -> dict[str, Any] | None:
         """Return what was found before, if the same was asked then and the current posterior is still what that left."""
         found = recalibrations.read_decision(self.store, self.plan, name)
         if (
             found is None
+            or found.get("pending")
+            or stage.TOO_FEW in found["why"]  # which more examples of the same window change
             or found["windows"] != stage.weights_of(terms)
             or found["settings"] != stage.settings(self.config)
         ):
@@ -219,13 +176,17 @@ class RecalibrationJob(Job):
         task = stage.Compare(self.plan.digest, *keys, shards, config.draws, config.level, config.seed)
         (receipt,) = self._run([task], Progress("recalibrate", "comparisons", 1), keep=True)
         margins = {"nll": config.margin_nll, "ece": config.margin_ece}
-        better, why = stage.decide(receipt["differences"], margins)
+        better, why = stage.decide(receipt["differences"], margins, len(splits["test"]), config.level)
         metrics = stage.metrics_of(self.store, sides)
         passed = gates.check(config.gate, metrics["candidate"], metrics["current"])
         if better and (failed := gates.why_not(passed)):
             better, why = False, failed
+        if not better and self.dropping is not None:
+            why += (
+                f"; window {self.dropping} stays in, in the next candidates too. To drop it whatever the figures say: the same "
+                "command with a --margin-nll and --margin-ece that allow it, and without --gate"
+            )
         watched = self.watch(name, sides["current"], dry_run=dry_run)
-        promoted = better and not dry_run and self._promote(version, tuning, why, sides["candidate"]["evaluation"])
         found = {
             "windows": stage.weights_of(terms),
             **sides,
@@ -234,18 +195,46 @@ class RecalibrationJob(Job):
             "metrics": metrics,
             "gates": passed,
             "drift": watched,
-            "promoted": promoted,
+            "promoted": False,
             "why": f"{why}; not promoted, since this is a dry run" if better and dry_run else why,
             "environment": receipt["environment"],
         }
-        if promoted:
-            shown = {"map": metrics["map"], "laplace": metrics["candidate"]}
-            self.store.replace(layout.METRICS, evaluations.metrics_json(version, tuning, shown))
-        if not dry_run:
-            if watched["noticed"] and config.alert_cmd is not None:
-                alert.send(config.alert_cmd, {"checkpoint": self.store.url, "window": name, **found}, self.say)
-            recalibrations.write_decision(self.store, self.plan, name, found)
+        if dry_run:
+            return found
+        if better:
+            recalibrations.write_decision(self.store, self.plan, name, {**found, "pending": True})
+            self._promote(name, found)
+            found["promoted"] = True
+        self.conclude(name, found)
         return found
+
+    def conclude(self, name: str, found: Mapping[str, Any]) -> None:
+        """Say to whom it concerns what was decided, and record it last: until then the same command does this again."""
+        side = found["candidate"]
+        if found["promoted"] and pointer.read_current(self.store)["version"] == side["version"]:
+            shown = {"map": found["metrics"]["map"], "laplace": found["metrics"]["candidate"]}
+            self.store.replace(layout.METRICS, evaluations.metrics_json(side["version"], side["tuning"], shown))
+        if found["drift"]["noticed"] and self.config.alert_cmd is not None:
+            self.tell({"checkpoint": self.store.url, "window": name, **found})
+        recalibrations.write_decision(self.store, self.plan, name, found)
+
+    def tell(self, record: Mapping[str, Any]) -> None:
+        """Hand a record to the command of `--alert-cmd`."""
+        alert.send(self.config.alert_cmd, record, self.say)
+
+    def finish(self) -> None:
+        """Do what a job has left undone that died after its promotion: the history says so, and its decision is pending."""
+        last = [entry for entry in pointer.history_of(self._current) if entry.get("window")][-1:]
+        found = recalibrations.read_decision(self.store, self.plan, last[0]["window"]) if last else None
+        if found is None or not found.get("pending"):
+            return
+        side = found["candidate"]
+        if (last[0]["version"], last[0].get("evaluation")) == (side["version"], side["evaluation"]):
+            self.say(f"{found['window']} was promoted by a job that died then; what it has left undone is done now")
+            done = {
+                key: value for key, value in found.items() if key not in ("format_version", "plan", "window", "pending")
+            }
+            self.conclude(found["window"], {**done, "promoted": True})
 
     def watch(self, name: str, current: Mapping[str, Any], *, dry_run: bool) -> dict[str, Any]:
         """Look whether the fresh data are still like those on which the current posterior was accepted; returns the record.
@@ -281,17 +270,18 @@ class RecalibrationJob(Job):
         if gone := retention.collect(self.store, self.plan, job, sides=sides, **how):
             self.say(f"collected {listed(gone)}")
 
-    def _promote(self, version: str, tuning: str | None, why: str, evaluation: str | None = None) -> bool:
+    def _promote(self, name: str, found: Mapping[str, Any]) -> None:
         if not recalibrations.holds(self.store, self.session.lease.job):
             raise SettingsError(f"another recalibration of {self.store.url} has taken over. Nothing was promoted.")
-        beside = {"evaluation": evaluation, "left_out": self._left_out}
-        if not pointer.promote(self.store, self.plan, self._before, version, tuning, why, **beside):
+        side = found["candidate"]
+        given = side["version"], side["tuning"], found["why"]
+        beside = {"evaluation": side["evaluation"], "left_out": self._left_out, "window": name}
+        if not pointer.promote(self.store, self.plan, self._before, *given, **beside):
             now = pointer.read_current(self.store)["version"]
             raise SettingsError(
                 f"another job has made version {now} current at {self.store.url} meanwhile, so that the comparison with the "
                 "one before says nothing. Nothing was promoted: run the same command again."
             )
-        return True
 
     def result(self, found: Mapping[str, Any]) -> Recalibration:
         """Return what was found as callers get it."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from laplace_dist.config import gates
+from laplace_dist.config import chosen_windows, gates
 from laplace_dist.config.import_path import IMPORT_PATH
 from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.errors import SettingsError
@@ -117,14 +117,14 @@ class Config(BaseModel):
     segment_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="seconds before a segment, or any other task, is given to another worker"
     )
-    window: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][\w.-]*$")] | None = Field(
+    window: str | None = Field(
         None, description="name of the window of training data; of a new one today's date if not given"
     )
     windows: Annotated[str, Field(min_length=1)] = Field(
         "all", description="which windows the posterior is made of: all, last:K, or names with commas between them"
     )
     decay: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
-        1.0, description="weight of a window relative to that of the next one"
+        1.0, description="weight of a window relative to that of the next one that counts"
     )
     keep_partials: bool = Field(
         False, description="keep the partials of a window after the first once its sum is committed"
@@ -185,6 +185,16 @@ class Config(BaseModel):
             if name in ("train", "val", "test") or not re.fullmatch(r"[\w.-]+", name) or value.count(name) > 1:
                 raise ValueError("distinct names of letters, digits, '_', '-' or '.', other than train, val and test")
         return value
+
+    @field_validator("window")
+    @classmethod
+    def _window_name(cls, value: str | None) -> str | None:
+        return None if value is None else chosen_windows.checked_name(value)
+
+    @field_validator("windows")
+    @classmethod
+    def _chosen_windows(cls, value: str) -> str:
+        return chosen_windows.checked(value)
 
     @field_validator("prior_range")
     @classmethod

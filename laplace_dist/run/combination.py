@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from laplace_dist.config.chosen_windows import LAST
 from laplace_dist.errors import MissingObjectError, SettingsError, listed
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run.checkpoint import Checkpoint
@@ -25,8 +25,6 @@ from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.second_pass import place_of_second, read_second_plan
 from laplace_dist.run.windows import read_window
 from laplace_dist.storage.store import Store
-
-LAST = re.compile(r"last:([1-9][0-9]*)")
 
 
 @dataclass(frozen=True)
@@ -160,8 +158,8 @@ def terms_of(chosen: Sequence[tuple[Window, float]]) -> list[Term]:
             found.append(Term(whole, weight, read_window(whole.store, whole.plan)))
         except MissingObjectError as error:
             raise SettingsError(
-                f"--windows: window {window.name} is not finished, so it has no sum yet. Run its job to the end, or leave it "
-                "out."
+                f"--windows: window {window.name} is not finished, so it has no sum yet. Finish it with its own command "
+                f"(--window {window.name} and its data), drop it with --drop-window {window.name}, or name others."
             ) from error
     return found
 

@@ -10,8 +10,11 @@ from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.layout import CURRENT
 from laplace_dist.run.ownership import confirm
+from laplace_dist.run.versions import windows_in
 from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
+
+ROLLED_BACK = "rolled back"  # why an entry of the history came to be
 
 
 def read_current(store: Store) -> dict[str, Any]:
@@ -66,6 +69,17 @@ def left_out(current: Mapping[str, Any]) -> list[str]:
     return list(history_of(current)[-1].get("left_out", []))
 
 
+def rolled_back(current: Mapping[str, Any]) -> set[str]:
+    """Return the versions from which somebody has rolled back, and which nobody has promoted since."""
+    found: set[str] = set()
+    history = history_of(current)
+    for before, entry in zip(history, history[1:], strict=False):
+        if entry["why"] == ROLLED_BACK:
+            found.add(before["version"])
+        found.discard(entry["version"])
+    return found
+
+
 def write_current(store: Store, plan: Plan, version: str, tuning: str | None, *, first: bool = False) -> None:
     """Make a posterior version current, with the tuning that belongs to it.
 
@@ -109,6 +123,7 @@ def promote(
     *,
     evaluation: str | None = None,
     left_out: Sequence[str] = (),
+    window: str | None = None,
 ) -> bool:
     """Make a posterior version current if nobody has changed what is current meanwhile, and keep the history.
 
@@ -121,6 +136,7 @@ def promote(
         why: In a person's words.
         evaluation: Key of the evaluation by which it was accepted, or None.
         left_out: The windows that stay out from now on.
+        window: Name of the recalibration that has decided so.
 
     Returns:
         Whether it was done; False if another job was first.
@@ -129,12 +145,16 @@ def promote(
         SettingsError: The run was deleted meanwhile, or is another one; or the storage cannot compare and set.
     """
     entry = {"version": version, "tuning": tuning, "why": why, "evaluation": evaluation, "left_out": list(left_out)}
+    entry["window"] = window
     confirm(store, plan)
     return _append(store, before, entry)
 
 
 def roll_back(store: Store, plan: Plan, version: str) -> None:
     """Make a posterior version current again that was so before, with the tuning and without the windows of then.
+
+    The windows that it does not have and the one before has stay out too, until they are named: a schedule would bring them
+    back.
 
     Raises:
         SettingsError: The version is not in the history, or was collected; or another job has changed what is current at this
@@ -150,7 +170,10 @@ def roll_back(store: Store, plan: Plan, version: str) -> None:
             f"--rollback: got {version!r}, {why} at {store.url!r}; versions that were current and are there: {known}"
         )
     confirm(store, plan)
-    if not _append(store, content, {"left_out": [], **found[-1], "why": "rolled back"}):
+    has = [windows_in(store, plan, name) for name in (history[-1]["version"], version)]
+    out = [name for name in has[0] if name not in has[1]]
+    out = [*(name for name in found[-1].get("left_out", []) if name not in out), *out]
+    if not _append(store, content, {**found[-1], "left_out": out, "why": ROLLED_BACK}):
         raise SettingsError(
             f"--rollback: another job has changed what is current at {store.url!r} at this moment. Look again."
         )

@@ -232,7 +232,7 @@ EvaluationKey = Annotated[str, Field(pattern=r"^evaluation/[^/]+\.json$")]
 
 
 class _Promotion(Strict):
-    """One entry of the history: what was current, by which evaluation, without which windows, and whether it is gone."""
+    """One entry of the history: what was current, by what and without which windows, and whether it is gone."""
 
     version: Name
     tuning: TuningKey | None
@@ -240,6 +240,7 @@ class _Promotion(Strict):
     evaluation: EvaluationKey | None = None
     left_out: list[Name] = []
     collected: bool = False
+    window: Name | None = None
 
 
 class CurrentFields(Strict):
@@ -272,7 +273,7 @@ class _Gate(Strict):
 
 
 class RecalibrationFields(Strict):
-    """What a recalibration has found, and whether it promoted the candidate."""
+    """What a recalibration has found, and whether it promoted the candidate; `pending` while it is about to."""
 
     format_version: Positive
     plan: str
@@ -286,6 +287,7 @@ class RecalibrationFields(Strict):
     gates: list[_Gate] = []
     drift: dict[str, Any] | None = None
     promoted: bool
+    pending: bool = False
     why: str
     environment: Environment
 

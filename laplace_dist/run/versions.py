@@ -169,3 +169,14 @@ def read_loss(store: Store, manifest: Mapping[str, Any]) -> float:
         return manifest["loss"]
     place = manifest["factors"][LOSS]
     return float(store.read_array(place["prefix"], LOSS, place["entry"]))
+
+
+def windows_in(store: Store, plan: Plan, version: str) -> list[str]:
+    """Return the names of the windows that a posterior version is a sum of; of an older format there is one.
+
+    Raises:
+        CheckpointError: Its manifest is missing, truncated or altered.
+    """
+    return [
+        term["window"] for term in read_version(store, plan, version).get("windows") or [{"window": plan.window_name}]
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import ceil, log
 from typing import Any
 
 from laplace.likelihoods.comparison import paired_differences
@@ -13,6 +14,8 @@ from laplace_dist.run.evaluations import joined_scores
 from laplace_dist.run.provenance import environment
 from laplace_dist.stages.context import Context
 from laplace_dist.storage.store import Store
+
+TOO_FEW = "fresh examples are too few to tell"
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,18 @@ def settings(config: Config) -> dict[str, Any]:
     return chosen if config.recalibrate == "prior" else {**chosen, "recalibrate": config.recalibrate}
 
 
-def decide(differences: Mapping[str, Mapping[str, float]], margins: Mapping[str, float]) -> tuple[bool, str]:
+def needed(level: float) -> int:
+    r"""Return how many fresh examples a promotion needs at least: $\min\{n : \ell^n \le 1 - \ell\}$ at the level $\ell$.
+
+    Of fewer, all may miss the share $1 - \ell$ of examples on which a candidate is worst with more than that probability, and a
+    bootstrap knows of nothing that it has not seen (Wilks, Annals of Mathematical Statistics 12, 1941): 59 at 0.95.
+    """
+    return ceil(log(1 - level) / log(level) - 1e-9)
+
+
+def decide(
+    differences: Mapping[str, Mapping[str, float]], margins: Mapping[str, float], examples: int, level: float
+) -> tuple[bool, str]:
     """Say whether a candidate is promoted, and which figure decides.
 
     It is if it is shown to be no worse: of every figure the upper end of the interval of candidate minus current is at most the
@@ -65,7 +79,14 @@ def decide(differences: Mapping[str, Mapping[str, float]], margins: Mapping[str,
     Args:
         differences: `value`, `low` and `high` by figure.
         margins: How much worse is not worse, by figure.
+        examples: How many fresh ones there are.
+        level: One-sided level of each end of an interval.
     """
+    if examples < (least := needed(level)):
+        return (
+            False,
+            f"{examples} {TOO_FEW}: a promotion at --level {level:g} needs at least {least}",
+        )
     over = {name: found for name, found in differences.items() if not found["high"] <= margins[name]}
     name = min(over or differences, key=lambda name: margins[name] - differences[name]["high"])
     found = differences[name]

@@ -154,10 +154,10 @@ class SimulatedStore(Checkpoint):
         depth = prefix.count("/") + 1 if prefix else 0
         return [key for key in keys if key != prefix and (recursive or key.count("/") == depth)]
 
-    def modified(self) -> dict[str, datetime]:
-        """Return when every object was last written."""
+    def modified(self, prefix: str = "") -> dict[str, datetime]:
+        """Return when every object under a prefix was last written."""
         times = self.objects.times
-        keys = self._do("list", "", lambda: {key: times.get(key, 0.0) for key in self._listed("", "times")})
+        keys = self._do("list", prefix, lambda: {key: times.get(key, 0.0) for key in self._listed(prefix, "times")})
         return {key: BEGIN + timedelta(seconds=time) for key, time in keys.items()}
 
     def delete_tree(self, prefix: str) -> None:

@@ -43,6 +43,12 @@ def without_labels(split: str, day: int) -> TensorDataset:
     return TensorDataset(x, y if split != "recent" else torch.zeros_like(y))
 
 
+def few(split: str, day: int, n: int) -> TensorDataset:
+    """Return fresh data with so many test examples."""
+    whole = fresh(split, day)
+    return TensorDataset(*whole[:n]) if split == "test" else whole
+
+
 def numbers(split: str, day: int, shift: float = 0.0) -> TensorDataset:
     """Return a regression's data."""
     x, _ = fresh(split, day).tensors
@@ -57,7 +63,7 @@ def begin(place):
 
 
 def day(place, number, **changes):
-    data = {name: changes.pop(name) for name in ("shift", "share", "change") if name in changes}
+    data = {name: changes.pop(name) for name in ("shift", "share", "change", "n") if name in changes}
     extra = {name: changes.pop(name) for name in ("dry_run", "drop_window") if name in changes}
     given = {"data": "recalibration_cases:fresh", "data_args": {"day": number, **data}, "window": f"day-{number}"}
     return recalibrate(config(place, **{**SIZES, **given, **changes}), laplace_dist.Inline, **extra)

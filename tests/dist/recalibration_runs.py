@@ -8,24 +8,27 @@ import numpy as np
 import torch
 from crash_store import ORIGIN, SPEC, Crash
 
+from laplace_dist.config.settings import Config
+from laplace_dist.errors import SettingsError
 from laplace_dist.plan.plan import build_plan
+from laplace_dist.recalibration import RecalibrationJob
 from laplace_dist.run import (
     attempts,
+    evaluations,
     layout,
     leases,
     lifecycle,
     ownership,
     partials,
     pointer,
-    recalibrations,
-    retention,
     tunings,
     versions,
     windows,
 )
-from laplace_dist.run.combination import Window, choose, is_rule, place_of, terms_of, windows_of
+from laplace_dist.run.combination import Window, choose, place_of, terms_of, windows_of
 from laplace_dist.run.provenance import environment
-from laplace_dist.stages import reduce
+from laplace_dist.stages import drift, reduce
+from laplace_dist.stages import recalibrate as stage
 from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.testing.simulated_store import Objects, SimulatedStore
 
@@ -41,12 +44,21 @@ class Memory(SimulatedStore):
         at: Number of the operation, from 1; 0 for none.
         act: What is done then; a process that is to die raises `Crash` in it.
         when: Of a death: `before` the operation, or in the `middle` of it.
+        living: Keys of the signs of life of jobs that live beside this one.
     """
 
-    def __init__(self, objects, at=0, when=None, act=None):
+    def __init__(self, objects, at=0, when=None, act=None, living=()):
         super().__init__(objects)
+        self.living = set(living)
         self.counter = {"count": 0, "dead": False, "operations": []}  # one for all folders of a process
         self.at, self.when, self.act = at, when, act
+
+    def wait(self, seconds):
+        """Let time pass, in which whoever lives says so."""
+        clock = self.objects.clock
+        clock[0] += seconds
+        for key in self.living & self.objects.data.keys():
+            self.objects.times[key] = clock[0]
 
     def _do(self, name, key, effect, half=None):
         counter = self.counter
@@ -69,7 +81,7 @@ def bucket():
     """Return an empty bucket, whose clock stands still until it is set."""
     clock = [0.0]
     objects = Objects(lambda: clock[0])
-    objects.clock = clock
+    objects.clock, objects.told = clock, []
     return objects
 
 
@@ -102,18 +114,6 @@ def sum_window(store, plan):
     return windows.commit_window(store, plan, manifests)
 
 
-def combine(store, plan, terms):
-    version = versions.version_of(terms)
-    history = pointer.history_of(pointer.read_current(store)) if store.exists(layout.CURRENT) else []
-    if all(entry["version"] != version for entry in history):
-        versions.discard_torn(store, plan, version)
-    if not ownership.has(store, plan, layout.version_key(version)):
-        context = SimpleNamespace(store=store, plan=plan, window_of=lambda digest: Window(store, plan), device="cpu")
-        receipts = [task.run(context)["factors"] for task in reduce.factor_tasks(plan, terms)]
-        versions.commit_version(store, plan, terms, receipts)
-    return version
-
-
 def tune(store, plan, version):
     chosen = {"method": "none"}
     key = layout.tuning_key(version, chosen)
@@ -132,48 +132,101 @@ def fit(store):
     plan = plan_of(FIRST, 0, "run0")
     store.create(layout.PLAN, seal_json(plan.to_values()))
     sum_window(store, plan)
-    version = combine(store, plan, terms_of(choose(windows_of(store, plan), "all", 1.0)))
+    terms = terms_of(choose(windows_of(store, plan), "all", 1.0))
+    context = SimpleNamespace(store=store, plan=plan, window=Window(store, plan), device="cpu")
+    receipts = [task.run(context)["factors"] for task in reduce.factor_tasks(plan, terms)]
+    versions.commit_version(store, plan, terms, receipts)
+    version = versions.version_of(terms)
     pointer.write_current(store, plan, version, tune(store, plan, version), first=True)
 
 
-def recalibrate(store, name, **how):
-    """Do as `RecalibrationJob` does, in its order; returns what became of it. Whoever ends, though by an error, says so."""
-    lease = leases.Lease(store, lambda: store.objects.now())
-    try:
-        return _recalibrate(store, lease, name, **how)
-    finally:
-        if not store.counter["dead"]:
-            lease.end()
+class Miniature(RecalibrationJob):
+    """The real job over small windows in memory: what reads data or computes is replaced, every step and write is its own."""
 
+    def __init__(self, store, name, *, better, keep, chosen):
+        self.store, self.better = store, better
+        self.wait, self.say = store.wait, lambda text: None
+        given = {"model": "m:f", "data": "d:f", "checkpoint": "simulated://run", "device": "cpu", "alert_cmd": "tell"}
+        given |= {"window": name or "none", "windows": chosen, "keep_versions": keep, "skip_report": True}
+        self.config = Config(**given, margin_nll=0.0 if better else 1e-3)  # by which the decisions of the two differ
+        self.session = SimpleNamespace(lease=leases.Lease(store, store.objects.now))
+        store.counter["sign"] = layout.lease_key(self.session.lease.job)
 
-def _recalibrate(store, lease, name, *, better=True, keep=2, chosen="last:2", drop=None):
-    plan, before = ownership.read_plan(store), store.read(layout.CURRENT)
-    current = pointer.read_current(store)
-    lease.show()
-    if recalibrations.take(store, lease.job) is not None:
-        return "busy"
-    left_out, there = pointer.left_out(current), windows_of(store, plan)
-    if drop is None:
+    def current_version(self):
+        return pointer.read_current(self.store)["version"]
+
+    def begin_window(self, there):
+        name = self.config.window
         number = max(window.plan.window_number for window in there) + 1
         known = {window.name: window.plan for window in there}
-        place = place_of(store, plan, name)
-        own = lifecycle.open_window(place, known.get(name) or plan_of(name, number, plan.run_id))
-        sum_window(place, own)
-        place.delete_tree("partials")
-    else:
-        left_out = [*(one for one in left_out if one != drop), drop]
-    there = windows_of(store, plan)
-    staying = [window for window in there if window.name not in left_out] if is_rule(chosen) else there
-    version = combine(store, plan, terms_of(choose(staying, chosen, 1.0)))
-    tuning = tune(store, plan, version)
-    if better:
-        if not recalibrations.holds(store, lease.job):
-            return "taken over"
-        if not pointer.promote(store, plan, before, version, tuning, f"by {name}", left_out=left_out):
-            return "lost"
-    sides = [{"version": version, "tuning": tuning}, {name: current[name] for name in ("version", "tuning")}]
-    retention.collect(store, plan, lease.job, keep=keep, sides=sides, chosen=chosen)
-    return "promoted" if better else "kept"
+        place = place_of(self.store, self.plan, name)
+        own = lifecycle.open_window(place, known.get(name) or plan_of(name, number, self.plan.run_id))
+        return Window(place, own), name in known
+
+    def map(self):
+        pass
+
+    def sum_window(self):
+        sum_window(self.window.store, self.window.plan)
+        return self.window
+
+    def choose_prior(self, version):
+        return tune(self.store, self.plan, version)
+
+    def score(self, version, tuning):
+        chosen = {"tuning": tuning, "of": self.config.window}
+        key = layout.evaluation_key(version, chosen)
+        if not ownership.has(self.store, self.plan, key):
+            made, metrics = environment("cpu"), {"map": {"nll": 1.0}, "laplace": {"nll": 0.9}}
+            shard = layout.evaluation_shard_key(key, "test", "0")
+            evaluations.commit_shard(self.store, self.plan, shard, {"laplace/nll": np.zeros(2)}, made)
+            evaluations.commit_evaluation(self.store, self.plan, key, chosen, {"test": ["0"]}, metrics, made)
+        return key
+
+    def tell(self, record):
+        self.store.objects.told.append(record["window"])
+
+    def _splits(self, *names):
+        return {name: range(1000) for name in names}
+
+    def _run(self, tasks, progress, **how):
+        return [self._carried_out(task) for task in tasks]
+
+    def _carried_out(self, task):
+        if isinstance(task, stage.Compare):
+            high = -1.0 if self.better else 1.0
+            found = {name: {"value": high, "low": high, "high": high} for name in ("nll", "ece")}
+            return {"differences": found, "environment": environment("cpu")}
+        if isinstance(task, drift.MeasureDrift):
+            stream = {"edges": [], "counts": [], "looks": 1, "log_capital": 0.0}
+            return {
+                "record": {"streams": {"nll": {"alarm": True}}},
+                "streams": {"nll": stream},
+                "distance": None,
+                "seen": [],
+            }
+        if isinstance(task, drift.CompareSpectra):
+            return {}
+        window = self.window or Window(self.store, self.plan)
+        there = {"window": window, "window_of": lambda digest: window}
+        return task.run(SimpleNamespace(store=self.store, plan=self.plan, **there, device="cpu"))
+
+
+def recalibrate(store, name, *, better=True, keep=2, chosen="last:2", drop=None):
+    """Recalibrate in miniature; returns what became of it. Whoever ends, though by an error, says so."""
+    job = Miniature(store, name, better=better, keep=keep, chosen=chosen)
+    try:
+        found = job.carry_out(drop)
+    except SettingsError as error:
+        ends = {"has taken over": "taken over", "meanwhile, so that the comparison": "lost"}
+        for text, end in ends.items():
+            if text in str(error):
+                return end
+        raise
+    finally:
+        if not store.counter["dead"]:
+            job.session.lease.end()
+    return "busy" if found is None else "promoted" if found.promoted else "kept"
 
 
 def expected(windows_and_weights):

@@ -196,7 +196,7 @@ def test_an_alert_that_fails_is_reported_and_changes_nothing(run, cmd, why, caps
     again = run.parent / "again"
     shutil.copytree(run, again)
     rollback(str(again), pointer.read_current(Checkpoint(str(run)))["history"][-2]["version"])
-    found = day(again, 2, shift=1.0, alert_cmd=cmd)
+    found = day(again, 2, shift=1.0, alert_cmd=cmd, windows="day-0,day-1,day-2")
     assert re.search(why, capsys.readouterr().out)
     assert found.promoted and found.version == wanted.version and Checkpoint(str(run)).read(layout.CURRENT) == current
 
@@ -222,3 +222,49 @@ def test_an_example_of_several_terms_counts_once():
         _per_example("entropy", torch.arange(60.0), outputs), torch.arange(60.0).reshape(4, 15).mean(1)
     )
     assert _per_example("label", terms[:4], torch.zeros(4, 5)).tolist() == [0, 1, 2, 3]
+
+
+class Died(BaseException):
+    """The process is gone."""
+
+
+def test_a_death_at_any_write_around_the_promotion_loses_neither_drift_nor_alert_nor_decision(
+    kept, tmp_path, monkeypatch
+):
+    """The same command does what was left undone, and promotes nothing twice."""
+    alerts, deaths, left = [], 0, [None]
+    monkeypatch.setattr(alert, "send", lambda command, record, say: alerts.append(record["promoted"]))
+    real = {name: getattr(Checkpoint, name) for name in ("replace", "swap")}
+
+    def deadly(name):
+        def write(self, key, *given):
+            if key in (layout.CURRENT, layout.METRICS, layout.DRIFT) or key.endswith("/decision.json"):
+                left[0] -= 1
+                if left[0] == -1:
+                    raise Died
+            return real[name](self, key, *given)
+
+        return write
+
+    for name in real:
+        monkeypatch.setattr(Checkpoint, name, deadly(name))
+    while True:
+        place, left[0] = tmp_path / str(deaths), deaths
+        shutil.copytree(kept, place)
+        alerts.clear()
+        try:
+            day(place, 2, shift=2.0, alert_cmd="tell")
+            break
+        except Died:
+            left[0] = 1000
+            found = day(place, 2, shift=2.0, alert_cmd="tell")
+            record = decision(place, "day-2")
+            assert found.promoted and record["promoted"] and "pending" not in record and "features" in found.noticed, (
+                deaths
+            )
+            assert record["candidate"]["version"] != record["current"]["version"] and alerts[-1:] == [True], deaths
+            assert len(pointer.read_current(Checkpoint(str(place)))["history"]) == 3, deaths
+            shown = json.loads(Checkpoint(str(place)).read(layout.METRICS))
+            assert shown["version"] == record["candidate"]["version"]
+            deaths += 1
+    assert deaths == 5, "the drift, the decision before, CURRENT, the metrics, the decision after"

@@ -20,6 +20,7 @@ from laplace_dist.run import decompositions, layout, pointer, retention
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.combination import windows_of
 from laplace_dist.run.ownership import read_plan
+from laplace_dist.stages import recalibrate as stage
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,21 @@ def test_a_threshold_is_asked_beside_the_comparison(run, gate, met):
         assert found.why == f"--gate {gate}: the candidate's own figure is {own:+.4f}: it is not met"
     else:
         assert shown[1]["value"] == found.metrics["candidate"]["nll"] - found.metrics["current"]["nll"]
+
+
+@pytest.mark.parametrize("level, least", [(0.9, 22), (0.95, 59), (0.99, 459), (0.51, 2)])
+def test_so_many_examples_show_the_worst_of_them(level, least):
+    """Of so many, and not of one fewer, at least one is among the share of the worst with the probability of the level."""
+    assert stage.needed(level) == least
+    assert 1 - level**least >= level > 1 - level ** (least - 1)
+
+
+def test_too_few_fresh_examples_promote_nothing_whatever_they_say(run):
+    before = Checkpoint(str(run)).read(layout.CURRENT)
+    found = day(run, 2, data="recalibration_cases:few", n=58)
+    assert found.why == "58 fresh examples are too few to tell: a promotion at --level 0.95 needs at least 59"
+    assert not found.promoted and Checkpoint(str(run)).read(layout.CURRENT) == before
+    assert day(run, 2, data="recalibration_cases:few", n=59).promoted
 
 
 def test_the_comparison_decides_before_the_thresholds(run):
@@ -299,6 +315,34 @@ def test_a_tuning_of_what_is_not_current_any_more_is_not_put_in_force(run, monke
     ):
         retune(run)
     assert pointer.read_current(store)["history"][-1]["why"] == "rolled back"
+
+
+def test_a_fit_job_that_runs_again_after_promotions_changes_nothing(run, capsys):
+    """With validation and test data of its own day, on which it would tune the promoted posterior otherwise."""
+    day(run, 2, skip_tune=False, skip_evaluate=False)
+    store = Checkpoint(str(run))
+    before = {
+        key: store.read(key) for key in store.list() if key.split("/")[0] not in ("jobs", "status", "config.yaml")
+    }
+    given = {"data": "recalibration_cases:fresh", "data_args": {"day": 0}, "window": "day-0", **SIZES}
+    found = test_windows.fit_inline(config(run, **{**given, "skip_tune": False}))
+    assert {key: store.read(key) for key in before} == before
+    assert {key for key in store.list() if key.split("/")[0] not in ("jobs", "status", "config.yaml")} == before.keys()
+    current = pointer.read_current(store)
+    assert (found.version, found.tuning) == (current["version"], current["tuning"])
+    assert found.metrics["laplace"] == decision(run, "day-2")["metrics"]["candidate"]
+    assert "so do its tuning and its metrics" in capsys.readouterr().out
+    day(run, 3)
+    accepted = current["history"][-1]["evaluation"]
+    assert decision(run, "day-3")["drift"]["reference"]["evaluation"] == accepted
+
+
+def test_a_prior_that_the_evidence_chose_says_that_nothing_was_compared_with_map(run, capsys):
+    given = {"data": "recalibration_cases:fresh", "data_args": {"day": 1}, **SIZES, "skip_tune": False}
+    tune_posterior(config(run, **given, tune_method="marglik"), laplace_dist.Inline)
+    assert "the evidence has chosen, and nothing was compared with MAP" in capsys.readouterr().out
+    retune(run)
+    assert "nothing was compared with MAP" not in capsys.readouterr().out
 
 
 def test_a_tuning_leaves_the_windows_that_were_dropped_out(run):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import dist_cases
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils.data import TensorDataset
 
 import laplace_dist
@@ -16,7 +22,7 @@ from laplace_dist import cli
 from laplace_dist.demo import digits
 from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.execution.inline import InlinePool
-from laplace_dist.job import Job, fit
+from laplace_dist.job import Job, evaluate_posterior, fit, tune_posterior
 from laplace_dist.recalibration import RecalibrationJob, recalibrate, rollback
 from laplace_dist.run import layout, pointer, recalibrations, versions
 from laplace_dist.run.checkpoint import Checkpoint, open_json
@@ -24,13 +30,14 @@ from laplace_dist.run.combination import choose, windows_of
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.storage.sealed_json import seal_json
 
-SIZES = {"monday": 44, "tuesday": 20, "wednesday": 27}
+SIZES = {"monday": 44, "tuesday": 20, "wednesday": 27, "thursday": 21, "friday": 22}
 
 
 def days(split: str, day: str, kind: str = "float32") -> TensorDataset:
-    """Return one day's data; what is fresh is the same every day. `a+b` is two days."""
+    """Return one day's data; what is fresh is the same every day, and enough. `a+b` is two days."""
     if split != "train":
-        return dist_cases.blobs(split)
+        parts = [dist_cases.tensors(name) for name in (split, "train", "val", "test")]
+        return TensorDataset(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
     parts = []
     for name in day.split("+"):
         if name == "none":
@@ -84,6 +91,11 @@ def factors(place, version=None):
     manifest = versions.read_version(store, read_plan(store), version)
     found = {n: store.read_array(p["prefix"], n, p["entry"]) for n, p in manifest["factors"].items()}
     return {**found, "loss": manifest["loss"], "n": manifest["n_data"]}
+
+
+def names_of(place, version):
+    store = Checkpoint(str(place))
+    return versions.windows_in(store, read_plan(store), version)
 
 
 def same(one, other):
@@ -189,6 +201,32 @@ def test_the_same_window_twice_is_nothing_to_do(run, monkeypatch, capsys):
     assert "wednesday was decided before: nothing to do" in capsys.readouterr().out
 
 
+def test_a_dry_run_leaves_no_window_that_counts(run, capsys):
+    add(run, "wednesday", dry_run=True)
+    version = add(run, "thursday").version
+    assert "not counted by --windows all: wednesday" in capsys.readouterr().out
+    assert names_of(run, version) == ["monday", "tuesday", "thursday"]
+    assert names_of(run, add(run, "wednesday").version) == ["monday", "tuesday", "wednesday", "thursday"]
+
+
+def test_a_window_that_did_not_finish_stops_no_other_one(run, monkeypatch, capsys):
+    """By a rule it is passed over; who names it is refused before anything is computed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(RecalibrationJob, "sum_window", lambda self: (_ for _ in ()).throw(RunFailed("poisoned")))
+        with pytest.raises(RunFailed, match="poisoned"):
+            add(run, "wednesday")
+    before = Checkpoint(str(run)).list("windows")
+    message = "--windows: window wednesday is not finished.*--window wednesday and its data.*--drop-window wednesday"
+    with pytest.raises(SettingsError, match=message):
+        add(run, "thursday", windows="wednesday,thursday")
+    assert Checkpoint(str(run)).list("windows") == before
+    assert names_of(run, add(run, "thursday").version) == ["monday", "tuesday", "thursday"]
+    assert "not counted by --windows all: wednesday" in capsys.readouterr().out
+    add(run, "wednesday", drop_window="wednesday")
+    assert names_of(run, add(run, "friday").version) == ["monday", "tuesday", "thursday", "friday"]
+    assert "not counted" not in capsys.readouterr().out.partition("left out")[2]
+
+
 def test_another_fit_job_leaves_what_was_promoted(run, capsys):
     before = pointer.read_current(Checkpoint(str(run)))
     result = fit_inline(config(run, window="monday"))
@@ -205,6 +243,45 @@ def test_a_rollback_is_a_promotion_of_what_was_current_before(run):
     assert [entry["why"] for entry in now["history"]][-1] == "rolled back" and len(now["history"]) == 3
     with pytest.raises(SettingsError, match="got 'none', which was never current"):
         rollback(str(run), "none")
+
+
+def test_what_somebody_rolled_back_from_is_not_promoted_by_the_next_tick(run, capsys):
+    store = Checkpoint(str(run))
+    first = pointer.read_current(store)["version"]
+    version = add(run, "wednesday").version
+    rollback(str(run), first)
+    before = store.read(layout.CURRENT)
+    with pytest.raises(
+        SettingsError,
+        match="--window: got 'wednesday', which was dropped or rolled back.*--windows monday,tuesday,wednesday",
+    ):
+        add(run, "wednesday")
+    assert store.read(layout.CURRENT) == before
+    assert names_of(run, add(run, "thursday").version) == ["monday", "tuesday", "thursday"]
+    assert "left out, since they were dropped or rolled back: wednesday" in capsys.readouterr().out
+    assert add(run, "wednesday", windows="monday,tuesday,wednesday").version == version
+    assert pointer.read_current(store)["version"] == version, "who names it has been asked"
+
+
+def test_a_version_of_the_same_windows_that_was_rolled_back_is_not_made_again_unasked(run):
+    store = Checkpoint(str(run))
+    first = add(run, "wednesday").version
+    forgetting = add(run, "wednesday", decay=0.5).version
+    assert first != forgetting
+    rollback(str(run), first)
+    with pytest.raises(
+        SettingsError, match=f"makes version {forgetting} again, which was rolled back.*--windows monday,tuesday,wed"
+    ):
+        add(run, "wednesday", decay=0.5)
+    assert pointer.read_current(store)["version"] == first
+    assert add(run, "wednesday", decay=0.5, windows="monday,tuesday,wednesday").version == forgetting
+
+
+def test_a_drop_that_is_refused_says_that_the_window_stays_in_and_what_drops_it(run):
+    found = add(run, "tuesday", drop_window="tuesday", gate=["nll<=-10"])
+    assert not found.promoted and "window tuesday stays in, in the next candidates too" in found.why
+    assert "--margin-nll" in found.why and "without --gate" in found.why
+    assert add(run, "tuesday", drop_window="tuesday").promoted
 
 
 def test_partials_of_a_window_are_dropped_once_its_sum_is_there(run):
@@ -275,11 +352,24 @@ def test_a_version_that_is_not_the_sum_of_its_windows_is_named(run):
 # ------------------------------------------------------------------ two jobs, and what dies
 
 
-def test_of_two_at_once_one_works_and_the_other_says_so(run, capsys):
+def passing(store, job, *, lives):
+    """Return what lets time pass without passing any: another job renews its sign of life meanwhile, or is silent for long."""
+
+    def wait(seconds):
+        path = Path(store.url, layout.lease_key(job))
+        when = path.stat().st_mtime + (seconds if lives else -recalibrations.SILENT_SECONDS)
+        os.utime(path, (when, when))
+
+    return staticmethod(wait)
+
+
+def test_of_two_at_once_one_works_and_the_other_says_so(run, capsys, monkeypatch):
     with RecalibrationJob(config(run, "wednesday", window="wednesday"), laplace_dist.Inline) as job:
         assert job.take()
+        monkeypatch.setattr(RecalibrationJob, "wait", passing(job.store, job.session.lease.job, lives=True))
         assert add(run, "wednesday") is None
-        assert "another recalibration of" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "has begun and not ended; waiting up to 600 s" in said and "another recalibration of" in said
     assert add(run, "wednesday").promoted
 
 
@@ -287,13 +377,49 @@ def test_a_job_that_gave_no_sign_of_life_is_taken_over_from_and_promotes_nothing
     store = Checkpoint(str(run))
     job = RecalibrationJob(config(run, "wednesday", window="wednesday"), laplace_dist.Inline)
     assert job.take()
-    monkeypatch.setattr(recalibrations, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(RecalibrationJob, "wait", passing(store, job.session.lease.job, lives=False))
     assert add(run, "wednesday").promoted
     before = store.read(layout.CURRENT)
     with pytest.raises(SettingsError, match="another recalibration of .* has taken over.*Nothing was promoted"):
-        job._promote("0" * 16, None, "late")
+        job._promote("late", {"candidate": {"version": "0" * 16, "tuning": None, "evaluation": None}, "why": "late"})
     assert store.read(layout.CURRENT) == before
     job.session.close()
+
+
+KILLED = """
+import os, signal, sys
+import test_windows
+from laplace_dist.recalibration import RecalibrationJob
+
+RecalibrationJob.sum_window = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+test_windows.add(sys.argv[1], "wednesday")
+"""
+
+
+def test_a_recalibration_that_was_killed_is_continued_by_the_same_command(run, monkeypatch, capsys):
+    """At once: the sign of life of the dead one is as young as that of one that lives."""
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, str(run)], env={**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    )
+    assert ended.returncode == -signal.SIGKILL
+    store = Checkpoint(str(run))
+    job = open_json(store.read(layout.RECALIBRATION_LEASE), layout.RECALIBRATION_LEASE)["job"]
+    assert store.exists(layout.lease_key(job))
+    monkeypatch.setattr(RecalibrationJob, "wait", passing(store, job, lives=False))
+    assert add(run, "wednesday").promoted
+    assert "continuing window wednesday" in capsys.readouterr().out
+
+
+def test_what_is_current_counts_from_the_lease_on(run, monkeypatch):
+    """A promotion by the job before, which ends at that moment, is no reason to refuse after all the work."""
+    first, real = pointer.read_current(Checkpoint(str(run)))["history"][0]["version"], recalibrations.take
+
+    def meanwhile(*given):
+        rollback(str(run), first)
+        return real(*given)
+
+    monkeypatch.setattr(recalibrations, "take", meanwhile)
+    assert add(run, "wednesday", windows="monday,tuesday,wednesday").promoted
 
 
 def test_what_another_has_made_current_meanwhile_is_not_overwritten(run, monkeypatch):
@@ -349,7 +475,14 @@ REFUSED = {
         {"windows": "monday,sunday"},
         "--windows: got 'monday,sunday', but the run has no window sunday",
     ),
-    "nonsense": ({"windows": "last:0"}, "--windows: got 'last:0'"),
+    "nonsense": ({"windows": "last:0"}, "--windows: got 'last:0'; expected all, last:K"),
+    "no name": ({"windows": "a,,b"}, "--windows: got 'a,,b'; expected all, last:K"),
+    "a rule among names": ({"windows": "all,monday"}, "--windows: got 'all,monday'"),
+    "a name twice": ({"windows": "monday,monday"}, "--windows: got 'monday,monday'"),
+    "a window called all": ({"window": "all"}, "--window: got 'all'; expected a name of letters"),
+    "a window called as a rule": ({"window": "last:3"}, "--window: got 'last:3'; expected a name of letters"),
+    "a window called as a drop": ({"window": "without-monday"}, "--window: got 'without-monday'"),
+    "a window in a folder": ({"window": "a/b"}, "--window: got 'a/b'; expected a name of letters"),
     "another backend": ({"backend": "curvlinops"}, "--backend: stored 'native', now 'curvlinops'"),
     "another batch size": ({"batch_size": 5}, "--batch-size: stored 4, now 5"),
     "another model": ({"model": "dist_cases:tiny", "model_args": {"name": "one unit"}}, "--model|weights"),
@@ -367,6 +500,51 @@ def test_a_refusal_leaves_the_current_posterior_as_it_is(run, case):
         add(run, changes.get("day", "wednesday"), **{k: v for k, v in changes.items() if k != "day"})
     assert store.read(layout.CURRENT) == before
     assert add(run, "wednesday", window="after").promoted
+
+
+JOBS = {
+    "recalibrate": lambda place, **given: add(place, "wednesday", **given),
+    "drop": lambda place, **given: add(place, "tuesday", drop_window="tuesday", **given),
+    "tune": lambda place, **given: tune_posterior(config(place, **given), laplace_dist.Inline),
+    "evaluate": lambda place, **given: evaluate_posterior(config(place, **given), laplace_dist.Inline),
+}
+OTHERS = {
+    "weights": ({"weights": "other"}, r"--weights .*other.safetensors \(values, as sha256\): stored '.*', now '"),
+    "missing weights": ({"weights": "none"}, "--weights: .*none.safetensors"),
+    "structure": ({"hessian_structure": "diag"}, "--hessian-structure: stored 'kron', now 'diag'"),
+    "subset": ({"subset_of_weights": "last_layer"}, "--subset-of-weights: stored 'all', now 'last_layer'"),
+    "estimator": ({"estimator": "ef"}, "--estimator: stored 'ggn', now 'ef'"),
+    "backend": ({"backend": "curvlinops"}, "--backend: stored 'native', now 'curvlinops'"),
+    "model": ({"model": "dist_cases:tiny", "model_args": {"name": "one unit"}}, "--model: stored 'dist_cases:convnet'"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("job", JOBS)
+def test_what_a_follow_on_job_is_given_is_the_runs_or_refused_by_name(run, job, case, tmp_path):
+    """Also where it would not be used: who gives other weights believes that these are being looked at."""
+    given, message = OTHERS[case]
+    state = {name: value + 1.0 for name, value in dist_cases.convnet().state_dict().items()}
+    save_file(state, tmp_path / "other.safetensors")
+    if "weights" in given:
+        given = {"weights": str(tmp_path / f"{given['weights']}.safetensors")}
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.parts[-2] not in ("jobs", "status")}
+    with pytest.raises(SettingsError, match=message):
+        JOBS[job](run, **given)
+    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.parts[-2] not in ("jobs", "status")}
+    assert {path for path in after if path.is_file()} == {path for path in before if path.is_file()}
+    assert all(after[path] == time for path, time in before.items() if path.is_file())
+
+
+def test_the_runs_own_weights_may_be_given(run, tmp_path):
+    save_file(dist_cases.convnet().state_dict(), tmp_path / "own.safetensors")
+    given = {"weights": str(tmp_path / "own.safetensors"), "hessian_structure": "kron"}
+    assert add(run, "wednesday", **given).promoted and add(run, "tuesday", drop_window="tuesday", **given).promoted
+
+
+def test_a_drop_adds_no_sums_but_has_the_settings_of_the_runs(run):
+    with pytest.raises(SettingsError, match="--batch-size: stored 4, now 7"):
+        add(run, "tuesday", drop_window="tuesday", batch_size=7)
 
 
 def test_a_run_without_a_posterior_is_refused(tmp_path):
@@ -419,8 +597,24 @@ def test_the_command_line_says_what_was_decided_and_by_which_figure(run, capsys)
     )
     version = open_json(Checkpoint(str(run)).read(layout.CURRENT), layout.CURRENT)["history"][0]["version"]
     assert cli.recalibrate_main([*given, "--rollback", version]) == 0
+    before = Checkpoint(str(run)).read(layout.CURRENT)
+    for other in (["--dry-run"], ["--drop-window", "tuesday"]):
+        assert cli.recalibrate_main([*given, "--rollback", version, *other]) == 2
+        assert f"--rollback: given with {other[0]}" in capsys.readouterr().err
+    assert Checkpoint(str(run)).read(layout.CURRENT) == before
     assert cli.recalibrate_main([*given, "--windows", "x"]) == 2
     assert "error: --windows: got 'x'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("job", ["fit", "tune", "evaluate"])
+@pytest.mark.parametrize(
+    "flag", ["--windows=x", "--decay=0.3", "--gate=nll<=0.1", "--margin-nll=1", "--keep-versions=2"]
+)
+def test_a_flag_that_does_nothing_in_a_job_is_refused_by_name(run, job, flag, capsys):
+    before = Checkpoint(str(run)).read(layout.CURRENT)
+    assert cli.main(job, ["--checkpoint", str(run), flag]) == 2
+    assert f"{flag.partition('=')[0]}: does nothing in this job" in capsys.readouterr().err
+    assert Checkpoint(str(run)).read(layout.CURRENT) == before
 
 
 def test_the_weeks_of_the_demo_are_its_training_split():
