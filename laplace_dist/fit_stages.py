@@ -103,15 +103,17 @@ class FitStages:
 
     def open(self) -> None:
         """Resolve model, data and factors once, and start the run or continue the one that is there."""
-        config = self.config
-        compatibility.check_predictive(config)
+        compatibility.check_predictive(self.config)
         place.check_place(self.store)
-        resolved = opening.resolve(config)
+        there = self.store.exists(layout.PLAN) and not self.config.fresh
+        resolved = opening.resolve(self.config, self.plan.settings if there else None)
+        self.config = config = resolved.config
         self._checked = True
         self.store.check_writable()  # before a cluster may be asked for its devices
         self.plan, self._continued = opening.begin(resolved, config, self.store, self.device_type, self.say)
         self.window = Window(self.store, self.plan)
         self.say(f"{'continuing' if self._continued else 'starting'} the run at {self.store.url}")
+        self.say(f"estimator: {resolved.cost}")
         if not self._continued:
             rows = coverage.rows_of(resolved.la.sums_spec(), resolved.model)
             there = coverage.write_coverage(self.store, rows)

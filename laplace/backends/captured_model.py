@@ -152,22 +152,26 @@ class CapturedModel:
             layers = dict.fromkeys(block.layer for block in self.spec.blocks if block.layer is not None)
             return Capture(self.model, x, layers, others, self.spec.torch_dtype)
 
-    def parts(self, x: Tensor | MutableMapping[str, Any], every_output: bool = False) -> list[tuple[slice, Any]]:
+    def parts(
+        self, x: Tensor | MutableMapping[str, Any], every_output: bool = False, outputs: int | None = None
+    ) -> list[tuple[slice, Any]]:
         """Parts of a batch that are captured one after the other, each with its range of examples.
 
         There is one, the whole batch, unless what is held of it at once is more than about ``_HELD`` elements: the rows of
         parameters without a layer along one direction, or where ``every_output`` is needed at once, as for variances, these and
-        the layers' output gradients along as many directions as there are outputs.
+        the layers' output gradients along as many directions as there are outputs, or as ``outputs`` says.
 
         Raises:
             NotEnoughMemoryError: If the rows of one example are larger than the free memory.
         """
         assert self.spec is not None, "initialize() comes first"
         others = [block for block in self.spec.blocks if block.layer is None]
-        if not is_divisible(x) or not (others or every_output):
+        several = every_output or outputs is not None
+        if not is_divisible(x) or not (others or several):
             return [(slice(0, None), x)]
         n, size = length_of(x), sum(torch.Size(block.shape).numel() for block in others)
-        outputs, inner = self._size_of_example(x) if every_output else (1, 0)
+        count, inner = self._size_of_example(x) if several else (1, 0)
+        outputs = count if outputs is None else outputs
         if others:
             names = ", ".join(block.parameter for block in others)
             require_jacobians(1, outputs, size, self.spec.torch_dtype, self.params[0].device, f" ({names})")

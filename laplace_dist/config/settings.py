@@ -73,7 +73,17 @@ class Config(BaseModel):
     backend: Literal["native", "curvlinops", "asdl", "backpack"] = Field(
         "native", description="what computes the curvature"
     )
-    estimator: Literal["ggn", "mc", "ef"] = Field("ggn", description="exact GGN, sampled Fisher or empirical Fisher")
+    estimator: Literal["ggn", "mc", "ef"] | None = Field(
+        None,
+        description="exact GGN, sampled Fisher or empirical Fisher; if not given ggn, but mc where over 64 outputs take a "
+        "backward pass each",
+    )
+    mc_samples: Count | None = Field(
+        None, description="labels drawn for each example by --estimator mc; 1 if not given"
+    )
+    outputs: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
+        None, description="indices of some outputs, whose exact GGN is taken, the others held constant"
+    )
     batch_size: Count = Field(256, description="examples per batch")
     segment_size: Count | None = Field(None, description="examples per segment, the unit of work and of loss")
     num_workers: Count | None = Field(None, description="workers; as many as the cluster holds if not given")
@@ -177,6 +187,13 @@ class Config(BaseModel):
                 raise ValueError("distinct names of letters, digits, '_', '-' or '.', other than train, val and test")
         return value
 
+    @field_validator("outputs")
+    @classmethod
+    def _distinct(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("distinct indices of outputs")
+        return None if value is None else sorted(value)
+
     @field_validator("prior_range")
     @classmethod
     def _range(cls, value: list[float] | None) -> list[float] | None:
@@ -251,7 +268,8 @@ class Config(BaseModel):
         names = ("likelihood", "subset_of_weights", "hessian_structure", "backend", "estimator")
         sizes = ("batch_size", "segment_size", "seed")
         chosen = {name: getattr(self, name) for name in names + sizes}
-        return {**chosen, **self.batching, **self.machine(device_type)}
+        few = {name: value for name in ("mc_samples", "outputs") if (value := getattr(self, name)) is not None}
+        return {**chosen, **few, **self.batching, **self.machine(device_type)}
 
     def machine(self, device_type: str) -> dict[str, Any]:
         """Return what changes bits of how a worker computes, for `bits` and the keys of follow-on results."""

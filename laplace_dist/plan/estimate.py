@@ -13,7 +13,6 @@ from laplace_dist.plan.plan import Plan
 # List prices of S3 Standard in US East (N. Virginia), dollars for a thousand requests.
 PUT_PRICE, GET_PRICE = 0.005, 0.0004
 COMMIT_SHARE = 0.02  # of a segment's time, above which larger segments are worth it
-PASSES = 64  # backward passes for one batch, above which sampling is worth it
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ class Estimate:
 
     Attributes:
         parameters: Weights that the posterior is over.
+        estimator: Which one it is, and what it costs, for people.
         coverage: Of each kind of treatment, its tensors and its share of the weights.
         factors: Number of factors.
         largest: Name and width of the factor with most entries.
@@ -67,6 +67,7 @@ class Estimate:
     """
 
     parameters: int
+    estimator: str
     coverage: dict[str, tuple[int, float]]
     factors: int
     largest: tuple[str, int]
@@ -86,7 +87,9 @@ class Estimate:
     advice: tuple[str, ...]
 
 
-def estimate(plan: Plan, trial: Trial, coverage: Sequence[tuple[str, str, str]], workers: int) -> Estimate:
+def estimate(
+    plan: Plan, trial: Trial, coverage: Sequence[tuple[str, str, str]], workers: int, estimator: str = ""
+) -> Estimate:
     """Work out what a fit takes.
 
     Args:
@@ -94,6 +97,7 @@ def estimate(plan: Plan, trial: Trial, coverage: Sequence[tuple[str, str, str]],
         trial: What a few of its batches took.
         coverage: `(parameter, kind, reason)` of every tensor.
         workers: How many there will be.
+        estimator: Which one, and what it costs, for people.
     """
     size = plan.settings["batch_size"]
     batches = sum(math.ceil((segment.stop - segment.start) / size) for segment in plan.segments)
@@ -105,6 +109,7 @@ def estimate(plan: Plan, trial: Trial, coverage: Sequence[tuple[str, str, str]],
     largest = max(sizes, key=lambda name: sizes[name])
     writes, reads = segments * trial.writes, segments * trial.reads
     found = {
+        "estimator": estimator,
         "parameters": sum(prod(block["shape"]) for block in plan.spec["blocks"]),
         "coverage": _summary(plan, coverage),
         "factors": len(sizes),
@@ -137,15 +142,12 @@ def _summary(plan: Plan, coverage: Sequence[tuple[str, str, str]]) -> dict[str, 
 
 def _advice(plan: Plan, trial: Trial, found: dict) -> list[str]:
     said = []
-    settings, outputs = plan.settings, plan.spec["n_outputs"]
     if trial.node_bytes is not None and found["peak_bytes"] > trial.node_bytes:
         name, width = found["largest"]
         said.append(
             f"A worker needs more memory than this machine has; the largest of its sums is {name} of width {width:,}. "
             "Use --hessian-structure diag, --subset-of-weights last_layer, or freeze that layer."
         )
-    if settings["estimator"] == "ggn" and settings["subset_of_weights"] == "all" and outputs > PASSES:
-        said.append(f"{outputs} outputs take about as many backward passes a batch: --estimator mc takes one.")
     if found["commit_share"] > COMMIT_SHARE and found["segments"] > 4 * found["workers"]:
         said.append(
             f"Commits take {found['commit_share']:.0%} of a segment's time: a larger --segment-size than "

@@ -16,6 +16,7 @@ def lines(found: Estimate) -> Iterator[str]:
     name, width = found.largest
     workers = f"{found.workers} worker" + ("s" if found.workers > 1 else "")
     yield f"model      {found.parameters:,} weights: {kinds}"
+    yield f"estimator  {found.estimator}"
     yield f"factors    {found.factors}, the largest {name} of width {width:,}; {size(found.sums_bytes)} of sums in a worker"
     yield f"segments   {found.segments:,} with {found.batches:,} batches; {size(found.partial_bytes)} of each is stored"
     yield f"storage    {size(found.stored_bytes)} while the partials are kept"

@@ -127,7 +127,9 @@ def new_laplace(settings: Mapping[str, Any], model: nn.Module, spec: SumsSpec | 
     """
     backend, arguments = backend_class(settings["backend"], settings["estimator"])
     if settings["estimator"] == "mc":
-        arguments = {**arguments, "seed": settings["seed"]}
+        arguments = {**arguments, "seed": settings["seed"], "num_samples": settings.get("mc_samples") or 1}
+    if settings.get("outputs") is not None:
+        arguments = {**arguments, "outputs": settings["outputs"]}
     subset = settings["subset_of_weights"]
     extra = {"last_layer_name": spec.blocks[0].layer} if spec is not None and subset == "last_layer" else {}
     return Laplace(
