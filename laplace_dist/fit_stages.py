@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from laplace_dist.config import compatibility
 from laplace_dist.config.import_path import IMPORT_PATH
-from laplace_dist.config.settings import Config
+from laplace_dist.config.settings import HF, Config
 from laplace_dist.errors import MissingObjectError, SettingsError
 from laplace_dist.execution.session import ExecutorType, Session
 from laplace_dist.execution.tasks import Task
@@ -179,10 +179,11 @@ def _absolute(config: Config) -> Config:
     """Return the settings with relative paths, and those that begin with `~`, made absolute."""
     data = None if IMPORT_PATH.fullmatch(config.data) else config.data
     paths = {"checkpoint": config.checkpoint, "weights": config.weights, "data": data}
-    return config.model_copy(
-        update={
-            name: os.path.abspath(os.path.expanduser(path))
-            for name, path in paths.items()
-            if path and "://" not in path
-        }
-    )
+    found = {name: _absolute_path(path) for name, path in paths.items() if path and "://" not in path}
+    if config.model.startswith(HF):
+        found["model"] = HF + _absolute_path(config.model.removeprefix(HF))
+    return config.model_copy(update=found)
+
+
+def _absolute_path(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from laplace_dist.config.likelihood import likelihood_of
-from laplace_dist.config.settings import Config
+from laplace_dist.config.settings import HF, Config
 from laplace_dist.errors import SettingsError
 
 
@@ -34,6 +34,11 @@ def check_predictive(config: Config) -> None:
         raise SettingsError(
             f"--precision: got 'bf16' with --backend {config.backend}, whose package would round its sums of products to "
             "two digits too; expected --backend native, float32 or tf32"
+        )
+    if (config.task is None) == config.model.startswith(HF):
+        raise SettingsError(
+            f"--task: got {config.task!r} with --model {config.model!r}; a task belongs to {HF}PATH, and that needs one: "
+            "sequence-classification or causal-lm"
         )
     likelihood = likelihood_of(config.likelihood)
     if config.pred_type == "nn" and not likelihood.predicts_outputs and config.link_approx != "mc":

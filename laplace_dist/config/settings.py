@@ -26,6 +26,7 @@ _WORDS = {
     "a valid dictionary": "a mapping",
     "a valid ": "a ",
 }
+HF = "hf:"  # before the path of a folder of save_pretrained, as --model
 _CREDENTIALS = re.compile(r"://[^/@]*@")
 
 
@@ -38,9 +39,17 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
-    model: str = Field(description="import path module:callable that returns an nn.Module")
-    model_args: dict[str, Any] = Field({}, description="keyword arguments of --model, as JSON or YAML")
-    weights: str | None = Field(None, description="URL or path of a state dict: .safetensors, or torch.save's format")
+    model: str = Field(
+        description="import path module:callable that returns an nn.Module, or hf: and a folder of save_pretrained"
+    )
+    task: Literal["sequence-classification", "causal-lm"] | None = Field(None, description="of --model hf:PATH")
+    model_args: dict[str, Any] = Field(
+        {}, description="keyword arguments of --model, as JSON or YAML; of hf:PATH fields of its configuration"
+    )
+    weights: str | None = Field(
+        None,
+        description="URL or path of a state dict: .safetensors, torch.save's format, or a folder or index of safetensors",
+    )
     data: str = Field(description="import path module:callable that takes split=, or the path or URL of data in files")
     data_args: dict[str, Any] = Field(
         {}, description="keyword arguments of --data, as JSON or YAML; of data in files: columns, group, index"

@@ -189,8 +189,7 @@ def check_again(config: Config, store: Store, plan: Plan, splits: Mapping[str, A
         SettingsError: The model is not the run's, or does not suit the data.
         CheckpointError: The run's weights are damaged.
     """
-    model = weights.load_model(config.model_copy(update={"weights": None}))
-    weights.load_run_weights(store, plan, model)
+    model = weights.load_run_model(config, store, plan)
     lifecycle.check_model(store, plan, model, "what --model builds here")
     first_batch.check(config, model, splits)
 
