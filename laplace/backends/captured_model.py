@@ -17,6 +17,7 @@ from laplace.capture.contractions import require_jacobians
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.capture.last_layer import LastLayerCapture, last_layer_sources
+from laplace.capture.padding import kept_tokens
 from laplace.capture.soundness import check_function, check_inputs
 from laplace.capture.verify import find_layers
 from laplace.data.batches import is_divisible, length_of, part_of, tensors_of
@@ -146,7 +147,9 @@ class CapturedModel:
                 with torch.no_grad():
                     out, features = self.model.forward_with_features(x)
                     name, layer = self.model.last_layer_name, self.model.last_layer
-                    capture = LastLayerCapture(features.detach(), layer, name, self.spec.torch_dtype, others)
+                    capture = LastLayerCapture(
+                        features.detach(), layer, name, self.spec.torch_dtype, others, kept_tokens(x)
+                    )
                 self.model.check_output(capture.f, out)
                 return capture
             layers = dict.fromkeys(block.layer for block in self.spec.blocks if block.layer is not None)
