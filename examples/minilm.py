@@ -174,6 +174,7 @@ def job(folder: Path, name: str, data: str, **changes: Any) -> dict[str, dict[st
             "data": data,
             "collate": "minilm:pad",
             "batch_size": 32,
+            "grid_size": 13,
             "checkpoint": str(folder / name),
             "skip_report": True,
             **changes,
