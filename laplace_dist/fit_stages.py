@@ -44,6 +44,8 @@ class FitStages:
     say: Callable[[str], None] = logging.getLogger("laplace_dist").info
     _continued: bool = field(default=False, init=False)
     _checked: bool = field(default=False, init=False)
+    _loaded: dict[str, Any] = field(default_factory=dict, init=False)
+    _prints: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.config = _absolute(self.given)

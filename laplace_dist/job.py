@@ -124,7 +124,7 @@ class Job(FitStages):
             )
         if not config.searches:
             return start
-        found = opening.fingerprint(config, splits["val"], "val")
+        found = self._fingerprint("val")
         start = None if config.searches_prior else tunings.start_of(self.store, start or pointer.tuning_of(self.store))
         chosen = tune.settings(config, found, self.device_type, start)
         key = layout.tuning_key(version, chosen)
@@ -165,7 +165,7 @@ class Job(FitStages):
         config = self.config
         compatibility.check_predictive(config)
         splits = self._splits(*compatibility.evaluated(config))
-        found = {name: opening.fingerprint(config, split, name) for name, split in splits.items()}
+        found = {name: self._fingerprint(name) for name in splits}
         groups = groups_of(splits["test"], "test")
         chosen = evaluate.settings(config, tuning, found, self.device_type, groups)
         key = layout.evaluation_key(version, chosen)
@@ -200,8 +200,15 @@ class Job(FitStages):
         return place
 
     def _splits(self, *names: str) -> dict[str, Any]:
-        """Load splits; those of a follow-on job are looked at before anything starts, as a fit looks at all of them."""
-        splits = {name: sources.load_split(self.config, name) for name in names}
-        if not self._checked:
-            opening.check_again(self.config, self.store, self.plan, splits)
-        return splits
+        """Return splits, each loaded once; those of a follow-on job are looked at before anything starts, as a fit's are."""
+        new = {name: sources.load_split(self.config, name) for name in names if name not in self._loaded}
+        if new and not self._checked:
+            opening.check_again(self.config, self.store, self.plan, new)
+        self._loaded |= new
+        return {name: self._loaded[name] for name in names}
+
+    def _fingerprint(self, split: str) -> dict[str, Any]:
+        """Return the fingerprint of a split, which is taken once."""
+        if split not in self._prints:
+            self._prints[split] = opening.fingerprint(self.config, self._splits(split)[split], split)
+        return self._prints[split]

@@ -147,6 +147,7 @@ class RecalibrationJob(Job):
                 "new data a name of their own."
             )
         self.window, self._continued = opening.begin_window(self.config, self.store, there, self.device_type)
+        self._checked = True
         self.say(f"{'continuing' if self._continued else 'adding'} window {self.window.name} of {self.store.url}")
         if windows.find_window(self.window.store, self.window.plan) is None:
             self.map()

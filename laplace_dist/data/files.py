@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import fsspec
 
 from laplace_dist.config.compatibility import is_url
-from laplace_dist.config.secrets import scrub
+from laplace_dist.data.file_errors import FileError, naming, outages_alone
 from laplace_dist.errors import SettingsError, listed
 
 KINDS = {
@@ -26,7 +27,6 @@ KINDS = {
 _PART = re.compile(r"-(?:[0-9]+|part|shard)")  # what follows the split in train-00000-of-00012.parquet
 # By file system; a listing and a look at one file have to agree on it, which they do not on times of objects.
 _VERSIONS = ("ETag", "etag", "generation", "mtime")
-_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _AT_ONCE = 64  # files whose ends are in memory together
 
 
@@ -45,16 +45,6 @@ class File:
     name: str
     size: int
     version: str
-
-
-class FileError(OSError):
-    """A file cannot be read, is cut off, or is not the one that it was; the message names it.
-
-    Attributes:
-        passing: Whether another attempt may succeed: the file system failed, and did not say that there is no such file.
-    """
-
-    passing = False
 
 
 class Place:
@@ -84,23 +74,32 @@ class Place:
 
     @cached_property
     def top(self) -> dict[str, str]:
-        """What lies directly under the URL, by name: `file` or `directory`; nothing where that cannot be listed."""
-        try:
+        """What lies directly under the URL, by name: `file` or `directory`; nothing where that cannot be listed.
+
+        Raises:
+            FileError: The file system failed, and the same listing may succeed later.
+        """
+        with outages_alone(self.url, self.options):
             fs, root = self._opened
             found = fs.ls(root, detail=True)
-        except Exception:  # every file system has errors of its own; who opens something by name says more
-            return {}
+            return self._typed(found, root)
+        return {}
+
+    def _typed(self, found: Sequence[Mapping[str, Any]], root: str) -> dict[str, str]:
         names = {info["name"].rstrip("/"): info["type"] for info in found}
         return {name.rpartition("/")[2]: kind for name, kind in names.items() if name != root}
 
     @property
     def is_file(self) -> bool:
-        """Whether the URL is that of a file of a known kind."""
-        try:
+        """Whether the URL is that of a file of a known kind.
+
+        Raises:
+            FileError: As of `top`.
+        """
+        with outages_alone(self.url, self.options):
             fs, root = self._opened
-            return _kind(root) is not None and fs.isfile(root)
-        except Exception:  # as of `top`
-            return False
+            return _kind(root) is not None and fs.info(root)["type"] == "file"
+        return False
 
     @property
     def splits(self) -> list[str]:
@@ -110,15 +109,27 @@ class Place:
 
     @property
     def holds_files(self) -> bool:
-        """Whether files of a known kind lie under the URL or in the folders directly under it."""
-        fs, root = self._opened if self.top else (None, "")
-        for name, kind in self.top.items():
-            if kind != "directory":
-                if _split_of(name):
-                    return True
-            elif any(_kind(info["name"]) for info in fs.ls(f"{root}/{name}", detail=True)):
-                return True
-        return False
+        """Whether files of a known kind lie under the URL or in the folders directly under it.
+
+        Raises:
+            FileError: A folder cannot be listed.
+        """
+        if any(_split_of(name) for name, kind in self.top.items() if kind != "directory"):
+            return True
+        return any(
+            _kind(name) for folder, kind in self.top.items() if kind == "directory" for name in self.names(folder)
+        )
+
+    def names(self, folder: str) -> list[str]:
+        """Return what lies directly in a folder under the URL.
+
+        Raises:
+            FileError: It cannot be listed.
+        """
+        fs, root = self._opened
+        with naming(folder, self.options, "cannot be listed"):
+            found = fs.ls(f"{root}/{folder}", detail=True)
+        return [info["name"].rstrip("/").rpartition("/")[2] for info in found]
 
     def files(self, split: str) -> tuple[str, list[File]]:
         """Return the kind of a split's files and the files, ordered by their names.
@@ -128,12 +139,11 @@ class Place:
 
         Raises:
             SettingsError: There are none, they are of several kinds, or they lie in two of these ways.
+            FileError: They cannot be listed.
         """
-        fs, root = self._opened
-        inside = fs.find(f"{root}/{split}", detail=True).values() if self.top.get(split) == "directory" else []
-        inside = [info for info in inside if not _hidden(info["name"].removeprefix(root)[1:])]
+        inside = self._inside(split) if self.top.get(split) == "directory" else []
         names = [name for name, kind in self.top.items() if kind != "directory" and _split_of(name) == split]
-        ways = [[info for info in inside if _kind(info["name"])], [fs.info(f"{root}/{name}") for name in names]]
+        ways = [[info for info in inside if _kind(info["name"])], [self._info(name) for name in names]]
         if all(ways) or (len(names) > 1 and any(name.rpartition(".")[0] == split for name in names)):
             some = [self._name(info["name"]) for way in ways for info in way[:2]]
             raise SettingsError(
@@ -141,7 +151,7 @@ class Place:
                 f"file {split}.parquet, or files {split}-00000-of-00012.parquet"
             )
         found = sorted(
-            (self._file(info if info["size"] is not None else fs.info(info["name"])) for info in [*ways[0], *ways[1]]),
+            map(self._file, [*ways[0], *ways[1]]),
             key=lambda file: file.name,
         )
         kinds = sorted({str(_kind(file.name)) for file in found})
@@ -158,7 +168,21 @@ class Place:
             )
         return kinds[0], found
 
+    def _inside(self, split: str) -> list[Mapping[str, Any]]:
+        """Return what is known of the files in a split's folder and below that are not hidden."""
+        fs, root = self._opened
+        with naming(split, self.options, "cannot be listed"):
+            found = fs.find(f"{root}/{split}", detail=True).values()
+        return [info for info in found if not _hidden(self._name(info["name"]))]
+
+    def _info(self, name: str) -> Mapping[str, Any]:
+        fs, root = self._opened
+        with naming(name, self.options):
+            return fs.info(f"{root}/{name}")
+
     def _file(self, info: Mapping[str, Any]) -> File:
+        if info["size"] is None:  # some listings do not tell
+            info = self._info(self._name(info["name"]))
         return File(info["name"], self._name(info["name"]), info["size"], _version(info))
 
     def _name(self, path: str) -> str:
@@ -227,7 +251,7 @@ class Place:
             FileError: It cannot be read.
         """
         fs, root = self._opened
-        with _Naming(name, self.options):
+        with naming(name, self.options):
             try:
                 return fs.cat_file(f"{root}/{name}")
             except FileNotFoundError:
@@ -242,13 +266,13 @@ class Place:
         fs, root = self._opened
         path = f"{root}/{name}"
         other = f"{path}.{uuid.uuid4().hex}"
-        with _Naming(f"{self.url}/{name}", self.options, "cannot be written"):
+        with naming(f"{self.url}/{name}", self.options, "cannot be written"):
             fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             fs.pipe_file(other, content)
             fs.mv(other, path)
 
-    def _naming(self, file: File) -> _Naming:
-        return _Naming(file.name, self.options)
+    def _naming(self, file: File) -> AbstractContextManager[None]:
+        return naming(file.name, self.options)
 
 
 def _check_length(file: File, content: bytes, start: int, stop: int) -> None:
@@ -258,22 +282,6 @@ def _check_length(file: File, content: bytes, start: int, stop: int) -> None:
         raise FileError(
             f"{file.name}: {len(content)} bytes came for bytes {start} to {stop}; give a URL whose server sends parts of files"
         )
-
-
-class _Naming:
-    """Turns any error of a file system into a `FileError` that names the file and no option."""
-
-    def __init__(self, name: str, options: Mapping[str, Any], what: str = "cannot be read") -> None:
-        self.name, self.options, self.what = name, options, what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        if isinstance(error, Exception):  # every file system has errors of its own
-            found = FileError(scrub(f"{self.name} {self.what} ({type(error).__name__}: {error})", self.options))
-            found.passing = not isinstance(error, _LASTING)
-            raise found from None
 
 
 def _split_of(name: str) -> str | None:

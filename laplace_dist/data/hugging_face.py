@@ -15,9 +15,11 @@ from laplace_dist.config.secrets import scrub
 from laplace_dist.config.settings import Config
 from laplace_dist.data.choice import choose
 from laplace_dist.data.columns import obstacles, values_of
+from laplace_dist.data.file_errors import FileError
 from laplace_dist.data.files import Place
 from laplace_dist.data.rows import Rows, Values
-from laplace_dist.errors import SettingsError, listed
+from laplace_dist.errors import SettingsError, StorageError, listed
+from laplace_dist.outages import may_pass
 
 _STATE = "state.json"
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
@@ -28,8 +30,7 @@ def is_saved(place: Place, split: str) -> bool:
     """Say whether the folder is one of `save_to_disk`, of one data set or of several splits."""
     if {_STATE, "dataset_dict.json"} & place.top.keys():
         return True
-    fs, root = place.file_system if place.top.get(split) == "directory" else (None, "")
-    return fs is not None and fs.exists(f"{root}/{split}/{_STATE}")
+    return place.top.get(split) == "directory" and _STATE in place.names(split)
 
 
 class SavedDataset(Rows):
@@ -108,13 +109,23 @@ def _load_from_disk(place: Place, split: str) -> Any:
             "pip install datasets, or the extra laplace-dist[hf]"
         ) from None
     try:
-        if not json.loads(place.content(f"{split}/{_STATE}") or b"")["_data_files"]:  # which the package cannot load
-            raise SettingsError(f"--data: {place.url!r} has an empty data set for split {split!r}")
+        _check_whole(place, split)
         return datasets.load_from_disk(f"{place.url.rstrip('/')}/{split}", storage_options=place.options or None)
-    except SettingsError:
+    except (SettingsError, FileError):
         raise
     except Exception as error:  # of the package, of Arrow, of the file system
         text = scrub((str(error).strip().splitlines() or [""])[0][:200], place.options)
-        raise SettingsError(
-            f"--data: {place.url}/{split} cannot be loaded ({type(error).__name__}: {text}); restore it"
-        ) from None
+        said = f"--data: {place.url}/{split} cannot be loaded ({type(error).__name__}: {text})"
+        # The package asks whether files exist, which answers no where the file system fails; they were there a moment ago.
+        if may_pass(error) or isinstance(error, (FileNotFoundError, IsADirectoryError)):
+            raise StorageError(said) from None
+        raise SettingsError(f"{said}; restore it") from None
+
+
+def _check_whole(place: Place, split: str) -> None:
+    """Refuse a folder that names no files, which the package cannot load, or one that lacks some of them."""
+    files = [file["filename"] for file in json.loads(place.content(f"{split}/{_STATE}") or b"")["_data_files"]]
+    if not files:
+        raise SettingsError(f"--data: {place.url!r} has an empty data set for split {split!r}")
+    if missing := sorted({*files, "dataset_info.json"} - {*place.names(split)}):
+        raise SettingsError(f"--data: {place.url}/{split} lacks {listed(missing)}; restore it")

@@ -14,12 +14,14 @@ from laplace_dist.config.import_path import IMPORT_PATH, call
 from laplace_dist.config.settings import Config
 from laplace_dist.data.arrow_ipc import ArrowFiles
 from laplace_dist.data.choice import ARGUMENTS
-from laplace_dist.data.files import FileError, Place
+from laplace_dist.data.file_errors import FileError
+from laplace_dist.data.files import Place
 from laplace_dist.data.hugging_face import SavedDataset, is_saved
 from laplace_dist.data.parquet import ParquetFiles
 from laplace_dist.data.tar_shards import TarShards
 from laplace_dist.data.zarr_split import ZarrSplit
 from laplace_dist.errors import SettingsError, StorageError, listed
+from laplace_dist.outages import may_pass
 
 _FILES = {"parquet": ParquetFiles, "arrow": ArrowFiles, "tar": TarShards}
 
@@ -35,6 +37,7 @@ def read_file(url: str, storage_options: Mapping[str, Any], field: str, hint: st
 
     Raises:
         SettingsError: It cannot be read.
+        StorageError: The file system failed; another attempt may succeed.
     """
     options = storage_options if is_url(url) else {}
     try:
@@ -42,7 +45,8 @@ def read_file(url: str, storage_options: Mapping[str, Any], field: str, hint: st
             return file.read()
     except Exception as error:  # every file system has errors of its own
         reason = type(error).__name__ if options else f"{type(error).__name__}: {error}"
-        raise SettingsError(f"{field}: cannot read {url!r} ({reason}). {hint}".rstrip()) from None
+        refused = StorageError if may_pass(error) else SettingsError
+        raise refused(f"{field}: cannot read {url!r} ({reason}). {hint}".rstrip()) from None
 
 
 def weights_options(config: Config) -> Mapping[str, Any]:

@@ -14,7 +14,8 @@ import pyarrow as pa
 from laplace_dist.config.settings import Config
 from laplace_dist.data.choice import choose
 from laplace_dist.data.columns import check_same, obstacles, values_of
-from laplace_dist.data.files import File, FileError, Place
+from laplace_dist.data.file_errors import FileError
+from laplace_dist.data.files import File, Place
 from laplace_dist.data.rows import Rows, Values
 from laplace_dist.errors import SettingsError
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from laplace_dist.config.compatibility import is_url
 from laplace_dist.config.secrets import scrub
-from laplace_dist.errors import SettingsError, listed
+from laplace_dist.errors import SettingsError, StorageError, listed
+from laplace_dist.outages import may_pass
 
 
 class _Rows:
@@ -61,14 +63,10 @@ class ZarrSplit:
     def __init__(self, url: str, split: str, storage_options: Mapping[str, Any] | None = None, hint: str = "") -> None:
         self._arguments = url, split, dict(storage_options or {}), hint
         options = self._arguments[2] if is_url(url) else None
-        try:
-            group = zarr.open_group(url, mode="r", storage_options=options or None)
-        except Exception as error:  # every file system has errors of its own
-            raise SettingsError(
-                f"--data: got {url!r}; expected an import path of the form module:callable, or the path or URL of a "
-                "Zarr group, or of a folder of Parquet, Arrow or tar files such as train/*.parquet "
-                f"({type(error).__name__} when it was opened). {hint}".rstrip()
-            ) from None
+        with _opening(url, self._arguments[2], hint):
+            self._open(zarr.open_group(url, mode="r", storage_options=options or None), url, split)
+
+    def _open(self, group: zarr.Group, url: str, split: str) -> None:
         if split not in group:
             raise SettingsError(f"--data: {url!r} has no split {split!r}; it has {listed(sorted(group.keys()))}")
         arrays = [group.get(f"{split}/{name}") for name in "xy"]
@@ -111,6 +109,24 @@ class ZarrSplit:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ZarrSplit, self._arguments
+
+
+@contextmanager
+def _opening(url: str, options: Mapping[str, Any], hint: str) -> Iterator[None]:
+    """Turn what is raised while a group is opened into an error that names the URL, and no option."""
+    try:
+        yield
+    except SettingsError:
+        raise
+    except Exception as error:  # every file system has errors of its own
+        if may_pass(error):
+            text = scrub(f"{type(error).__name__}: {error}", options)
+            raise StorageError(f"--data: {url!r} cannot be read ({text})") from None
+        raise SettingsError(
+            f"--data: got {url!r}; expected an import path of the form module:callable, or the path or URL of a "
+            "Zarr group, or of a folder of Parquet, Arrow or tar files such as train/*.parquet "
+            f"({type(error).__name__} when it was opened). {hint}".rstrip()
+        ) from None
 
 
 def _tensor(rows: np.ndarray) -> Tensor:

@@ -16,11 +16,13 @@ class Hired:
         actor: Ray's handle.
         node: The node that it was started on.
         commits: The task whose commit goes on in it.
+        since: When it was last given back, by the monotonic clock.
     """
 
     actor: Any
     node: str
     commits: Committing | None = None
+    since: float = 0.0
 
 
 @dataclass(frozen=True)

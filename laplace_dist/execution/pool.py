@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -28,9 +27,12 @@ from laplace_dist.execution.scaling import Placement
 from laplace_dist.execution.starts import RESTS, Starts
 from laplace_dist.execution.tasks import Answer, Event, Task
 from laplace_dist.execution.timeouts import Limit
-from laplace_dist.execution.worker import Worker
+from laplace_dist.execution.worker import Worker, import_path
 
 HINT_SECONDS = 30.0  # between two lines that say what is waited for
+# A worker without a task for so long is ended where an autoscaler may give its node back: longer than a driver works between
+# two stages, and short beside what a node costs. Another one starts within ten seconds.
+SPARE_SECONDS = 120.0
 FIRST_HINT_SECONDS = 15.0  # before the first one: workers come to life within ten
 
 
@@ -61,7 +63,7 @@ class Pool:
         need = placement.need
         self._class = ray.remote(Worker)
         self._options = {"num_cpus": need["CPU"], "num_gpus": need["GPU"], "max_restarts": 0, "max_task_retries": 0}
-        self._arguments = (config, _import_path(), os.getcwd(), need["GPU"] > 0)
+        self._arguments = (config, import_path(), os.getcwd(), need["GPU"] > 0)
         self._idle: list[Hired] = []
         self._flight: dict[Any, Flight] = {}
         self._deaths = Deaths(placement, *([answers] if answers else []))
@@ -101,6 +103,7 @@ class Pool:
         starting = Counter(flight.hired.node for flight in self._flight.values() if flight.task is None)
         taken = Counter(hired.node for hired in self._hired())
         in_doubt = {flight.hired.node for flight in self._deaths.flights}
+        self._placement.ask(min(wanted, self.size))
         missing = min(wanted, self.size) - taken.total()
         for node in self._placement.places(
             missing, starting, taken, lambda node: node not in in_doubt and self._starts.may_start(node, now)
@@ -122,7 +125,7 @@ class Pool:
         events += self._overdue(now, limit)
         self._placement.refresh(now)
         events += [event for death in self._deaths.judged(now) for event in self._died(*death)]
-        events += self._leave()
+        events += self._leave(now)
         self._hint(now)
         found = [event for event in events if event is not None]
         if self._counters is not None:
@@ -215,7 +218,7 @@ class Pool:
             self._end(flight.hired)
         else:
             computed = Committing(flight.task, time.monotonic() - flight.begun) if answer.outcome is None else None
-            self._idle.append(Hired(flight.hired.actor, flight.hired.node, computed))
+            self._idle.append(Hired(flight.hired.actor, flight.hired.node, computed, time.monotonic()))
         return [self._before(flight, answer), self._own(flight, answer)]
 
     def _before(self, flight: Flight, answer: Answer) -> Event | None:
@@ -264,11 +267,17 @@ class Pool:
             events += [_commit_lost(flight.hired), Event(flight.task, failure=why, node=at)]
         return events
 
-    def _leave(self) -> list[Event | None]:
-        """Let go of the idle workers whose nodes are gone."""
+    def _leave(self, now: float) -> list[Event | None]:
+        """Let go of the idle workers whose nodes are gone, and of those that keep a node from being given back."""
         gone = [hired for hired in self._idle if hired.node not in self._placement.nodes]
-        self._idle = [hired for hired in self._idle if hired not in gone]
+        spare = [hired for hired in self._idle if hired not in gone and self._is_spare(hired, now)]
+        for hired in spare:
+            self._end(hired)
+        self._idle = [hired for hired in self._idle if hired not in gone and hired not in spare]
         return [_commit_lost(hired) for hired in gone]
+
+    def _is_spare(self, hired: Hired, now: float) -> bool:
+        return self._placement.elastic and hired.commits is None and now - hired.since > SPARE_SECONDS
 
     def _failed(self, node: str, task: Task) -> str:
         """Remember where a task has failed; returns the node, or nothing where there is no other."""
@@ -291,10 +300,3 @@ def _commit_lost(hired: Hired) -> Event | None:
     """Return that a commit was lost with its worker, which says nothing of the task: the worker was at another one."""
     why = "its worker was lost before it was committed"
     return None if hired.commits is None else Event(hired.commits.task, failure=why, lost=True)
-
-
-def _import_path() -> list[str]:
-    """Return the entries of `sys.path` that belong to the user rather than to this Python installation."""
-    prefixes = (sys.prefix, sys.base_prefix)
-    own = [os.path.abspath(entry or os.curdir) for entry in sys.path]
-    return [entry for entry in own if not entry.startswith(prefixes) and os.path.isdir(entry)]

@@ -22,9 +22,14 @@ from laplace_dist.execution import signals
 from laplace_dist.execution.counters import Counters
 from laplace_dist.execution.pool import Pool
 from laplace_dist.execution.private_cluster import LOOPBACK, PrivateCluster
-from laplace_dist.execution.scaling import Placement, autoscaler_limit, nodes_of
+from laplace_dist.execution.scaling import Placement, nodes_of
 
 OBJECT_STORE_BYTES = 128 * 2**20  # receipts only: no factor ever enters Ray's object store
+_SERVICES = (
+    "Ray's client (ray://) and job service (http://) do not carry the driver, which has to be a process of the cluster: run "
+    "`ray job submit --working-dir . -- python jobs/…` with that address as RAY_ADDRESS, or give the head's own host:port on a "
+    "machine of the cluster, or 'local'"
+)
 _process_token: str | None = None  # Ray reads the token once per process, so it cannot change within one
 
 
@@ -39,10 +44,15 @@ def find_address(wanted: str) -> tuple[str | None, str]:
 
     Returns:
         The address or None, and a phrase that says why.
+
+    Raises:
+        SettingsError: It is the address of another service than a cluster's own.
     """
     given, why = wanted, "as asked"
     if wanted == "auto" and os.environ.get("RAY_ADDRESS"):
         given, why = os.environ["RAY_ADDRESS"], "from RAY_ADDRESS"
+    if "://" in given:
+        raise SettingsError(f"--ray-address: got {given!r} ({why}); {_SERVICES}")
     if given == "local":
         return None, why
     if given != "auto":
@@ -63,7 +73,7 @@ def _running_here() -> str | None:
 
 def _answers(address: str) -> str | None:
     """Return None if something listens at `host:port`, else why not; Ray itself would wait for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
             return None
@@ -183,6 +193,8 @@ class Cluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         with ExitStack() as stack:
             if _connected():
+                if sys.modules["ray"].util.client.ray.is_connected():
+                    raise SettingsError(f"this process is connected through Ray's client; {_SERVICES}")
                 self.say("Ray: the cluster that this process is already connected to")
             else:
                 self._join(stack)
@@ -247,11 +259,9 @@ class Cluster:
         import ray
 
         need = {"CPU": float(config.cpus_per_worker), "GPU": float(gpus)}
-        limit = None if self._private else autoscaler_limit(ray, need)
-        expected = not self._private and (config.num_workers is not None or limit is not None)
-        placement = Placement(
-            lambda: nodes_of(ray), need, config.num_workers, limit, self._demand(need) if expected else lambda _: None
-        )
+        expected = not self._private and config.num_workers is not None
+        demand = None if self._private else self._demand(need)
+        placement = Placement(lambda: nodes_of(ray), need, config.num_workers, demand)
         placement.refresh(time.monotonic())
         lacking = [name for name, amount in need.items() if amount > 0 and have.get(name, 0) == 0]
         if placement.fits < 1 and not expected and (self._private or not lacking):
@@ -265,16 +275,13 @@ class Cluster:
         return Pool(config, placement, self.say, counters=Counters())
 
     def _demand(self, need: dict[str, float]) -> Callable[[int], None]:
-        """Return what tells an autoscaler, if there is one, how many workers there is to be room for."""
+        """Return what tells an autoscaler how many workers there is to be room for; where there is none, nobody listens."""
         from ray.autoscaler.sdk import request_resources
 
         bundle = {name: amount for name, amount in need.items() if amount > 0}
 
-        def ask(workers: int) -> None:
-            self._stack.callback(request_resources, bundles=[])  # the request would outlive this job
-            request_resources(bundles=[bundle] * workers)
-
-        return ask
+        self._stack.callback(request_resources, bundles=[])  # a request would outlive this job
+        return lambda workers: request_resources(bundles=[bundle] * workers)
 
 
 def _join(ray: Any, address: str) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 
 # Seconds between two looks at the list of nodes: it costs the head a few milliseconds, and a node needs minutes to join.
 LOOK_SECONDS = 2.0
+# Workers that room is asked for where there is room for few. Ray does not say what an autoscaler's limits are, so it is asked
+# for twice what there is, again and again: it stops at its limits, and no more is asked for than there are tasks.
+FIRST_WORKERS = 16
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,6 @@ def nodes_of(ray: Any) -> list[Node]:
     ]
 
 
-def autoscaler_limit(ray: Any, need: Mapping[str, float]) -> int | None:
-    """Return how many workers an autoscaler would make room for at most; None if there is none, or it does not say."""
-    most = ray._private.state.state.get_max_resources_from_cluster_config()
-    return None if most is None else max(how_many(most, need), 0) or None
-
-
 def how_many(have: Mapping[str, float], need: Mapping[str, float]) -> int:
     """Return how many workers fit into some resources."""
     return min(int((have.get(name, 0.0) + 1e-9) // amount) for name, amount in need.items() if amount > 0)
@@ -64,9 +61,9 @@ class Placement:
     Args:
         look: Returns the nodes that live.
         need: What one worker reserves, by Ray's names.
-        wanted: How many workers there are to be, if the user says; as many as fit if not.
-        limit: How many an autoscaler would make room for.
-        demand: Called with the number of workers that there is not yet room for all of, where an autoscaler may help.
+        wanted: How many workers there are to be, if the user says; as many as fit, or can be made to, if not.
+        demand: Called with the number of workers that there is to be room for, where nodes may join: an autoscaler sees to it.
+            None where none can.
     """
 
     def __init__(
@@ -74,10 +71,9 @@ class Placement:
         look: Callable[[], list[Node]],
         need: Mapping[str, float],
         wanted: int | None = None,
-        limit: int | None = None,
-        demand: Callable[[int], None] = lambda workers: None,
+        demand: Callable[[int], None] | None = None,
     ) -> None:
-        self.need, self._look, self._wanted, self._limit, self._demand = need, look, wanted, limit, demand
+        self.need, self._look, self._wanted, self._demand = need, look, wanted, demand
         self._asked, self._looked = 0, float("-inf")
         self.nodes: dict[str, Node] = {}
 
@@ -104,7 +100,20 @@ class Placement:
     @property
     def size(self) -> int:
         """How many workers there would be with enough to do; at least one, since nodes may join."""
-        return max(1, self._wanted or max(self.fits, self._limit or 0))
+        there = self.fits if self._demand is None else max(2 * self.fits, FIRST_WORKERS)
+        return max(1, self._wanted or there)
+
+    @property
+    def elastic(self) -> bool:
+        """Whether nodes come and go with what is asked for."""
+        return self._demand is not None
+
+    def ask(self, workers: int) -> None:
+        """Have room made for so many workers, or let go of it when it is half as much as was asked for or less."""
+        more = workers > max(self.fits, self._asked)
+        if self._demand is not None and (more or 0 < workers <= self._asked // 2):
+            self._asked = workers
+            self._demand(workers)
 
     def places(
         self, count: int, starting: Counter[str], taken: Counter[str], allowed: Callable[[str], bool]
@@ -117,9 +126,6 @@ class Placement:
             taken: Workers by node, with those under way.
             allowed: Says whether a worker may be started on a node.
         """
-        if count > 0 and sum(taken.values()) + count > max(self.fits, self._asked):
-            self._asked = sum(taken.values()) + count
-            self._demand(self._asked)
         room = Counter(
             {
                 node.id: min(

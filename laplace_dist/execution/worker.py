@@ -88,3 +88,10 @@ def _share_one_heap() -> None:
     allocator = ctypes.CDLL(None)
     if hasattr(allocator, "mallopt"):
         allocator.mallopt(arena_max, 1)
+
+
+def import_path() -> list[str]:
+    """Return the entries of `sys.path` that belong to the user rather than to this Python installation."""
+    prefixes = (sys.prefix, sys.base_prefix)
+    own = [os.path.abspath(entry or os.curdir) for entry in sys.path]
+    return [entry for entry in own if not entry.startswith(prefixes) and os.path.isdir(entry)]

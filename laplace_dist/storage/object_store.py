@@ -13,7 +13,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from laplace_dist.config.secrets import scrub
 from laplace_dist.errors import SettingsError
-from laplace_dist.storage.retry import Patient, failures, lost_upload, no_bucket, patiently, refuses
+from laplace_dist.outages import failures, lost_upload, no_bucket, refuses
+from laplace_dist.storage.retry import Patient, patiently
 
 __all__ = ["failures", "create", "no_bucket", "open_url", "refuses", "scrub", "swap", "swaps"]
 

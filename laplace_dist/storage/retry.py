@@ -1,19 +1,19 @@
-"""What a remote storage's failures mean, and trying again while they may pass: outages, throttling, lost answers."""
+"""Trying a remote storage's operations again while their failures may pass: outages, throttling, lost answers."""
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import re
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from laplace_dist.outages import failures, may_pass, no_bucket
 
 # Seconds for which a storage that does not answer, or answers with a failure, is tried again: a server that restarts or fails
 # over, and a client that is throttled, are back within a minute or so. What takes longer needs a person, who should hear of it.
@@ -22,86 +22,11 @@ PATIENCE = 120.0
 # times a second then, which brings down no server that is coming back.
 SLOWEST = 5.0
 
-_PASSING = (asyncio.TimeoutError, TimeoutError, ConnectionError)
-_PASSING_NUMBERS = (errno.EBUSY, errno.EREMOTEIO, errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.EHOSTUNREACH)
-# Of the 4xx, those that ask for another try; 412 is final only where the object that stood in the way can be read.
-_PASSING_ANSWERS = (408, 409, 412, 425, 429)
-# The remote file systems' own failures, by module. Only what is loaded can have raised one; loading takes half a second.
-_REMOTE = {
-    "aiohttp": ("ClientError",),
-    "botocore.exceptions": ("BotoCoreError", "ClientError"),
-    "botocore.parsers": ("ResponseParserError",),
-}
-_REMOTE_PASSING = {
-    "aiohttp": ("ClientError",),
-    "botocore.exceptions": ("HTTPClientError", "ConnectionError", "ResponseStreamingError", "IncompleteReadError"),
-    "botocore.parsers": ("ResponseParserError",),
-}
-_NO_CREDENTIALS = {
-    "botocore.exceptions": ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"),
-}
-
 _PATTERN = re.compile(r"[*?\[]")  # what fsspec's bulk operations expand instead of taking it as it is
 _AT_ONCE = 16  # single deletions
 
 _log = logging.getLogger(__name__)
 _told = float("-inf")  # when a warning was last logged
-
-
-# ------------------------------------------------------------------ what a failure means
-
-
-def failures() -> tuple[type[Exception], ...]:
-    """Return the classes of errors that a file system's operations raise."""
-    return (OSError, asyncio.TimeoutError, *_loaded(_REMOTE))
-
-
-def _loaded(names: Mapping[str, tuple[str, ...]]) -> list[type[Exception]]:
-    """Return classes of the modules that are loaded."""
-    modules = ((sys.modules[module], classes) for module, classes in names.items() if module in sys.modules)
-    return [getattr(module, name) for module, classes in modules for name in classes]
-
-
-def refuses(error: Exception) -> bool:
-    """Say whether an error means that the credentials or the bucket are wrong, so that trying again is no use."""
-    return isinstance(error, (PermissionError, *_loaded(_NO_CREDENTIALS))) or no_bucket(error)
-
-
-def no_bucket(error: BaseException | None) -> bool:
-    """Say whether an error, or what it came from, is an object store's answer that there is no such bucket."""
-    return any(response.get("Error", {}).get("Code") == "NoSuchBucket" for response in _responses(error))
-
-
-def lost_upload(error: BaseException | None) -> bool:
-    """Say whether an error is the answer that an upload in parts is over, which a retry of its last step gets."""
-    return any(response.get("Error", {}).get("Code") == "NoSuchUpload" for response in _responses(error))
-
-
-def may_pass(error: BaseException) -> bool:
-    """Say whether the same request may succeed later: no answer, a broken one, 5xx, or one that asks to wait."""
-    if refuses(error):  # type: ignore[arg-type]
-        return False
-    for response in _responses(error):
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
-        return status >= 500 or status in _PASSING_ANSWERS
-    return (
-        isinstance(error, (*_PASSING, *_loaded(_REMOTE_PASSING))) or getattr(error, "errno", None) in _PASSING_NUMBERS
-    )
-
-
-def _responses(error: BaseException | None) -> list[Mapping[str, Any]]:
-    """Return the answers of an object store that an error, or what it came from, carries."""
-    found, seen = [], 0
-    while error is not None and seen < 8:
-        response = getattr(error, "response", None)
-        if isinstance(response, Mapping):
-            found.append(response)
-        handled = None if error.__suppress_context__ else error.__context__
-        error, seen = error.__cause__ or handled, seen + 1
-    return found
-
-
-# ------------------------------------------------------------------ trying again
 
 
 def patiently(call: Callable[[], Any], what: str = "", scrub: Callable[[str], str] = str) -> Any:

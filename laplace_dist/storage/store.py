@@ -13,8 +13,9 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
+from laplace_dist import outages
 from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError, StorageError
-from laplace_dist.storage import local, object_store, retry
+from laplace_dist.storage import local, object_store
 from laplace_dist.storage.arrays import Arrays
 from laplace_dist.storage.keys import check_key, check_url
 
@@ -140,7 +141,7 @@ class Store(Arrays):
                 else:
                     paths = [i["name"] for i in self._fs.ls(top, detail=True) if i["type"] == "file"]
             except (FileNotFoundError, NotADirectoryError) as error:
-                if retry.no_bucket(error):
+                if outages.no_bucket(error):
                     raise
                 return []
         paths = [path for path in paths if path.startswith(top + "/") and local.TEMP not in path[len(top) :]]
@@ -205,7 +206,7 @@ class Store(Arrays):
             try:
                 found = self._fs.ls(self._root, detail=True)
             except (FileNotFoundError, NotADirectoryError) as error:
-                if retry.no_bucket(error):
+                if outages.no_bucket(error):
                     raise
                 return []
         inside = [info for info in found if info["name"].rstrip("/") != self._root]  # some list a folder within itself
@@ -277,7 +278,7 @@ class Store(Arrays):
         """Turn the file system's errors into ones that name the object and the remedy."""
         try:
             yield
-        except retry.failures() as error:
+        except outages.failures() as error:
             raise self._explain(error, key, verb) from (error if self.is_local else None)
 
     def _explain(self, error: Exception, key: str, verb: str) -> Exception:
@@ -300,7 +301,7 @@ class Store(Arrays):
                     f"--checkpoint {self.url!r}: cannot write {key!r} there ({reason}). "
                     "Give a directory, or a URL with its --storage-options, that this process may write to."
                 )
-        if retry.refuses(error):
+        if outages.refuses(error):
             return SettingsError(
                 f"--checkpoint {self.url!r}: may not {verb} {key!r} there ({reason}). Check that the bucket or directory "
                 "exists and that --storage-options hold credentials that may read, write and list it."

@@ -63,6 +63,23 @@ def test_a_note_of_a_cluster_that_is_gone_is_ignored(clean):
     assert find_address("auto")[0] is None
 
 
+@pytest.mark.parametrize("address", ["ray://10.0.0.9:10001", "http://10.0.0.9:8265", "https://ray.example"])
+def test_the_address_of_another_service_is_refused_with_the_way_to_submit(clean, monkeypatch, address):
+    with pytest.raises(SettingsError, match=f"--ray-address: got '{address}' .as asked.; .*ray job submit"):
+        find_address(address)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(SettingsError, match="from RAY_ADDRESS"):
+        find_address("auto")
+    assert find_address("local") == (None, "as asked")
+
+
+def test_a_process_connected_through_rays_client_is_refused(clean, monkeypatch):
+    monkeypatch.setattr(ray_cluster, "_connected", lambda: True)
+    monkeypatch.setattr(ray.util.client.ray, "is_connected", lambda: True)
+    with pytest.raises(SettingsError, match="through Ray's client; .*ray job submit"):
+        Cluster(dist_cases.config(clean), say=lambda text: None).connect()
+
+
 def inside(local):
     with ray_cluster._authentication(local):
         return {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}

@@ -17,6 +17,7 @@ import pytest
 from laplace_dist import fit, status
 from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.execution.ray_cluster import Cluster
+from laplace_dist.execution.scaling import FIRST_WORKERS
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.partials import read_manifest
@@ -197,7 +198,9 @@ def test_a_worker_that_a_node_may_hold_which_is_still_to_join_is_waited_for(clus
     for waits in ({"cpus_per_worker": 99, "num_workers": 3}, {"gpus_per_worker": 1.0}):
         said = []
         with Cluster(dist_cases.config(tmp_path, **waits), say=said.append) as joined:
-            assert joined.pool("cuda" if joined.config.gpus_per_worker else "cpu").size == waits.get("num_workers", 1)
+            assert joined.pool("cuda" if joined.config.gpus_per_worker else "cpu").size == waits.get(
+                "num_workers", FIRST_WORKERS
+            )
         assert said[-1].startswith("Ray: waiting for nodes to join (a worker needs")
 
 

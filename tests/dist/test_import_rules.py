@@ -64,13 +64,13 @@ def folder_of(module: str) -> str:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folder_imports_only_from_those_before_it(folder):
-    before = {*FOLDERS[: FOLDERS.index(folder) + 1], "errors", "__version__"}
+    before = {*FOLDERS[: FOLDERS.index(folder) + 1], "errors", "outages", "__version__"}
     for path in (PACKAGE / folder).rglob("*.py"):
         wrong = [module for module in modules_of(path.read_text()) if folder_of(module) not in before]
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
-def test_every_folder_has_its_place_and_the_top_holds_eight_modules():
+def test_every_folder_has_its_place_and_the_top_holds_nine_modules():
     inside = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert inside == set(FOLDERS)
     assert {path.stem for path in PACKAGE.glob("*.py")} == {
@@ -82,6 +82,7 @@ def test_every_folder_has_its_place_and_the_top_holds_eight_modules():
         "cli",
         "cli_readers",
         "errors",
+        "outages",
     }
 
 

@@ -13,7 +13,7 @@ from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.execution import liveness, pool
 from laplace_dist.execution.failures import STARTS_PER_NODE, STARTS_WITHOUT_MEMORY
 from laplace_dist.execution.liveness import SECOND_LOOK
-from laplace_dist.execution.pool import Pool
+from laplace_dist.execution.pool import SPARE_SECONDS, Pool
 from laplace_dist.execution.raised import Raised
 from laplace_dist.execution.scaling import LOOK_SECONDS, Placement, nodes_of
 from laplace_dist.execution.starts import RESTS, Starts
@@ -97,14 +97,15 @@ class FakeRay:
 def fake(monkeypatch):
     """Return what makes a pool over some nodes, its Ray, and the lines that it says."""
 
-    def make(wanted=None, limit=None, **cpus):
+    def make(wanted=None, elastic=False, **cpus):
         ray, said = FakeRay(**cpus), []
         clock = SimpleNamespace(monotonic=lambda: ray.now, sleep=lambda s: None)
         monkeypatch.setattr(pool, "time", clock)
         monkeypatch.setattr(pool, "why_it_died", lambda error, lost: "lost" if lost else str(error))
         monkeypatch.setitem(__import__("sys").modules, "ray", ray)
         ray.demanded = []
-        placement = Placement(lambda: nodes_of(ray), {"CPU": 1.0, "GPU": 0.0}, wanted, limit, ray.demanded.append)
+        demand = ray.demanded.append if elastic else None
+        placement = Placement(lambda: nodes_of(ray), {"CPU": 1.0, "GPU": 0.0}, wanted, demand)
         answers = lambda address: address.partition(":")[0] not in ray.silent  # noqa: E731
         return Pool(dist_cases.config("/nowhere"), placement, said.append, answers), ray, said
 
@@ -260,7 +261,7 @@ def test_a_commit_on_a_node_that_leaves_is_done_again(fake):
     ray.cpus = {"b": 1}
     workers._placement.look_again()
     workers._placement.refresh(ray.now)
-    (event,) = [event for event in workers._leave() if event]
+    (event,) = [event for event in workers._leave(ray.now) if event]
     assert (event.task.what, event.lost, workers.busy) == ("one", True, 0)
 
 
@@ -432,16 +433,43 @@ def test_what_others_have_taken_is_left_to_them(fake):
     assert Counter(ray.where) == {"a": 1, "b": 4}
 
 
-def test_an_autoscaler_is_told_how_many_workers_are_wanted(fake):
-    workers, ray, _ = fake(limit=50, a=2)
-    assert workers.size == 50
-    workers.top_up(50)
-    workers.top_up(50)
-    assert ray.actors == 2 and ray.demanded == [50]
-    workers, ray, _ = fake(wanted=7, a=2)
+def test_an_autoscaler_is_asked_for_twice_what_there_is_and_no_more_than_there_is_to_do(fake):
+    """Ray says nothing of an autoscaler's limits, so it is asked again as nodes join, and stops by itself."""
+    workers, ray, _ = fake(elastic=True, head=0)
+    workers.top_up(100)
+    workers.top_up(100)
+    assert ray.actors == 0 and ray.demanded == [16] and workers.size == 16
+    ray.cpus |= {str(i): 1 for i in range(16)}
+    later(ray, LOOK_SECONDS, workers)
+    workers.top_up(100)
+    assert ray.actors == 16 and ray.demanded == [16, 32]
+    ray.cpus |= {str(i): 1 for i in range(16, 32)}
+    later(ray, LOOK_SECONDS, workers)
+    workers.top_up(40)
+    assert ray.actors == 32 and ray.demanded == [16, 32, 40]
+    workers, ray, _ = fake(wanted=7, elastic=True, a=2)
     workers.top_up(5)
     workers.top_up(9)
     assert workers.size == 7 and ray.actors == 2 and ray.demanded == [5, 7]
+
+
+def test_room_that_is_not_needed_any_more_is_let_go(fake):
+    workers, ray, _ = fake(elastic=True, a=8)
+    workers.top_up(12)
+    assert ray.demanded == [12]
+    for wanted in (11, 7, 6, 5, 3, 2, 1):
+        workers.top_up(wanted)
+    assert ray.demanded == [12, 6, 3, 1]
+    workers.top_up(10)
+    assert ray.demanded == [12, 6, 3, 1, 10], "the next stage needs more again"
+
+
+@pytest.mark.parametrize(("elastic", "left"), [(True, 0), (False, 3)])
+def test_workers_without_a_task_are_ended_where_their_nodes_can_be_given_back(fake, elastic, left):
+    workers, ray, _ = fake(elastic=elastic, a=3)
+    started(workers, ray, 3)
+    assert later(ray, SPARE_SECONDS - 1, workers) == [] and workers.idle == 3
+    assert later(ray, 2, workers) == [] and workers.idle == left == 3 - len(ray.killed)
 
 
 def test_what_fits_is_counted_per_node():
