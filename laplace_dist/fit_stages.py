@@ -15,6 +15,7 @@ from laplace_dist.config.settings import HF, Config
 from laplace_dist.errors import MissingObjectError, SettingsError
 from laplace_dist.execution.session import ExecutorType, Session
 from laplace_dist.execution.tasks import Task
+from laplace_dist.plan.estimate import too_large
 from laplace_dist.plan.plan import Plan
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import coverage, layout, lifecycle, ownership, partials, place, pointer, versions, windows
@@ -22,6 +23,7 @@ from laplace_dist.run.checkpoint import open_store
 from laplace_dist.run.combination import Term, Window, alone
 from laplace_dist.run.journal import Journal
 from laplace_dist.stages import map, opening, reduce
+from laplace_dist.stages.context import plain
 from laplace_dist.storage.store import Store
 
 
@@ -112,6 +114,8 @@ class FitStages:
         self.config = config = resolved.config
         self._checked = True
         self.store.check_writable()  # before a cluster may be asked for its devices
+        if not there:
+            self._refuse_too_large(resolved)
         self.plan, self._continued = opening.begin(resolved, config, self.store, self.device_type, self.say)
         self.window = Window(self.store, self.plan)
         self.say(f"{'continuing' if self._continued else 'starting'} the run at {self.store.url}")
@@ -120,6 +124,14 @@ class FitStages:
             rows = coverage.rows_of(resolved.la.sums_spec(), resolved.model)
             there = coverage.write_coverage(self.store, rows)
             self.say("\n".join([*coverage.lines(rows), f"coverage: every parameter is in {there}"]))
+
+    def _refuse_too_large(self, resolved: opening.Resolved) -> None:
+        """Refuse sums that no worker has the memory for, before the run is begun."""
+        tensors = (*resolved.model.parameters(), *resolved.model.buffers())
+        size = sum(tensor.nbytes for tensor in tensors)
+        memory = self.session.executor.memory(self.device_type)
+        if why := too_large(plain(resolved.la.sums_spec()), size, memory):
+            raise SettingsError(f"--hessian-structure: got {self.config.hessian_structure!r}, but {why}")
 
     def map(self) -> None:
         """Accumulate the segments of the window that have no committed partial."""

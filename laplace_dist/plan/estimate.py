@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from laplace_dist.plan.plan import Plan
 
 # List prices of S3 Standard in US East (N. Virginia), dollars for a thousand requests.
 PUT_PRICE, GET_PRICE = 0.005, 0.0004
+RAY_BYTES = 60 * 10**6  # that Ray takes in a worker's process beside what the same process takes without it
+SMALLER = (
+    "Use --hessian-structure diag, --subset-of-weights last_layer, freeze that layer, lower --num-workers where they share a "
+    "machine, or use a larger one."
+)
 COMMIT_SHARE = 0.02  # of a segment's time, above which larger segments are worth it
 
 
@@ -58,7 +64,7 @@ class Estimate:
         writes: Requests that write, of the map phase.
         reads: Requests that read, of the map phase.
         dollars: What these cost on S3.
-        peak_bytes: Of a worker, without what Ray takes itself.
+        peak_bytes: Of a worker.
         workers: That the times are for.
         map_seconds: Of the map phase.
         commit_share: Of its time that goes into commits, if they do not overlap with it.
@@ -122,13 +128,41 @@ def estimate(
         "writes": writes,
         "reads": reads,
         "dollars": (writes * PUT_PRICE + reads * GET_PRICE) / 1000,
-        "peak_bytes": trial.peak_bytes,
+        "peak_bytes": trial.peak_bytes + RAY_BYTES,
         "workers": workers,
         "map_seconds": rounds * (per_segment + trial.commit_seconds),
         "commit_share": trial.commit_seconds / (per_segment + trial.commit_seconds),
         "reduce_seconds": math.ceil(len(plan.parts) / workers) * segments * trial.sum_seconds,
     }
     return Estimate(**found, advice=tuple(_advice(plan, trial, found)))
+
+
+def too_large(spec: Mapping[str, Any], model_bytes: int, memory: int | None) -> str | None:
+    """Say why a fit cannot go on in the memory that a worker has, and what to change; None where it may.
+
+    What is counted is what no worker can do without: the running sums, in float64, and the model.
+
+    Args:
+        spec: Specification of the sums, as plain values.
+        model_bytes: Of the model's parameters and buffers.
+        memory: Bytes that a worker can have; None where that is not known.
+    """
+    sizes = {name: 8 * prod(factor["shape"]) for name, factor in spec["factors"].items()}
+    needed = sum(sizes.values()) + model_bytes
+    if memory is None or needed <= memory:
+        return None
+    name = max(sizes, key=lambda name: sizes[name])
+    parameters = sum(prod(block["shape"]) for block in spec["blocks"])
+    return (
+        f"a worker needs at least {needed:,} bytes, {sum(sizes.values()):,} of them for the sums of a {spec['structure']} "
+        f"posterior over {parameters:,} weights, but can have {memory:,} at most. The largest sum is {name}, "
+        f"{shape_of(spec, name)}. {SMALLER}"
+    )
+
+
+def shape_of(spec: Mapping[str, Any], name: str) -> str:
+    """Write the shape of a factor."""
+    return " × ".join(f"{length:,}" for length in spec["factors"][name]["shape"])
 
 
 def _summary(plan: Plan, coverage: Sequence[tuple[str, str, str]]) -> dict[str, tuple[int, float]]:
@@ -146,7 +180,7 @@ def _advice(plan: Plan, trial: Trial, found: dict) -> list[str]:
         name, width = found["largest"]
         said.append(
             f"A worker needs more memory than this machine has; the largest of its sums is {name} of width {width:,}. "
-            "Use --hessian-structure diag, --subset-of-weights last_layer, or freeze that layer."
+            f"{SMALLER}"
         )
     if found["commit_share"] > COMMIT_SHARE and found["segments"] > 4 * found["workers"]:
         said.append(
