@@ -27,13 +27,15 @@ class Trial:
 
     Attributes:
         batch_seconds: Of a batch, without the first one.
-        commit_seconds: Of a partial's commit.
+        commit_seconds: Of a partial's commit; CPU seconds, where it goes on beside the next segment.
         sum_seconds: Of adding one partial's part to a sum.
         partial_bytes: Of a partial as stored.
         writes: Objects that a commit creates.
         reads: Objects that it reads back, and asks for.
         peak_bytes: Of the process, at its largest.
         node_bytes: Memory of the machine; None where it is not known.
+        kept_bytes: That a worker's allocator keeps, from one segment to the next, of sums that were committed beside one: as
+            much as one segment's, from what workers were measured to take (see `benchmarks/planning.py`).
     """
 
     batch_seconds: float
@@ -44,6 +46,7 @@ class Trial:
     reads: int
     peak_bytes: int
     node_bytes: int | None
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def estimate(
         "writes": writes,
         "reads": reads,
         "dollars": (writes * PUT_PRICE + reads * GET_PRICE) / 1000,
-        "peak_bytes": trial.peak_bytes + RAY_BYTES,
+        "peak_bytes": trial.peak_bytes + trial.kept_bytes + RAY_BYTES,
         "workers": workers,
         "map_seconds": rounds * (per_segment + trial.commit_seconds),
         "commit_share": trial.commit_seconds / (per_segment + trial.commit_seconds),

@@ -52,17 +52,18 @@ def run(config: Config, resolved: opening.Resolved) -> tuple[Plan, Trial]:
             count = segment.stop - segment.start
             return partials.commit_partial(store, plan, segment, tensors, count, new_attempt(), **made)
 
-        receipt = _beside(config, resolved, commit) if _bytes(tensors) <= BESIDE else commit()
+        receipt, commit_seconds = (_beside if _bytes(tensors) <= BESIDE else _alone)(commit, config, resolved)
         writes = len(_objects(Path(folder)) - before)
         trial = Trial(
             batch_seconds=batch_seconds,
-            commit_seconds=receipt.seconds,
+            commit_seconds=commit_seconds,
             sum_seconds=_sum_seconds(store, plan),
             partial_bytes=receipt.bytes,
             writes=writes,
             reads=writes + 2,  # each is read back; whose the run is is looked at before and after
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
             node_bytes=_node_bytes(),
+            kept_bytes=_bytes(tensors) if _bytes(tensors) <= BESIDE else 0,
         )
         return plan, trial
 
@@ -80,12 +81,28 @@ def _batches(config: Config, resolved: opening.Resolved, count: int = BATCHES) -
     return sums, statistics.median(times[1:] or times)
 
 
-def _beside(config: Config, resolved: opening.Resolved, commit: Callable[[], partials.Receipt]) -> partials.Receipt:
-    """Commit beside a batch of the next segment, as a worker does, so that the peak is that of both."""
+Commit = Callable[[], partials.Receipt]
+
+
+def _alone(commit: Commit, config: Config, resolved: opening.Resolved) -> tuple[partials.Receipt, float]:
+    """Commit; returns the receipt, and the seconds that it took."""
+    begun = _clock()
+    return commit(), _clock() - begun
+
+
+def _beside(commit: Commit, config: Config, resolved: opening.Resolved) -> tuple[partials.Receipt, float]:
+    """Commit beside a batch of the next segment, as a worker does, so that the peak is that of both.
+
+    Returns the receipt, and the CPU seconds that the commit took, which is what it takes away from the segment beside it.
+    """
+    begun = time.process_time()
     with ThreadPoolExecutor(1) as executor:
         going_on = executor.submit(commit)
+        own = time.thread_time()
         _batches(config, resolved, 1)[0].to_tensors()
-        return going_on.result()
+        own = (time.thread_time() - own) * torch.get_num_threads()
+        receipt = going_on.result()
+    return receipt, max(0.0, time.process_time() - begun - own)
 
 
 def _bytes(tensors: Mapping[str, torch.Tensor]) -> int:

@@ -15,7 +15,7 @@ from laplace_dist import cli
 from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.execution.inline import Inline
 from laplace_dist.execution.ray_cluster import Cluster
-from laplace_dist.plan.estimate import GET_PRICE, PUT_PRICE, Trial, estimate
+from laplace_dist.plan.estimate import GET_PRICE, PUT_PRICE, RAY_BYTES, Trial, estimate
 from laplace_dist.report.planned import lines, size
 from laplace_dist.stages import trial
 
@@ -60,6 +60,8 @@ def test_time_requests_and_storage_follow_from_the_trial(plan):
     assert found.reduce_seconds == pytest.approx(segments * 0.05)
     assert (found.writes, found.reads) == (10 * segments, 12 * segments)
     assert found.dollars == pytest.approx((found.writes * PUT_PRICE + found.reads * GET_PRICE) / 1000)
+    assert found.peak_bytes == 10**9 + RAY_BYTES
+    assert estimate(plan, replace(TRIAL, kept_bytes=7), coverage, 2).peak_bytes == 10**9 + 7 + RAY_BYTES
     assert found.stored_bytes == segments * 1000 + 2 * 8 * plan.places[-1].stop
     sizes = {"0.weight": 27, "0.bias": 3, "4.weight": 81, "4.bias": 3}
     assert found.coverage == {
