@@ -7,11 +7,13 @@ Gaussian is the likelihood's to say; the approximations of a softmax are in :mod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from laplace.capture.chosen_outputs import ChosenOutputs
 from laplace.capture.evaluation import eval_mode
 from laplace.data.batches import joined
 from laplace.enums import LinkApprox, PredType, parse
@@ -122,6 +124,40 @@ def check_combination(la: Fitted, pred_type: PredType, link_approx: LinkApprox) 
         raise ValueError(
             f"pred_type='nn' samples networks, so only link_approx='mc' is possible, not {link_approx.value!r}."
         )
+
+
+def output_variances(la: Fitted, x: Any, outputs: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of some of the linearised network's outputs, in a backward pass for each of them.
+
+    Args:
+        la: A fitted posterior.
+        x: Inputs ``(batch, …)`` or a dict-like batch.
+        outputs: Indices in the flattened outputs of an example.
+
+    Returns:
+        Both ``(batch, chosen)``, whatever the likelihood: of logits, where outputs are logits.
+
+    Raises:
+        NotFittedError: Before ``fit``.
+        ValueError: If an index is out of range or given twice, or the posterior is a functional (GP) one.
+    """
+    la._check_fitted()
+    la._check_weights()
+    la._check_inputs(x)
+    if PredType.GP in la.pred_types:
+        raise ValueError(
+            "output_variances is of parametric posteriors; a functional (GP) one gives all its outputs at once."
+        )
+    if la.enable_backprop:
+        chosen = list(outputs)
+        f, variance = glm_distribution(la, x, diagonal=True)
+        return f.flatten(1)[:, chosen], variance[:, chosen]
+    found = []
+    for _, inputs in la.backend.parts(x, outputs=len(outputs)):
+        capture = ChosenOutputs(la.backend.capture(inputs), outputs)
+        found.append((capture.f, la._glm_variance(capture, [la.prior_precision], True)[0].detach()))
+    f, variance = joined(found)
+    return f, variance
 
 
 def glm_distribution(la: Fitted, x: Any, diagonal: bool = False) -> tuple[Tensor, Tensor]:

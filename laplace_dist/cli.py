@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from laplace_dist.config.command_line import load_config
-from laplace_dist.config.settings import Config
+from laplace_dist.config.settings import HF, Config
 from laplace_dist.data.sources import load_split
 from laplace_dist.errors import CheckpointError, Interrupted, MissingObjectError, RunFailed, SettingsError
 from laplace_dist.execution import signals
@@ -22,6 +22,7 @@ from laplace_dist.report.metrics import show_recalibration, show_result
 from laplace_dist.report.verification import lines, verify
 from laplace_dist.run import layout, settings_file
 from laplace_dist.run.checkpoint import open_store
+from laplace_dist.run.pretrained import AUTO_CLASSES
 
 JOBS = {"fit": fit, "tune": tune_posterior, "evaluate": evaluate_posterior}
 NOTES = {  # of `--help`
@@ -251,10 +252,18 @@ def _settings_of_run(config: Config) -> dict[str, Any]:
 
 def _loading(config: Config, result: Result) -> str:
     """Return the Python lines that load the posterior."""
-    module, _, attribute = config.model.partition(":")
     arguments = ", ".join(f"{name}={value!r}" for name, value in config.model_args.items())
+    options = ", storage_options=storage_options" if "://" in result.checkpoint and config.storage_options else ""
+    if config.model.startswith(HF):
+        return (
+            f"from transformers import {AUTO_CLASSES[config.task or '']}\n"
+            "from laplace_dist import load_posterior\n"
+            f"model = {AUTO_CLASSES[config.task or '']}.from_pretrained({config.model.removeprefix(HF)!r}"
+            f"{', ' + arguments if arguments else ''}).float()\n"
+            f"la = load_posterior({result.checkpoint!r}, model.eval(), load_weights=True{options})"
+        )
+    module, _, attribute = config.model.partition(":")
     if "://" in result.checkpoint:
-        options = ", storage_options=storage_options" if config.storage_options else ""
         return (
             f"from {module} import {attribute}\n"
             "from laplace_dist import load_posterior\n"

@@ -11,10 +11,11 @@ from typing import Any, Self
 
 from laplace_dist.config import compatibility
 from laplace_dist.config.import_path import IMPORT_PATH
-from laplace_dist.config.settings import Config
+from laplace_dist.config.settings import HF, Config
 from laplace_dist.errors import MissingObjectError, SettingsError
 from laplace_dist.execution.session import ExecutorType, Session
 from laplace_dist.execution.tasks import Task
+from laplace_dist.plan.estimate import too_large
 from laplace_dist.plan.plan import Plan
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import bases, coverage, layout, lifecycle, ownership, partials, place, pointer, versions, windows
@@ -23,6 +24,7 @@ from laplace_dist.run.combination import Term, Window, alone, terms_of
 from laplace_dist.run.journal import Journal
 from laplace_dist.run.second_pass import open_second, place_of_second
 from laplace_dist.stages import basis, map, opening, reduce
+from laplace_dist.stages.context import plain
 from laplace_dist.storage.store import Store
 
 
@@ -100,19 +102,31 @@ class FitStages:
 
     def open(self) -> None:
         """Resolve model, data and factors once, and start the run or continue the one that is there."""
-        config = self.config
-        compatibility.check_predictive(config)
+        compatibility.check_predictive(self.config)
         place.check_place(self.store)
-        resolved = opening.resolve(config)
+        there = self.store.exists(layout.PLAN) and not self.config.fresh
+        resolved = opening.resolve(self.config, self.plan.settings if there else None)
+        self.config = config = resolved.config
         self._checked = True
         self.store.check_writable()  # before a cluster may be asked for its devices
+        if not there:
+            self._refuse_too_large(resolved)
         self.plan, self._continued = opening.begin(resolved, config, self.store, self.device_type, self.say)
         self.window = Window(self.store, self.plan)
         self.say(f"{'continuing' if self._continued else 'starting'} the run at {self.store.url}")
+        self.say(f"estimator: {resolved.cost}")
         if not self._continued:
             rows = coverage.rows_of(resolved.la.sums_spec(), resolved.model)
             there = coverage.write_coverage(self.store, rows)
             self.say("\n".join([*coverage.lines(rows), f"coverage: every parameter is in {there}"]))
+
+    def _refuse_too_large(self, resolved: opening.Resolved) -> None:
+        """Refuse sums that no worker has the memory for, before the run is begun."""
+        tensors = (*resolved.model.parameters(), *resolved.model.buffers())
+        size = sum(tensor.nbytes for tensor in tensors)
+        memory = self.session.executor.memory(self.device_type)
+        if why := too_large(plain(resolved.la.sums_spec()), size, memory):
+            raise SettingsError(f"--hessian-structure: got {self.config.hessian_structure!r}, but {why}")
 
     def map(self) -> None:
         """Accumulate the segments of the window that have no committed partial, in the first pass over its data."""
@@ -218,10 +232,11 @@ def _absolute(config: Config) -> Config:
     """Return the settings with relative paths, and those that begin with `~`, made absolute."""
     data = None if IMPORT_PATH.fullmatch(config.data) else config.data
     paths = {"checkpoint": config.checkpoint, "weights": config.weights, "data": data}
-    return config.model_copy(
-        update={
-            name: os.path.abspath(os.path.expanduser(path))
-            for name, path in paths.items()
-            if path and "://" not in path
-        }
-    )
+    found = {name: _absolute_path(path) for name, path in paths.items() if path and "://" not in path}
+    if config.model.startswith(HF):
+        found["model"] = HF + _absolute_path(config.model.removeprefix(HF))
+    return config.model_copy(update=found)
+
+
+def _absolute_path(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))

@@ -31,7 +31,7 @@ def estimate(config: Config) -> Estimate:
     resolved = opening.resolve(config)
     try:
         with computing_as_a_worker(config, torch.device("cpu")):
-            plan, found = trial.run(config, resolved)
+            plan, found = trial.run(resolved.config, resolved)
     except NotEnoughMemoryError as error:
         raise RunFailed(str(error)) from error
-    return worked_out(plan, found, resolved.la.coverage, config.num_workers or 1)
+    return worked_out(plan, found, resolved.la.coverage, config.num_workers or 1, resolved.cost)

@@ -17,6 +17,7 @@ from laplace.capture.contractions import require_jacobians
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.capture.last_layer import LastLayerCapture, last_layer_sources
+from laplace.capture.padding import kept_tokens
 from laplace.capture.soundness import check_function, check_inputs
 from laplace.capture.verify import find_layers
 from laplace.data.batches import is_divisible, length_of, part_of, tensors_of
@@ -149,28 +150,34 @@ class CapturedModel:
                 with torch.no_grad():
                     out, features = self.model.forward_with_features(x)
                     name, layer = self.model.last_layer_name, self.model.last_layer
-                    capture = LastLayerCapture(features.detach(), layer, name, self.spec.torch_dtype, others)
+                    capture = LastLayerCapture(
+                        features.detach(), layer, name, self.spec.torch_dtype, others, kept_tokens(x)
+                    )
                 self.model.check_output(capture.f, out)
                 return capture
             layers = dict.fromkeys(block.layer for block in self.spec.blocks if block.layer is not None)
             return Capture(self.model, x, layers, others, self.spec.torch_dtype)
 
-    def parts(self, x: Tensor | MutableMapping[str, Any], every_output: bool = False) -> list[tuple[slice, Any]]:
+    def parts(
+        self, x: Tensor | MutableMapping[str, Any], every_output: bool = False, outputs: int | None = None
+    ) -> list[tuple[slice, Any]]:
         """Parts of a batch that are captured one after the other, each with its range of examples.
 
         There is one, the whole batch, unless what is held of it at once is more than about ``_HELD`` elements: the rows of
         parameters without a layer along one direction, or where ``every_output`` is needed at once, as for variances, these and
-        the layers' output gradients along as many directions as there are outputs.
+        the layers' output gradients along as many directions as there are outputs, or as ``outputs`` says.
 
         Raises:
             NotEnoughMemoryError: If the rows of one example are larger than the free memory.
         """
         assert self.spec is not None, "initialize() comes first"
         others = [block for block in self.spec.blocks if block.layer is None]
-        if not is_divisible(x) or not (others or every_output):
+        several = every_output or outputs is not None
+        if not is_divisible(x) or not (others or several):
             return [(slice(0, None), x)]
         n, size = length_of(x), sum(torch.Size(block.shape).numel() for block in others)
-        outputs, inner = self._size_of_example(x) if every_output else (1, 0)
+        count, inner = self._size_of_example(x) if several else (1, 0)
+        outputs = count if outputs is None else outputs
         if others:
             names = ", ".join(block.parameter for block in others)
             require_jacobians(1, outputs, size, self.spec.torch_dtype, self.params[0].device, f" ({names})")

@@ -80,6 +80,10 @@ class CurvatureInterface(CapturedModel):
             getattr(cls, structure, None) is not getattr(base, structure, None) or cls.accumulate is not base.accumulate
         )
 
+    def is_closed_form(self, f: Tensor) -> bool:
+        """Whether the curvature of a batch with outputs ``f`` takes no backward pass per output."""
+        return False
+
     @property
     def estimator(self) -> str:
         """What is estimated, as a name; curvature of different ones is not added up."""

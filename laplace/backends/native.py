@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from laplace.backends.gauss_newton import EFInterface, GGNInterface
-from laplace.backends.options import check_kfac_approx, honours
+from laplace.backends.options import check_chosen_outputs, check_kfac_approx, honours
 from laplace.capture import contractions
 from laplace.data.batches import joined, length_of
 from laplace.enums import Likelihood
@@ -31,6 +32,7 @@ class _Native:
     _has_warned = False
 
     kfac_approx = "expand"
+    outputs: tuple[int, ...] | None = None
 
     @property
     def estimator(self) -> str:
@@ -56,22 +58,30 @@ class _Native:
         self.likelihood_object.check(capture.f, y, offset)
         self._warn_of_passes(capture.f)
         f = capture.f.double()  # in float32, 1 - p of a sure example has no digits
-        exact = isinstance(self, GGNInterface) and not self.stochastic
-        closed = self.last_layer and last_layer.applies(sums, f)
+        closed = self.last_layer and last_layer.applies(sums.spec, f)
         if closed and sums.spec.structure == "full":
             last_layer.add_full_(sums, capture, self.directions(f, y, offset))
-        elif closed and exact and sums.spec.structure in ("kron", "diag"):
+        elif closed and self.sums_all_outputs and sums.spec.structure in ("kron", "diag"):
             last_layer.add_(sums, capture, self.likelihood_object, f, y)
         else:
             add_curvature_(sums, capture, self.directions(f, y, offset), reduce=self.kfac_approx == "reduce")
         sums.loss = sums.loss + self.likelihood_object.loss(f, y)
         sums.n_data += len(y)
 
+    @property
+    def sums_all_outputs(self) -> bool:
+        """Whether the estimator is the exact GGN of every output."""
+        return isinstance(self, GGNInterface) and not self.stochastic and self.outputs is None
+
+    def is_closed_form(self, f: Tensor) -> bool:
+        """Whether curvature needs no backward pass along directions: the exact one of a plain last layer, of one position."""
+        assert self.spec is not None, "initialize() comes first"
+        return self.last_layer and self.sums_all_outputs and last_layer.applies(self.spec, f)
+
     def _warn_of_passes(self, f: Tensor) -> None:
         """Say once that exact curvature of many outputs takes many backward passes."""
         outputs = f[0].numel()
-        exact = isinstance(self, GGNInterface) and not self.stochastic and not self.last_layer
-        if exact and outputs > _PASSES and not self._has_warned:
+        if self.sums_all_outputs and not self.last_layer and outputs > _PASSES and not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 f"The exact GGN of {outputs} outputs per example takes about as many backward passes for every batch. "
@@ -123,7 +133,7 @@ class _Native:
 
 
 class NativeGGN(_Native, GGNInterface):
-    """Exact GGN, or with ``stochastic=True`` its Monte-Carlo Fisher estimate.
+    r"""Exact GGN, or with ``stochastic=True`` its Monte-Carlo Fisher estimate.
 
     Args:
         model: As for :class:`laplace.curvature.GGNInterface`, like all further arguments but the last.
@@ -137,6 +147,11 @@ class NativeGGN(_Native, GGNInterface):
         seed: See there.
         low_rank: See there.
         kfac_approx: ``'expand'`` or ``'reduce'``: how Kronecker factors treat weights that are shared over positions.
+        outputs: Some of the outputs, by index: the exact GGN of these, the others being held constant,
+            :math:`J_S^\top \Lambda_{SS} J_S`, in as many backward passes; all of them if not given.
+
+    Raises:
+        ValueError: If ``outputs`` is empty, names one twice or a negative one, or is given with ``stochastic``.
     """
 
     def __init__(
@@ -153,6 +168,7 @@ class NativeGGN(_Native, GGNInterface):
         low_rank: int = 10,
         *,
         kfac_approx: str = "expand",
+        outputs: Sequence[int] | None = None,
     ):
         """See the class."""
         keys = (dict_key_x, dict_key_y)
@@ -160,6 +176,23 @@ class NativeGGN(_Native, GGNInterface):
             model, likelihood, last_layer, subnetwork_indices, *keys, stochastic, num_samples, seed, low_rank
         )
         self.kfac_approx = check_kfac_approx(kfac_approx)
+        self.outputs = None if outputs is None else check_chosen_outputs(outputs, stochastic)
+
+    @property
+    def estimator(self) -> str:
+        """As of the other backends, and the outputs where they are chosen."""
+        return super().estimator + ("" if self.outputs is None else f" of outputs {', '.join(map(str, self.outputs))}")
+
+    def directions(self, f: Tensor, y: Tensor, offset: int = 0) -> Iterator[Tensor]:
+        """See :class:`laplace.curvature.GGNInterface`."""
+        if self.outputs is None:
+            return super().directions(f, y, offset)
+        if max(self.outputs) >= f.shape[-1]:
+            last = f.shape[-1] - 1
+            raise ValueError(
+                f"outputs={list(self.outputs)}: the model has {last + 1} outputs, so they lie in 0…{last}."
+            )
+        return self.likelihood_object.hessian_root(f, y, self.outputs)
 
 
 class NativeEF(_Native, EFInterface):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,20 @@ def check_kfac_approx(value: str) -> str:
     if value not in APPROXIMATIONS:
         raise ValueError(f"kfac_approx={value!r} is unknown; valid values are 'expand' and 'reduce'.")
     return value
+
+
+def check_chosen_outputs(outputs: Sequence[int], stochastic: bool) -> tuple[int, ...]:
+    """Refuse a choice of outputs that is none; returns it in ascending order.
+
+    Raises:
+        ValueError: If it is empty, names an output twice or a negative one, or is to be sampled.
+    """
+    chosen = tuple(sorted(outputs))
+    if not chosen or chosen[0] < 0 or len(set(chosen)) < len(chosen):
+        raise ValueError(f"outputs={list(outputs)}: give distinct indices of outputs, from 0 on, and one at least.")
+    if stochastic:
+        raise ValueError(f"outputs={list(outputs)} chooses outputs of the exact GGN; leave it or stochastic=True out.")
+    return chosen
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from laplace.capture.attribution import check_attribution, picks_by_mask, picks_
 from laplace.capture.blocks import row_key
 from laplace.capture.calls import Call, recorded, that_reach
 from laplace.capture.evaluation import eval_mode
+from laplace.capture.padding import kept_tokens
 from laplace.capture.products import calls_of, product
 from laplace.capture.pullback import pullback
 from laplace.capture.rules import gradients_by_position, inputs_by_position, widths
@@ -36,6 +37,7 @@ class Capture:
     Attributes:
         f: Outputs ``(batch, …, outputs)`` without graph.
         modules: The covered layers by name.
+        kept_tokens: Which positions of the inputs are no padding, ``(batch, time)``; None where all are, or are not known.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Capture:
         self.modules = {name: self._products.get(name) or model.get_submodule(name) for name in layers}
         self._forward(model, x)
         self.f = self._output.detach()
+        self.kept_tokens = kept_tokens(x)
         self._rows = pullback(model, x, list(others))
         self._inputs: dict[str, Tensor] = {}
         self._sizes: dict[str, int] = {}

@@ -43,11 +43,21 @@ class LastLayerCapture:
     Attributes:
         f: Outputs ``(batch, …, outputs)`` without graph.
         modules: The layer by its name.
+        kept_tokens: As of :class:`laplace.capture.capture.Capture`.
     """
 
-    def __init__(self, features: Tensor, layer: nn.Module, name: str, dtype: torch.dtype, others: Iterable[str] = ()):
+    def __init__(
+        self,
+        features: Tensor,
+        layer: nn.Module,
+        name: str,
+        dtype: torch.dtype,
+        others: Iterable[str] = (),
+        kept_tokens: Tensor | None = None,
+    ):
         """Apply the last layer to features ``(batch, …, in)``; ``others`` are the parameters without a closed form."""
         self.dtype = dtype
+        self.kept_tokens = kept_tokens
         self.modules = {name: layer}
         self._name = name
         f, self._features = apply_last_layer(layer, features)

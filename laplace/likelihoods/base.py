@@ -6,7 +6,7 @@ own. A likelihood of one's own gives :meth:`BaseLikelihood.nll`; everything else
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from laplace import noise
 from laplace.enums import Likelihood, LinkApprox
 from laplace.likelihoods.checks import check_finite
 from laplace.likelihoods.links import log_mean, output_samples, variances_of
-from laplace.likelihoods.roots import eigen_columns
+from laplace.likelihoods.roots import eigen_columns, restricted_columns
 from laplace.linalg.precision import double
 
 Prediction = tuple[Tensor, ...]
@@ -136,10 +136,24 @@ class BaseLikelihood:
             leaf = f.detach().requires_grad_()
             return torch.autograd.grad(self.nll(leaf, y).sum(), leaf)[0]
 
-    def hessian_root(self, f: Tensor, y: Tensor) -> Iterator[Tensor]:
-        r"""Columns :math:`v_k` with :math:`\sum_k v_k v_k^\top = \nabla^2_f (-\log p)`, each shaped like ``f``."""
+    @property
+    def can_draw(self) -> bool:
+        """Whether targets can be drawn from the model, which a Monte-Carlo Fisher needs."""
+        own = type(self)
+        return own.draw is not BaseLikelihood.draw or own.sampled_gradients is not BaseLikelihood.sampled_gradients
+
+    def hessian_root(self, f: Tensor, y: Tensor, outputs: Sequence[int] | None = None) -> Iterator[Tensor]:
+        r"""Columns :math:`v_k` with :math:`\sum_k v_k v_k^\top = \nabla^2_f (-\log p)`, each shaped like ``f``.
+
+        Args:
+            f: Outputs ``(batch, …, outputs)``.
+            y: Targets.
+            outputs: Some of the outputs, the others being held constant: the rows and columns :math:`(\nabla^2_f)_{SS}` alone,
+                zero elsewhere; all of them if not given.
+        """
         positions = f[0, ..., 0].numel()
-        for column in self.root_columns(f, y):
+        columns = self.root_columns(f, y)
+        for column in columns if outputs is None else restricted_columns(columns, f, outputs):
             if positions == 1:
                 yield column
                 continue

@@ -2,7 +2,7 @@ r"""Columns :math:`v_k` of a root of the Hessian in the outputs, :math:`\sum_k v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,29 @@ def diagonal_columns(root: Tensor) -> Iterator[Tensor]:
     for j in range(root.shape[-1]):
         column = torch.zeros_like(root)
         column[..., j] = root[..., j]
+        yield column
+
+
+def restricted_columns(columns: Iterator[Tensor], f: Tensor, outputs: Sequence[int]) -> Iterator[Tensor]:
+    r"""Columns of a root of the rows and columns :math:`\Lambda_{SS}` of a matrix :math:`\Lambda`, zero elsewhere.
+
+    There are as many as outputs in :math:`S`, however many columns the root of :math:`\Lambda` has.
+
+    Args:
+        columns: Of a root of :math:`\Lambda`, each shaped like ``f``.
+        f: Outputs ``(batch, …, outputs)``.
+        outputs: The indices :math:`S`.
+    """
+    chosen = torch.tensor(list(outputs), device=f.device)
+    total = f.new_zeros(*f.shape[:-1], len(chosen), len(chosen), dtype=torch.float64)
+    for column in columns:
+        some = column[..., chosen].double()
+        total += some[..., :, None] * some[..., None, :]
+    values, vectors = torch.linalg.eigh(total)
+    roots = (vectors * values.clamp(min=0).sqrt()[..., None, :]).to(f.dtype)
+    for k in range(len(chosen)):
+        column = torch.zeros_like(f)
+        column[..., chosen] = roots[..., k]
         yield column
 
 

@@ -105,6 +105,7 @@ class ParametricLaplace(SummedLaplace):
     __call__ = predictive.predict
     predictive_samples = predictive.samples
     functional_samples = predictive.function_samples
+    output_variances = predictive.output_variances
     _glm_predictive_distribution = predictive.glm_predictive_distribution
     _nn_predictive_samples = predictive.nn_predictive_samples
 

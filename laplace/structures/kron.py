@@ -2,8 +2,9 @@ r"""Kronecker factors: :math:`\tfrac1R \sum_r a a^\top` and :math:`\sum_r g g^\t
 
 This is KFAC-expand (Eschenhagen et al., "Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures",
 NeurIPS 2023). KFAC-reduce of the same paper first takes the mean of the inputs and the sum of the output gradients over the
-positions of an example, then one outer product of each. Parameters without factors get a diagonal block. The one division, by
-the number of examples, is in :meth:`laplace.linalg.kronecker.Kron.from_sums`.
+positions of an example, then one outer product of each. Padded tokens are no positions, see :mod:`laplace.capture.padding`.
+Parameters without factors get a diagonal block. The one division, by the number of examples, is in
+:meth:`laplace.linalg.kronecker.Kron.from_sums`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from laplace.capture.blocks import Block
+from laplace.capture.padding import position_weights
 from laplace.linalg.gram import add_gram_of_positions_
 from laplace.linalg.kronecker import weight_shape_2d
 from laplace.structures.diag import add_square_of_row_
@@ -52,13 +54,12 @@ def add_(sums: CurvatureSums, capture, directions: Iterator[Tensor], reduce: boo
     factored = [block for block in sums.spec.blocks if block.has_factors]
     inputs = {name: block.layer for block in factored for name in block.factors if name.endswith("/A")}
     outputs = {name: block.layer for block in factored for name in block.factors if name.endswith("/B")}
-    for name, layer in inputs.items():
-        for a in capture.input_chunks(layer, _PATCHES):
-            a = a.mean(1, keepdim=True) if reduce else a
-            add_gram_of_positions_(sums.running(name), [a], 1.0 / a.shape[1])
     waiting: dict[str, list[Tensor]] = {name: [] for name in outputs}
-    for v in directions:
+    gradients: dict[str, Tensor] = {}
+    for number, v in enumerate(directions):
         gradients = capture.gradients(v)
+        if number == 0:
+            _add_inputs(sums, capture, inputs, gradients, reduce)
         for name, layer in outputs.items():
             g = gradients[layer]
             waiting[name].append(g.sum(1, keepdim=True) if reduce else g)
@@ -68,5 +69,26 @@ def add_(sums: CurvatureSums, capture, directions: Iterator[Tensor], reduce: boo
         for block in sums.spec.blocks:
             if not block.has_factors:
                 add_square_of_row_(sums, block, gradients, capture, v)
+    if not gradients:
+        _add_inputs(sums, capture, inputs, gradients, reduce)
     for name, rest in waiting.items():
         add_gram_of_positions_(sums.running(name), rest)
+
+
+def _add_inputs(
+    sums: CurvatureSums, capture, inputs: dict[str, str], gradients: dict[str, Tensor], reduce: bool
+) -> None:
+    """Add the Gram matrices of the inputs, of which those at padded tokens do not count; ``gradients`` tell these."""
+    for name, layer in inputs.items():
+        start, g = 0, gradients.get(layer)
+        weights = None if g is None else position_weights(capture.kept_tokens, g.shape[1], g)
+        for a in capture.input_chunks(layer, _PATCHES):
+            w = None if weights is None else weights[start : start + len(a), :, None].to(a.dtype)
+            start += len(a)
+            if reduce:
+                a = a.mean(1, keepdim=True) if w is None else (w * a).sum(1, keepdim=True)
+                add_gram_of_positions_(sums.running(name), [a])
+            elif w is None:
+                add_gram_of_positions_(sums.running(name), [a], 1.0 / a.shape[1])
+            else:
+                add_gram_of_positions_(sums.running(name), [w.sqrt() * a])

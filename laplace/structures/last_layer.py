@@ -17,14 +17,14 @@ from laplace.capture.capture import ranges
 from laplace.capture.contractions import is_bias
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.linalg.gram import add_gram_of_positions_, add_product_, add_weighted_gram_, complete_blocks_
-from laplace.structures.sums import CurvatureSums
+from laplace.structures.sums import CurvatureSums, SumsSpec
 
 _ROOTS = 1 << 22  # elements of the roots of output Hessians that are held at once
 
 
-def applies(sums: CurvatureSums, f: Tensor) -> bool:
+def applies(spec: SumsSpec, f: Tensor) -> bool:
     """Whether outputs ``f`` have one position, and the parameters are a plain layer's."""
-    return f.ndim == 2 and all(block.layer is not None for block in sums.spec.blocks)
+    return f.ndim == 2 and all(block.layer is not None for block in spec.blocks)
 
 
 def add_(sums: CurvatureSums, capture, likelihood: BaseLikelihood, f: Tensor, y: Tensor) -> None:

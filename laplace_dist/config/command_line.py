@@ -69,6 +69,8 @@ def _parser(defaults: Mapping[str, Any], note: str | None = None) -> argparse.Ar
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         elif name == "ood":
             parser.add_argument(flag, nargs="*", metavar="SPLIT", help=text)
+        elif name == "outputs":
+            parser.add_argument(flag, nargs="+", metavar="INDEX", help=text)
         elif name == "prior_range":
             parser.add_argument(flag, nargs=2, metavar=("LOW", "HIGH"), help=text)
         elif name == "gate":
@@ -91,6 +93,8 @@ def _from_text(name: str, text: Any, label: str) -> Any:
         return value
     if name == "prior_range":
         return [_from_text("decay", part, label) for part in text]  # two numbers
+    if name == "outputs":
+        return [_from_text("batch_size", part, label) for part in text]  # whole numbers
     kinds = [kind for kind in (int, float) if kind in plain_types(annotation)]
     for kind in kinds:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from laplace_dist.config.likelihood import likelihood_of
-from laplace_dist.config.settings import Config
+from laplace_dist.config.settings import HF, Config
 from laplace_dist.errors import SettingsError
 
 
@@ -45,6 +45,11 @@ def check_predictive(config: Config) -> None:
     if config.kfac_approx != "expand" and config.backend != "native":
         raise SettingsError(
             f"--kfac-approx: got {config.kfac_approx!r} with --backend {config.backend}; expected --backend native, or expand"
+        )
+    if (config.task is None) == config.model.startswith(HF):
+        raise SettingsError(
+            f"--task: got {config.task!r} with --model {config.model!r}; a task belongs to {HF}PATH, and that needs one: "
+            "sequence-classification or causal-lm"
         )
     likelihood = likelihood_of(config.likelihood)
     if config.pred_type == "nn" and not likelihood.predicts_outputs and config.link_approx != "mc":

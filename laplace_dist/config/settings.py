@@ -26,6 +26,7 @@ _WORDS = {
     "a valid dictionary": "a mapping",
     "a valid ": "a ",
 }
+HF = "hf:"  # before the path of a folder of save_pretrained, as --model
 _CREDENTIALS = re.compile(r"://[^/@]*@")
 
 
@@ -38,9 +39,17 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
-    model: str = Field(description="import path module:callable that returns an nn.Module")
-    model_args: dict[str, Any] = Field({}, description="keyword arguments of --model, as JSON or YAML")
-    weights: str | None = Field(None, description="URL or path of a state dict: .safetensors, or torch.save's format")
+    model: str = Field(
+        description="import path module:callable that returns an nn.Module, or hf: and a folder of save_pretrained"
+    )
+    task: Literal["sequence-classification", "causal-lm"] | None = Field(None, description="of --model hf:PATH")
+    model_args: dict[str, Any] = Field(
+        {}, description="keyword arguments of --model, as JSON or YAML; of hf:PATH fields of its configuration"
+    )
+    weights: str | None = Field(
+        None,
+        description="URL or path of a state dict: .safetensors, torch.save's format, or a folder or index of safetensors",
+    )
     data: str = Field(description="import path module:callable that takes split=, or the path or URL of data in files")
     data_args: dict[str, Any] = Field(
         {}, description="keyword arguments of --data, as JSON or YAML; of data in files: columns, group, index"
@@ -79,7 +88,17 @@ class Config(BaseModel):
     backend: Literal["native", "curvlinops", "asdl", "backpack"] = Field(
         "native", description="what computes the curvature"
     )
-    estimator: Literal["ggn", "mc", "ef"] = Field("ggn", description="exact GGN, sampled Fisher or empirical Fisher")
+    estimator: Literal["ggn", "mc", "ef"] | None = Field(
+        None,
+        description="exact GGN, sampled Fisher or empirical Fisher; if not given ggn, but mc where over 64 outputs take a "
+        "backward pass each",
+    )
+    mc_samples: Count | None = Field(
+        None, description="labels drawn for each example by --estimator mc; 1 if not given"
+    )
+    outputs: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
+        None, description="indices of some outputs, whose exact GGN is taken, the others held constant"
+    )
     kfac_approx: Literal["expand", "reduce"] = Field(
         "expand", description="how Kronecker factors treat weights that positions share: each by itself, or their mean"
     )
@@ -196,6 +215,13 @@ class Config(BaseModel):
     def _chosen_windows(cls, value: str) -> str:
         return chosen_windows.checked(value)
 
+    @field_validator("outputs")
+    @classmethod
+    def _distinct(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("distinct indices of outputs")
+        return None if value is None else sorted(value)
+
     @field_validator("prior_range")
     @classmethod
     def _range(cls, value: list[float] | None) -> list[float] | None:
@@ -273,7 +299,8 @@ class Config(BaseModel):
         if self.kfac_approx != "expand":  # what runs from before there was another have
             chosen["kfac_approx"] = self.kfac_approx
         sketch = {"rank": self.rank, "oversampling": self.oversampling} if self.hessian_structure == "lowrank" else {}
-        return {**chosen, **sketch, **self.batching, **self.machine(device_type)}
+        few = {name: value for name in ("mc_samples", "outputs") if (value := getattr(self, name)) is not None}
+        return {**chosen, **sketch, **few, **self.batching, **self.machine(device_type)}
 
     def machine(self, device_type: str) -> dict[str, Any]:
         """Return what changes bits of how a worker computes, for `bits` and the keys of follow-on results."""

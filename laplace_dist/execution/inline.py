@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
+from laplace.linalg.memory import free_bytes
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError
 from laplace_dist.execution.failures import event_of
@@ -37,6 +38,10 @@ class Inline:
         """Return `cuda` or `cpu`: a GPU is used if the settings ask for one, or say nothing and there is one."""
         gpus = self._config.gpus_per_worker
         return "cuda" if (torch.cuda.is_available() if gpus is None else gpus > 0) else "cpu"
+
+    def memory(self, device: str) -> int | None:
+        """Return the bytes that are free for this process."""
+        return free_bytes(device) if device == "cpu" or torch.cuda.is_available() else None
 
     def pool(self, device: str) -> InlinePool:
         """Return the one worker that there is.

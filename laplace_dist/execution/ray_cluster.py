@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from laplace.linalg.memory import free_bytes
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import Interrupted, SettingsError
 from laplace_dist.execution import signals
@@ -174,6 +175,19 @@ class Cluster:
         private = self._stack is None and not _connected() and find_address(self.config.ray_address)[0] is None
         gpus = torch.cuda.device_count() if private else self.resources().get("GPU", 0)
         return "cuda" if gpus >= 1 else "cpu"
+
+    def memory(self, device: str) -> int | None:
+        """Return the memory of the largest node; of a private cluster what is free here, shared by the workers asked for.
+
+        That of GPUs is not known before a worker is there, but what is summed there passes through the node's memory.
+        """
+        if self._stack is None and not _connected() and find_address(self.config.ray_address)[0] is None:
+            free = free_bytes("cpu")
+            return None if free is None else free // (self.config.num_workers or 1)
+        self.connect()
+        import ray
+
+        return max((int(node.resources.get("memory", 0)) for node in nodes_of(ray)), default=0) or None
 
     def resources(self) -> dict[str, float]:
         """Return the cluster's total resources by Ray's names."""

@@ -102,6 +102,13 @@ class Executor(Protocol):
     def device_type(self) -> str:
         """Return `cuda` or `cpu`, the type of device that the workers use."""
 
+    def memory(self, device: str) -> int | None:
+        """Return the bytes that a worker can have at most, as far as is known before any is started; None where nothing is.
+
+        Args:
+            device: `cpu` or `cuda`, where it computes.
+        """
+
     def pool(self, device: str) -> Workers:
         """Return the workers.
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from laplace_dist.plan.plan import Plan
 
 # List prices of S3 Standard in US East (N. Virginia), dollars for a thousand requests.
 PUT_PRICE, GET_PRICE = 0.005, 0.0004
+RAY_BYTES = 60 * 10**6  # that Ray takes in a worker's process beside what the same process takes without it
+SMALLER = (
+    "Use --hessian-structure diag, --subset-of-weights last_layer, freeze that layer, lower --num-workers where they share a "
+    "machine, or use a larger one."
+)
 COMMIT_SHARE = 0.02  # of a segment's time, above which larger segments are worth it
-PASSES = 64  # backward passes for one batch, above which sampling is worth it
 
 
 @dataclass(frozen=True)
@@ -22,13 +27,15 @@ class Trial:
 
     Attributes:
         batch_seconds: Of a batch, without the first one.
-        commit_seconds: Of a partial's commit.
+        commit_seconds: Of a partial's commit; CPU seconds, where it goes on beside the next segment.
         sum_seconds: Of adding one partial's part to a sum.
         partial_bytes: Of a partial as stored.
         writes: Objects that a commit creates.
         reads: Objects that it reads back, and asks for.
         peak_bytes: Of the process, at its largest.
         node_bytes: Memory of the machine; None where it is not known.
+        kept_bytes: That a worker's allocator keeps, from one segment to the next, of sums that were committed beside one: as
+            much as one segment's, from what workers were measured to take (see `benchmarks/planning.py`).
     """
 
     batch_seconds: float
@@ -39,6 +46,7 @@ class Trial:
     reads: int
     peak_bytes: int
     node_bytes: int | None
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Estimate:
 
     Attributes:
         parameters: Weights that the posterior is over.
+        estimator: Which one it is, and what it costs, for people.
         coverage: Of each kind of treatment, its tensors and its share of the weights.
         factors: Number of factors.
         largest: Name and width of the factor with most entries.
@@ -58,7 +67,7 @@ class Estimate:
         writes: Requests that write, of the map phase.
         reads: Requests that read, of the map phase.
         dollars: What these cost on S3.
-        peak_bytes: Of a worker, without what Ray takes itself.
+        peak_bytes: Of a worker.
         workers: That the times are for.
         map_seconds: Of the map phase.
         commit_share: Of its time that goes into commits, if they do not overlap with it.
@@ -67,6 +76,7 @@ class Estimate:
     """
 
     parameters: int
+    estimator: str
     coverage: dict[str, tuple[int, float]]
     factors: int
     largest: tuple[str, int]
@@ -86,7 +96,9 @@ class Estimate:
     advice: tuple[str, ...]
 
 
-def estimate(plan: Plan, trial: Trial, coverage: Sequence[tuple[str, str, str]], workers: int) -> Estimate:
+def estimate(
+    plan: Plan, trial: Trial, coverage: Sequence[tuple[str, str, str]], workers: int, estimator: str = ""
+) -> Estimate:
     """Work out what a fit takes.
 
     Args:
@@ -94,6 +106,7 @@ def estimate(plan: Plan, trial: Trial, coverage: Sequence[tuple[str, str, str]],
         trial: What a few of its batches took.
         coverage: `(parameter, kind, reason)` of every tensor.
         workers: How many there will be.
+        estimator: Which one, and what it costs, for people.
     """
     size = plan.settings["batch_size"]
     batches = sum(math.ceil((segment.stop - segment.start) / size) for segment in plan.segments)
@@ -105,6 +118,7 @@ def estimate(plan: Plan, trial: Trial, coverage: Sequence[tuple[str, str, str]],
     largest = max(sizes, key=lambda name: sizes[name])
     writes, reads = segments * trial.writes, segments * trial.reads
     found = {
+        "estimator": estimator,
         "parameters": sum(prod(block["shape"]) for block in plan.spec["blocks"]),
         "coverage": _summary(plan, coverage),
         "factors": len(sizes),
@@ -117,13 +131,41 @@ def estimate(plan: Plan, trial: Trial, coverage: Sequence[tuple[str, str, str]],
         "writes": writes,
         "reads": reads,
         "dollars": (writes * PUT_PRICE + reads * GET_PRICE) / 1000,
-        "peak_bytes": trial.peak_bytes,
+        "peak_bytes": trial.peak_bytes + trial.kept_bytes + RAY_BYTES,
         "workers": workers,
         "map_seconds": rounds * (per_segment + trial.commit_seconds),
         "commit_share": trial.commit_seconds / (per_segment + trial.commit_seconds),
         "reduce_seconds": math.ceil(len(plan.parts) / workers) * segments * trial.sum_seconds,
     }
     return Estimate(**found, advice=tuple(_advice(plan, trial, found)))
+
+
+def too_large(spec: Mapping[str, Any], model_bytes: int, memory: int | None) -> str | None:
+    """Say why a fit cannot go on in the memory that a worker has, and what to change; None where it may.
+
+    What is counted is what no worker can do without: the running sums, in float64, and the model.
+
+    Args:
+        spec: Specification of the sums, as plain values.
+        model_bytes: Of the model's parameters and buffers.
+        memory: Bytes that a worker can have; None where that is not known.
+    """
+    sizes = {name: 8 * prod(factor["shape"]) for name, factor in spec["factors"].items()}
+    needed = sum(sizes.values()) + model_bytes
+    if memory is None or needed <= memory:
+        return None
+    name = max(sizes, key=lambda name: sizes[name])
+    parameters = sum(prod(block["shape"]) for block in spec["blocks"])
+    return (
+        f"a worker needs at least {needed:,} bytes, {sum(sizes.values()):,} of them for the sums of a {spec['structure']} "
+        f"posterior over {parameters:,} weights, but can have {memory:,} at most. The largest sum is {name}, "
+        f"{shape_of(spec, name)}. {SMALLER}"
+    )
+
+
+def shape_of(spec: Mapping[str, Any], name: str) -> str:
+    """Write the shape of a factor."""
+    return " × ".join(f"{length:,}" for length in spec["factors"][name]["shape"])
 
 
 def _summary(plan: Plan, coverage: Sequence[tuple[str, str, str]]) -> dict[str, tuple[int, float]]:
@@ -137,15 +179,12 @@ def _summary(plan: Plan, coverage: Sequence[tuple[str, str, str]]) -> dict[str, 
 
 def _advice(plan: Plan, trial: Trial, found: dict) -> list[str]:
     said = []
-    settings, outputs = plan.settings, plan.spec["n_outputs"]
     if trial.node_bytes is not None and found["peak_bytes"] > trial.node_bytes:
         name, width = found["largest"]
         said.append(
             f"A worker needs more memory than this machine has; the largest of its sums is {name} of width {width:,}. "
-            "Use --hessian-structure diag, --subset-of-weights last_layer, or freeze that layer."
+            f"{SMALLER}"
         )
-    if settings["estimator"] == "ggn" and settings["subset_of_weights"] == "all" and outputs > PASSES:
-        said.append(f"{outputs} outputs take about as many backward passes a batch: --estimator mc takes one.")
     if found["commit_share"] > COMMIT_SHARE and found["segments"] > 4 * found["workers"]:
         said.append(
             f"Commits take {found['commit_share']:.0%} of a segment's time: a larger --segment-size than "

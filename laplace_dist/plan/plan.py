@@ -164,6 +164,7 @@ def differences(stored: Plan, wanted: Plan) -> list[str]:
     Of a plan of an older format only what it has is compared.
     """
     found = []
+    stored, wanted = _with_samples(stored), _with_samples(wanted)
     names = stored.settings.keys() if stored.format_version < wanted.format_version else wanted.settings.keys()
     for name in sorted(stored.settings.keys() | names):
         _compare(found, f"--{name.replace('_', '-')}", stored.settings.get(name), wanted.settings.get(name))
@@ -180,6 +181,13 @@ def differences(stored: Plan, wanted: Plan) -> list[str]:
         _compare(found, "second pass", stored.further, wanted.further)
         _compare(found, "segments", len(stored.segments), len(wanted.segments))
     return found
+
+
+def _with_samples(plan: Plan) -> Plan:
+    """Return a plan that says how many labels are drawn; plans that do not are of runs that drew one."""
+    if plan.settings.get("estimator") != "mc":
+        return plan
+    return replace(plan, settings={"mc_samples": 1, **plan.settings})
 
 
 def _compare_data(found: list[str], stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -16,11 +16,12 @@ def lines(found: Estimate) -> Iterator[str]:
     name, width = found.largest
     workers = f"{found.workers} worker" + ("s" if found.workers > 1 else "")
     yield f"model      {found.parameters:,} weights: {kinds}"
+    yield f"estimator  {found.estimator}"
     yield f"factors    {found.factors}, the largest {name} of width {width:,}; {size(found.sums_bytes)} of sums in a worker"
     yield f"segments   {found.segments:,} with {found.batches:,} batches; {size(found.partial_bytes)} of each is stored"
     yield f"storage    {size(found.stored_bytes)} while the partials are kept"
     yield f"requests   {found.writes:,} writes and {found.reads:,} reads; ${found.dollars:.2f} on S3"
-    yield f"memory     {size(found.peak_bytes)} at a worker's peak, and what Ray takes itself"
+    yield f"memory     {size(found.peak_bytes)} at a worker's peak"
     yield (
         f"time       map {clock(found.map_seconds)}, commits {found.commit_share:.1%} of it; reduce "
         f"{clock(found.reduce_seconds)}; on {workers} as fast as this machine"

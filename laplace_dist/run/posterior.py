@@ -132,7 +132,9 @@ def new_laplace(settings: Mapping[str, Any], model: nn.Module, spec: SumsSpec | 
     """
     backend, arguments = backend_class(settings["backend"], settings["estimator"])
     if settings["estimator"] == "mc":
-        arguments = {**arguments, "seed": settings["seed"]}
+        arguments = {**arguments, "seed": settings["seed"], "num_samples": settings.get("mc_samples") or 1}
+    if settings.get("outputs") is not None:
+        arguments = {**arguments, "outputs": settings["outputs"]}
     if settings.get("kfac_approx", "expand") != "expand":
         arguments = {**arguments, "kfac_approx": settings["kfac_approx"]}
     subset, likelihood = settings["subset_of_weights"], likelihood_of(settings["likelihood"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import chain
 from pickle import UnpicklingError
 
@@ -15,13 +15,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from laplace_dist.config.import_path import call
-from laplace_dist.config.settings import Config
+from laplace_dist.config.settings import HF, Config
 from laplace_dist.data.calling import adapted
 from laplace_dist.data.sources import hint, read_file, weights_options
+from laplace_dist.data.weight_files import Shards, shards_of
 from laplace_dist.errors import CheckpointError, SettingsError, listed
 from laplace_dist.plan.digests import feed
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run.layout import WEIGHTS
+from laplace_dist.run.pretrained import build_pretrained
 from laplace_dist.storage.store import Store
 
 
@@ -82,20 +84,53 @@ def load_weights(model: nn.Module, content: bytes, label: str, broken: type[Exce
         SettingsError: Names are missing or unexpected, or shapes differ; the message lists them.
     """
     state = _parse_weights(content, label, broken)
-    wanted = model.state_dict()
+    _check_fit(model, label, state, state)
+    model.load_state_dict(state, strict=False)
+
+
+def load_shards(model: nn.Module, shards: Shards, label: str) -> None:
+    """Load shards into a model that they must fit exactly, one after the other.
+
+    Args:
+        model: Changed in place.
+        shards: Where they are; what an index names is compared with the model before any of them is read.
+        label: What to call them in messages.
+
+    Raises:
+        SettingsError: One cannot be read or is damaged; names are missing or unexpected, or shapes differ.
+    """
+    listed_names = [name for names in shards.names.values() for name in names or ()]
+    if listed_names:
+        _check_fit(model, label, listed_names, {})
+    for place, state in shards.tensors():
+        _check_fit(model, place, listed_names or state, state)
+        model.load_state_dict(state, strict=False)
+        del state  # before the next one is read
+
+
+def _check_fit(model: nn.Module, label: str, names: Collection[str], state: Mapping[str, Tensor]) -> None:
+    """Refuse names that are not the model's, of whose tied tensors one is enough, and tensors of other shapes than its own."""
+    wanted, names = model.state_dict(), set(names)
+    there = {_place(wanted[name]) for name in names & wanted.keys()}
     wrong = {
-        "missing": sorted(wanted.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - wanted.keys()),
+        "missing": sorted(
+            name for name in wanted.keys() - names if not wanted[name].numel() or _place(wanted[name]) not in there
+        ),
+        "unexpected": sorted(names - wanted.keys()),
         "of another shape": [
-            f"{name} {list(state[name].shape)} in the file, {list(wanted[name].shape)} in the model"
-            for name in wanted.keys() & state.keys()
-            if state[name].shape != wanted[name].shape
+            f"{name} {list(value.shape)} in the file, {list(wanted[name].shape)} in the model"
+            for name, value in state.items()
+            if name in wanted and value.shape != wanted[name].shape
         ],
     }
     if any(wrong.values()):
         found = "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names)
         raise SettingsError(f"{label}: these weights do not fit the model. {found}")
-    model.load_state_dict(state)
+
+
+def _place(tensor: Tensor) -> tuple:
+    """Return where a tensor lies, which tied ones have in common."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _parse_weights(content: bytes, label: str, broken: type[Exception]) -> dict[str, Tensor]:
@@ -133,13 +168,40 @@ def load_model(config: Config) -> nn.Module:
     Raises:
         SettingsError: The callable or the file is not what is expected, or the weights do not fit.
     """
+    model = build_model(config, weights=config.weights is None)
+    if config.weights is not None:
+        options, label = weights_options(config), f"--weights {config.weights}"
+        if (shards := shards_of(config.weights, options, "--weights")) is not None:
+            load_shards(model, shards, label)
+        else:
+            content = read_file(config.weights, options, "--weights", hint(config, "weights"))
+            load_weights(model, content, label)
+    return adapted(model.eval(), config.dict_key_y)
+
+
+def build_model(config: Config, *, weights: bool = False) -> nn.Module:
+    """Build the model that `--model` names.
+
+    Args:
+        config: The settings.
+        weights: Load those that lie in a folder of `save_pretrained`; a callable gives its own in any case.
+
+    Raises:
+        SettingsError: The callable or the folder is not what is expected.
+    """
+    if config.model.startswith(HF):
+        return build_pretrained(config, weights=weights)
     model = call(config.model, "--model", config.model_args)
     if not isinstance(model, nn.Module):
         raise SettingsError(f"--model: {config.model!r} returned a {type(model).__name__}; expected a torch.nn.Module")
-    if config.weights is not None:
-        content = read_file(config.weights, weights_options(config), "--weights", hint(config, "weights"))
-        load_weights(model, content, f"--weights {config.weights}")
-    return adapted(model.eval(), config.dict_key_y)
+    return model
+
+
+def load_run_model(config: Config, store: Store, plan: Plan) -> nn.Module:
+    """Build the run's model with the run's own weights, in eval mode; errors as of `load_model` and `load_run_weights`."""
+    model = adapted(build_model(config).eval(), config.dict_key_y)
+    load_run_weights(store, plan, model)
+    return model
 
 
 def load_run_weights(store: Store, plan: Plan, model: nn.Module) -> None:

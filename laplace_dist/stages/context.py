@@ -26,7 +26,6 @@ from laplace_dist.run.checkpoint import open_store
 from laplace_dist.run.combination import Window, place_of, summed
 from laplace_dist.run.lifecycle import check_model
 from laplace_dist.run.ownership import read_plan, same
-from laplace_dist.run.weights import load_run_weights
 from laplace_dist.storage.store import Store
 
 _OTHER_FACTORS = (
@@ -121,9 +120,7 @@ class Context:
     @without_autocast()  # what builds a model may train it
     def model(self) -> nn.Module:
         """The run's model with the run's own weights, in eval mode, on the device."""
-        model = weights.load_model(self.config.model_copy(update={"weights": None}))
-        load_run_weights(self.store, self.plan, model)
-        model = model.to(self.device)
+        model = weights.load_run_model(self.config, self.store, self.plan).to(self.device)
         check_model(self.store, self.plan, model, f"what --model builds on {self.where}")
         return model
 

@@ -29,8 +29,10 @@ FEW = 2
 _OF_TYPES = re.compile(r"dtype|scalar type|Input type|same type|not implemented for|cast")
 
 
-def check(config: Config, model: nn.Module, splits: Mapping[str, Any]) -> None:
+def check(config: Config, model: nn.Module, splits: Mapping[str, Any]) -> dict[str, Tensor]:
     """Refuse data that the model or the likelihood cannot take, in one line that says what to change.
+
+    Returns the outputs for a few examples of each split.
 
     Args:
         config: The job's settings.
@@ -41,7 +43,7 @@ def check(config: Config, model: nn.Module, splits: Mapping[str, Any]) -> None:
         SettingsError: Naming what does not fit, and the way out.
     """
     check_storage_options(config)
-    collate = Collate.of(config)
+    collate, found = Collate.of(config), {}
     for name, dataset in splits.items():
         try:
             if config.loader_workers:
@@ -49,12 +51,13 @@ def check(config: Config, model: nn.Module, splits: Mapping[str, Any]) -> None:
             if collate.path is None:
                 _check_example(read_example(dataset, 0))
             x, y = read_batch(dataset, 0, min(config.batch_size if name == "train" else 1, len(dataset)), collate)
-            f = _outputs(model, x, y)
+            f = found[name] = _outputs(model, x, y)
             if name not in ood(config):
                 _check_targets(config.likelihood, f, y)
         except (ExampleError, SettingsError) as error:
             where = "" if name == "train" else f" (split {name!r})"
             raise SettingsError(f"{error}{where}") from (error.__cause__ or error)
+    return found
 
 
 # ------------------------------------------------------------------ one example

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from laplace.structures.registry import SECOND_PASSES
 from laplace_dist.config.settings import Config
@@ -22,7 +22,7 @@ from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.combination import Window, place_of
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.probe import make_probe
-from laplace_dist.stages import first_batch
+from laplace_dist.stages import estimator, first_batch
 from laplace_dist.stages.context import initialized, plain
 from laplace_dist.storage.store import Store
 
@@ -36,29 +36,54 @@ class Resolved:
         train: The training split.
         la: The Laplace object, which knows the factors.
         data: Fingerprint of the training split.
+        config: The settings, with the estimator that the run uses.
+        cost: Which estimator that is, and what it costs, for people.
     """
 
     model: nn.Module
     train: Any
     la: Any
     data: dict[str, Any]
+    config: Config
+    cost: str
 
 
-def resolve(config: Config) -> Resolved:
-    """Load model and data, look at the first batches, and find out which factors there are.
+def resolve(config: Config, stored: Mapping[str, Any] | None = None) -> Resolved:
+    """Load model and data, look at the first batches, choose the estimator, and find out which factors there are.
+
+    Args:
+        config: The settings.
+        stored: Those of the plan of the run that goes on, whose estimator is kept if none is given.
 
     Raises:
         SettingsError: Model, data and settings do not go together, or an example cannot be read.
     """
+    config = estimator.given(config, stored)
     train = sources.load_split(config, "train")
     others = sources.check_splits(config)
     model = weights.load_model(config)
-    first_batch.check(config, model, {"train": train, **others})
+    f = first_batch.check(config, model, {"train": train, **others})["train"]
+    if config.outputs is not None and config.outputs[-1] >= f.shape[-1]:
+        last = f.shape[-1] - 1
+        raise SettingsError(
+            f"--outputs: got {config.outputs}, but the model has {last + 1} outputs, the last one being {last}"
+        )
     try:
-        la = initialized(config.model_dump(), model, train, Collate.of(config))
+        chosen, la = _chosen(config, model, train, f)
     except (ValueError, ImportError, ExampleError) as error:
         raise error if isinstance(error, SettingsError) else SettingsError(str(error)) from error
-    return Resolved(model, train, la, fingerprint(config, train, "train"))
+    cost = estimator.cost(chosen, la, f, chosen=config.estimator is not None)
+    return Resolved(model, train, la, fingerprint(config, train, "train"), chosen, cost)
+
+
+def _chosen(config: Config, model: nn.Module, train: Any, f: Tensor) -> tuple[Config, Any]:
+    """Return the settings with an estimator, and the Laplace object for it."""
+    first = config if config.estimator is not None else config.model_copy(update={"estimator": "ggn"})
+    la = initialized(first.model_dump(), model, train, Collate.of(config))
+    if config.estimator is not None or (name := estimator.default(la, f)) == "ggn":
+        return first, la
+    chosen = config.model_copy(update={"estimator": name, "mc_samples": 1})
+    return chosen, initialized(chosen.model_dump(), model, train, Collate.of(config))
 
 
 def begin(
@@ -73,7 +98,7 @@ def begin(
 
     Args:
         resolved: What the settings name.
-        config: The settings.
+        config: The settings, as resolved.
         store: The checkpoint.
         device_type: Where the workers compute, `cpu` or `cuda`.
         say: Where lines for people go.
@@ -145,6 +170,7 @@ def begin_window(config: Config, store: Store, there: Sequence[Window], device_t
         raise SettingsError(
             f"--window: got {config.window!r}, which is that of the fit itself. Give the new window another name."
         )
+    config = estimator.given(config, run.settings)
     train = sources.load_split(config, "train")
     check_again(config, store, run, {"train": train, **sources.check_splits(config)})
     data = fingerprint(config, train, "train")
@@ -217,8 +243,7 @@ def check_again(config: Config, store: Store, plan: Plan, splits: Mapping[str, A
         SettingsError: The model is not the run's, or does not suit the data.
         CheckpointError: The run's weights are damaged.
     """
-    model = weights.load_model(config.model_copy(update={"weights": None}))
-    weights.load_run_weights(store, plan, model)
+    model = weights.load_run_model(config, store, plan)
     lifecycle.check_model(store, plan, model, "what --model builds here")
     first_batch.check(config, model, splits)
 

@@ -161,7 +161,7 @@ def test_the_snapshot_can_be_loaded_again_and_deletes_nothing(tmp_path):
 CHANGES_BITS = [
     ("batch_size", 8), ("segment_size", 8), ("cpus_per_worker", 2), ("backend", "curvlinops"), ("estimator", "mc"),
     ("likelihood", "regression"), ("hessian_structure", "diag"), ("subset_of_weights", "last_layer"), ("seed", 1),
-    ("collate", "m:f"), ("dict_key_x", "pixel_values"), ("dict_key_y", "target"),
+    ("mc_samples", 1), ("outputs", [0]), ("collate", "m:f"), ("dict_key_x", "pixel_values"), ("dict_key_y", "target"),
 ]  # fmt: skip
 KEEPS_BITS = [
     ("num_workers", 3), ("gpus_per_worker", 1.0), ("ray_address", "local"), ("segment_timeout", 5.0), ("fresh", True),

@@ -146,7 +146,7 @@ def write_bad_weights(folder, kind):
 
 WEIGHTS = [
     ("none", ["cannot read"]),
-    ("folder", ["cannot read"]),
+    ("folder", ["holds no .safetensors"]),
     ("text", ["is not a state dict", ".safetensors"]),
     ("empty", ["is not a state dict"]),
     ("cut", ["is not a state dict"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import pytest
 import laplace_dist
 from laplace_dist import cli
 from laplace_dist.errors import RunFailed, SettingsError
-from laplace_dist.plan.estimate import GET_PRICE, PUT_PRICE, Trial, estimate
+from laplace_dist.execution.inline import Inline
+from laplace_dist.execution.ray_cluster import Cluster
+from laplace_dist.plan.estimate import GET_PRICE, PUT_PRICE, RAY_BYTES, Trial, estimate
 from laplace_dist.report.planned import lines, size
+from laplace_dist.stages import trial
 
 TRIAL = Trial(2.0, 0.02, 0.05, 1000, 10, 12, 10**9, 2 * 10**9)
 
@@ -56,6 +60,8 @@ def test_time_requests_and_storage_follow_from_the_trial(plan):
     assert found.reduce_seconds == pytest.approx(segments * 0.05)
     assert (found.writes, found.reads) == (10 * segments, 12 * segments)
     assert found.dollars == pytest.approx((found.writes * PUT_PRICE + found.reads * GET_PRICE) / 1000)
+    assert found.peak_bytes == 10**9 + RAY_BYTES
+    assert estimate(plan, replace(TRIAL, kept_bytes=7), coverage, 2).peak_bytes == 10**9 + 7 + RAY_BYTES
     assert found.stored_bytes == segments * 1000 + 2 * 8 * plan.places[-1].stop
     sizes = {"0.weight": 27, "0.bias": 3, "4.weight": 81, "4.bias": 3}
     assert found.coverage == {
@@ -66,17 +72,15 @@ def test_time_requests_and_storage_follow_from_the_trial(plan):
 
 
 @pytest.mark.parametrize(
-    ("trial", "outputs", "workers", "says"),
+    ("tried", "workers", "says"),
     [
-        (replace(TRIAL, node_bytes=10**8), 3, 1, "more memory than this machine has; the largest of its sums is 4.weight/A of width 27"),
-        (TRIAL, 100, 1, "100 outputs take about as many backward passes a batch: --estimator mc takes one"),
-        (replace(TRIAL, commit_seconds=9.0), 3, 2, None),
-        (TRIAL, 3, 50, "50 workers share"),
+        (replace(TRIAL, node_bytes=10**8), 1, "more memory than this machine has; the largest of its sums is 4.weight/A of width 27"),
+        (replace(TRIAL, commit_seconds=9.0), 2, None),
+        (TRIAL, 50, "50 workers share"),
     ],
 )  # fmt: skip
-def test_what_limits_is_said_with_what_to_change(plan, trial, outputs, workers, says):
-    spec = {**plan.spec, "n_outputs": outputs}
-    found = estimate(replace(plan, spec=spec), trial, [], workers).advice
+def test_what_limits_is_said_with_what_to_change(plan, tried, workers, says):
+    found = estimate(plan, tried, [], workers).advice
     assert (says is None and not found) or (len(found) == 1 and says in found[0])
 
 
@@ -95,8 +99,9 @@ def test_the_job_says_it_in_a_table_and_refuses_as_the_fit_does(tmp_path, capsys
     ]
     assert cli.plan_main(flags) == 0
     said = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in said[:7]] == [
+    assert [line.split()[0] for line in said[:8]] == [
         "model",
+        "estimator",
         "factors",
         "segments",
         "storage",
@@ -116,6 +121,74 @@ def test_sums_that_do_not_fit_are_refused_before_they_are_made(tmp_path, monkeyp
     monkeypatch.setattr("laplace.linalg.memory.free_bytes", lambda device: 100)
     with pytest.raises(RunFailed, match="The sums of a 'kron' posterior over 114 parameters.*hessian_structure='diag'"):
         laplace_dist.estimate(dist_cases.config(tmp_path / "run"))
+
+
+class Small(Inline):
+    """A machine with little memory."""
+
+    bytes = 5_000
+
+    def memory(self, device):
+        return self.bytes
+
+
+def test_a_fit_that_cannot_fit_is_refused_before_anything_is_begun(tmp_path):
+    for n_bytes in (1, 5_000):
+        executor = type("Tight", (Small,), {"bytes": n_bytes})
+        with pytest.raises(SettingsError) as caught:
+            laplace_dist.fit(dist_cases.config(tmp_path / "run"), executor=executor)
+        said = str(caught.value)
+        # Factors of 9, 3 and 27, 3 entries a side in float64, and the model of 114 weights in float32.
+        sums = 8 * (9**2 + 3**2 + 27**2 + 3**2)
+        assert said.startswith(
+            f"--hessian-structure: got 'kron', but a worker needs at least {sums + 456:,} bytes, {sums:,} of"
+        )
+        assert (
+            f"but can have {n_bytes:,} at most. The largest sum is 4.weight/A, 27 × 27. Use --hessian-structure diag"
+            in said
+        )
+        assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    executor = type("Just", (Small,), {"bytes": sums + 456})
+    assert laplace_dist.fit(dist_cases.config(tmp_path / "run"), executor=executor).version
+    executor = type("Diagonal", (Small,), {"bytes": 8 * 114 + 456})
+    assert laplace_dist.fit(dist_cases.config(tmp_path / "diag", hessian_structure="diag"), executor=executor).version
+
+
+def test_memory_that_is_not_known_refuses_nothing_and_what_is_committed_needs_none(tmp_path):
+    unknown = type("Unknown", (Small,), {"bytes": None})
+    assert laplace_dist.fit(dist_cases.config(tmp_path), executor=unknown).version
+    assert laplace_dist.fit(dist_cases.config(tmp_path), executor=type("Tight", (Small,), {"bytes": 1})).version
+
+
+def test_workers_of_a_private_cluster_share_what_is_free_here(tmp_path, monkeypatch):
+    monkeypatch.setattr("laplace_dist.execution.ray_cluster.free_bytes", lambda device: 900)
+    for workers, share in ((None, 900), (3, 300)):
+        chosen = dist_cases.config(tmp_path, ray_address="local", num_workers=workers)
+        assert Cluster(chosen).memory("cpu") == share
+    with pytest.raises(SettingsError, match="can have 300 at most.*lower --num-workers where they share a machine"):
+        laplace_dist.fit(chosen)
+
+
+def test_the_peak_counts_a_commit_beside_the_next_segment(tmp_path, monkeypatch):
+    """Where a worker would hold two tasks' sums at once, so does the trial; of large sums it commits alone."""
+    most = []
+    before = trial.partials.commit_partial
+
+    def watched(*args, **kwargs):
+        most.append(threading.current_thread() is not threading.main_thread())
+        return before(*args, **kwargs)
+
+    monkeypatch.setattr(trial.partials, "commit_partial", watched)
+    laplace_dist.estimate(dist_cases.config(tmp_path / "run"))
+    monkeypatch.setattr(trial, "BESIDE", 0)
+    laplace_dist.estimate(dist_cases.config(tmp_path / "run"))
+    assert most == [True, False]
+
+
+def test_a_trials_clock_leaves_out_what_others_had_of_the_cpu(monkeypatch):
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: 10.0)
+    monkeypatch.setattr(trial.Path, "read_text", lambda self: "5000 2500000000 7")
+    assert trial._clock() == 7.5
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 from laplace_dist.config.command import command_of
 from laplace_dist.config.settings import Config
-from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
+from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError, listed
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run import coverage, settings_file
 from laplace_dist.run.versions import read_version
@@ -36,7 +36,7 @@ def fitted(store: Store, plan: Plan, version: str | None) -> dict[str, Any]:
         "subset_of_weights": settings.get("subset_of_weights"),
         "hessian_structure": settings.get("hessian_structure"),
         "backend": settings.get("backend"),
-        "estimator": NAMES.get(settings.get("estimator"), settings.get("estimator")),
+        "estimator": _estimator(settings),
         "settings": {**settings},
         "examples": manifest.get("n_data", plan.n_examples),
         "segments": len(plan.segments),
@@ -53,6 +53,17 @@ def fitted(store: Store, plan: Plan, version: str | None) -> dict[str, Any]:
         },
         **_command(store, plan),
     }
+
+
+def _estimator(settings: Mapping[str, Any]) -> str:
+    """Return the estimator in a person's words, with the number of samples, or the outputs that were chosen."""
+    name = NAMES.get(settings.get("estimator"), str(settings.get("estimator")))
+    if settings.get("estimator") == "mc":
+        samples = settings.get("mc_samples") or 1
+        return f"{name} with {samples} sample{'s' if samples > 1 else ''} per example"
+    if settings.get("outputs") is not None:
+        return f"{name} of the outputs {listed([str(index) for index in settings['outputs']])}"
+    return name
 
 
 def _command(store: Store, plan: Plan) -> dict[str, Any]:
