@@ -84,12 +84,15 @@ class MarglikJob(FitStages):
 
     def open(self) -> None:
         """Resolve model, data and factors once, and begin the training or continue the one that is there."""
-        config, store, own = self.config, self.store, self.settings
-        check_training(config)
+        store, own = self.store, self.settings
+        check_training(self.config)
         place.check_place(store)
+        stored = self.plan.settings if store.exists(layout.PLAN) and not self.config.fresh else None
         with torch.random.fork_rng():
-            torch.manual_seed(config.seed)  # a model that draws its first weights draws the same ones when it goes on
-            resolved = opening.resolve(config)
+            # a model that draws its first weights draws the same ones when it goes on
+            torch.manual_seed(self.config.seed)
+            resolved = opening.resolve(self.config, stored)
+        self.config = config = resolved.config
         self.la, self._train = resolved.la, resolved.train
         self._check(resolved.model)
         store.check_writable()

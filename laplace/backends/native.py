@@ -76,7 +76,8 @@ class _Native:
     def is_closed_form(self, f: Tensor) -> bool:
         """Whether curvature needs no backward pass along directions: the exact one of a plain last layer, of one position."""
         assert self.spec is not None, "initialize() comes first"
-        return self.last_layer and self.sums_all_outputs and last_layer.applies(self.spec, f)
+        closed = self.spec.structure in ("full", "kron", "diag")
+        return closed and self.last_layer and self.sums_all_outputs and last_layer.applies(self.spec, f)
 
     def _warn_of_passes(self, f: Tensor) -> None:
         """Say once that exact curvature of many outputs takes many backward passes."""
