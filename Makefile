@@ -10,7 +10,7 @@ INPUTS := pyproject.toml cluster/constraints.txt
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: fit demo-recalibrate test browser lint clean
+.PHONY: fit demo-recalibrate test browser lint bench clean
 
 fit: $(VENV)/.installed
 	$(BIN)/python jobs/fit_kron.py
@@ -49,5 +49,16 @@ $(VENV)/.installed-%: $(INPUTS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint cluster/constraints.txt --editable ".[$*]"
 	touch $@ $(VENV)/.installed
 
+# Every row of the table of speeds, beside the peers in an environment of their own (black boxes); ROWS=kron runs a part.
+PEERS := .venv-peers
+bench: $(VENV)/.installed-test $(PEERS)/.installed
+	$(BIN)/python benchmarks/bench.py $(ROWS) --peer-python $(PEERS)/bin/python --write
+
+$(PEERS)/.installed: | $(BIN)/python
+	$(BIN)/python -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet "laplace-torch==0.3" "asdfghjkl==0.1a4" \
+	  "curvlinops-for-pytorch<4" backpack-for-pytorch "kronfluence==1.0.1" torch torchvision
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) runs build *.egg-info .pytest_cache .ruff_cache .hypothesis

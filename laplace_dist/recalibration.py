@@ -135,6 +135,7 @@ class RecalibrationJob(WindowStages):
         What is current counts from then on: before that, another one may still have promoted.
         """
         self.current_version()
+        self.store.check_swaps()  # which the promotion needs, after all the work
         holder = recalibrations.take(self.store, self.session.lease, self.say, self.wait)
         if holder is not None:
             self.say(f"another recalibration of {self.store.url} is at work on {holder}; nothing to do")

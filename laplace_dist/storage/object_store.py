@@ -106,6 +106,19 @@ def swap(fs: Patient, path: str, expected: bytes, data: bytes) -> bool:
     return patiently(attempt, f"replacing {path}", fs.scrub)
 
 
+def overwrites_changed(fs: Patient, path: str) -> bool:
+    """Say whether a write takes effect on the condition of an ETag that an object does not have; for a probe's object.
+
+    Whatever the request answered, what is stored decides.
+    """
+    try:
+        fs.fs.pipe_file(path, b"stale", IfMatch=f'"{32 * "0"}"')
+    except failures() as error:
+        if refuses(error):
+            raise
+    return fs.cat_file(path) == b"stale"
+
+
 def _check_creates(fs: Any, url: str) -> None:
     """Refuse a file system that cannot create an object without overwriting one, before anything is asked of it."""
     if isinstance(fs, LocalFileSystem):

@@ -190,6 +190,27 @@ class Store(Arrays):
                 "If-None-Match, such as S3."
             )
 
+    def check_swaps(self) -> None:
+        """Replace a small object, once as it is and once as it is not, so that a store without conditions is refused at once.
+
+        Raises:
+            SettingsError: The storage has no compare and set, or ignores the condition.
+        """
+        probe = f"probe-{uuid.uuid4().hex}"
+        self.create(probe, b"first")
+        try:
+            honoured = self.swap(probe, b"first", b"second")
+            with self._reporting(probe, "swap"):
+                ignored = not self.is_local and object_store.overwrites_changed(self._fs, self._path(probe))
+        finally:
+            self.delete_tree(probe)
+        if not honoured or ignored:
+            raise SettingsError(
+                f"--checkpoint {self.url!r}: the store overwrote an object that was not as the request's If-Match says, so "
+                "two promotions could overwrite each other. Use a local directory, or an object store that honours If-Match, "
+                "such as S3."
+            )
+
     def now(self) -> datetime:
         """Return the storage's own time, which the times of its objects are of, by writing a small object."""
         probe = f"probe-{uuid.uuid4().hex}"

@@ -148,6 +148,9 @@ class SimulatedStore(Checkpoint):
 
         return self._do("swap", key, effect)
 
+    def check_swaps(self) -> None:
+        """Do nothing: objects in memory are compared and set."""
+
     def list(self, prefix: str = "", *, recursive: bool = True) -> list[str]:
         """Return the keys under a prefix."""
         keys = self._do("list", prefix, lambda: self._listed(prefix, prefix))
