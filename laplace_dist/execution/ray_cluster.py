@@ -23,7 +23,7 @@ from laplace_dist.execution import signals
 from laplace_dist.execution.counters import Counters
 from laplace_dist.execution.pool import Pool
 from laplace_dist.execution.private_cluster import LOOPBACK, PrivateCluster
-from laplace_dist.execution.scaling import Placement, nodes_of
+from laplace_dist.execution.scaling import Placement, how_many, nodes_of
 
 OBJECT_STORE_BYTES = 128 * 2**20  # receipts only: no factor ever enters Ray's object store
 _SERVICES = (
@@ -177,8 +177,9 @@ class Cluster:
         return "cuda" if gpus >= 1 else "cpu"
 
     def memory(self, device: str) -> int | None:
-        """Return the memory of the largest node; of a private cluster what is free here, shared by the workers asked for.
+        """Return the memory of the largest node that holds a worker, if there is one yet.
 
+        Of a private cluster it is what is free here, shared by the workers asked for.
         That of GPUs is not known before a worker is there, but what is summed there passes through the node's memory.
         """
         if self._stack is None and not _connected() and find_address(self.config.ray_address)[0] is None:
@@ -187,7 +188,14 @@ class Cluster:
         self.connect()
         import ray
 
-        return max((int(node.resources.get("memory", 0)) for node in nodes_of(ray)), default=0) or None
+        need = self._need(device)
+        usable = [node for node in nodes_of(ray) if how_many(node.total, need) > 0]
+        return max((int(node.total.get("memory", 0)) for node in usable), default=0) or None
+
+    def _need(self, device: str) -> dict[str, float]:
+        """Return what one worker reserves, by Ray's names."""
+        gpus = 0.0 if device == "cpu" else self.config.gpus_per_worker or 1.0
+        return {"CPU": float(self.config.cpus_per_worker), "GPU": float(gpus)}
 
     def resources(self) -> dict[str, float]:
         """Return the cluster's total resources by Ray's names."""
@@ -269,10 +277,9 @@ class Cluster:
             SettingsError: One worker is larger than any node, and no node is to be expected.
         """
         config, have = self.config, self.resources()
-        gpus = 0.0 if device == "cpu" else config.gpus_per_worker or 1.0
         import ray
 
-        need = {"CPU": float(config.cpus_per_worker), "GPU": float(gpus)}
+        need = self._need(device)
         expected = not self._private and config.num_workers is not None
         demand = None if self._private else self._demand(need)
         placement = Placement(lambda: nodes_of(ray), need, config.num_workers, demand)
@@ -280,7 +287,7 @@ class Cluster:
         lacking = [name for name, amount in need.items() if amount > 0 and have.get(name, 0) == 0]
         if placement.fits < 1 and not expected and (self._private or not lacking):
             raise SettingsError(
-                f"cpus_per_worker={config.cpus_per_worker}, gpus_per_worker={gpus:g}: no worker fits on any node of the "
+                f"cpus_per_worker={config.cpus_per_worker}, gpus_per_worker={need['GPU']:g}: no worker fits on any node of the "
                 f"cluster, which has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs in all. Ask for less, or "
                 "set num_workers to wait for nodes that are still to join."
             )

@@ -201,3 +201,16 @@ def test_sizes_have_three_digits(n_bytes, text):
 
 def test_lines_are_as_wide_as_a_terminal(plan):
     assert all(len(line) < 140 for line in lines(estimate(plan, TRIAL, [], 1)))
+
+
+def test_of_a_cluster_it_is_the_memory_of_the_largest_node_that_holds_a_worker(cluster, tmp_path):
+    """A head without room for one, as beside an autoscaler, says nothing of the nodes that will join."""
+    chosen = dist_cases.config(tmp_path, ray_address=cluster)
+    with Cluster(chosen, say=lambda text: None) as joined:
+        import ray
+
+        assert joined.memory("cpu") == int(ray.nodes()[0]["Resources"]["memory"])
+        assert joined.memory("cuda") is None, "no node has a GPU"
+    wide = chosen.model_copy(update={"cpus_per_worker": 99, "num_workers": 1})
+    with Cluster(wide, say=lambda text: None) as joined:
+        assert joined.memory("cpu") is None
