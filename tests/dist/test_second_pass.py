@@ -278,7 +278,7 @@ def test_another_window_adds_in_the_eigenbasis_of_the_first(tmp_path):
     chosen = config(tmp_path, "float64", window="first", skip_tune=False, skip_evaluate=False, grid_size=3)
     laplace_dist.fit(chosen, executor=laplace_dist.Inline)
     basis = laplace_dist.load_posterior(str(tmp_path), dist_cases.convnet("float64")).basis
-    wide = {"margin_nll": 10.0, "margin_ece": 1.0, "data": "dist_cases:second_window"}
+    wide = {"margin_nll": 10.0, "margin_ece": 1.0, "level": 0.6, "data": "dist_cases:second_window"}
     second = chosen.model_copy(update={"window": "second", **wide})
     assert recalibrate(second, laplace_dist.Inline).promoted
     la = laplace_dist.load_posterior(str(tmp_path), dist_cases.convnet("float64"))
