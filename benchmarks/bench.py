@@ -122,13 +122,16 @@ def main() -> None:
     parser.add_argument("--peer-python", help="of the peers' environment; rows without peers need none")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--note", default="quiet", help="of the machine's state, for the last column")
+    parser.add_argument(
+        "--note", help="of the machine's state, for the last column; its load before each row if not given"
+    )
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     print(machine(options.threads), HEADER, sep="\n")
     for family, name, row in chosen(options.rows):
+        note = options.note or f"load {os.getloadavg()[0]:.1f}"
         found = measured(options.peer_python, family, name, row, options.turns, options.threads)
-        new = line(row, found, options.note)
+        new = line(row, found, note)
         print(new, flush=True)
         if options.write:
             write([new], HERE / "RESULTS.md")
