@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from laplace import predictive
+from laplace.capture.evaluation import eval_mode
 from laplace.enums import LinkApprox, PredType, parse
 from laplace.fitted import Fitted
 from laplace.interpolation import interpolated, nodes_for
@@ -195,13 +196,18 @@ def _variances(la: Fitted, capture: Any, priors: list[Tensor], diagonal: bool) -
     nodes = nodes_for(scalars)
     if nodes is not None:
         at = [torch.tensor([value], dtype=la._dtype, device=la._device) for value in nodes]
-        known = torch.cat([la._glm_variance(capture, at[i : i + step], diagonal) for i in range(0, len(at), step)])
+        known = torch.cat([_of_some(la, capture, at[i : i + step], diagonal) for i in range(0, len(at), step)])
         if bool((known > 0).all()):  # nothing to take the logarithm of where an output has no variance
             for i in range(0, len(scalars), step):
-                yield from interpolated(known.detach(), scalars[i : i + step], nodes)
+                yield from interpolated(known, scalars[i : i + step], nodes)
             return
     for i in range(0, len(priors), step):
-        yield from la._glm_variance(capture, priors[i : i + step], diagonal).detach()
+        yield from _of_some(la, capture, priors[i : i + step], diagonal)
+
+
+def _of_some(la: Fitted, capture: Any, priors: list[Tensor], diagonal: bool) -> Tensor:
+    with eval_mode(la.backend.model):
+        return la._glm_variance(capture, priors, diagonal).detach()
 
 
 def _sweep_networks(la, x: Any, priors, n_samples: int, seed: int, temperatures, with_map: bool):
