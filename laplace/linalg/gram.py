@@ -19,6 +19,7 @@ _RUN = 128  # rows that one product adds up
 _RUNS = 32  # results of products that are added up before they go into the running sum
 _SHORT_RUN = 32  # rows that one product adds up for a small sum, where products are cheap
 _BLOCK = 192  # rows of a block of a sum
+_WEIGHTED = 128  # rows of a block of a weighted sum, which products are added to where it is
 _SMALL = 1 << 14  # elements up to which a sum is small
 _SCRATCH = 1 << 19  # elements of the products of short runs that are held at once
 _POSITIONS = 64  # width up to which per-example Gram matrices are cheaper than a transposed copy
@@ -74,22 +75,24 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def add_weighted_gram_(total: Tensor, rows: Tensor, weights: Tensor) -> None:
-    """Add ``Σ wₙ rₙ rₙᵀ``, both triangles, to a float64 matrix; weights may be negative, everything is of float64."""
-    weighted = rows * weights[:, None]
-    if total.numel() <= _SMALL:
-        total.addmm_(weighted.T, rows)
-        return
+    """Add ``Σ wₙ rₙ rₙᵀ`` to what is on and above the block diagonal of a float64 matrix.
+
+    Args:
+        total: The sum ``(width, width)``.
+        rows: ``(n, width)``, float64.
+        weights: ``(n,)``, float64; they may be negative.
+    """
+    weighted = (rows * weights[:, None]).T
+    for start, stop in _blocks(len(total), _WEIGHTED):
+        total[start:stop, start:].addmm_(weighted[start:stop], rows[:, start:])
+
+
+def mirror_whole_(total: Tensor) -> None:
+    """Copy what is above the diagonal of a symmetric sum to below it."""
     for start, stop in _blocks(len(total)):
-        product = weighted[:, start:stop].T @ rows[:, start:]
-        total[start:stop, start:].add_(product)
-        total[stop:, start:stop].add_(product[:, stop - start :].T)
-
-
-def complete_blocks_(total: Tensor) -> None:
-    """Copy what is above the diagonal to below it, inside the blocks on the diagonal, which :func:`mirror_` leaves alone."""
-    for start, stop in _blocks(len(total)) if total.numel() > _SMALL else [(0, len(total))]:
         block = total[start:stop, start:stop]
         block.copy_(block.triu() + block.triu(1).mT)
+        total[stop:, start:stop] = total[start:stop, stop:].T
 
 
 def add_gram_of_positions_(total: Tensor, values: Sequence[Tensor], scale: float = 1.0) -> None:
@@ -117,8 +120,8 @@ def mirror_(total: Tensor) -> None:
             total[stop:, start:stop] = total[start:stop, stop:].T
 
 
-def _blocks(n: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + _BLOCK, n)) for start in range(0, n, _BLOCK))
+def _blocks(n: int, size: int = _BLOCK) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + size, n)) for start in range(0, n, size))
 
 
 def _add_to_block_(

@@ -9,6 +9,7 @@ many times more as there are classes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from laplace.capture.capture import ranges
 from laplace.capture.contractions import is_bias
 from laplace.likelihoods.base import BaseLikelihood
-from laplace.linalg.gram import add_gram_of_positions_, add_product_, add_weighted_gram_, complete_blocks_
+from laplace.linalg.gram import add_gram_of_positions_, add_product_, add_weighted_gram_, mirror_whole_
 from laplace.structures.sums import CurvatureSums, SumsSpec
 
 _ROOTS = 1 << 22  # elements of the roots of output Hessians that are held at once
@@ -62,35 +63,51 @@ def add_full_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> Non
         capture: :class:`laplace.capture.last_layer.LastLayerCapture` of the batch.
         directions: Columns :math:`v_k` of a root of the output Hessian or its estimate, ``(batch, outputs)``.
     """
-    total, layer = sums.running("full"), sums.spec.blocks[0].layer
+    layer = sums.spec.blocks[0].layer
     a, roots = capture.inputs(layer)[:, 0].double(), torch.stack(list(directions), 2).double()
     sides = [torch.ones_like(a[:, :1]) if is_bias(block) else a for block in sums.spec.blocks]
+    total = sums.running("full", partial(_complete_, roots.shape[1], tuple(side.shape[1] for side in sides)))
     for start, stop in ranges(len(a), roots.shape[1] ** 2, _ROOTS):
         hessians = roots[start:stop] @ roots[start:stop].mT
         _add_pairs_(total, hessians.permute(1, 2, 0).contiguous(), [side[start:stop] for side in sides])
-    complete_blocks_(total)
 
 
 def _add_pairs_(total: Tensor, hessians: Tensor, sides: list[Tensor]) -> None:
     """Add, on and above the diagonal, the block of every pair of outputs of every pair of parameters.
+
+    A block of one parameter is symmetric by itself; what is below its own diagonal is left to :func:`_complete_`.
 
     Args:
         total: The sum; the rows of a parameter are those of its outputs one after the other.
         hessians: ``(outputs, outputs, batch)``.
         sides: What each parameter is multiplied by: the features ``(batch, in)`` of a weight, the ones of a bias.
     """
-    outputs, first = len(hessians), 0
-    for i, left in enumerate(sides):
+    widths = tuple(side.shape[1] for side in sides)
+    for i, j, o, p, area in _areas(total, len(hessians), widths):
+        if i == j:
+            add_weighted_gram_(area, sides[i], hessians[o, p])
+        else:
+            area.addmm_((sides[i] * hessians[o, p, :, None]).T, sides[j])
+
+
+def _areas(total: Tensor, outputs: int, widths: tuple[int, ...]) -> Iterator[tuple[int, int, int, int, Tensor]]:
+    """The blocks on and above the diagonal: numbers of the two parameters and of the two outputs, and the block itself."""
+    first = 0
+    for i, left in enumerate(widths):
         second = first
-        for j, right in enumerate(sides[i:], i):
-            shape = (outputs, left.shape[1], outputs, right.shape[1])
-            area = total[first:, second:][: shape[0] * shape[1], : shape[2] * shape[3]].unflatten(0, shape[:2])
-            area = area.unflatten(2, shape[2:])
+        for j, right in enumerate(widths[i:], i):
+            area = total[first : first + outputs * left, second : second + outputs * right]
+            area = area.unflatten(0, (outputs, left)).unflatten(2, (outputs, right))
             for o in range(outputs):
                 for p in range(o if i == j else 0, outputs):
-                    if i == j:
-                        add_weighted_gram_(area[o, :, p], left, hessians[o, p])
-                    else:
-                        area[o, :, p].addmm_((left * hessians[o, p, :, None]).T, right)
-            second += shape[2] * shape[3]
-        first += outputs * left.shape[1]
+                    yield i, j, o, p, area[o, :, p]
+            second += outputs * right
+        first += outputs * left
+
+
+def _complete_(outputs: int, widths: tuple[int, ...], total: Tensor) -> None:
+    """Complete what :func:`_add_pairs_` leaves out."""
+    for i, j, _, _, area in _areas(total, outputs, widths):
+        if i == j:
+            mirror_whole_(area)
+    mirror_whole_(total)

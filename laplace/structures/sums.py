@@ -11,7 +11,7 @@ to the sum over millions of examples would vanish. Posteriors round the finished
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -109,7 +109,7 @@ class CurvatureSums:
         """Wrap existing tensors; use :meth:`zero` or :meth:`from_tensors` instead."""
         self.spec = spec
         self._tensors = tensors
-        self._halves: set[str] = set()
+        self._halves: dict[str, Callable[[Tensor], None]] = {}
         self.loss = loss
         self.n_data = n_data
 
@@ -135,16 +135,21 @@ class CurvatureSums:
     def tensors(self) -> dict[str, Tensor]:
         """Every factor by name, float64."""
         while self._halves:
-            mirror_(self._tensors[self._halves.pop()])
+            name, complete_ = self._halves.popitem()
+            complete_(self._tensors[name])
         return self._tensors
 
-    def running(self, name: str) -> Tensor:
+    def running(self, name: str, complete_: Callable[[Tensor], None] = mirror_) -> Tensor:
         """The factor to add to in place; of symmetric ones, only what is on and above the block diagonal has to be added.
 
         What is below follows when :attr:`tensors` is read next.
+
+        Args:
+            name: Of the factor.
+            complete_: What makes a symmetric factor whole then, from less where the curvature has more symmetries.
         """
         if self.spec.factors[name].symmetric:
-            self._halves.add(name)
+            self._halves[name] = complete_
         return self._tensors[name]
 
     def merge(self, other: CurvatureSums) -> CurvatureSums:
