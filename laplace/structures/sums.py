@@ -216,8 +216,13 @@ def check_same_estimator(one: str | None, other: str | None) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or Inf; looked at in parts, so that no temporary of the tensor's size is made."""
-    return all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(1 << 22))
+    """Whether no entry is NaN or Inf; looked at in parts, so that no temporary of the tensor's size is made.
+
+    A sum that is finite has finite terms, and is found in a fraction of the time.
+    """
+    return all(
+        bool(torch.isfinite(part.sum())) or bool(torch.isfinite(part).all()) for part in tensor.flatten().split(1 << 22)
+    )
 
 
 def sum_in_order(tensors: Iterable[Tensor]) -> Tensor:
