@@ -26,6 +26,7 @@ from laplace.capture.padding import kept_tokens
 from laplace.capture.products import calls_of, product
 from laplace.capture.pullback import pullback
 from laplace.capture.rules import gradients_by_position, inputs_by_position, widths
+from laplace.capture.uses import Uses
 from laplace.linalg.precision import without_autocast
 
 _KEPT = 1 << 22  # elements of a layer's inputs up to which they are kept from one direction to the next
@@ -64,7 +65,10 @@ class Capture:
         self._forward(model, x)
         self.f = self._output.detach()
         self.kept_tokens = kept_tokens(x)
-        self._rows = pullback(model, x, list(others))
+        known = dict(model.named_parameters(remove_duplicate=False))
+        others = {name: known[name] for name in others}
+        self._uses = Uses(self._output, others, dtype)
+        self._rows = pullback(model, x, [name for name in others if name not in self._uses.by_name])
         self._inputs: dict[str, Tensor] = {}
         self._sizes: dict[str, int] = {}
 
@@ -148,7 +152,8 @@ class Capture:
             ``(batch, positions, out)`` by layer, ``(batch, size)`` by :func:`row_key`.
         """
         with eval_mode(self._model):
-            rows = {row_key(name): row.reshape(len(row), -1).to(self.dtype) for name, row in self._rows(v).items()}
+            rows = {**self._rows(v), **self._uses.rows(self._pulled(self._uses.edges, v))}
+        rows = {row_key(name): row.reshape(len(row), -1).to(self.dtype) for name, row in rows.items()}
         return {**self.layer_gradients(v), **rows}
 
     def layer_gradients(self, v: Tensor) -> dict[str, Tensor]:
@@ -177,15 +182,19 @@ class Capture:
         """The calls of all layers and the gradients of what came out, in its shape."""
         if not self._calls:
             return []
-        edges = [call.edge for call in self._calls]
-        with eval_mode(self._model), without_autocast():  # checkpoints run the model again
-            grads = torch.autograd.grad(
-                self._output, edges, v.to(self._output.dtype), retain_graph=True, allow_unused=True
-            )
+        with eval_mode(self._model):  # checkpoints run the model again
+            grads = self._pulled([call.edge for call in self._calls], v)
         for call, g in zip(self._calls, grads, strict=True):
             if g is None:
                 raise _dead(call.layer)
         return [(call, call.in_order(g.reshape(call.shape))) for call, g in zip(self._calls, grads, strict=True)]
+
+    @without_autocast()
+    def _pulled(self, edges: list[Any], v: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients at edges along a direction."""
+        if not edges:
+            return ()
+        return torch.autograd.grad(self._output, edges, v.to(self._output.dtype), retain_graph=True, allow_unused=True)
 
     @property
     def width(self) -> int:
