@@ -62,7 +62,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _unfused() -> Iterator[None]:
-    """Without the libraries whose recurrent layers are single operations; those of cuDNN have no gradient in evaluation mode."""
+    """Without libraries whose recurrent layers are single operations, of which cuDNN's have no gradient when evaluated."""
     libraries = torch.backends.cudnn, torch.backends.mkldnn
     before = [library.enabled for library in libraries]
     try:

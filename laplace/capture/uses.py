@@ -85,11 +85,15 @@ class Uses:
             dtype: Type of the rows.
         """
         self._n, self._dtype = len(output), dtype
-        self.by_name = _found(output, params) if params and output.requires_grad else {}
+        found = uses_of(output, params) if params else {}
+        self.by_name = {name: uses for name, uses in found.items() if uses}
         self._layouts: dict[Any, Layout] = {}
         self._collect()
         if self.by_name:
-            self._keep_what_holds(output, params)
+            try:
+                self._keep_what_holds(output, params)
+            except RuntimeError:  # there is no gradient, of which automatic differentiation then says what it is
+                self.by_name = {}
             self._collect()
 
     def _collect(self) -> None:
@@ -109,7 +113,7 @@ class Uses:
             if g is None:
                 continue
             rows = use.rule(use, g.to(self._dtype), self._layouts[use.node], self._n)
-            parts.append(use.to_parameter(rows).flatten(1))
+            parts.append(use.to_parameter(rows).reshape(self._n, -1))
         return sum(parts[1:], parts[0])
 
     def _keep_what_holds(self, output: Tensor, params: Mapping[str, Tensor]) -> None:
@@ -165,8 +169,8 @@ def _layout(plain: Tensor | None, weighted: Tensor | None, weights: Tensor) -> L
     return None
 
 
-def _found(output: Tensor, params: Mapping[str, Tensor]) -> dict[str, list[Use]]:
-    """For every parameter, its uses; those with a use of another kind are missing."""
+def uses_of(output: Tensor, params: Mapping[str, Tensor]) -> dict[str, list[Use] | None]:
+    """The uses of every parameter that an output depends on by its graph; None where one of them is of another kind."""
     consumers: dict[Any, list[tuple[Any, int, int]]] = {}
     leaves: dict[int, Any] = {}
     for node in nodes(output):
@@ -175,13 +179,8 @@ def _found(output: Tensor, params: Mapping[str, Tensor]) -> dict[str, list[Use]]
         for slot, (source, number) in enumerate(node.next_functions):
             if source is not None:
                 consumers.setdefault(source, []).append((node, slot, number))
-    found = {}
-    for name, p in params.items():
-        leaf = leaves.get(id(p))
-        uses = None if leaf is None else _uses(leaf, (), p.shape, consumers)
-        if uses:
-            found[name] = uses
-    return found
+    known = {name: leaves[id(p)] for name, p in params.items() if id(p) in leaves}
+    return {name: _uses(leaf, (), params[name].shape, consumers) for name, leaf in known.items()}
 
 
 def _uses(node: Any, views: tuple, shape: torch.Size, consumers: Mapping[Any, list]) -> list[Use] | None:
