@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from laplace_dist.config.command_line import load_config
@@ -22,6 +23,8 @@ from laplace_dist.report.metrics import show_recalibration, show_result
 from laplace_dist.report.verification import lines, verify
 from laplace_dist.run import layout, settings_file
 from laplace_dist.run.checkpoint import open_store
+from laplace_dist.run.combination import place_of
+from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.pretrained import AUTO_CLASSES
 
 JOBS = {"fit": fit, "tune": tune_posterior, "evaluate": evaluate_posterior}
@@ -37,6 +40,7 @@ _OF_RECALIBRATIONS = [
     "windows",
     "decay",
     "keep-partials",
+    "shared-examples",
     "margin-nll",
     "margin-ece",
     "level",
@@ -169,7 +173,7 @@ def verify_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
             config.storage_options,
             collect_orphans_older_than=hours,
             shallow=shallow,
-            data=None if not data else True if pool else load_split(of_run, "train"),
+            data=None if not data else True if pool else _opener(of_run),
             workers=of_run if pool else None,
         )
         print("\n".join(lines(report)))
@@ -200,6 +204,19 @@ def exit_status(carry_out: Callable[[], int], interrupted: str) -> int:
     except Interrupted as error:
         print(f"interrupted by {signal.Signals(error.number).name}. {interrupted}", file=sys.stderr)
         return signals.status(error.number)
+
+
+def _opener(config: Config) -> Callable[[str], Any]:
+    """Return what opens the training split of a window of a run, of which the last one is kept."""
+    store = open_store(config)
+    plan = read_plan(store)
+
+    @lru_cache(maxsize=1)
+    def opened(window: str) -> Any:
+        place = place_of(store, plan, window)
+        return load_split(config if place is store else settings_file.data_of(config, place), "train")
+
+    return opened
 
 
 def _settings_for_data(config: Config) -> Config:
