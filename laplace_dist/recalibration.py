@@ -191,6 +191,7 @@ class RecalibrationJob(WindowStages):
         watched = self.watch(name, sides["current"], dry_run=dry_run)
         found = {
             "windows": stage.weights_of(terms),
+            "passed_over": self._passed_over,
             **sides,
             "settings": stage.settings(config),
             "differences": {name: {**d, "margin": margins[name]} for name, d in receipt["differences"].items()},

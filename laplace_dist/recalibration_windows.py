@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from laplace_dist.errors import SettingsError, listed
@@ -15,6 +15,7 @@ from laplace_dist.run.combination import (
     choose,
     chosen_names,
     is_rule,
+    is_summed,
     passes_of,
     summed,
     terms_of,
@@ -31,6 +32,7 @@ class WindowStages(Job):
     dropping: str | None = None
     _current: dict[str, Any]  # `CURRENT.json` as it was when this job became the one that recalibrates
     _left_out: Sequence[str] = ()
+    _passed_over: Sequence[Mapping[str, str]] = ()  # windows that a rule has not counted, and why
     _beside: Sequence[str] = ()  # windows that the candidate is made of beside the new one
 
     def begin(self, drop_window: str | None) -> None:
@@ -104,6 +106,22 @@ class WindowStages(Job):
         counted = {self.plan.window_name, self.window.name if self.window else self.config.window, *decided}
         return [name for name in names if name in counted and name not in self._left_out]
 
+    def _not_counted(self, there: Sequence[Window], dropping: str | None) -> list[dict[str, str]]:
+        """Return the windows from which a rule does not choose, but for the one that is being dropped, and why.
+
+        `unfinished` ones have no sum; of those that are `undecided` no recalibration has ended, since it was a dry run, was
+        refused or was killed; those that are `left out` were dropped or rolled back.
+        """
+        if not is_rule(self.config.windows):
+            return []
+        counted = self._counting([window.name for window in there])
+        found = []
+        for window in there:
+            if window.name not in (*counted, dropping):
+                why = "undecided" if is_summed(window) else "unfinished"
+                found.append({"window": window.name, "why": "left out" if window.name in self._left_out else why})
+        return found
+
     def _chosen(self, there: Sequence[str]) -> list[str]:
         """Return the names of the windows that `--windows` means: by a rule only those that count."""
         return chosen_names(self._counting(there) if is_rule(self.config.windows) else there, self.config.windows)
@@ -124,6 +142,7 @@ class WindowStages(Job):
             raise SettingsError(
                 f"--windows: got {self.config.windows!r}, and every window there is was dropped; name some"
             )
+        self._passed_over = self._not_counted(there, drop_window)
         self._left_out = [name for name in self._left_out if name not in chosen]
         terms = terms_of(choose(there, ",".join(chosen), self.config.decay))
         if drop_window is None:

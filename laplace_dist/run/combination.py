@@ -23,7 +23,7 @@ from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.layout import PLAN, WINDOWS
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.second_pass import place_of_second, read_second_plan
-from laplace_dist.run.windows import read_window
+from laplace_dist.run.windows import find_window, read_window
 from laplace_dist.storage.store import Store
 
 
@@ -107,6 +107,15 @@ def summed(window: Window) -> Window:
     if found is None:
         raise MissingObjectError(f"{place.url} is of a run that was deleted: the second pass was not begun")
     return Window(place, found)
+
+
+def is_summed(window: Window) -> bool:
+    """Say whether the sum is committed that a posterior takes of a window."""
+    try:
+        whole = summed(window)
+        return find_window(whole.store, whole.plan) is not None
+    except MissingObjectError:
+        return False
 
 
 def passes_of(window: Window) -> list[tuple[Store, Plan]]:

@@ -307,6 +307,13 @@ class _Gate(Strict):
     met: bool
 
 
+class _PassedOver(Strict):
+    """A window that a rule has not counted, and why."""
+
+    window: Name
+    why: Literal["unfinished", "undecided", "left out"]
+
+
 class RecalibrationFields(Strict):
     """What a recalibration has found, and whether it promoted the candidate; `pending` while it is about to."""
 
@@ -314,6 +321,7 @@ class RecalibrationFields(Strict):
     plan: str
     window: Name
     windows: list[_Term]
+    passed_over: list[_PassedOver] = []
     candidate: _Side
     current: _Side
     settings: dict[str, Any]
