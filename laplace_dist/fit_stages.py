@@ -129,8 +129,12 @@ class FitStages:
             raise SettingsError(f"--hessian-structure: got {self.config.hessian_structure!r}, but {why}")
 
     def map(self) -> None:
-        """Accumulate the segments of the window that have no committed partial, in the first pass over its data."""
-        self._map(self.window, "segments")
+        """Accumulate the segments of the window that have no committed partial, in the first pass over its data.
+
+        Nothing of a window whose sum is committed and whose partials a recalibration has dropped.
+        """
+        if not windows.is_dropped(self.window.store, self.window.plan):
+            self._map(self.window, "segments")
 
     def _map(self, window: Window, unit: str) -> None:
         store, plan = window.store, window.plan

@@ -12,7 +12,7 @@ from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.plan.plan import Plan, differences
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.checkpoint import Checkpoint, open_json
-from laplace_dist.run.layout import CONFIG, CURRENT, PLAN, TRAINING, WEIGHTS, partial_key, probe_key
+from laplace_dist.run.layout import CONFIG, CURRENT, PLAN, TRAINING, WEIGHTS, WINDOW, partial_key, probe_key
 from laplace_dist.run.ownership import confirm, of_another, read_plan
 from laplace_dist.run.partials import check_manifest
 from laplace_dist.run.place import check_place, clear
@@ -216,9 +216,10 @@ def _of_this_run(store: Store, key: str, data: bytes, plan: Plan, segment: Segme
 
 
 def committed_ids(store: Store, plan: Plan) -> set[str]:
-    """Return the ids of the committed segments, told by the names of their manifests alone."""
+    """Return the ids of the committed segments, told by the names of objects alone: all, once the window's sum is there."""
     present = set(store.list("partials", recursive=False))
-    return {segment.id for segment in plan.segments if partial_key(segment.id) in present}
+    whole = store.exists(WINDOW)
+    return {segment.id for segment in plan.segments if whole or partial_key(segment.id) in present}
 
 
 def remaining(plan: Plan, committed: Collection[str] | Mapping[str, Any]) -> list[Segment]:
