@@ -16,7 +16,7 @@ from torch import Tensor
 from laplace.capture.capture import ranges
 from laplace.capture.contractions import is_bias
 from laplace.likelihoods.base import BaseLikelihood
-from laplace.linalg.gram import add_gram_of_positions_, add_product_, add_weighted_gram_, complete_blocks_
+from laplace.linalg.gram import add_gram_of_positions_, add_product_, complete_blocks_, weighted_gram
 from laplace.structures.sums import CurvatureSums, SumsSpec
 
 _ROOTS = 1 << 22  # elements of the roots of output Hessians that are held at once
@@ -40,13 +40,15 @@ def add_(sums: CurvatureSums, capture, likelihood: BaseLikelihood, f: Tensor, y:
     a = capture.inputs(sums.spec.blocks[0].layer)
     if sums.spec.structure == "kron":
         for name in dict.fromkeys(name for block in sums.spec.blocks for name in block.factors):
+            if not sums.holds(name):
+                continue
             if name.endswith("/A"):
                 add_gram_of_positions_(sums.running(name), [a])
             else:
-                sums.running(name).add_(likelihood.hessian_sum(f, y))
+                sums.add_whole_(name, likelihood.hessian_sum(f, y))
         return
     diagonal, squares = likelihood.hessian_diagonal(f, y), a[:, 0].square()
-    for block in sums.spec.blocks:
+    for block in sums.held_blocks:
         total = sums.running(block.factors[0])
         if is_bias(block):
             total.add_(diagonal.sum(0))
@@ -72,10 +74,10 @@ def add_full_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> Non
 
 
 def _add_pairs_(total: Tensor, hessians: Tensor, sides: list[Tensor]) -> None:
-    """Add, on and above the diagonal, the block of every pair of outputs of every pair of parameters.
+    """Add, on and left of the diagonal, the block of every pair of outputs of every pair of parameters.
 
     Args:
-        total: The sum; the rows of a parameter are those of its outputs one after the other.
+        total: The sum, or some of its rows; those of a parameter are those of its outputs one after the other.
         hessians: ``(outputs, outputs, batch)``.
         sides: What each parameter is multiplied by: the features ``(batch, in)`` of a weight, the ones of a bias.
     """
@@ -83,14 +85,30 @@ def _add_pairs_(total: Tensor, hessians: Tensor, sides: list[Tensor]) -> None:
     for i, left in enumerate(sides):
         second = first
         for j, right in enumerate(sides[i:], i):
-            shape = (outputs, left.shape[1], outputs, right.shape[1])
-            area = total[first:, second:][: shape[0] * shape[1], : shape[2] * shape[3]].unflatten(0, shape[:2])
-            area = area.unflatten(2, shape[2:])
             for o in range(outputs):
                 for p in range(o if i == j else 0, outputs):
+                    at = second + p * right.shape[1], first + o * left.shape[1]
+                    if not _rows_there(total, at[0], right.shape[1]):
+                        continue
                     if i == j:
-                        add_weighted_gram_(area[o, :, p], left, hessians[o, p])
+                        for row, column, product in weighted_gram(left, hessians[o, p]):
+                            _add_at_(total, at[0] + row, at[1] + column, product)
                     else:
-                        area[o, :, p].addmm_((left * hessians[o, p, :, None]).T, right)
-            second += shape[2] * shape[3]
+                        _add_at_(total, *at, (right * hessians[o, p, :, None]).T @ left)
+            second += outputs * right.shape[1]
         first += outputs * left.shape[1]
+
+
+def _rows_there(total: Tensor, row: int, count: int) -> bool:
+    """Whether any of so many rows of the sum is among those that are kept."""
+    return row < total.shape[1] and row + count > total.shape[1] - total.shape[0]
+
+
+def _add_at_(total: Tensor, row: int, column: int, product: Tensor) -> None:
+    """Add a product to the sum at a row and column of the whole, as far as these rows are kept."""
+    last = total.shape[1]
+    first = last - total.shape[0]
+    start, stop = max(row, first), min(row + len(product), last)
+    if start < stop and column < last:
+        product = product[start - row : stop - row, : last - column]
+        total[start - first : stop - first, column : column + product.shape[1]].add_(product)
