@@ -45,6 +45,7 @@ _OF_RECALIBRATIONS = [
     "keep-versions",
     "alert-cmd",
 ]  # which do nothing in other jobs
+_OF_FITS = ["module-groups"]  # which do nothing in jobs that add nothing up, or follow what their run has
 
 
 def main(job: str, argv: Sequence[str] | None = None, **defaults: Any) -> int:
@@ -65,6 +66,8 @@ def main(job: str, argv: Sequence[str] | None = None, **defaults: Any) -> int:
             raise SettingsError(
                 f"{', '.join(idle)}: does nothing in this job, but in jobs/recalibrate.py. Leave it out"
             )
+        if job != "fit":
+            _refuse_of_fits(argv)
         config = _settings(job, argv, defaults)
         result = JOBS[job](config)
         show_result(result, _loading(config, result))
@@ -98,6 +101,7 @@ def recalibrate_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
             raise SettingsError(
                 f"--rollback: given with {other}, which it would not heed; give one of them. Nothing was changed"
             )
+        _refuse_of_fits(rest)
         config = _settings("recalibrate", rest, defaults)
         if given.rollback is not None:
             rollback(config.checkpoint, given.rollback, storage_options=config.storage_options)
@@ -179,6 +183,11 @@ def verify_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
 
 
 # ------------------------------------------------------------------ helpers of the jobs above
+
+
+def _refuse_of_fits(argv: Sequence[str]) -> None:
+    if idle := [f"--{name}" for name in _OF_FITS if _given(argv, f"--{name}")]:
+        raise SettingsError(f"{', '.join(idle)}: does nothing in this job, which follows the fit's plan. Leave it out")
 
 
 def exit_status(carry_out: Callable[[], int], interrupted: str) -> int:

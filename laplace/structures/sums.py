@@ -53,7 +53,7 @@ def row_cuts(factor: Factor) -> list[int]:
     Symmetric ones may be cut at blocks of rows that are added to at once; of others all rows are held, or none.
     """
     length = _length(factor)
-    return [*range(0, length, BLOCK), length] if factor.symmetric else [0, length]
+    return [*range(0, length, BLOCK), length] if _is_cut(factor) else [0, length]
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,11 @@ class CurvatureSums:
 
 def held_shape(factor: Factor, start: int, stop: int) -> tuple[int, ...]:
     """Shape in which the rows ``start`` to ``stop`` of a factor are held."""
-    return (stop - start, stop) if factor.symmetric else factor.shape
+    return (stop - start, stop) if _is_cut(factor) else factor.shape
+
+
+def _is_cut(factor: Factor) -> bool:
+    return factor.symmetric and len(factor.shape) == 2
 
 
 def _length(factor: Factor) -> int:

@@ -80,9 +80,9 @@ def probe_key(digest: str) -> str:
     return f"probe-{digest[:16]}.safetensors"
 
 
-def partial_key(segment_id: str) -> str:
-    """Return the key of a segment's manifest."""
-    return f"partials/{segment_id}.json"
+def partial_key(unit_id: str) -> str:
+    """Return the key of a partial's manifest: of a segment, or `<segment>-g<number>` of one module group of it."""
+    return f"partials/{unit_id}.json"
 
 
 def recalibration_key(window: str) -> str:
@@ -168,7 +168,9 @@ ATTEMPT = re.compile(
 
 
 _DIGEST = r"[0-9a-f]{16}"
-_OF_A_WINDOW = r"plan\.json|window\.json|partials/\d{6,}(\.json|/.+)|parts/\d{5,}(\.json|/.+)|probe-[0-9a-f]{32}"
+_OF_A_WINDOW = (
+    r"plan\.json|window\.json|partials/\d{6,}(-g\d+)?(\.json|/.+)|parts/\d{5,}(\.json|/.+)|probe-[0-9a-f]{32}"
+)
 _OWNED = re.compile(
     rf"CURRENT\.json|recalibration/(lease|drift|{WINDOW_NAME}/decision)\.json|config\.yaml|weights\.safetensors|{PROBE.pattern}|evaluation/metrics\.json"
     rf"|report\.html|report/(numbers|spectra-{_DIGEST})\.json|coverage\.tsv|status/[0-9]{{8}}T[0-9]{{6}}-[0-9a-f]{{8}}\.json|jobs/[0-9a-f]{{32}}\.json"

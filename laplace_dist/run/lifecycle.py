@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from laplace_dist.errors import CheckpointError, SettingsError
+from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan, differences
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.checkpoint import Checkpoint, open_json
@@ -17,7 +17,7 @@ from laplace_dist.run.ownership import confirm, of_another, read_plan
 from laplace_dist.run.partials import check_manifest
 from laplace_dist.run.place import check_place, clear
 from laplace_dist.run.probe import check_probe, probe_digest
-from laplace_dist.run.second_pass import place_of_second
+from laplace_dist.run.second_pass import place_of_second, read_second_plan
 from laplace_dist.run.settings_file import seal_yaml
 from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
@@ -108,10 +108,14 @@ def _create_plan(store: Store, plan: Plan, probe: bytes | None) -> Plan | None:
 
 
 def _refuse_another_plan(store: Store, stored: Plan, plan: Plan) -> None:
-    """Compare plans but for the run's id and the probe, whose last bits depend on the machine; see `check_model` for it."""
+    """Compare plans but for the run's id and the probe, whose last bits depend on the machine; see `check_model` for it.
+
+    Module groups change no bit, so they are none of what has to be the same: a run goes on with those that it has.
+    """
     older = stored.format_version < plan.format_version
     changed = differences(stored, plan)
-    same = replace(plan, probe=stored.probe, run=stored.run, window=stored.window)
+    own = {"probe": stored.probe, "run": stored.run, "window": stored.window, "module_groups": stored.module_groups}
+    same = replace(plan, **own)
     if not changed and (older or stored.digest == same.digest):
         return
     raise SettingsError(
@@ -170,9 +174,9 @@ def _check_left_weights(store: Store, weights: Callable[[], bytes]) -> None:
 def committed(
     store: Store, plan: Plan, *, arrays: bool = True, say: Callable[[str], None] = lambda text: None
 ) -> dict[str, dict[str, Any]]:
-    """Return the manifests of the committed segments by id, in plan order, each checked against the plan.
+    """Return the manifests of the committed units by id, each checked against the plan.
 
-    One of another run does not count. It is left where it is: the commit of its segment takes its place, and a deletion here
+    One of another run does not count. It is left where it is: the commit of its unit takes its place, and a deletion here
     could meet that commit.
 
     Args:
@@ -182,9 +186,9 @@ def committed(
         say: Where a line about each manifest of another run goes.
 
     Raises:
-        CheckpointError: A manifest is truncated, altered, or of a segment that the plan has not.
+        CheckpointError: A manifest is truncated, altered, or of a unit that the plan has not.
     """
-    keys = {partial_key(segment.id): segment for segment in plan.segments}
+    keys = {partial_key(unit.id): unit for unit in plan.units}
     present = [key for key in store.list("partials", recursive=False) if key.endswith(".json")]
     found = {}
     for key, data in store.read_many(present):
@@ -198,32 +202,34 @@ def committed(
     return found
 
 
-def _of_this_run(store: Store, key: str, data: bytes, plan: Plan, segment: Segment | None) -> dict[str, Any] | None:
+def _of_this_run(store: Store, key: str, data: bytes, plan: Plan, unit: Segment | None) -> dict[str, Any] | None:
     """Return a partial's manifest, checked against the plan; None for one of another run."""
     try:
         manifest = open_json(data, key)
         if of_another(manifest, plan):
             return None
     except CheckpointError:
-        if segment is not None:
+        if unit is not None:
             raise
-    if segment is None:
+    if unit is None:
+        groups = f", {len(plan.groups)} module groups" if len(plan.groups) > 1 else ""
         raise CheckpointError(
-            f"{store.url}/{key} is of no segment of this plan ({len(plan.segments)} segments). "
+            f"{store.url}/{key} is of no segment of this plan ({len(plan.segments)} segments{groups}). "
             "Delete it, or start again with --fresh."
         )
-    return check_manifest(manifest, plan, segment)
+    return check_manifest(manifest, plan, unit)
 
 
-def committed_ids(store: Store, plan: Plan) -> set[str]:
-    """Return the ids of the committed segments, told by the names of their manifests alone."""
+def committed_segments(store: Store, plan: Plan) -> set[int]:
+    """Return the first examples of the segments of which every group is committed, told by the names of manifests alone."""
     present = set(store.list("partials", recursive=False))
-    return {segment.id for segment in plan.segments if partial_key(segment.id) in present}
+    missing = {unit.start for unit in plan.units if partial_key(unit.id) not in present}
+    return {segment.start for segment in plan.segments} - missing
 
 
 def remaining(plan: Plan, committed: Collection[str] | Mapping[str, Any]) -> list[Segment]:
-    """Return the segments of the plan that are not among the committed ids, in plan order."""
-    return [segment for segment in plan.segments if segment.id not in committed]
+    """Return the units of the plan that are not among the committed ids, in plan order."""
+    return [unit for unit in plan.units if unit.id not in committed]
 
 
 def status(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -231,9 +237,10 @@ def status(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[s
 
     Returns:
         `url`, `plan` (digest), `examples`, `examples_committed`, `segments`, `segments_committed`, `complete`, and
-        `posterior`: whether a posterior version is current. Of structures that take two passes over the data the segments are
-        those of the first, and `second_pass` is the number of those that are committed in the second. Of a training `epochs`
-        is the number of committed epochs.
+        `posterior`: whether a posterior version is current. `module_groups` is the number of passes over the data that the
+        sums are divided into, where there are several; a segment counts as committed once it is in all of them. Of structures
+        that take two passes over the data the segments are those of the first, and `second_pass` is the number of those that
+        are committed in the second. Of a training `epochs` is the number of committed epochs.
 
     Raises:
         MissingObjectError: There is no run.
@@ -241,19 +248,30 @@ def status(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[s
     """
     store = Checkpoint(url, storage_options)
     plan = read_plan(store)
-    done = committed_ids(store, plan)
-    second = {} if plan.further is None else {"second_pass": len(committed_ids(place_of_second(store, plan), plan))}
+    done = committed_segments(store, plan)
+    second = {} if plan.further is None else {"second_pass": _in_second_pass(store, plan)}
     trained = len(store.list(f"{TRAINING}/epochs", recursive=False))
     second |= {"epochs": trained} if trained else {}
+    second |= {"module_groups": len(plan.groups)} if len(plan.groups) > 1 else {}
     whole = {len(done), second.get("second_pass", len(done))} == {len(plan.segments)}
     return {
         **second,
         "url": store.url,
         "plan": plan.digest,
         "examples": plan.n_examples,
-        "examples_committed": sum(s.stop - s.start for s in plan.segments if s.id in done),
+        "examples_committed": sum(s.stop - s.start for s in plan.segments if s.start in done),
         "segments": len(plan.segments),
         "segments_committed": len(done),
         "complete": whole,
         "posterior": store.exists(CURRENT),
     }
+
+
+def _in_second_pass(store: Checkpoint, plan: Plan) -> int:
+    """Return the number of segments that are committed in the second pass; it may not have begun."""
+    place = place_of_second(store, plan)
+    try:
+        second = read_second_plan(place, plan)
+    except MissingObjectError:
+        return 0
+    return 0 if second is None else len(committed_segments(place, second))

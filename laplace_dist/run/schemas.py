@@ -110,6 +110,7 @@ class PlanFields(Strict):
     window: _Window | None = None
     further: _Further | None = None
     basis: _InBasis | None = None
+    module_groups: Positive | None = None
 
     @model_validator(mode="after")
     def _covers_the_data(self) -> PlanFields:

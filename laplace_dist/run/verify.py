@@ -124,7 +124,8 @@ class _Run:
         sums = SumsCheck(self.checker, plan, self.keys, carry_out)
         self._place = replace(self._place, manifests=sums.manifests)
         sums.run()
-        self.report.segments, self.report.committed = len(plan.segments), len(sums.manifests)
+        missing = {unit.start for unit in plan.units if unit.id not in sums.manifests}
+        self.report.segments, self.report.committed = len(plan.segments), len(plan.segments) - len(missing)
         self.report.versions = sums.versions
         follows = [key for key in self.keys if self._follows(key) and self._of_this_run(key)]
         some = [tuple(follows[start : start + TOGETHER]) for start in range(0, len(follows), TOGETHER)]
@@ -134,8 +135,9 @@ class _Run:
         self._pointers(sums)
         self._unmerged()
         if data is not None:
-            there = [segment for segment in plan.segments if layout.partial_key(segment.id) in keys]
-            self._add(carry_out("segments compared with the data", [CheckData(segment) for segment in there]))
+            there = [unit for unit in plan.units if layout.partial_key(unit.id) in keys]
+            once = {unit.start: unit for unit in reversed(there)}  # the groups of a segment agree, or that was said
+            self._add(carry_out("segments compared with the data", [CheckData(once[at]) for at in sorted(once)]))
 
     def _here(self, _: str, checks: Sequence[Check]) -> Iterator[Findings]:
         """Carry out checks in this process, one after the other."""
@@ -163,7 +165,7 @@ class _Run:
         """Check what says which version, tuning and metrics are in force."""
         problems, keys, plan = self.report.problems, self.checker.keys, self.plan
         if self.report.versions or layout.CURRENT in keys:
-            missing = [layout.partial_key(segment.id) for segment in plan.segments]
+            missing = [layout.partial_key(unit.id) for unit in plan.units]
             problems += [
                 (
                     key,

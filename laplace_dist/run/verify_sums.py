@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from laplace_dist.errors import RunFailed
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run import layout, partials, versions, windows
@@ -29,7 +30,7 @@ class SumsCheck:
         carry_out: Carries out the checks that read arrays.
 
     Attributes:
-        manifests: Good manifests of partials by the segment's id.
+        manifests: Good manifests of partials by their units' ids.
         versions: Names of the whole posterior versions.
         window: The manifest of the window's sum, if it is there and good.
     """
@@ -55,10 +56,11 @@ class SumsCheck:
     # -------------------------------------------------------------- partials
 
     def _partials(self) -> None:
-        planned = {layout.partial_key(segment.id): segment for segment in self.plan.segments}
+        planned = {layout.partial_key(unit.id): unit for unit in self.plan.units}
         present = [key for key in self.keys if re.fullmatch(r"partials/[^/]+\.json", key)]
         self.checker.attempt("partials", lambda: self._read_partials(planned, sorted(present)))
-        good = [segment for segment in self.plan.segments if segment.id in self.manifests]
+        good = [unit for unit in self.plan.units if unit.id in self.manifests]
+        self._agreement()
         checks = [CheckPartials(tuple(some)) for some in _batched(good, TOGETHER)]
         for found in self._carry_out("groups of partials", checks):
             self.checker.found.add(found)
@@ -68,11 +70,19 @@ class SumsCheck:
             if key not in planned:
                 self._unplanned(key, content)
                 continue
-            segment = planned[key]
-            found = self.checker.attempt(key, lambda c=content, s=segment: partials.parse_manifest(c, self.plan, s))
+            unit = planned[key]
+            found = self.checker.attempt(key, lambda c=content, u=unit: partials.parse_manifest(c, self.plan, u))
             if found is not None:
-                self.manifests[segment.id] = found
+                self.manifests[unit.id] = found
                 self.checker.found.came_from(found)
+
+    def _agreement(self) -> None:
+        """Look whether the module groups of every segment are of the same data."""
+        there = [self.manifests[unit.id] for unit in self.plan.units if unit.id in self.manifests]
+        try:
+            partials.check_agreement(self.plan, there if len(self.plan.groups) > 1 else [])
+        except RunFailed as error:
+            self._problem("partials", str(error))
 
     def _unplanned(self, key: str, content: bytes) -> None:
         """Note a manifest of no segment of the plan: one of another run does no harm, and is all the same in the way."""
@@ -85,8 +95,8 @@ class SumsCheck:
     @property
     def _all(self) -> list[dict[str, Any]] | None:
         """The manifests in plan order if all are there and good."""
-        ordered = [self.manifests[segment.id] for segment in self.plan.segments if segment.id in self.manifests]
-        return ordered if len(ordered) == len(self.plan.segments) else None
+        ordered = [self.manifests[unit.id] for unit in self.plan.units if unit.id in self.manifests]
+        return ordered if len(ordered) == len(self.plan.units) else None
 
     # -------------------------------------------------------------- versions, parts, window
 
@@ -114,7 +124,7 @@ class SumsCheck:
         """Check the parts of everything, given the versions that are good."""
         current = None if self.window is None else versions.version_of(alone(self.store, self.plan, self.window))
         compared = tuple((version, old) for version, old in found.items() if old or version == current)
-        without = frozenset(segment.id for segment in self.plan.segments) - self.manifests.keys()
+        without = frozenset(self.plan.units_by_id) - self.manifests.keys()
         named = {} if self.window is None else self.window["parts"]
         checks = [
             CheckPart(
@@ -133,7 +143,7 @@ class SumsCheck:
                 self._problem(layout.WINDOW, text)
             return
         if self._all is not None and not self.checker.shallow:
-            total = windows.total_loss(self.store, self._all)
+            total = windows.total_loss(self.store, partials.of_first_group(self.plan, self._all))
             if total != self.window["loss"]:
                 self._problem(layout.WINDOW, f"{layout.WINDOW}: its loss is not the sum of the partials'. "
                               f"{layout.remedy(layout.WINDOW)}")  # fmt: skip

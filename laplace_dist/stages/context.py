@@ -100,18 +100,19 @@ class Context:
         same(self._second.store, self._second.plan.digest, digest)
         return self._second
 
-    def zero_sums(self, plan: Plan) -> Any:
-        """Return raw sums over no example, of the pass over the data that has this plan.
+    def zero_sums(self, plan: Plan, group: int = 0) -> Any:
+        """Return raw sums over no example, of one module group of the pass over the data that has this plan.
 
         Raises:
             SettingsError: They are not those of the plan.
         """
+        rows = () if len(plan.groups) == 1 else (plan.groups[group].rows,)
         if plan.basis is None:
-            return self.la.zero_sums()
+            return self.la.zero_sums(*rows)
         if self._basis is None or self._basis[0] != plan.basis["sha256"]:
             wanted = plan.basis["sha256"]
             self._basis = wanted, bases.read_basis(self.store, self.plan, wanted, self.device)
-        sums = self.la.second_sums(self._basis[1])
+        sums = self.la.second_sums(self._basis[1], *rows)
         if plain(replace(sums.spec, basis=None)) != plan.spec:
             raise SettingsError(_OTHER_FACTORS)
         return sums

@@ -24,11 +24,11 @@ BESIDE = 128 * 2**20
 
 @dataclass(frozen=True)
 class MapSegment:
-    """Accumulate the curvature of one segment and commit it as a partial.
+    """Accumulate the curvature of one segment, or one module group of it, and commit it as a partial.
 
     Attributes:
         plan: Digest of the plan.
-        segment: The segment.
+        segment: The segment, and which group of its sums.
     """
 
     plan: str
@@ -42,7 +42,7 @@ class MapSegment:
     def run(self, context: Context) -> dict[str, Any] | Callable[[], dict[str, Any]]:
         """Do so; the receipt says who won the commit and how many seconds that took. The commit of small sums may wait."""
         segment, plan = self.segment, context.window_of(self.plan).plan
-        sums, digest = context.zero_sums(plan), hashlib.sha256()
+        sums, digest = context.zero_sums(plan, segment.group), hashlib.sha256()
         for offset, x, y in context.batches("train", plan.data, segment.start, segment.stop, digest):
             context.la.accumulate(sums, x, y, offset=offset)
         tensors = sums.to_tensors()
@@ -93,13 +93,14 @@ def comparisons(plan: Plan, done: Collection[str]) -> list[CompareData]:
 
     Args:
         plan: The plan.
-        done: Ids of the committed segments.
+        done: Ids of the committed units.
     """
-    there = [segment for segment in plan.segments if segment.id in done]
+    found = {unit.start: unit for unit in plan.units if unit.id in done}
+    there = [found[at] for at in sorted(found)]
     chosen = {index: there[index] for index in (0, len(there) // 2, len(there) - 1)} if there else {}
-    return [CompareData(plan.digest, segment) for segment in chosen.values()]
+    return [CompareData(plan.digest, unit) for unit in chosen.values()]
 
 
 def tasks(plan: Plan, done: Collection[str]) -> Iterator[MapSegment]:
-    """Yield a task for every segment that has no committed partial, in plan order."""
-    return (MapSegment(plan.digest, segment) for segment in lifecycle.remaining(plan, done))
+    """Yield a task for every unit that has no committed partial, in plan order."""
+    return (MapSegment(plan.digest, unit) for unit in lifecycle.remaining(plan, done))

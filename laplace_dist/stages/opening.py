@@ -10,11 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from laplace.structures.registry import SECOND_PASSES
+from laplace_dist.config.compatibility import no_groups
 from laplace_dist.config.settings import Config
 from laplace_dist.data import loader, sources
 from laplace_dist.data.collate import Collate
 from laplace_dist.errors import ExampleError, SettingsError
 from laplace_dist.plan import identity
+from laplace_dist.plan.estimate import groups_for, too_large
+from laplace_dist.plan.groups import plan_groups
 from laplace_dist.plan.identity import shared_examples
 from laplace_dist.plan.plan import Plan, build_plan
 from laplace_dist.run import layout, lifecycle, weights
@@ -86,6 +89,36 @@ def _chosen(config: Config, model: nn.Module, train: Any, f: Tensor) -> tuple[Co
     return chosen, initialized(chosen.model_dump(), model, train, Collate.of(config))
 
 
+def module_groups(
+    config: Config, resolved: Resolved, memory: int | None, say: Callable[[str], None] = lambda text: None
+) -> int:
+    """Return the number of module groups of a run that is to be begun.
+
+    Args:
+        config: The settings.
+        resolved: What they name.
+        memory: Bytes that a worker can have; None where that is not known.
+        say: Where a line for people goes.
+
+    Raises:
+        SettingsError: No worker has the memory for the sums.
+    """
+    spec = plain(resolved.la.sums_spec())
+    size = sum(tensor.nbytes for tensor in (*resolved.model.parameters(), *resolved.model.buffers()))
+    able = no_groups(config) is None
+    count = config.module_groups or (groups_for(spec, size, memory) if able else 1)
+    groups = plan_groups(spec, count)
+    if why := too_large(spec, size, memory, len(groups)):
+        raise SettingsError(f"--hessian-structure: got {config.hessian_structure!r}, but {why}")
+    if len(groups) > 1:
+        largest = max(group.nbytes for group in groups)
+        say(
+            f"module groups: {len(groups)}, so as many passes over the data; a worker holds at most {largest:,} bytes of sums "
+            "at a time"
+        )
+    return len(groups)
+
+
 def begin(
     resolved: Resolved,
     config: Config,
@@ -93,6 +126,7 @@ def begin(
     device_type: str,
     say: Callable[[str], None],
     training: Mapping[str, Any] | None = None,
+    module_groups: int = 1,
 ) -> tuple[Plan, bool]:
     """Begin the run, or continue the one that is there; returns its plan and whether it was there.
 
@@ -103,6 +137,7 @@ def begin(
         device_type: Where the workers compute, `cpu` or `cuda`.
         say: Where lines for people go.
         training: Settings of a training that change bits too.
+        module_groups: Number of module groups of a run that is begun.
 
     Raises:
         SettingsError: What is there is of another plan.
@@ -118,6 +153,7 @@ def begin(
         run=new_attempt(),
         window={"name": config.window or datetime.now(UTC).date().isoformat(), "number": 0},
         further=further(resolved.la),
+        module_groups=module_groups,
     )
     snapshot = config.model_copy(update={"weights": f"{store.url}/{layout.WEIGHTS}"}).to_yaml()
     _check_first_window(config, store)
@@ -185,6 +221,7 @@ def begin_window(config: Config, store: Store, there: Sequence[Window], device_t
         run=run.run_id,
         window={"name": config.window, "number": number},
         further=run.further,
+        module_groups=run.module_groups or 1,
     )
     lifecycle.refuse_another_run(store, run, wanted)
     for window in there:

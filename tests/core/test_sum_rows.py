@@ -160,8 +160,8 @@ def test_parts_that_hold_other_rows_do_not_merge():
 
 def test_what_a_part_takes_is_what_it_holds(monkeypatch):
     """The refusal before an allocation counts the rows that are held, not the whole."""
-    la, (x, y) = posterior(mlp(), "full"), data()
-    la.initialize(x)
+    la = posterior(mlp(), "full")
+    la.initialize(data()[0])
     needed = []
     monkeypatch.setattr("laplace.structures.sums.memory.require", lambda size, *rest: needed.append(size))
     cuts = row_cuts(la.sums_spec().factors["full"])
