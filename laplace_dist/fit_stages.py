@@ -12,9 +12,10 @@ from typing import Any, Self
 from laplace_dist.config import compatibility
 from laplace_dist.config.import_path import IMPORT_PATH
 from laplace_dist.config.settings import HF, Config
-from laplace_dist.errors import MissingObjectError, SettingsError
+from laplace_dist.errors import MissingObjectError, OutOfMemory, SettingsError
 from laplace_dist.execution.session import ExecutorType, Session
 from laplace_dist.execution.tasks import Task
+from laplace_dist.plan.estimate import expected_bytes
 from laplace_dist.plan.groups import plan_groups
 from laplace_dist.plan.plan import Plan
 from laplace_dist.report.progress import Progress
@@ -25,6 +26,7 @@ from laplace_dist.run.journal import Journal
 from laplace_dist.run.second_pass import open_second, place_of_second
 from laplace_dist.stages import basis, map, opening, reduce
 from laplace_dist.stages.context import plain
+from laplace_dist.stages.smaller import as_halved, smaller
 from laplace_dist.storage.store import Store
 
 
@@ -109,10 +111,15 @@ class FitStages:
         self.config = config = resolved.config
         self._checked = True
         self.store.check_writable()  # before a cluster may be asked for its devices
-        groups = self._groups(resolved, self.plan if there else None)
-        self.plan, self._continued = opening.begin(
-            resolved, config, self.store, self.device_type, self.say, module_groups=groups
-        )
+        if there:
+            self.config = config = as_halved(config, self.plan)
+        asked = self.given.batch_size
+        how = {
+            "module_groups": self._groups(resolved, self.plan if there else None),
+            "halved_from": None if config.batch_size == asked else asked,
+        }
+        self.plan, self._continued = opening.begin(resolved, config, self.store, self.device_type, self.say, **how)
+        self.session.expected = expected_bytes(self.plan.spec, len(self.plan.groups), resolved.model_bytes)
         self.window = Window(self.store, self.plan)
         self.say(f"{'continuing' if self._continued else 'starting'} the run at {self.store.url}")
         self.say(f"estimator: {resolved.cost}")
@@ -139,7 +146,30 @@ class FitStages:
 
     def map(self) -> None:
         """Accumulate the segments of the window that have no committed partial, in the first pass over its data."""
-        self._map(self.window, "segments")
+        while True:
+            try:
+                self._map(self.window, "segments")
+                return
+            except OutOfMemory as error:
+                self._begin_smaller(error)
+
+    def _begin_smaller(self, error: OutOfMemory) -> None:
+        """Begin the run again with what takes less memory, if nothing of it is committed; else raise the error."""
+        first = self.window.store is self.store and not self.store.list("partials", recursive=False)
+        less = smaller(self.given, self.plan, error) if first else None
+        if less is None:
+            raise error
+        (name, value), size = next(iter(less.items())), self.plan.settings["batch_size"]
+        what = "the sums" if error.of_sums else f"a batch of {size}"
+        self.say(f"map: {error}")
+        self.say(
+            f"map: no worker has the memory for {what}, and nothing is committed yet: the run begins again with "
+            f"--{name.replace('_', '-')} {value}, which its plan records"
+        )
+        self.session.end_workers()
+        self.config = self.config.model_copy(update={**less, "fresh": True})
+        self.open()
+        self.config = self.config.model_copy(update={"fresh": False})
 
     def _map(self, window: Window, unit: str) -> None:
         store, plan = window.store, window.plan

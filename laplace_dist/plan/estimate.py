@@ -14,11 +14,15 @@ from laplace_dist.plan.plan import Plan
 
 # List prices of S3 Standard in US East (N. Virginia), dollars for a thousand requests.
 PUT_PRICE, GET_PRICE = 0.005, 0.0004
+PROCESS_BYTES = 400 * 10**6  # that a process has to itself after the imports and a segment of small sums
 RAY_BYTES = 60 * 10**6  # that Ray takes in a worker's process beside what the same process takes without it
 SMALLER = (
     "Use --hessian-structure diag, --subset-of-weights last_layer, freeze that layer, lower --num-workers where they share a "
     "machine, or use a larger one."
 )
+# Bytes of sums up to which a segment is committed while the next one is computed: a commit takes about one hundredth of a
+# segment's time, which is not worth a second copy of sums that fill a worker's memory.
+BESIDE = 128 * 2**20
 FILLED = 0.8  # of a worker's memory that sums and model may take where sums are divided into groups
 COMMIT_SHARE = 0.02  # of a segment's time, above which larger segments are worth it
 
@@ -145,6 +149,21 @@ def estimate(
         "reduce_seconds": math.ceil(len(plan.parts) / workers) * segments * trial.sum_seconds,
     }
     return Estimate(**found, advice=tuple(_advice(plan, trial, found)))
+
+
+def expected_bytes(spec: Mapping[str, Any], groups: int, model_bytes: int) -> int:
+    """Return what a worker is expected to take at least, before any is started: its libraries, the model, and its sums.
+
+    Sums that are committed while the next ones are computed are there twice. What a batch and the data set take is not known
+    before a trial, and not counted.
+
+    Args:
+        spec: Specification of the sums, as plain values.
+        groups: Number of module groups.
+        model_bytes: Of the model's parameters and buffers.
+    """
+    sums = max(group.nbytes for group in plan_groups(spec, groups))
+    return PROCESS_BYTES + RAY_BYTES + model_bytes + sums * (2 if sums <= BESIDE else 1)
 
 
 def too_large(spec: Mapping[str, Any], model_bytes: int, memory: int | None, groups: int = 1) -> str | None:

@@ -18,7 +18,7 @@ from laplace_dist.plan.segments import Segment, default_segment_size, plan_segme
 FORMAT_VERSION = 2  # 1 is that of 0.1: its plans have no probe, its manifests no digest of the data and no environment
 
 
-_OPTIONAL = ("run", "window", "further", "basis", "module_groups")
+_OPTIONAL = ("run", "window", "further", "basis", "module_groups", "halved_from")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Plan:
         basis: Of the plan of a second pass, its `name` and the `sha256` of the basis that its sums are in. May be None.
         module_groups: Number of passes over the data, each of which adds up a group of the factors; None is one. It changes
             how partials are stored and no bit of what they sum up to.
+        halved_from: The batch size that was asked for, where no worker had the memory for it; the settings have the one that
+            the run has. None where they have what was asked for.
     """
 
     segments: tuple[Segment, ...]
@@ -59,6 +61,7 @@ class Plan:
     further: dict[str, Any] | None = None
     basis: dict[str, Any] | None = None
     module_groups: int | None = None
+    halved_from: int | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -68,7 +71,7 @@ class Plan:
     @cached_property
     def content(self) -> str:
         """Return the sha256 of all that decides the result, which two runs may have in common."""
-        return replace(self, run=None, window=None, module_groups=None).digest
+        return replace(self, run=None, window=None, module_groups=None, halved_from=None).digest
 
     @property
     def posterior_spec(self) -> dict[str, Any]:
@@ -149,6 +152,7 @@ def build_plan(
     window: Mapping[str, Any] | None = None,
     further: Mapping[str, Any] | None = None,
     module_groups: int = 1,
+    halved_from: int | None = None,
 ) -> Plan:
     """Return the plan for these settings and digests; a segment size that is not given gets its default.
 
@@ -163,6 +167,7 @@ def build_plan(
         window: `name` and `number` of the window.
         further: `name` and `spec` of the second pass.
         module_groups: Number of module groups.
+        halved_from: The batch size that was asked for, where it was halved.
 
     Raises:
         SettingsError: The data set is empty or a size is below 1.
@@ -179,6 +184,7 @@ def build_plan(
         "run": run,
         "window": window and dict(window),
         "module_groups": None if module_groups == 1 else module_groups,
+        "halved_from": halved_from,
     }
     return Plan(segments=tuple(segments), settings=settings, **own, **plain)
 

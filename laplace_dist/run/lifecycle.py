@@ -114,8 +114,8 @@ def _refuse_another_plan(store: Store, stored: Plan, plan: Plan) -> None:
     """
     older = stored.format_version < plan.format_version
     changed = differences(stored, plan)
-    own = {"probe": stored.probe, "run": stored.run, "window": stored.window, "module_groups": stored.module_groups}
-    same = replace(plan, **own)
+    own = ("probe", "run", "window", "module_groups", "halved_from")
+    same = replace(plan, **{name: getattr(stored, name) for name in own})
     if not changed and (older or stored.digest == same.digest):
         return
     raise SettingsError(

@@ -111,6 +111,7 @@ class PlanFields(Strict):
     further: _Further | None = None
     basis: _InBasis | None = None
     module_groups: Positive | None = None
+    halved_from: Positive | None = None
 
     @model_validator(mode="after")
     def _covers_the_data(self) -> PlanFields:

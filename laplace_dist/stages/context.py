@@ -26,6 +26,7 @@ from laplace_dist.run.checkpoint import open_store
 from laplace_dist.run.combination import Window, place_of, summed
 from laplace_dist.run.lifecycle import check_model
 from laplace_dist.run.ownership import read_plan, same
+from laplace_dist.stages.smaller import as_halved
 from laplace_dist.storage.store import Store
 
 _OTHER_FACTORS = (
@@ -203,7 +204,7 @@ class Context:
             config = self.config
             reader = ReadAhead(
                 self.split(split, data),
-                config.batch_size,
+                as_halved(config, self.plan).batch_size,
                 Collate.of(config),
                 workers=config.loader_workers,
                 threads=config.threads_per_worker,

@@ -10,16 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
+from laplace_dist.plan.estimate import BESIDE
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run import lifecycle, partials
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.provenance import environment, node
 from laplace_dist.stages.context import Context
-
-# Bytes of sums up to which a segment is committed while the next one is computed: a commit takes about one hundredth of a
-# segment's time, which is not worth a second copy of sums that fill a worker's memory.
-BESIDE = 128 * 2**20
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.probe import make_probe
 from laplace_dist.stages import estimator, first_batch
 from laplace_dist.stages.context import initialized, plain
+from laplace_dist.stages.smaller import as_halved
 from laplace_dist.storage.store import Store
 
 
@@ -49,6 +50,11 @@ class Resolved:
     data: dict[str, Any]
     config: Config
     cost: str
+
+    @property
+    def model_bytes(self) -> int:
+        """What the model's parameters and buffers take."""
+        return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
 
 
 def resolve(config: Config, stored: Mapping[str, Any] | None = None) -> Resolved:
@@ -104,7 +110,7 @@ def module_groups(
         SettingsError: No worker has the memory for the sums.
     """
     spec = plain(resolved.la.sums_spec())
-    size = sum(tensor.nbytes for tensor in (*resolved.model.parameters(), *resolved.model.buffers()))
+    size = resolved.model_bytes
     able = no_groups(config) is None
     count = config.module_groups or (groups_for(spec, size, memory) if able else 1)
     groups = plan_groups(spec, count)
@@ -127,6 +133,7 @@ def begin(
     say: Callable[[str], None],
     training: Mapping[str, Any] | None = None,
     module_groups: int = 1,
+    halved_from: int | None = None,
 ) -> tuple[Plan, bool]:
     """Begin the run, or continue the one that is there; returns its plan and whether it was there.
 
@@ -138,6 +145,7 @@ def begin(
         say: Where lines for people go.
         training: Settings of a training that change bits too.
         module_groups: Number of module groups of a run that is begun.
+        halved_from: The batch size that was asked for, where it was halved.
 
     Raises:
         SettingsError: What is there is of another plan.
@@ -154,6 +162,7 @@ def begin(
         window={"name": config.window or datetime.now(UTC).date().isoformat(), "number": 0},
         further=further(resolved.la),
         module_groups=module_groups,
+        halved_from=halved_from,
     )
     snapshot = config.model_copy(update={"weights": f"{store.url}/{layout.WEIGHTS}"}).to_yaml()
     _check_first_window(config, store)
@@ -206,7 +215,7 @@ def begin_window(config: Config, store: Store, there: Sequence[Window], device_t
         raise SettingsError(
             f"--window: got {config.window!r}, which is that of the fit itself. Give the new window another name."
         )
-    config = estimator.given(config, run.settings)
+    config = as_halved(estimator.given(config, run.settings), run)
     train = sources.load_split(config, "train")
     check_again(config, store, run, {"train": train, **sources.check_splits(config)})
     data = fingerprint(config, train, "train")
@@ -222,6 +231,7 @@ def begin_window(config: Config, store: Store, there: Sequence[Window], device_t
         window={"name": config.window, "number": number},
         further=run.further,
         module_groups=run.module_groups or 1,
+        halved_from=run.halved_from,
     )
     lifecycle.refuse_another_run(store, run, wanted)
     for window in there:
@@ -254,6 +264,7 @@ def refuse_other_settings(config: Config, store: Store, plan: Plan, kind: str) -
             f"--likelihood: got {config.likelihood!r}, but the run at {store.url!r} was fitted with "
             f"{stored.get('likelihood')!r}. Give --likelihood {stored.get('likelihood')}."
         )
+    config = as_halved(config, plan)
     of_sums = {"hessian_structure", "subset_of_weights", "backend", "estimator"} & stored.keys()
     left_out = {name: Config.model_fields[name].default for name in ("collate", "dict_key_x", "dict_key_y")}
     if kind == "recalibrate":
