@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -272,7 +273,7 @@ def _loading(config: Config, result: Result) -> str:
             f"la = load_posterior({result.checkpoint!r}, model.eval(), load_weights=True{options})"
         )
     module, _, attribute = config.model.partition(":")
-    if "://" in result.checkpoint:
+    if "://" in result.checkpoint or not os.path.exists(f"{result.checkpoint}/{layout.WEIGHTS}"):
         return (
             f"from {module} import {attribute}\n"
             "from laplace_dist import load_posterior\n"

@@ -12,11 +12,12 @@ from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsErr
 from laplace_dist.plan.plan import Plan, differences
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.checkpoint import Checkpoint, open_json
-from laplace_dist.run.layout import CONFIG, CURRENT, PLAN, TRAINING, WEIGHTS, partial_key, probe_key
+from laplace_dist.run.layout import CONFIG, CURRENT, PLAN, TRAINING, partial_key, probe_key
 from laplace_dist.run.ownership import confirm, of_another, read_plan
 from laplace_dist.run.partials import check_manifest
 from laplace_dist.run.place import check_place, clear
 from laplace_dist.run.probe import check_probe, probe_digest
+from laplace_dist.run.run_weights import RunWeights, are_there
 from laplace_dist.run.second_pass import place_of_second, read_second_plan
 from laplace_dist.run.settings_file import seal_yaml
 from laplace_dist.storage.sealed_json import seal_json
@@ -46,7 +47,7 @@ def open_run(
     plan: Plan,
     *,
     model: nn.Module,
-    weights: Callable[[], bytes],
+    weights: RunWeights,
     probe: Callable[[], bytes | None],
     config_yaml: str,
     fresh: bool = False,
@@ -58,7 +59,7 @@ def open_run(
         store: The checkpoint.
         plan: What this command asks for.
         model: The network, in eval mode.
-        weights: Returns the model's weights as a safetensors file; called if they are not stored yet.
+        weights: Of the model, which are stored if they are not yet.
         probe: Returns the model's probe, or None where its inputs cannot be stored; called for a new run.
         config_yaml: Snapshot of the settings, without secrets.
         fresh: Delete an existing run first.
@@ -74,7 +75,7 @@ def open_run(
     check_place(store)
     here = store.exists(PLAN)
     if not here:
-        _check_left_weights(store, weights)
+        weights.refuse_others(store)
     store.check_writable()
     if fresh and here:
         clear(store, say)
@@ -84,19 +85,11 @@ def open_run(
         _refuse_another_plan(store, stored, plan)
         check_model(store, stored, model, "what --model builds here")
     mine = created or stored
-    if created is not None or not store.exists(WEIGHTS):
-        _write_weights(store, mine, weights())
+    if created is not None or not are_there(store):
+        weights.write(store, mine)
     confirm(store, mine)
     store.replace(CONFIG, seal_yaml(config_yaml))
     return mine, created is None
-
-
-def _write_weights(store: Store, plan: Plan, content: bytes) -> None:
-    """Store the weights; those that a job has put there whose run was deleted at that very moment make way."""
-    confirm(store, plan)
-    if not store.create(WEIGHTS, content) and store.read(WEIGHTS) != content:
-        confirm(store, plan)
-        store.replace(WEIGHTS, content)
 
 
 def _create_plan(store: Store, plan: Plan, probe: bytes | None) -> Plan | None:
@@ -160,15 +153,6 @@ def open_window(store: Store, plan: Plan) -> Plan:
             + "\nGive the new data another name."
         )
     return stored
-
-
-def _check_left_weights(store: Store, weights: Callable[[], bytes]) -> None:
-    """Refuse weights of another model where there is no run: a job of a deleted run may have left them, or a person."""
-    if store.exists(WEIGHTS) and store.read(WEIGHTS) != weights():
-        raise SettingsError(
-            f"--checkpoint {store.url!r}: holds no run (no {PLAN}), but the {WEIGHTS} of another one. Nothing was changed. "
-            "Delete them, or give a new or empty place."
-        )
 
 
 def committed(

@@ -123,6 +123,22 @@ class PlanFields(Strict):
         return self
 
 
+class WeightsIndexFields(Strict):
+    """The index of a large model's weights; `weight_map` and `metadata` are those of `save_pretrained`."""
+
+    format_version: Positive
+    weight_map: dict[str, str]
+    files: dict[Annotated[str, Field(pattern=r"^weights-[0-9a-f]{16}\.safetensors$")], Sha256]
+    model: Sha256
+    metadata: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _names_its_files(self) -> WeightsIndexFields:
+        if set(self.weight_map.values()) != self.files.keys():
+            raise ValueError("its files are not those that its tensors lie in")
+        return self
+
+
 class PartialFields(Strict):
     """The manifest of a partial."""
 

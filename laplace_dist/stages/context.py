@@ -21,7 +21,7 @@ from laplace_dist.errors import SettingsError
 from laplace_dist.plan.digests import feed
 from laplace_dist.plan.identity import check_data
 from laplace_dist.plan.plan import Plan
-from laplace_dist.run import bases, posterior, provenance, tunings, weights
+from laplace_dist.run import bases, posterior, provenance, run_weights, tunings
 from laplace_dist.run.checkpoint import open_store
 from laplace_dist.run.combination import Window, place_of, summed
 from laplace_dist.run.lifecycle import check_model
@@ -122,7 +122,7 @@ class Context:
     @without_autocast()  # what builds a model may train it
     def model(self) -> nn.Module:
         """The run's model with the run's own weights, in eval mode, on the device."""
-        model = weights.load_run_model(self.config, self.store, self.plan).to(self.device)
+        model = run_weights.load_run_model(self.config, self.store, self.plan).to(self.device)
         check_model(self.store, self.plan, model, f"what --model builds on {self.where}")
         return model
 

@@ -25,6 +25,7 @@ from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.combination import Window, place_of
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.probe import make_probe
+from laplace_dist.run.run_weights import RunWeights, load_run_model
 from laplace_dist.stages import estimator, first_batch
 from laplace_dist.stages.context import initialized, plain
 from laplace_dist.stages.smaller import as_halved
@@ -164,13 +165,14 @@ def begin(
         module_groups=module_groups,
         halved_from=halved_from,
     )
-    snapshot = config.model_copy(update={"weights": f"{store.url}/{layout.WEIGHTS}"}).to_yaml()
+    own = RunWeights(model)
+    snapshot = config.model_copy(update={"weights": f"{store.url}/{own.key}"}).to_yaml()
     _check_first_window(config, store)
     return lifecycle.open_run(
         store,
         wanted,
         model=model,
-        weights=lambda: weights.dump_weights(model),
+        weights=own,
         probe=lambda: _probe(resolved, config, say),
         config_yaml=snapshot,
         fresh=config.fresh,
@@ -291,7 +293,7 @@ def check_again(config: Config, store: Store, plan: Plan, splits: Mapping[str, A
         SettingsError: The model is not the run's, or does not suit the data.
         CheckpointError: The run's weights are damaged.
     """
-    model = weights.load_run_model(config, store, plan)
+    model = load_run_model(config, store, plan)
     lifecycle.check_model(store, plan, model, "what --model builds here")
     first_batch.check(config, model, splits)
 
