@@ -8,7 +8,7 @@ many times more as there are classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -17,7 +17,14 @@ from torch import Tensor
 from laplace.capture.capture import ranges
 from laplace.capture.contractions import is_bias
 from laplace.likelihoods.base import BaseLikelihood
-from laplace.linalg.gram import add_gram_of_positions_, add_product_, add_weighted_gram_, mirror_whole_
+from laplace.linalg.gram import (
+    add_gram_of_positions_,
+    add_product_,
+    complete_blocks_,
+    mirror_,
+    mirror_weighted_,
+    weighted_gram,
+)
 from laplace.structures.sums import CurvatureSums, SumsSpec
 
 _ROOTS = 1 << 22  # elements of the roots of output Hessians that are held at once
@@ -41,13 +48,15 @@ def add_(sums: CurvatureSums, capture, likelihood: BaseLikelihood, f: Tensor, y:
     a = capture.inputs(sums.spec.blocks[0].layer)
     if sums.spec.structure == "kron":
         for name in dict.fromkeys(name for block in sums.spec.blocks for name in block.factors):
+            if not sums.holds(name):
+                continue
             if name.endswith("/A"):
                 add_gram_of_positions_(sums.running(name), [a])
             else:
-                sums.running(name).add_(likelihood.hessian_sum(f, y))
+                sums.add_whole_(name, likelihood.hessian_sum(f, y))
         return
     diagonal, squares = likelihood.hessian_diagonal(f, y), a[:, 0].square()
-    for block in sums.spec.blocks:
+    for block in sums.held_blocks:
         total = sums.running(block.factors[0])
         if is_bias(block):
             total.add_(diagonal.sum(0))
@@ -73,41 +82,62 @@ def add_full_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> Non
 
 
 def _add_pairs_(total: Tensor, hessians: Tensor, sides: list[Tensor]) -> None:
-    """Add, on and above the diagonal, the block of every pair of outputs of every pair of parameters.
+    """Add, on and left of the diagonal, the block of every pair of outputs of every pair of parameters.
 
-    A block of one parameter is symmetric by itself; what is below its own diagonal is left to :func:`_complete_`.
+    A block of two outputs of one parameter is symmetric by itself: of a whole sum, one half is left to :func:`_complete_`.
 
     Args:
-        total: The sum; the rows of a parameter are those of its outputs one after the other.
+        total: The sum, or some of its rows; those of a parameter are those of its outputs one after the other.
         hessians: ``(outputs, outputs, batch)``.
         sides: What each parameter is multiplied by: the features ``(batch, in)`` of a weight, the ones of a bias.
     """
-    widths = tuple(side.shape[1] for side in sides)
-    for i, j, o, p, area in _areas(total, len(hessians), widths):
+    for i, j, o, p, row, column in _pairs(len(hessians), [side.shape[1] for side in sides]):
+        left, right, weights = sides[i], sides[j], hessians[o, p]
+        if not _rows_there(total, row, right.shape[1]):
+            continue
         if i == j:
-            add_weighted_gram_(area, sides[i], hessians[o, p])
+            for r, c, product in weighted_gram(left, weights, both=o != p and not _is_whole(total)):
+                _add_at_(total, row + r, column + c, product)
         else:
-            area.addmm_((sides[i] * hessians[o, p, :, None]).T, sides[j])
+            _add_at_(total, row, column, (right * weights[:, None]).T @ left)
 
 
-def _areas(total: Tensor, outputs: int, widths: tuple[int, ...]) -> Iterator[tuple[int, int, int, int, Tensor]]:
-    """The blocks on and above the diagonal: numbers of the two parameters and of the two outputs, and the block itself."""
+def _pairs(outputs: int, widths: Sequence[int]) -> Iterator[tuple[int, int, int, int, int, int]]:
+    """Pairs of parameters and of outputs of each, and the first row and column of their block, on or left of the diagonal."""
     first = 0
     for i, left in enumerate(widths):
         second = first
         for j, right in enumerate(widths[i:], i):
-            area = total[first : first + outputs * left, second : second + outputs * right]
-            area = area.unflatten(0, (outputs, left)).unflatten(2, (outputs, right))
             for o in range(outputs):
                 for p in range(o if i == j else 0, outputs):
-                    yield i, j, o, p, area[o, :, p]
+                    yield i, j, o, p, second + p * right, first + o * left
             second += outputs * right
         first += outputs * left
 
 
 def _complete_(outputs: int, widths: tuple[int, ...], total: Tensor) -> None:
     """Complete what :func:`_add_pairs_` leaves out."""
-    for i, j, _, _, area in _areas(total, outputs, widths):
-        if i == j:
-            mirror_whole_(area)
-    mirror_whole_(total)
+    for i, j, o, p, row, column in _pairs(outputs, widths) if _is_whole(total) else ():
+        if i == j and o != p:
+            mirror_weighted_(total[row : row + widths[i], column : column + widths[i]])
+    complete_blocks_(total)
+    mirror_(total)
+
+
+def _is_whole(total: Tensor) -> bool:
+    return total.shape[0] == total.shape[1]
+
+
+def _rows_there(total: Tensor, row: int, count: int) -> bool:
+    """Whether any of so many rows of the sum is among those that are kept."""
+    return row < total.shape[1] and row + count > total.shape[1] - total.shape[0]
+
+
+def _add_at_(total: Tensor, row: int, column: int, product: Tensor) -> None:
+    """Add a product to the sum at a row and column of the whole, as far as these rows are kept."""
+    last = total.shape[1]
+    first = last - total.shape[0]
+    start, stop = max(row, first), min(row + len(product), last)
+    if start < stop and column < last:
+        product = product[start - row : stop - row, : last - column]
+        total[start - first : stop - first, column : column + product.shape[1]].add_(product)
