@@ -165,8 +165,11 @@ class Capture:
         return self._by_layer(self.output_gradients(v))
 
     def _by_layer(self, found: list[tuple[Call, Tensor]]) -> dict[str, Tensor]:
+        own: dict[str, list[tuple[Call, Tensor]]] = {}
+        for call, g in found:
+            own.setdefault(call.layer, []).append((call, g))
         return {
-            layer: self.positions_of(layer, found) if layer in self.called else self._blank(layer)[1]
+            layer: self.positions_of(layer, own[layer]) if layer in own else self._blank(layer)[1]
             for layer in self.modules
         }
 
