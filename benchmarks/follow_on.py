@@ -1,0 +1,91 @@
+"""Tuning and evaluation beside the map phase, as jobs, on random images: 1,024 to fit, 256 to tune on, 256 to evaluate.
+
+    python benchmarks/follow_on.py [resnet-diag] [vit-kron] [resnet-kron-100]
+
+One thread, no Ray, CPU seconds of the whole job less what it takes to run it again when everything is done (data, model,
+checks). The last column is what tuning and evaluation take for as many examples as the map has, over the map.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from torchvision.models import VisionTransformer, resnet18
+
+sys.path.insert(0, str(Path(__file__).parent))
+SIZES = {"train": 1024, "val": 256, "test": 256}
+CASES: dict[str, tuple[str, str, int]] = {
+    "resnet-diag": ("resnet", "diag", 10),
+    "vit-kron": ("vit", "kron", 10),
+    "resnet-kron-100": ("resnet", "kron", 100),
+}
+
+
+def resnet(classes: int) -> nn.Module:
+    """ResNet-18."""
+    torch.manual_seed(0)
+    return resnet18(num_classes=classes).eval()
+
+
+def vit(classes: int) -> nn.Module:
+    """A ViT of dimension 192 and depth 6 over patches of 4 × 4."""
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 4, 6, 3, 192, 768, num_classes=classes).eval()
+    model.heads.head.reset_parameters()
+    return model
+
+
+def images(split: str, classes: int) -> TensorDataset:
+    """Images of 3 × 32 × 32 with labels that the brightness of their thirds gives."""
+    generator = torch.Generator().manual_seed(len(split))
+    x = torch.rand(SIZES[split], 3, 32, 32, generator=generator)
+    return TensorDataset(x, torch.randint(classes, (len(x),), generator=generator))
+
+
+def spent(job: Callable[..., Any], config: Any) -> float:
+    """CPU seconds of a job beyond those of the same job when everything is done."""
+    from laplace_dist import Inline
+
+    found = []
+    for _ in range(2):
+        start = time.process_time()
+        job(config, executor=Inline)
+        found.append(time.process_time() - start)
+    return found[0] - found[1]
+
+
+def main() -> None:
+    """Print one row for each case."""
+    import laplace_dist
+    from laplace_dist.job import evaluate_posterior, tune_posterior
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE")
+    torch.set_num_threads(1)
+    print("| case | map | tune | evaluate | of as many examples, tune and evaluate / map |", "| - " * 5 + "|", sep="\n")
+    for name in parser.parse_args().cases:
+        model, structure, classes = CASES[name]
+        with tempfile.TemporaryDirectory() as place:
+            config = laplace_dist.Config(
+                model=f"follow_on:{model}", model_args={"classes": classes}, data="follow_on:images",
+                data_args={"classes": classes}, checkpoint=place, hessian_structure=structure, batch_size=32,
+                device="cpu", skip_tune=True, skip_evaluate=True, ood=[],
+            )  # fmt: skip
+            follow = config.model_copy(update={"skip_tune": False, "skip_evaluate": False})
+            took = [spent(laplace_dist.fit, config), spent(tune_posterior, follow), spent(evaluate_posterior, follow)]
+        each = [seconds / size for seconds, size in zip(took, SIZES.values(), strict=True)]
+        times = " | ".join(f"{seconds:.1f} s" for seconds in took)
+        print(f"| {name} | {times} | {(each[1] + each[2]) / each[0]:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
