@@ -138,6 +138,9 @@ class CapturedModel:
         """One forward pass that remembers what every contraction needs."""
         capture = self._unchecked_capture(x)
         if isinstance(capture, Capture):
+            capture.check_uses(
+                name for block in self.spec.blocks for name in (block.parameter, block.layer) if block.layer
+            )
             capture.check_attribution()
         return capture
 

@@ -27,7 +27,7 @@ from laplace.capture.padding import kept_tokens
 from laplace.capture.products import calls_of, product
 from laplace.capture.pullback import pullback
 from laplace.capture.rules import gradients_by_position, inputs_by_position, widths
-from laplace.capture.uses import Uses
+from laplace.capture.uses import Uses, numbers_of_uses
 from laplace.linalg.precision import without_autocast
 
 _KEPT = 1 << 22  # elements of a layer's inputs up to which they are kept from one direction to the next
@@ -39,7 +39,7 @@ class Capture:
     Attributes:
         f: Outputs ``(batch, …, outputs)`` without graph.
         modules: The covered layers by name.
-        misused: Names of the weights of products that have other uses in this batch.
+        misused: Names of parameters that this batch uses otherwise too than in the calls of their layers or in products.
         kept_tokens: Which positions of the inputs are no padding, ``(batch, time)``; None where all are, or are not known.
     """
 
@@ -83,7 +83,15 @@ class Capture:
 
         calls, without, self._output = memory_format.run(once, model, x, hooked.values())
         names = [call.layer for call in calls]
-        products, turned, self.misused = calls_of(self._output, self._products, len(self._output))
+        own = {
+            f"{layer}.{key}" if layer else key: parameter
+            for layer, module in hooked.items()
+            for key, parameter in module.named_parameters(recurse=False)
+        }
+        numbers = numbers_of_uses(self._output, own)
+        self.misused = {name for name, number in numbers.items() if number > names.count(name.rpartition(".")[0])}
+        products, turned, misused = calls_of(self._output, self._products, len(self._output))
+        self.misused |= misused
         self.modules.update(turned)
         self._calls = that_reach(self._output, calls) if len(set(names)) < len(names) else calls
         self._calls = [*self._calls, *products]
@@ -211,18 +219,25 @@ class Capture:
         """Elements that come out of the layers for one example, over all calls."""
         return sum(call.shape.numel() for call in self._calls) // len(self.f)
 
-    def check_attribution(self) -> None:
-        """See :func:`laplace.capture.attribution.check_attribution`; nothing where all rows are those of examples in order.
+    def check_uses(self, parameters: Iterable[str]) -> None:
+        """Refuse a batch that uses a parameter otherwise than its layer, or its products, say.
+
+        Args:
+            parameters: Names of those whose rows follow from layers or products.
 
         Raises:
-            ValueError: If rows are of other examples, or a weight is used in this batch as it was not in the first one.
+            ValueError: If there is one; names it.
         """
-        if self.misused:
+        wrong = sorted(self.misused.intersection(parameters))
+        if wrong:
             raise ValueError(
-                f"In this batch, the model uses {sorted(self.misused)} otherwise than in products with rows of examples, which "
-                "the first batch was found to have. Set requires_grad=False on these, or let the model's forward do the same "
-                "with every batch."
+                f"In this batch, the model uses {wrong} otherwise than in its first one: outside of the calls of their "
+                "modules, or in no product with rows of examples. Set requires_grad=False on these, or let the model's forward "
+                "do the same with every batch."
             )
+
+    def check_attribution(self) -> None:
+        """See :func:`laplace.capture.attribution.check_attribution`; nothing where all rows are those of examples in order."""
         if len(self.f) > 1 and self._calls and (self.folded or picks_rows(self._output)):
             check_attribution(self)
 

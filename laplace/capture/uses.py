@@ -171,16 +171,33 @@ def _layout(plain: Tensor | None, weighted: Tensor | None, weights: Tensor) -> L
 
 def uses_of(output: Tensor, params: Mapping[str, Tensor]) -> dict[str, list[Use] | None]:
     """The uses of every parameter that an output depends on by its graph; None where one of them is of another kind."""
-    consumers: dict[Any, list[tuple[Any, int, int]]] = {}
+    leaves, consumers = _leaves_and_consumers(output)
+    known = {name: leaves[id(p)] for name, p in params.items() if id(p) in leaves}
+    return {name: _uses(leaf, (), params[name].shape, consumers) for name, leaf in known.items()}
+
+
+def numbers_of_uses(output: Tensor, params: Mapping[str, Tensor]) -> dict[str, int]:
+    """How often an output's graph does something with every parameter, of whatever kind."""
+    leaves, consumers = _leaves_and_consumers(output)
+
+    def number(node: Any) -> int:
+        found = [consumer for consumer, _, _ in consumers.get(node, ())]
+        return sum(number(consumer) if type(consumer).__name__ in VIEWS else 1 for consumer in found)
+
+    return {name: number(leaves[id(p)]) for name, p in params.items() if id(p) in leaves}
+
+
+def _leaves_and_consumers(output: Tensor) -> tuple[dict[int, Any], dict[Any, list[tuple[Any, int, int]]]]:
+    """Nodes of parameters by their identity; for every node, those that take what it gives, as which input, which output."""
     leaves: dict[int, Any] = {}
+    consumers: dict[Any, list[tuple[Any, int, int]]] = {}
     for node in nodes(output):
         if hasattr(node, "variable"):
             leaves[id(node.variable)] = node
         for slot, (source, number) in enumerate(node.next_functions):
             if source is not None:
                 consumers.setdefault(source, []).append((node, slot, number))
-    known = {name: leaves[id(p)] for name, p in params.items() if id(p) in leaves}
-    return {name: _uses(leaf, (), params[name].shape, consumers) for name, leaf in known.items()}
+    return leaves, consumers
 
 
 def _uses(node: Any, views: tuple, shape: torch.Size, consumers: Mapping[Any, list]) -> list[Use] | None:

@@ -114,7 +114,7 @@ def _verified(model: nn.Module, found: dict[str, Source], x: Any, alone: bool = 
     result = dict(found)
     for name in names:
         layer = found[name].layer
-        if layer in capture.misused:
+        if name in capture.misused or layer in capture.misused:
             result[name] = Source(None, f"per-example autograd: {_MISUSED}")
         elif layer not in capture.called:
             result[name] = Source(None, "per-example autograd: its module did not run")

@@ -109,6 +109,7 @@ class Reference:
         self.calls = self.calls if plan.structure == "kron" else {}
         self._sums: dict[str, list[Any]] = {}
         self._broken: set[str] = set()
+        self._moved: set[str] = set()  # weights of products of which an example has a gradient
         self.unseen: set[str] = set()  # weights that are multiplied where no reference looks
         found = [self._example(x, y) for x, y in zip(self.x, self.y, strict=True)]
         self.f, self.js = torch.stack([f for f, _ in found]), torch.stack([j for _, j in found])
@@ -191,6 +192,8 @@ class Reference:
     def _check(self, parameter, rows, js, spans, called="") -> None:
         if parameter in spans:
             truth = js[:, spans[parameter]]
+            if called and truth.norm() > 0:
+                self._moved.add(parameter)
             if rows.shape != truth.shape or (rows - truth).norm() > 1e-9 * (rows.norm() + truth.norm()):
                 self._broken.add(called or parameter)
 
@@ -199,7 +202,7 @@ class Reference:
         name, _, kind = parameter.rpartition(".")
         if parameter in self._sums and f"{parameter} by products" not in self._broken:
             left, right, n = self._sums[parameter]
-            if n == len(self.x) and (parameter in self._broken or name not in self._sums):
+            if n == len(self.x) and parameter in self._moved and (parameter in self._broken or name not in self._sums):
                 return [left, right / n]
         if parameter in self._broken or name not in self._sums or kind not in ("weight", "bias"):
             return None
@@ -365,7 +368,7 @@ def _fit(plan: Plan, case: Case) -> tuple[Any, torch.Tensor | tuple]:
     around = {CONTEXTS[0]: torch.no_grad, CONTEXTS[1]: torch.inference_mode}.get(plan.context, nullcontext)
     with _precision(plan):
         if plan.structure == "lowrank":
-            options |= {"backend": NativeGGN, "backend_kwargs": {"low_rank": 4 * len(case.y)}}
+            options |= {"backend": NativeGGN, "backend_kwargs": {"low_rank": 12 * len(case.y)}}
         if plan.backend:
             options["backend"] = backend_class(plan.backend)[0]
         law = LAWS[plan.likelihood].ours if plan.likelihood in LAWS else plan.likelihood

@@ -373,5 +373,37 @@ def test_a_weight_that_is_used_otherwise_in_a_later_batch_is_refused():
 
     model, x = Function(run, w=P(3, 2)).double(), torch.randn(N, 3, dtype=torch.float64)
     la = Laplace(model, "regression", "all", "kron")
-    with pytest.raises(ValueError, match=r"In this batch, the model uses \['w'\] otherwise than in products"):
+    with pytest.raises(ValueError, match=r"In this batch, the model uses \['w'\] otherwise than in its first one"):
+        la.fit([(x[:3], targets(model, x[:3])), (x[3:], targets(model, x[3:]))])
+
+
+def half_dead(m, x):
+    """A layer whose weight is used again outside of it; the first examples have no gradient at all."""
+    h = m.layer(x.relu())
+    return F.linear(h.tanh(), m.layer.weight.T).relu() @ m.head
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", "ekfac"])
+def test_uses_outside_of_a_module_are_seen_where_the_first_examples_prove_nothing(structure):
+    """Gradients of the first batch are zero, so that the layer's calls alone would seem to give them."""
+    torch.manual_seed(0)
+    model = Function(half_dead, layer=nn.Linear(3, 4, bias=False), head=P(3, 2)).double()
+    x = torch.randn(N, 3, dtype=torch.float64).abs()
+    x[0] = -1
+    la = Laplace(model, "regression", "all", structure)
+    la.fit([(x[i : i + 1], torch.zeros(1, 2, dtype=torch.float64)) for i in range(N)])
+    js = naive.jacobians(model, x)
+    truth = torch.einsum("ncp,ncq->pq", js, js)
+    assert float(js[0].norm()) == 0 < float(truth.norm())
+    if structure == "ekfac":
+        assert {name for name, kind, _ in la.coverage if kind == "diag"} >= {"layer.weight"}
+    else:
+        assert naive.relative_error(la.H, truth if structure == "full" else truth.diagonal()) < 1e-12
+
+
+def test_a_use_outside_of_a_module_in_a_later_batch_is_refused():
+    run = lambda m, x: m.layer(x) if len(x) > 2 else m.layer(x) + 0 * m.layer.weight.sum()  # noqa: E731
+    model, x = Function(run, layer=nn.Linear(3, 2)).double(), torch.randn(N, 3, dtype=torch.float64)
+    la = Laplace(model, "regression", "all", "diag")
+    with pytest.raises(ValueError, match=r"the model uses \['layer.weight'\] otherwise than in its first one"):
         la.fit([(x[:3], targets(model, x[:3])), (x[3:], targets(model, x[3:]))])
