@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +50,8 @@ _OF_RECALIBRATIONS = [
     "keep-versions",
     "alert-cmd",
 ]  # which do nothing in other jobs
-_OF_FITS = ["skip-evaluate"]  # which do nothing in a recalibration
+_OF_SUMS = ["module-groups"]  # which do nothing in jobs that add nothing up
+_OF_FITS = ["skip-evaluate", *_OF_SUMS]  # which do nothing in a recalibration, or follow what the run has
 
 
 def main(job: str, argv: Sequence[str] | None = None, **defaults: Any) -> int:
@@ -67,6 +69,8 @@ def main(job: str, argv: Sequence[str] | None = None, **defaults: Any) -> int:
 
     def carry_out() -> int:
         _refuse_idle(argv, _OF_RECALIBRATIONS, "jobs/recalibrate.py")
+        if job != "fit":
+            _refuse_idle(argv, _OF_SUMS, "the fit's job")
         config = _settings(job, argv, defaults)
         _say_idle(argv, config, _OF_RECALIBRATIONS, "jobs/recalibrate.py")
         result = JOBS[job](config)
@@ -300,7 +304,7 @@ def _loading(config: Config, result: Result) -> str:
             f"la = load_posterior({result.checkpoint!r}, model.eval(), load_weights=True{options})"
         )
     module, _, attribute = config.model.partition(":")
-    if "://" in result.checkpoint:
+    if "://" in result.checkpoint or not os.path.exists(f"{result.checkpoint}/{layout.WEIGHTS}"):
         return (
             f"from {module} import {attribute}\n"
             "from laplace_dist import load_posterior\n"

@@ -38,6 +38,18 @@ class RunFailed(RuntimeError):
     """The run cannot go on: no space left, a budget is exhausted, or a segment fails every time (exit status 1)."""
 
 
+class OutOfMemory(RunFailed):
+    """Every attempt at a task ran out of memory, and no task has finished: the run asks for more than there is (exit status 1).
+
+    Attributes:
+        of_sums: The sums did not fit, rather than a batch.
+    """
+
+    def __init__(self, message: str, *, of_sums: bool) -> None:
+        super().__init__(message)
+        self.of_sums = of_sums
+
+
 class Interrupted(BaseException):
     """The process was asked to end, by SIGINT or SIGTERM (exit status 130 or 143); no error, and not to be handled as one.
 

@@ -12,10 +12,11 @@ from typing import Any, Self
 from laplace_dist.config import compatibility
 from laplace_dist.config.import_path import IMPORT_PATH
 from laplace_dist.config.settings import HF, Config
-from laplace_dist.errors import MissingObjectError, SettingsError
+from laplace_dist.errors import MissingObjectError, OutOfMemory, SettingsError
 from laplace_dist.execution.session import ExecutorType, Session
 from laplace_dist.execution.tasks import Task
-from laplace_dist.plan.estimate import too_large
+from laplace_dist.plan.estimate import expected_bytes
+from laplace_dist.plan.groups import plan_groups
 from laplace_dist.plan.plan import Plan
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import bases, coverage, layout, lifecycle, ownership, partials, place, pointer, versions, windows
@@ -25,6 +26,7 @@ from laplace_dist.run.journal import Journal
 from laplace_dist.run.second_pass import open_second, place_of_second
 from laplace_dist.stages import basis, map, opening, reduce
 from laplace_dist.stages.context import plain
+from laplace_dist.stages.smaller import as_halved, smaller
 from laplace_dist.storage.store import Store
 
 
@@ -109,9 +111,15 @@ class FitStages:
         self.config = config = resolved.config
         self._checked = True
         self.store.check_writable()  # before a cluster may be asked for its devices
-        if not there:
-            self._refuse_too_large(resolved)
-        self.plan, self._continued = opening.begin(resolved, config, self.store, self.device_type, self.say)
+        if there:
+            self.config = config = as_halved(config, self.plan)
+        asked = self.given.batch_size
+        how = {
+            "module_groups": self._groups(resolved, self.plan if there else None),
+            "halved_from": None if config.batch_size == asked else asked,
+        }
+        self.plan, self._continued = opening.begin(resolved, config, self.store, self.device_type, self.say, **how)
+        self.session.expected = expected_bytes(self.plan.spec, len(self.plan.groups), resolved.model_bytes)
         self.window = Window(self.store, self.plan)
         self.say(f"{'continuing' if self._continued else 'starting'} the run at {self.store.url}")
         self.say(f"estimator: {resolved.cost}")
@@ -120,29 +128,60 @@ class FitStages:
             there = coverage.write_coverage(self.store, rows)
             self.say("\n".join([*coverage.lines(rows), f"coverage: every parameter is in {there}"]))
 
-    def _refuse_too_large(self, resolved: opening.Resolved) -> None:
-        """Refuse sums that no worker has the memory for, before the run is begun."""
-        tensors = (*resolved.model.parameters(), *resolved.model.buffers())
-        size = sum(tensor.nbytes for tensor in tensors)
-        memory = self.session.executor.memory(self.device_type)
-        if why := too_large(plain(resolved.la.sums_spec()), size, memory):
-            raise SettingsError(f"--hessian-structure: got {self.config.hessian_structure!r}, but {why}")
+    def _groups(self, resolved: opening.Resolved, stored: Plan | None) -> int:
+        """Return the number of module groups; refuse sums that no worker has the memory for, before the run is begun.
+
+        A run that is there goes on with its own: its partials are divided so, and another number would leave them unused.
+        """
+        spec, wanted = plain(resolved.la.sums_spec()), self.config.module_groups
+        if stored is not None:
+            there = len(stored.groups)
+            if wanted is not None and spec == stored.spec and len(plan_groups(spec, wanted)) != there:
+                raise SettingsError(
+                    f"--module-groups: got {wanted}, but the run at {self.store.url!r} is divided into {there}, and so are its "
+                    "partials. The result is the same, bit for bit: leave it out to go on, or begin anew with --fresh."
+                )
+            return there
+        return opening.module_groups(self.config, resolved, self.session.executor.memory(self.device_type), self.say)
 
     def map(self) -> None:
         """Accumulate the segments of the window that have no committed partial, in the first pass over its data.
 
         Nothing of a window whose sum is committed and whose partials a recalibration has dropped.
         """
-        if not windows.is_dropped(self.window.store, self.window.plan):
-            self._map(self.window, "segments")
+        while not windows.is_dropped(self.window.store, self.window.plan):
+            try:
+                self._map(self.window, "segments")
+                return
+            except OutOfMemory as error:
+                self._begin_smaller(error)
+
+    def _begin_smaller(self, error: OutOfMemory) -> None:
+        """Begin the run again with what takes less memory, if nothing of it is committed; else raise the error."""
+        first = self.window.store is self.store and not self.store.list("partials", recursive=False)
+        less = smaller(self.given, self.plan, error) if first else None
+        if less is None:
+            raise error
+        (name, value), size = next(iter(less.items())), self.plan.settings["batch_size"]
+        what = "the sums" if error.of_sums else f"a batch of {size}"
+        self.say(f"map: {error}")
+        self.say(
+            f"map: no worker has the memory for {what}, and nothing is committed yet: the run begins again with "
+            f"--{name.replace('_', '-')} {value}, which its plan records"
+        )
+        self.session.end_workers()
+        self.config = self.config.model_copy(update={**less, "fresh": True})
+        self.open()
+        self.config = self.config.model_copy(update={"fresh": False})
 
     def _map(self, window: Window, unit: str) -> None:
         store, plan = window.store, window.plan
         done = lifecycle.committed(store, plan, arrays=False, say=lambda text: self.say(f"map: {text}"))
-        if self._continued and len(done) < len(plan.segments):
+        if self._continued and len(done) < len(plan.units):
             comparisons = map.comparisons(plan, done)
             self._run(comparisons, Progress("map", "segments compared with the data", len(comparisons)))
-        self._run(map.tasks(plan, done), Progress("map", unit, len(plan.segments), len(done)))
+        unit += f" in {len(plan.groups)} module groups" if len(plan.groups) > 1 else ""
+        self._run(map.tasks(plan, done), Progress("map", unit, len(plan.units), len(done)))
 
     def reduce(self) -> str:
         """Sum the partials to a posterior version, if that is not done yet, and make it current."""

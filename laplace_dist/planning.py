@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from laplace.errors import NotEnoughMemoryError
+from laplace.linalg.memory import free_bytes
 from laplace_dist.config import compatibility
 from laplace_dist.config.settings import Config
-from laplace_dist.errors import RunFailed
+from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.execution.inline import computing_as_a_worker
 from laplace_dist.plan.estimate import Estimate
 from laplace_dist.plan.estimate import estimate as worked_out
@@ -31,7 +32,16 @@ def estimate(config: Config) -> Estimate:
     resolved = opening.resolve(config)
     try:
         with computing_as_a_worker(config, torch.device("cpu")):
-            plan, found = trial.run(resolved.config, resolved)
+            plan, found = trial.run(resolved.config, resolved, _groups(config, resolved))
     except NotEnoughMemoryError as error:
         raise RunFailed(str(error)) from error
     return worked_out(plan, found, resolved.la.coverage, config.num_workers or 1, resolved.cost)
+
+
+def _groups(config: Config, resolved: opening.Resolved) -> int:
+    """Return the number of module groups; where the sums do not fit here at all, that is found out when they are begun."""
+    free = free_bytes("cpu")
+    try:
+        return opening.module_groups(config, resolved, None if free is None else free // (config.num_workers or 1))
+    except SettingsError:
+        return 1

@@ -152,7 +152,7 @@ class CurvatureInterface(CapturedModel):
                 curvature = curvature[:, order.argsort()] if structure == "full" else curvature
             flat = curvature if structure == "full" else curvature.split([block.size for block in sums.spec.blocks])
             for factor, value in zip(sums.spec.factors, [flat] if structure == "full" else flat, strict=True):
-                sums.tensors[factor] += value.detach().view(sums.spec.factors[factor].shape)
+                sums.add_whole_(factor, value.detach().view(sums.spec.factors[factor].shape))
         sums.loss = sums.loss + torch.as_tensor(loss, dtype=torch.float64, device=sums.loss.device).detach()
         sums.n_data += n
 
@@ -168,7 +168,7 @@ class CurvatureInterface(CapturedModel):
             for name, value in zip(block.factors, factors, strict=True):
                 if name not in done:
                     scale = n if name.endswith("/A") else 1
-                    sums.tensors[name].add_(value.detach(), alpha=scale)
+                    sums.add_whole_(name, value.detach(), scale)
                     done.add(name)
 
     def jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,11 @@ added up by one product in the rows' own type, from zero; the results of a few s
 a running sum in float64, block by block, so that no temporary of the sum's size is made. In float32 the relative error stays
 below 2e-6 for rows of any sizes in any order.
 
-Symmetric sums wider than a block are computed on and above the block diagonal only; :func:`mirror_` completes them.
+Symmetric sums wider than a block are computed on and left of the block diagonal only; :func:`mirror_` completes them.
+
+A sum may be kept in part: as its rows ``a`` to ``b`` and their columns up to ``b``, of shape ``(b - a, b)``, which says which
+rows they are. Where ``a`` and ``b`` are multiples of :data:`BLOCK`, or ``b`` is the end, every row has the bits that it has in
+the whole sum: what is multiplied at once are the rows of one block, whatever else there is.
 """
 
 from __future__ import annotations
@@ -18,28 +22,28 @@ from torch import Tensor
 _RUN = 128  # rows that one product adds up
 _RUNS = 32  # results of products that are added up before they go into the running sum
 _SHORT_RUN = 32  # rows that one product adds up for a small sum, where products are cheap
-_BLOCK = 192  # rows of a block of a sum
+BLOCK = 192  # rows of a block of a sum
 _SMALL = 1 << 14  # elements up to which a sum is small
 _SCRATCH = 1 << 19  # elements of the products of short runs that are held at once
 _POSITIONS = 64  # width up to which per-example Gram matrices are cheaper than a transposed copy
 
 
 def add_gram_(total: Tensor, rows: Sequence[Tensor], scale: float = 1.0, exact: bool = False) -> None:
-    """Add ``scale · Σ rowsᵀ rows`` to a symmetric float64 sum; beyond one block, only on and above the block diagonal.
+    """Add ``scale · Σ rowsᵀ rows`` to a symmetric float64 sum; beyond one block, only on and left of the block diagonal.
 
     Args:
-        total: The sum ``(width, width)``.
+        total: The sum ``(width, width)``, or some of its rows.
         rows: Matrices ``(n, width)``; a few with some thousand rows in all cost less than one after the other.
         scale: Factor of all of them.
         exact: Multiply in float64: the sum then has the rank of the rows, where rounded products have full rank.
     """
-    if total.numel() <= _SMALL:
+    if is_small(total):
         for r in rows:
             r = r.double() if exact else r
             _add_to_small_(total, r, r, scale)
         return
-    for start, stop in _blocks(len(total)):
-        _add_to_block_(total[start:stop, start:], [(r[:, start:stop], r[:, start:]) for r in rows], scale, exact)
+    for block, start, stop in blocks_of_rows(total):
+        _add_to_block_(block[:, :stop], [(r[:, start:stop], r[:, :stop]) for r in rows], scale, exact)
 
 
 def gram(rows: Iterable[Tensor]) -> Tensor:
@@ -73,23 +77,37 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         _add_to_block_(total[start:stop], [(left[:, start:stop], right)])
 
 
-def add_weighted_gram_(total: Tensor, rows: Tensor, weights: Tensor) -> None:
-    """Add ``Σ wₙ rₙ rₙᵀ``, both triangles, to a float64 matrix; weights may be negative, everything is of float64."""
-    weighted = rows * weights[:, None]
-    if total.numel() <= _SMALL:
-        total.addmm_(weighted.T, rows)
+def weighted_gram(rows: Tensor, weights: Tensor, both: bool = True) -> Iterator[tuple[int, int, Tensor]]:
+    """``Σ wₙ rₙ rₙᵀ`` in pieces, each with its first row and column; everything is of float64, weights may be negative.
+
+    Args:
+        rows: ``(n, width)``.
+        weights: ``(n,)``.
+        both: Give what is right of the block diagonal too, which is what is left of it, transposed.
+    """
+    weighted, width = rows * weights[:, None], rows.shape[1]
+    if width**2 <= _SMALL:
+        yield 0, 0, weighted.T @ rows
         return
-    for start, stop in _blocks(len(total)):
-        product = weighted[:, start:stop].T @ rows[:, start:]
-        total[start:stop, start:].add_(product)
-        total[stop:, start:stop].add_(product[:, stop - start :].T)
+    for start, stop in _blocks(width):
+        product = weighted[:, start:stop].T @ rows[:, :stop]
+        yield start, 0, product
+        if both and start:
+            yield 0, start, product[:, :start].T
+
+
+def mirror_weighted_(total: Tensor) -> None:
+    """Copy what is left of the block diagonal of a whole sum of :func:`weighted_gram` to right of it."""
+    if total.numel() > _SMALL:
+        for start, stop in _blocks(len(total)):
+            total[start:stop, stop:] = total[stop:, start:stop].T
 
 
 def complete_blocks_(total: Tensor) -> None:
-    """Copy what is above the diagonal to below it, inside the blocks on the diagonal, which :func:`mirror_` leaves alone."""
-    for start, stop in _blocks(len(total)) if total.numel() > _SMALL else [(0, len(total))]:
-        block = total[start:stop, start:stop]
-        block.copy_(block.triu() + block.triu(1).mT)
+    """Copy what is left of the diagonal to above it, inside the blocks on the diagonal, which :func:`mirror_` leaves alone."""
+    for rows, start, stop in blocks_of_rows(total):
+        block = rows[:, start:stop]
+        block.copy_(block.tril() + block.tril(-1).mT)
 
 
 def add_gram_of_positions_(total: Tensor, values: Sequence[Tensor], scale: float = 1.0) -> None:
@@ -97,9 +115,9 @@ def add_gram_of_positions_(total: Tensor, values: Sequence[Tensor], scale: float
 
     Channels-first memory of convolutions is not transposed where that costs more than it saves.
     """
-    width = len(total)
     rows = []
     for value in values:
+        width = value.shape[2]
         if value.stride(2) == 1:
             rows.append(value.reshape(-1, width))
         elif width <= _POSITIONS:
@@ -111,14 +129,29 @@ def add_gram_of_positions_(total: Tensor, values: Sequence[Tensor], scale: float
 
 
 def mirror_(total: Tensor) -> None:
-    """Copy what is above the block diagonal of a symmetric sum to below it."""
-    if total.numel() > _SMALL:
-        for start, stop in _blocks(len(total)):
-            total[stop:, start:stop] = total[start:stop, stop:].T
+    """Copy what is left of the block diagonal of a symmetric sum, or of some of its rows, to above it."""
+    first = total.shape[1] - total.shape[0]
+    if not is_small(total):
+        for block, start, stop in blocks_of_rows(total):
+            block[:, stop:] = total[stop - first :, start:stop].T
+
+
+def is_small(total: Tensor) -> bool:
+    """Whether a symmetric sum is so small that it is added to as a whole; of such sums there are no parts."""
+    return total.shape[1] ** 2 <= _SMALL
+
+
+def blocks_of_rows(total: Tensor) -> Iterator[tuple[Tensor, int, int]]:
+    """The blocks of rows of a symmetric sum, or of a part of it, each with its first row and one past its last."""
+    last = total.shape[1]
+    first = last - total.shape[0]
+    for start in range(first, last, BLOCK):
+        stop = min(start + BLOCK, last)
+        yield total[start - first : stop - first], start, stop
 
 
 def _blocks(n: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + _BLOCK, n)) for start in range(0, n, _BLOCK))
+    return ((start, min(start + BLOCK, n)) for start in range(0, n, BLOCK))
 
 
 def _add_to_block_(

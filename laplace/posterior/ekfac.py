@@ -16,7 +16,7 @@ from laplace.posterior.refusals import check_structure
 from laplace.structures import ekfac, passes
 from laplace.structures.ekfac import Eigenbasis
 from laplace.structures.registry import SECOND_PASSES
-from laplace.structures.sums import CurvatureSums, SumsSpec
+from laplace.structures.sums import CurvatureSums, Rows, SumsSpec
 
 
 class EKFACLaplace(DecomposedLaplace):
@@ -60,15 +60,15 @@ class EKFACLaplace(DecomposedLaplace):
             self._spec = self.backend.spec = spec = self.basis.spec(spec)
         return spec
 
-    def zero_sums(self) -> CurvatureSums:
+    def zero_sums(self, rows: Rows | None = None) -> CurvatureSums:
         """Raw sums over no example: Kronecker factors until there is a basis, second moments in it from then on."""
-        sums = super().zero_sums()
+        sums = super().zero_sums(rows)
         sums.basis = self.basis
         return sums
 
-    def second_sums(self, basis: Mapping[str, Tensor]) -> CurvatureSums:
+    def second_sums(self, basis: Mapping[str, Tensor], rows: Rows | None = None) -> CurvatureSums:
         """Raw sums of second moments over no example, in an eigenbasis that was kept; of the first pass's specification."""
-        sums = super().second_sums(basis)
+        sums = super().second_sums(basis, rows)
         if self._kept is None or self._kept[0] is not basis:  # its digest takes a pass over all of it
             self._kept = basis, Eigenbasis(sums.basis)
         vectors = self._kept[1]

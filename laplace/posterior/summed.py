@@ -18,7 +18,7 @@ from laplace.posterior import weights
 from laplace.posterior.arguments import by_name
 from laplace.posterior.base import BaseLaplace
 from laplace.structures.registry import SECOND_PASSES, CoverageReport, coverage_report
-from laplace.structures.sums import CurvatureSums, SumsSpec, check_same_estimator
+from laplace.structures.sums import CurvatureSums, Rows, SumsSpec, check_same_estimator
 
 
 class SummedLaplace(BaseLaplace):
@@ -107,19 +107,20 @@ class SummedLaplace(BaseLaplace):
         """The structure of the sums, where that is not the posterior's own."""
         return self.structure
 
-    def zero_sums(self) -> CurvatureSums:
-        """Raw sums over no example."""
-        sums = CurvatureSums.zero(self.sums_spec(), self._device)
+    def zero_sums(self, rows: Rows | None = None) -> CurvatureSums:
+        """Raw sums over no example; with ``rows`` the part that holds some rows of some factors, see :func:`row_cuts`."""
+        sums = CurvatureSums.zero(self.sums_spec(), self._device, rows)
         sums.estimator = self.backend.estimator
         return sums
 
-    def second_sums(self, basis: Mapping[str, Tensor]) -> CurvatureSums:
+    def second_sums(self, basis: Mapping[str, Tensor], rows: Rows | None = None) -> CurvatureSums:
         """Raw sums over no example of the second pass over the data, in a basis that the first one's sums gave.
 
         Args:
             basis: Arrays by name, see :class:`laplace.structures.second_pass.SecondPass`.
+            rows: What they hold; everything if not given.
         """
-        sums = CurvatureSums.zero(SECOND_PASSES[self.structure].spec(self.sums_spec()), self._device)
+        sums = CurvatureSums.zero(SECOND_PASSES[self.structure].spec(self.sums_spec()), self._device, rows)
         sums.estimator = self.backend.estimator
         sums.basis = {name: value.to(self._device) for name, value in basis.items()}
         return sums

@@ -44,7 +44,7 @@ def layers(blocks: Sequence[Block]) -> dict[str, list[int]]:
 def add_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
     """Add the outer products of the layers' rows of one batch, in float64, as :mod:`laplace.structures.full` does."""
     blocks = sums.spec.blocks
-    members = layers(blocks)
+    members = {name: indices for name, indices in layers(blocks).items() if sums.holds(name)}
     waiting: dict[str, list[Tensor]] = {name: [] for name in members}
     for v in directions:
         gradients = capture.gradients(v)

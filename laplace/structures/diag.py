@@ -30,21 +30,24 @@ def add_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
         _add_chosen_diag(sums, capture, directions)
         return
     squared: dict[str, Tensor] = {}
+    layers = {block.layer for block in sums.held_blocks}
     for v in directions:
         gradients = capture.gradients(v)
         for name, module in capture.modules.items():
+            if name not in layers:
+                continue
             g = gradients[name]
             if g.shape[1] == 1 and is_outer(module):
                 square = g[:, 0].square()
                 squared[name] = squared[name].add_(square) if name in squared else square.double()
-        for block in sums.spec.blocks:
+        for block in sums.held_blocks:
             if block.layer in squared:
                 continue
             if is_outer_weight(block, capture):
                 _add_squared_rows(sums.running(block.factors[0]), capture, block.layer, gradients[block.layer])
             else:
                 add_square_of_row_(sums, block, gradients, capture, v)
-    for block in sums.spec.blocks:
+    for block in sums.held_blocks:
         if block.layer in squared and is_bias(block):
             sums.running(block.factors[0]).add_(squared[block.layer].sum(0))
         elif block.layer in squared:
@@ -60,7 +63,7 @@ def _add_chosen_diag(sums: CurvatureSums, capture, directions: Iterator[Tensor])
     factors = {block.factors[0]: Factor(block.shape) for block in blocks}
     whole = CurvatureSums.zero(replace(sums.spec, blocks=blocks, factors=factors), capture.f.device)
     add_(whole, capture, directions)
-    for block in sums.spec.blocks:
+    for block in sums.held_blocks:
         value = whole.tensors[block.factors[0]]
         kept = value if block.chosen is None else value.flatten()[block.indices.to(value.device)]
         sums.running(block.factors[0]).add_(kept)

@@ -121,8 +121,9 @@ def add_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
             + ("none is at hand. " if sums.basis is None else f"that at hand is {sums.basis.digest}. ")
             + "A batch is added with the basis of its sums, which the posterior has."
         )
-    sides = {block: [sums.basis.vectors[name].to(capture.dtype) for name in block.basis] for block in sums.spec.blocks}
-    outputs = {block.layer: _output_side(block, sides[block], capture) for block in sums.spec.blocks if block.basis}
+    blocks = list(sums.held_blocks)
+    sides = {block: [sums.basis.vectors[name].to(capture.dtype) for name in block.basis] for block in blocks}
+    outputs = {block.layer: _output_side(block, sides[block], capture) for block in blocks if block.basis}
     squared: dict[str, Tensor] = {}
     for v in directions:
         gradients = capture.gradients(v)
@@ -130,12 +131,12 @@ def add_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
             if gradients[layer].shape[1] == 1:
                 square = (gradients[layer][:, 0] @ vectors).square()
                 squared[layer] = squared[layer].add_(square) if layer in squared else square.double()
-        for block in sums.spec.blocks:
+        for block in blocks:
             if not block.basis:
                 add_square_of_row_(sums, block, gradients, capture, v)
             elif block.layer not in squared:
                 _add_shared(sums.running(block.factors[0]), block, sides[block], capture, gradients[block.layer])
-    for block in sums.spec.blocks:
+    for block in blocks:
         if block.basis and block.layer in squared:
             _add_single(sums.running(block.factors[0]), block, sides[block], capture, squared[block.layer])
 

@@ -52,23 +52,26 @@ def blocks_of(shapes, found):
 def add_(sums: CurvatureSums, capture, directions: Iterator[Tensor], reduce: bool = False) -> None:
     """Add the Gram matrices of one batch, by KFAC-reduce or expand, and the squared rows of parameters without factors."""
     factored = [block for block in sums.spec.blocks if block.has_factors]
-    inputs = {name: block.layer for block in factored for name in block.factors if name.endswith("/A")}
-    outputs = {name: block.layer for block in factored for name in block.factors if name.endswith("/B")}
+    held = {name: block.layer for block in factored for name in block.factors if sums.holds(name)}
+    inputs = {name: layer for name, layer in held.items() if name.endswith("/A")}
+    outputs = {name: layer for name, layer in held.items() if name.endswith("/B")}
+    diagonal = [block for block in sums.held_blocks if not block.has_factors]
     waiting: dict[str, list[Tensor]] = {name: [] for name in outputs}
     gradients: dict[str, Tensor] = {}
     for number, v in enumerate(directions):
         gradients = capture.gradients(v)
         if number == 0:
             _add_inputs(sums, capture, inputs, gradients, reduce)
+        if not outputs and not diagonal:  # nothing that is held needs further directions
+            break
         for name, layer in outputs.items():
             g = gradients[layer]
             waiting[name].append(g.sum(1, keepdim=True) if reduce else g)
             if sum(g.shape[0] * g.shape[1] for g in waiting[name]) >= _ROWS:
                 add_gram_of_positions_(sums.running(name), waiting[name])
                 waiting[name] = []
-        for block in sums.spec.blocks:
-            if not block.has_factors:
-                add_square_of_row_(sums, block, gradients, capture, v)
+        for block in diagonal:
+            add_square_of_row_(sums, block, gradients, capture, v)
     if not gradients:
         _add_inputs(sums, capture, inputs, gradients, reduce)
     for name, rest in waiting.items():

@@ -7,11 +7,14 @@ segments and whole data sets combine by addition alone, in any partition.
 
 Sums are kept in float64, whatever the type of the model and of one batch's contribution: in float32, what one batch adds
 to the sum over millions of examples would vanish. Posteriors round the finished sum once.
+
+A sum may hold some of the factors alone, and of symmetric ones some of the rows: what does not fit into one memory is added up
+in several passes over the data, or by several processes. Each entry has the bits that it has in the whole sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +24,7 @@ from torch import Tensor
 from laplace import _clash as _clash  # says so where laplace-torch has replaced laplace/__init__.py
 from laplace.capture.blocks import Block
 from laplace.linalg import memory
-from laplace.linalg.gram import mirror_
+from laplace.linalg.gram import BLOCK, mirror_
 
 _SMALLER = {
     "full": "Use hessian_structure='kron', 'diag' or 'gp', subset_of_weights='last_layer', or a smaller subnetwork.",
@@ -38,6 +41,19 @@ class Factor:
 
     shape: tuple[int, ...]
     symmetric: bool = False
+
+
+Rows = Mapping[str, tuple[int, int]]
+"""The factors that a sum holds by name, each with its first row and one past its last; see :func:`row_cuts`."""
+
+
+def row_cuts(factor: Factor) -> list[int]:
+    """Rows at which a factor may be cut, so that sums may hold what lies between: its first, others, one past its last.
+
+    Symmetric ones may be cut at blocks of rows that are added to at once; of others all rows are held, or none.
+    """
+    length = _length(factor)
+    return [*range(0, length, BLOCK), length] if _is_cut(factor) else [0, length]
 
 
 @dataclass(frozen=True)
@@ -95,6 +111,7 @@ class CurvatureSums:
 
     Attributes:
         spec: What the sums are called and how they are shaped.
+        rows: Which rows of which factors there are, see :func:`row_cuts`; all unless the sum was begun as a part.
         loss: Summed negative log likelihood, a float64 scalar.
         n_data: Number of examples added so far; of a weighted sum the sum of their weights.
         estimator: What the backend estimates, such as ``'ggn'`` or ``'ef'``; None where it is not known.
@@ -105,46 +122,75 @@ class CurvatureSums:
     estimator: str | None = None
     basis: Any = None
 
-    def __init__(self, spec: SumsSpec, tensors: dict[str, Tensor], loss: Tensor, n_data: float):
+    def __init__(
+        self, spec: SumsSpec, tensors: dict[str, Tensor], loss: Tensor, n_data: float, rows: Rows | None = None
+    ):
         """Wrap existing tensors; use :meth:`zero` or :meth:`from_tensors` instead."""
         self.spec = spec
+        self.rows = _all_rows(spec) if rows is None else dict(rows)
         self._tensors = tensors
-        self._halves: set[str] = set()
+        self._halves: dict[str, Callable[[Tensor], None]] = {}
         self.loss = loss
         self.n_data = n_data
 
     @classmethod
-    def zero(cls, spec: SumsSpec, device: torch.device | str = "cpu") -> CurvatureSums:
-        """The neutral element.
+    def zero(cls, spec: SumsSpec, device: torch.device | str = "cpu", rows: Rows | None = None) -> CurvatureSums:
+        """The neutral element, or the part of it that holds some rows of some factors.
+
+        Args:
+            spec: Of the whole sum.
+            device: Where its tensors are.
+            rows: What it holds; everything if not given.
 
         Raises:
             NotEnoughMemoryError: If it is larger than the free memory; says what to use instead.
         """
+        shapes = {name: held_shape(spec.factors[name], *own) for name, own in (rows or _all_rows(spec)).items()}
         memory.require(
-            sum(memory.tensor_bytes(*factor.shape, dtype=torch.float64) for factor in spec.factors.values()),
+            sum(memory.tensor_bytes(*shape, dtype=torch.float64) for shape in shapes.values()),
             device,
             f"The sums of a {spec.structure!r} posterior over {sum(block.size for block in spec.blocks):,} parameters",
             _SMALLER.get(spec.structure, ""),
         )
-        tensors = {
-            name: torch.zeros(factor.shape, dtype=torch.float64, device=device) for name, factor in spec.factors.items()
-        }
-        return cls(spec, tensors, torch.zeros((), dtype=torch.float64, device=device), 0)
+        tensors = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
+        return cls(spec, tensors, torch.zeros((), dtype=torch.float64, device=device), 0, rows)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Every factor by name, float64."""
+        """Every factor that is held by name, float64; rows ``a`` to ``b`` of a symmetric one with their columns up to ``b``."""
         while self._halves:
-            mirror_(self._tensors[self._halves.pop()])
+            name, complete_ = self._halves.popitem()
+            complete_(self._tensors[name])
         return self._tensors
 
-    def running(self, name: str) -> Tensor:
-        """The factor to add to in place; of symmetric ones, only what is on and above the block diagonal has to be added.
+    def holds(self, name: str) -> bool:
+        """Whether a factor is among those that are held, or some of its rows."""
+        return name in self._tensors
 
-        What is below follows when :attr:`tensors` is read next.
+    @property
+    def held_blocks(self) -> Iterator[Block]:
+        """The blocks whose first factor is held."""
+        return (block for block in self.spec.blocks if block.factors[0] in self._tensors)
+
+    def add_whole_(self, name: str, value: Tensor, scale: float = 1.0) -> None:
+        """Add ``scale · value``, of the whole factor's shape, as far as it is held."""
+        if name in self._tensors:
+            total = self._tensors[name]
+            start, stop = self.rows[name]
+            part = value[start:stop, : total.shape[1]] if self.spec.factors[name].symmetric else value
+            total.add_(part, alpha=scale)
+
+    def running(self, name: str, complete_: Callable[[Tensor], None] = mirror_) -> Tensor:
+        """The factor to add to in place; of symmetric ones, only what is on and left of the block diagonal has to be added.
+
+        What is right of it follows when :attr:`tensors` is read next.
+
+        Args:
+            name: Of the factor.
+            complete_: What makes a symmetric factor whole then, from less where the curvature has more symmetries.
         """
         if self.spec.factors[name].symmetric:
-            self._halves.add(name)
+            self._halves[name] = complete_
         return self._tensors[name]
 
     def merge(self, other: CurvatureSums) -> CurvatureSums:
@@ -155,6 +201,7 @@ class CurvatureSums:
         """
         if self.spec.structure == "lowrank":
             raise ValueError("Low-rank eigenpairs of parts of the data do not add up; fit once over all of it.")
+        assert self.spec != other.spec or self.rows == other.rows, "parts of sums that hold different rows"
         if self.spec != other.spec:
             raise ValueError(
                 "These sums belong to different models, structures or precisions and cannot be added: "
@@ -197,6 +244,23 @@ class CurvatureSums:
         return [name for name, value in self.to_tensors().items() if not is_finite(value)]
 
 
+def held_shape(factor: Factor, start: int, stop: int) -> tuple[int, ...]:
+    """Shape in which the rows ``start`` to ``stop`` of a factor are held."""
+    return (stop - start, stop) if _is_cut(factor) else factor.shape
+
+
+def _is_cut(factor: Factor) -> bool:
+    return factor.symmetric and len(factor.shape) == 2
+
+
+def _length(factor: Factor) -> int:
+    return factor.shape[0] if factor.shape else 1
+
+
+def _all_rows(spec: SumsSpec) -> dict[str, tuple[int, int]]:
+    return {name: (0, _length(factor)) for name, factor in spec.factors.items()}
+
+
 def check_same_estimator(one: str | None, other: str | None) -> None:
     """Refuse to add curvature of different estimators; None is not known and passes.
 
@@ -211,8 +275,13 @@ def check_same_estimator(one: str | None, other: str | None) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or Inf; looked at in parts, so that no temporary of the tensor's size is made."""
-    return all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(1 << 22))
+    """Whether no entry is NaN or Inf; looked at in parts, so that no temporary of the tensor's size is made.
+
+    A sum that is finite has finite terms, and is found in a fraction of the time.
+    """
+    return all(
+        bool(torch.isfinite(part.sum())) or bool(torch.isfinite(part).all()) for part in tensor.flatten().split(1 << 22)
+    )
 
 
 def sum_in_order(tensors: Iterable[Tensor]) -> Tensor:

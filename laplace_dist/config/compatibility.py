@@ -37,6 +37,8 @@ def check_predictive(config: Config) -> None:
         )
     if config.hessian_structure == "lowrank":
         _check_lowrank(config)
+    if (config.module_groups or 1) > 1 and (why := no_groups(config)):
+        raise SettingsError(f"--module-groups: got {config.module_groups} {why}; leave it out")
     if config.kfac_approx != "expand" and config.hessian_structure not in ("kron", "ekfac"):
         raise SettingsError(
             f"--kfac-approx: got {config.kfac_approx!r} with --hessian-structure {config.hessian_structure}, which has no "
@@ -73,6 +75,18 @@ def check_predictive(config: Config) -> None:
         )
 
 
+def no_groups(config: Config) -> str | None:
+    """Say why curvature cannot be added up in several groups of factors; None where it can."""
+    if config.hessian_structure == "lowrank":
+        return "with --hessian-structure lowrank, whose sketch is one factor that every row is multiplied with"
+    if config.hessian_structure == "full" and config.backend != "native":
+        return (
+            f"with --hessian-structure full and --backend {config.backend}, whose package makes the whole matrix for every "
+            "batch"
+        )
+    return None
+
+
 def _check_lowrank(config: Config) -> None:
     if config.subset_of_weights != "all":
         raise SettingsError(
@@ -102,6 +116,10 @@ def check_training(config: Config) -> None:
         )
     if config.window is not None:
         raise SettingsError(f"--window: got {config.window!r}; a training by empirical Bayes is of all its data")
+    if config.module_groups is not None:
+        raise SettingsError(
+            f"--module-groups: got {config.module_groups}; a training by empirical Bayes needs all its sums in the driver"
+        )
     check_predictive(config)
 
 

@@ -104,6 +104,11 @@ class Config(BaseModel):
     )
     batch_size: Count = Field(256, description="examples per batch")
     segment_size: Count | None = Field(None, description="examples per segment, the unit of work and of loss")
+    module_groups: Count | None = Field(
+        None,
+        description="passes over the data, each of which adds up a group of the factors, so that sums fit that no worker has "
+        "the memory for at once; as few as the workers' memory asks for if not given",
+    )
     num_workers: Count | None = Field(None, description="workers; as many as the cluster holds if not given")
     cpus_per_worker: Count = Field(1, description="CPUs, and threads, of one worker")
     gpus_per_worker: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(

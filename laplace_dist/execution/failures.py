@@ -18,7 +18,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 
-from laplace_dist.errors import RunFailed
+from laplace_dist.errors import OutOfMemory, RunFailed
+from laplace_dist.execution.memory import OF_SUMS, WORDS, is_out_of_memory
 from laplace_dist.execution.raised import Raised
 from laplace_dist.execution.tasks import Event
 
@@ -39,8 +40,9 @@ STARTS_PER_NODE = 4
 STARTS_WITHOUT_MEMORY = 12
 
 LESS_MEMORY = (
-    "Run fewer workers at once (--num-workers) or on larger nodes; a smaller --batch-size, --subset-of-weights last_layer "
-    "or another --hessian-structure needs less memory too, but is another run: give a new --checkpoint, or --fresh"
+    "Run fewer workers at once (--num-workers) or on larger nodes; a smaller --batch-size, more --module-groups, "
+    "--subset-of-weights last_layer or another --hessian-structure need less memory too, but are another run: give a new "
+    "--checkpoint, or --fresh"
 )
 REMEDY = "Everything committed so far is kept: remove the cause and run the same command again."
 
@@ -69,12 +71,11 @@ _MAY_PASS = (
 )
 _NETWORKS = ("aiohttp.", "botocore.", "urllib3.", "requests.", "httpx.", "google.", "azure.", "ray.")
 _OF_THE_NODE = re.compile(r"CUDA error|CUDNN_STATUS|CUBLAS_STATUS|NCCL|uncorrectable", re.IGNORECASE)
-_OUT_OF_MEMORY = re.compile(r"MemoryError|out of memory|(can't|cannot) allocate memory|bad_alloc", re.IGNORECASE)
 
 
 def verdict(raised: Raised) -> Verdict:
     """Say what an error means for the next attempt; what is not known to last or to pass is `UNKNOWN`."""
-    if _passes(raised.classes) or _OF_THE_NODE.search(raised.text) or _OUT_OF_MEMORY.search(str(raised)):
+    if _passes(raised.classes) or _OF_THE_NODE.search(raised.text) or is_out_of_memory(raised):
         return Verdict.MAY_PASS
     if raised.is_a("laplace_dist.errors.ExampleError"):
         return Verdict.MAY_PASS if _passes(raised.causes) else Verdict.OF_EXAMPLES
@@ -90,7 +91,7 @@ def _passes(classes: tuple[str, ...]) -> bool:
 def why_it_failed(raised: Raised) -> str:
     """Return an error that a task raised as a phrase, with what to lower if its worker ran out of memory."""
     text = raised.located()
-    return f"{text.rstrip('.')}. The worker ran out of memory. {LESS_MEMORY}" if _OUT_OF_MEMORY.search(text) else text
+    return f"{text.rstrip('.')}. The worker ran out of memory. {LESS_MEMORY}" if WORDS.search(text) else text
 
 
 def event_of(task: object, raised: Raised, node: str = "") -> Event:
@@ -153,7 +154,7 @@ class Budget:
         self._in_a_row += 1
         if self._in_a_row >= max(AT_LEAST, PER_WORKER * workers):
             last = f"{self._in_a_row} failures in a row with nothing finished in between; the last one: {what}"
-            raise RunFailed(sentences([*self.set_aside, f"{last}: {event.failure}"]))
+            raise self._ended(event, sentences([*self.set_aside, f"{last}: {event.failure}"]))
         return not spent
 
     def check(self) -> None:
@@ -198,9 +199,18 @@ class Budget:
             return False
         times = record.kinds[kind] if same else record.kinds.total()
         self.set_aside.append(f"{event.task.what} failed {times} times, the last time because {event.failure}")
+        if self._too_large(event):
+            raise self._ended(event, sentences(self.set_aside))
         if len(self.set_aside) >= SET_ASIDE:
             self.check()
         return True
+
+    def _too_large(self, event: Event) -> bool:
+        """Say whether memory ran out although nothing has finished: then the other tasks would fare no better."""
+        return not self._finished and event.raised is not None and is_out_of_memory(event.raised)
+
+    def _ended(self, event: Event, text: str) -> RunFailed:
+        return OutOfMemory(text, of_sums=event.raised.is_a(OF_SUMS)) if self._too_large(event) else RunFailed(text)
 
 
 def kind_of(event: Event) -> str:

@@ -17,7 +17,8 @@ from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError
 from laplace_dist.execution.failures import event_of
 from laplace_dist.execution.kernels import deterministic_kernels, passes, precision
-from laplace_dist.execution.raised import Raised, outcome_of
+from laplace_dist.execution.memory import outcome_with_memory
+from laplace_dist.execution.raised import Raised
 from laplace_dist.execution.tasks import Event, Task
 from laplace_dist.execution.timeouts import Limit
 from laplace_dist.stages.context import Context
@@ -43,7 +44,7 @@ class Inline:
         """Return the bytes that are free for this process."""
         return free_bytes(device) if device == "cpu" or torch.cuda.is_available() else None
 
-    def pool(self, device: str) -> InlinePool:
+    def pool(self, device: str, expected: int | None = None) -> InlinePool:
         """Return the one worker that there is.
 
         Raises:
@@ -101,7 +102,7 @@ class InlinePool:
 
     def _outcome(self, task: Task) -> Event:
         with computing_as_a_worker(self._config, self._context.device):
-            outcome = outcome_of(lambda: self._context.carry_out(task))
+            outcome = outcome_with_memory(lambda: self._context.carry_out(task))
         return event_of(task, outcome) if isinstance(outcome, Raised) else Event(task, receipt=outcome)
 
 

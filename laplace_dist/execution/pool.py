@@ -63,6 +63,8 @@ class Pool:
         need = placement.need
         self._class = ray.remote(Worker)
         self._options = {"num_cpus": need["CPU"], "num_gpus": need["GPU"], "max_restarts": 0, "max_task_retries": 0}
+        if "memory" in need:
+            self._options["memory"] = int(need["memory"])
         self._arguments = (config, import_path(), os.getcwd(), need["GPU"] > 0)
         self._idle: list[Hired] = []
         self._flight: dict[Any, Flight] = {}

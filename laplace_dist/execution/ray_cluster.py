@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -265,13 +265,17 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def pool(self, device: str) -> Pool:
+    def pool(self, device: str, expected: int | None = None) -> Pool:
         """Return the workers, as many as the settings say or the cluster holds; none is started yet.
 
-        Where the cluster has none of what a worker needs, such as a head without CPUs, the workers wait for nodes to join.
+        Where the cluster has none of what a worker needs, such as a head without CPUs, the workers wait for nodes to join. The
+        memory that a worker is expected to take is reserved, so that no node is given more workers than it holds, if there is
+        a node that has so much: what Ray counts as a node's memory is less than the machine has, and a reservation that no
+        node can give would never start.
 
         Args:
             device: `cpu` or `cuda`: where they compute.
+            expected: Bytes that a worker is expected to take, if that is known.
 
         Raises:
             SettingsError: One worker is larger than any node, and no node is to be expected.
@@ -280,12 +284,13 @@ class Cluster:
         import ray
 
         need = self._need(device)
-        expected = not self._private and config.num_workers is not None
+        joining = not self._private and config.num_workers is not None
         demand = None if self._private else self._demand(need)
+        need |= self._memory_of(expected, [node.total for node in nodes_of(ray) if how_many(node.total, need) > 0])
         placement = Placement(lambda: nodes_of(ray), need, config.num_workers, demand)
         placement.refresh(time.monotonic())
         lacking = [name for name, amount in need.items() if amount > 0 and have.get(name, 0) == 0]
-        if placement.fits < 1 and not expected and (self._private or not lacking):
+        if placement.fits < 1 and not joining and (self._private or not lacking):
             raise SettingsError(
                 f"cpus_per_worker={config.cpus_per_worker}, gpus_per_worker={need['GPU']:g}: no worker fits on any node of the "
                 f"cluster, which has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs in all. Ask for less, or "
@@ -294,6 +299,27 @@ class Cluster:
         if placement.fits < 1:
             self.say(f"Ray: waiting for nodes to join ({placement.describe()})")
         return Pool(config, placement, self.say, counters=Counters())
+
+    def _memory_of(self, expected: int | None, usable: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Return the memory that a worker reserves, by Ray's name; nothing where no node that could hold one has as much."""
+        largest = int(max((have.get("memory", 0.0) for have in usable), default=0.0))
+        if expected is None or not largest:
+            return {}
+        if expected > largest:
+            self.say(
+                f"Ray: a worker is expected to take {expected:,} bytes, and no node has more than {largest:,} for workers as "
+                "Ray counts it: none is reserved. If workers run out of it, give --module-groups, fewer --num-workers, or "
+                "larger nodes"
+            )
+            return {}
+        if (wanted := self.config.num_workers) is not None:
+            need = {"CPU": float(self.config.cpus_per_worker), "memory": float(expected)}
+            if (fits := sum(how_many(have, need) for have in usable)) < wanted:
+                self.say(
+                    f"Ray: the nodes have room for {fits} of {wanted} workers, each of which is expected to take {expected:,} "
+                    "bytes of memory; the others wait for nodes to join"
+                )
+        return {"memory": float(expected)}
 
     def _demand(self, need: dict[str, float]) -> Callable[[int], None]:
         """Return what tells an autoscaler how many workers there is to be room for; where there is none, nobody listens."""

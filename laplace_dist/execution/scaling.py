@@ -146,8 +146,9 @@ class Placement:
         free = Counter()
         for node in self.nodes.values():
             free.update({name: node.free.get(name, 0.0) for name in ("CPU", "GPU")})
+        memory = f", {self.need['memory']:,.0f} bytes of memory" if "memory" in self.need else ""
         return (
-            f"a worker needs {self.need['CPU']:g} CPU and {self.need['GPU']:g} GPU on one node; the cluster has "
+            f"a worker needs {self.need['CPU']:g} CPU and {self.need['GPU']:g} GPU{memory} on one node; the cluster has "
             f"{len(self.nodes)} node(s), room for {self.fits} worker(s) in all, and {free['CPU']:g} CPU and "
             f"{free['GPU']:g} GPU free now"
         )

@@ -117,6 +117,9 @@ class Session:
         say: Where lines for people go.
         commits: The tasks write to the checkpoint, where a sign says so meanwhile that a job is at work.
         journal: The record of the job, which hears of every stage.
+
+    Attributes:
+        expected: Bytes that a worker is expected to take, where that is known before the first is started.
     """
 
     def __init__(
@@ -132,6 +135,7 @@ class Session:
         inline = config.ray_address == "inline"
         self.executor: Executor = (executor or (Inline if inline else Cluster))(config, say)
         self.pool: Workers | None = None
+        self.expected: int | None = None
         self._config, self._say, self._journal = config, say, journal
         self.lease = Lease(store) if commits else None
 
@@ -166,7 +170,7 @@ class Session:
     @contextmanager
     def stage(self, device: str, progress: Shown, run: str, *, alike: bool = True) -> Iterator[Stage]:
         """Begin a stage, whose tasks are carried out in rounds that wait for each other; arguments as of `run`."""
-        self.pool = self.pool or self.executor.pool(device)
+        self.pool = self.pool or self.executor.pool(device, self.expected)
         self._show_lease()
         listeners: list[Listener] = [progress]
         if self._journal is not None:
@@ -182,6 +186,14 @@ class Session:
         finally:
             for listener in listeners:
                 listener.close()
+
+    def end_workers(self) -> None:
+        """End the workers of a run that is deleted, the sign of life with it; the next stage starts others."""
+        if self.pool is not None:
+            self.pool.close()
+            self.pool = None
+        if self.lease is not None:
+            self.lease.forget()
 
     def close(self) -> None:
         """End the workers and leave the cluster."""

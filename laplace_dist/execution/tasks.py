@@ -109,11 +109,13 @@ class Executor(Protocol):
             device: `cpu` or `cuda`, where it computes.
         """
 
-    def pool(self, device: str) -> Workers:
+    def pool(self, device: str, expected: int | None = None) -> Workers:
         """Return the workers.
 
         Args:
             device: `cpu` or `cuda`: those that compute there, and no others.
+            expected: Bytes that a worker is expected to take at its peak, where that is known: what no machine is to be given
+                more workers than it holds.
         """
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError
 from laplace_dist.execution.kernels import passes, use_deterministic_kernels, use_precision
+from laplace_dist.execution.memory import outcome_with_memory
 from laplace_dist.execution.raised import Raised, outcome_of
 from laplace_dist.execution.tasks import Answer, Task
 from laplace_dist.stages.context import Context
@@ -45,9 +46,10 @@ class Worker:
 
     def run(self, task: Task) -> Answer:
         """Carry out a task; if it gives a call that commits, that goes on beside the next one, unless the one before failed."""
+        ended: list[Mapping[str, Any] | Raised | None] = []
         with passes(self._config.precision, "cuda" if self._gpu else "cpu"):
-            outcome = outcome_of(lambda: self._context.begin(task))
-        before = self._wait()
+            outcome = outcome_with_memory(lambda: self._context.begin(task), let_go=lambda: ended.append(self._wait()))
+        before = ended[0] if ended else self._wait()
         if not callable(outcome):
             return Answer(outcome, before)
         if isinstance(before, Raised):  # this worker is not used again

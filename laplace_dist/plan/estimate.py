@@ -9,15 +9,21 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from laplace_dist.plan.groups import fewest, most, plan_groups
 from laplace_dist.plan.plan import Plan
 
 # List prices of S3 Standard in US East (N. Virginia), dollars for a thousand requests.
 PUT_PRICE, GET_PRICE = 0.005, 0.0004
+PROCESS_BYTES = 400 * 10**6  # that a process has to itself after the imports and a segment of small sums
 RAY_BYTES = 60 * 10**6  # that Ray takes in a worker's process beside what the same process takes without it
 SMALLER = (
     "Use --hessian-structure diag, --subset-of-weights last_layer, freeze that layer, lower --num-workers where they share a "
     "machine, or use a larger one."
 )
+# Bytes of sums up to which a segment is committed while the next one is computed: a commit takes about one hundredth of a
+# segment's time, which is not worth a second copy of sums that fill a worker's memory.
+BESIDE = 128 * 2**20
+FILLED = 0.8  # of a worker's memory that sums and model may take where sums are divided into groups
 COMMIT_SHARE = 0.02  # of a segment's time, above which larger segments are worth it
 
 
@@ -29,7 +35,7 @@ class Trial:
         batch_seconds: Of a batch, without the first one.
         commit_seconds: Of a partial's commit; CPU seconds, where it goes on beside the next segment.
         sum_seconds: Of adding one partial's part to a sum.
-        partial_bytes: Of a partial as stored.
+        partial_bytes: Of a partial as stored, of the largest group.
         writes: Objects that a commit creates.
         reads: Objects that it reads back, and asks for.
         peak_bytes: Of the process, at its largest.
@@ -55,14 +61,15 @@ class Estimate:
 
     Attributes:
         parameters: Weights that the posterior is over.
+        module_groups: Passes over the data, each of which adds up a group of the factors.
         estimator: Which one it is, and what it costs, for people.
         coverage: Of each kind of treatment, its tensors and its share of the weights.
         factors: Number of factors.
         largest: Name and width of the factor with most entries.
-        sums_bytes: Of the running sums of a worker, float64.
-        partial_bytes: Of a segment's partial as stored.
+        sums_bytes: Of the running sums of a worker, float64: of the largest group.
+        partial_bytes: Of a segment's partials as stored.
         segments: Their number.
-        batches: Batches in all.
+        batches: Batches in all, of all passes.
         stored_bytes: Of all partials, the window's sum and the posterior version, while the partials are kept.
         writes: Requests that write, of the map phase.
         reads: Requests that read, of the map phase.
@@ -76,6 +83,7 @@ class Estimate:
     """
 
     parameters: int
+    module_groups: int
     estimator: str
     coverage: dict[str, tuple[int, float]]
     factors: int
@@ -109,25 +117,28 @@ def estimate(
         estimator: Which one, and what it costs, for people.
     """
     size = plan.settings["batch_size"]
-    batches = sum(math.ceil((segment.stop - segment.start) / size) for segment in plan.segments)
-    segments = len(plan.segments)
-    per_segment = batches / segments * trial.batch_seconds
-    rounds = math.ceil(segments / workers)
+    batches = sum(math.ceil((unit.stop - unit.start) / size) for unit in plan.units)
+    segments, units = len(plan.segments), len(plan.units)
+    per_segment = batches / units * trial.batch_seconds
+    rounds = math.ceil(units / workers)
     entries = plan.places[-1].stop
+    largest_group = max(plan.groups, key=lambda group: group.nbytes)
+    partial_bytes = trial.partial_bytes * entries // max(1, largest_group.stop - largest_group.start)
     sizes = {name: prod(factor["shape"]) for name, factor in plan.spec["factors"].items()}
     largest = max(sizes, key=lambda name: sizes[name])
-    writes, reads = segments * trial.writes, segments * trial.reads
+    writes, reads = units * trial.writes, units * trial.reads
     found = {
         "estimator": estimator,
         "parameters": sum(prod(block["shape"]) for block in plan.spec["blocks"]),
+        "module_groups": len(plan.groups),
         "coverage": _summary(plan, coverage),
         "factors": len(sizes),
         "largest": (largest, plan.spec["factors"][largest]["shape"][0]),
-        "sums_bytes": 8 * sum(sizes.values()),
-        "partial_bytes": trial.partial_bytes,
+        "sums_bytes": largest_group.nbytes,
+        "partial_bytes": partial_bytes,
         "segments": segments,
         "batches": batches,
-        "stored_bytes": segments * trial.partial_bytes + 2 * 8 * entries,
+        "stored_bytes": segments * partial_bytes + 2 * 8 * entries,
         "writes": writes,
         "reads": reads,
         "dollars": (writes * PUT_PRICE + reads * GET_PRICE) / 1000,
@@ -140,27 +151,61 @@ def estimate(
     return Estimate(**found, advice=tuple(_advice(plan, trial, found)))
 
 
-def too_large(spec: Mapping[str, Any], model_bytes: int, memory: int | None) -> str | None:
+def expected_bytes(spec: Mapping[str, Any], groups: int, model_bytes: int) -> int:
+    """Return what a worker is expected to take at least, before any is started: its libraries, the model, and its sums.
+
+    Sums that are committed while the next ones are computed are there twice. What a batch and the data set take is not known
+    before a trial, and not counted.
+
+    Args:
+        spec: Specification of the sums, as plain values.
+        groups: Number of module groups.
+        model_bytes: Of the model's parameters and buffers.
+    """
+    sums = max(group.nbytes for group in plan_groups(spec, groups))
+    return PROCESS_BYTES + RAY_BYTES + model_bytes + sums * (2 if sums <= BESIDE else 1)
+
+
+def too_large(spec: Mapping[str, Any], model_bytes: int, memory: int | None, groups: int = 1) -> str | None:
     """Say why a fit cannot go on in the memory that a worker has, and what to change; None where it may.
 
-    What is counted is what no worker can do without: the running sums, in float64, and the model.
+    What is counted is what no worker can do without: the running sums of one module group, in float64, and the model.
+
+    Args:
+        spec: Specification of the sums, as plain values.
+        model_bytes: Of the model's parameters and buffers.
+        memory: Bytes that a worker can have; None where that is not known.
+        groups: Number of module groups.
+    """
+    sums = max(group.nbytes for group in plan_groups(spec, groups))
+    needed = sums + model_bytes
+    if memory is None or needed <= memory:
+        return None
+    sizes = {name: 8 * prod(factor["shape"]) for name, factor in spec["factors"].items()}
+    name = max(sizes, key=lambda name: sizes[name])
+    parameters = sum(prod(block["shape"]) for block in spec["blocks"])
+    share = f"the largest of {groups} module groups of " if groups > 1 else ""
+    return (
+        f"a worker needs at least {needed:,} bytes, {sums:,} of them for {share}the sums of a {spec['structure']} "
+        f"posterior over {parameters:,} weights, but can have {memory:,} at most. The largest sum is {name}, "
+        f"{shape_of(spec, name)}. {SMALLER}"
+    )
+
+
+def groups_for(spec: Mapping[str, Any], model_bytes: int, memory: int | None) -> int:
+    """Return into how many module groups sums have to be divided for the memory that a worker has.
+
+    It is one where the sums and the model fit at all. Else it is the least number with which they leave a fifth of the memory
+    to a batch and all else; where none does, the least with which they fit, and the most there can be where nothing does.
 
     Args:
         spec: Specification of the sums, as plain values.
         model_bytes: Of the model's parameters and buffers.
         memory: Bytes that a worker can have; None where that is not known.
     """
-    sizes = {name: 8 * prod(factor["shape"]) for name, factor in spec["factors"].items()}
-    needed = sum(sizes.values()) + model_bytes
-    if memory is None or needed <= memory:
-        return None
-    name = max(sizes, key=lambda name: sizes[name])
-    parameters = sum(prod(block["shape"]) for block in spec["blocks"])
-    return (
-        f"a worker needs at least {needed:,} bytes, {sum(sizes.values()):,} of them for the sums of a {spec['structure']} "
-        f"posterior over {parameters:,} weights, but can have {memory:,} at most. The largest sum is {name}, "
-        f"{shape_of(spec, name)}. {SMALLER}"
-    )
+    if memory is None or too_large(spec, model_bytes, memory) is None:
+        return 1
+    return fewest(spec, int(memory * FILLED) - model_bytes) or fewest(spec, memory - model_bytes) or most(spec)
 
 
 def shape_of(spec: Mapping[str, Any], name: str) -> str:

@@ -24,6 +24,7 @@ class Place:
         symmetric: Whether it is.
         start: Its first entry.
         stop: One past its last entry.
+        rows: The rows that lie there, first and one past the last: all, or some of a symmetric factor.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Place:
     symmetric: bool
     start: int
     stop: int
+    rows: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,18 @@ class Part:
     stop: int
 
 
+def triangle(rows: int) -> int:
+    """Return how many entries the lower triangle of a square matrix with so many rows has."""
+    return rows * (rows + 1) // 2
+
+
 def places(spec: Mapping[str, Any]) -> list[Place]:
     """Return where every factor of a specification lies, in its order, one behind the other."""
     found, start = [], 0
     for name, factor in spec["factors"].items():
         shape = tuple(factor["shape"])
-        size = prod(shape[:-2]) * (shape[-1] * (shape[-1] + 1) // 2) if factor["symmetric"] else prod(shape)
-        found.append(Place(name, shape, factor["symmetric"], start, start + size))
+        size = prod(shape[:-2]) * triangle(shape[-1]) if factor["symmetric"] else prod(shape)
+        found.append(Place(name, shape, factor["symmetric"], start, start + size, (0, shape[0] if shape else 1)))
         start += size
     return found
 

@@ -10,11 +10,15 @@ from functools import cached_property
 from typing import Any
 
 from laplace_dist.plan.digests import canonical
+from laplace_dist.plan.groups import Group, plan_groups, units
 from laplace_dist.plan.identity import different_examples
 from laplace_dist.plan.parts import PART_ENTRIES, Part, Place, places, plan_parts
 from laplace_dist.plan.segments import Segment, default_segment_size, plan_segments, whole_batches
 
 FORMAT_VERSION = 2  # 1 is that of 0.1: its plans have no probe, its manifests no digest of the data and no environment
+
+
+_OPTIONAL = ("run", "window", "further", "basis", "module_groups", "halved_from")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ class Plan:
         further: `name` and `spec` of the second pass over the data, of structures that take two; `spec` is then that of the
             first pass. May be None.
         basis: Of the plan of a second pass, its `name` and the `sha256` of the basis that its sums are in. May be None.
+        module_groups: Number of passes over the data, each of which adds up a group of the factors; None is one. It changes
+            how partials are stored and no bit of what they sum up to.
+        halved_from: The batch size that was asked for, where no worker had the memory for it; the settings have the one that
+            the run has. None where they have what was asked for.
     """
 
     segments: tuple[Segment, ...]
@@ -52,6 +60,8 @@ class Plan:
     window: dict[str, Any] | None = None
     further: dict[str, Any] | None = None
     basis: dict[str, Any] | None = None
+    module_groups: int | None = None
+    halved_from: int | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -61,7 +71,7 @@ class Plan:
     @cached_property
     def content(self) -> str:
         """Return the sha256 of all that decides the result, which two runs may have in common."""
-        return replace(self, run=None, window=None).digest
+        return replace(self, run=None, window=None, module_groups=None, halved_from=None).digest
 
     @property
     def posterior_spec(self) -> dict[str, Any]:
@@ -93,6 +103,21 @@ class Plan:
         """Return the units of reduction."""
         return plan_parts(self.spec, self.part_entries)
 
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """Return the module groups."""
+        return plan_groups(self.spec, self.module_groups or 1)
+
+    @cached_property
+    def units(self) -> tuple[Segment, ...]:
+        """Return the units of work, in the order in which they are begun: one group of one segment's sums each."""
+        return units(self.segments, len(self.groups))
+
+    @cached_property
+    def units_by_id(self) -> dict[str, Segment]:
+        """Return the units of work by their ids."""
+        return {unit.id: unit for unit in self.units}
+
     @property
     def n_examples(self) -> int:
         """Return the number of examples that the segments cover."""
@@ -100,7 +125,7 @@ class Plan:
 
     def to_values(self) -> dict[str, Any]:
         """Return the plan as plain values, those that its format has."""
-        absent = {name for name in ("run", "window", "further", "basis") if getattr(self, name) is None}
+        absent = {name for name in _OPTIONAL if getattr(self, name) is None}
         if self.format_version == 1:
             absent |= {"probe", "part_entries"}
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in absent}
@@ -126,6 +151,8 @@ def build_plan(
     run: str | None = None,
     window: Mapping[str, Any] | None = None,
     further: Mapping[str, Any] | None = None,
+    module_groups: int = 1,
+    halved_from: int | None = None,
 ) -> Plan:
     """Return the plan for these settings and digests; a segment size that is not given gets its default.
 
@@ -139,6 +166,8 @@ def build_plan(
         run: Id of the run that it begins, or that it is another window of.
         window: `name` and `number` of the window.
         further: `name` and `spec` of the second pass.
+        module_groups: Number of module groups.
+        halved_from: The batch size that was asked for, where it was halved.
 
     Raises:
         SettingsError: The data set is empty or a size is below 1.
@@ -154,6 +183,8 @@ def build_plan(
         "part_entries": PART_ENTRIES,
         "run": run,
         "window": window and dict(window),
+        "module_groups": None if module_groups == 1 else module_groups,
+        "halved_from": halved_from,
     }
     return Plan(segments=tuple(segments), settings=settings, **own, **plain)
 

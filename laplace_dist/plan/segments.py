@@ -15,6 +15,7 @@ class Segment:
     id: str
     start: int
     stop: int
+    group = 0  # the only module group of its sums, unless there are several: see `plan.groups.Unit`
 
     def __str__(self) -> str:
         return f"{self.id} (examples {self.start} to {self.stop - 1})"

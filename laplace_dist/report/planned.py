@@ -18,6 +18,8 @@ def lines(found: Estimate) -> Iterator[str]:
     yield f"model      {found.parameters:,} weights: {kinds}"
     yield f"estimator  {found.estimator}"
     yield f"factors    {found.factors}, the largest {name} of width {width:,}; {size(found.sums_bytes)} of sums in a worker"
+    if found.module_groups > 1:
+        yield f"groups     {found.module_groups} module groups, so as many passes over the data; the sums are of the largest"
     yield f"segments   {found.segments:,} with {found.batches:,} batches; {size(found.partial_bytes)} of each is stored"
     yield f"storage    {size(found.stored_bytes)} while the partials are kept"
     yield f"requests   {found.writes:,} writes and {found.reads:,} reads; ${found.dollars:.2f} on S3"

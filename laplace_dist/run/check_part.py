@@ -20,7 +20,7 @@ class CheckPart:
 
     Attributes:
         part: The part.
-        without: Ids of the segments whose partials are not committed, or bad.
+        without: Ids of the units whose partials are not committed, or bad.
         summed: Whether there is a sum of the part.
         named: Prefix of the sum that the window's manifest names, if there is one.
         versions: Names of good posterior versions, each with whether 0.1 wrote it: then its factors are the sum of the
@@ -40,9 +40,9 @@ class CheckPart:
 
     def run(self, checker: Checker, place: Place) -> None:
         """Do so."""
-        segments = [segment for segment in place.plan.segments if segment.id not in self.without]
-        manifests = place.partials(checker, segments, self.part)
-        whole = len(manifests) == len(place.plan.segments)
+        units = partials.units_of(place.plan, self.part)
+        manifests = place.partials(checker, [unit for unit in units if unit.id not in self.without], self.part)
+        whole = len(manifests) == len(units)
         total = self._sum(checker, place, manifests)
         total = total if whole and not checker.found.problems else None
         summed = self._window(checker, place, manifests if whole else None, total) if self.summed else None

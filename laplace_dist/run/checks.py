@@ -37,7 +37,7 @@ class Place:
         data: Opens the training split of a window by its name.
         keys: The objects that were listed, where somebody listed them.
         shallow: Look that arrays are there, without reading them.
-        manifests: Those of partials that were read and are good, by the segment's id.
+        manifests: Those of partials that were read and are good, by their units' ids.
     """
 
     store: Store
@@ -53,20 +53,20 @@ class Place:
         check.run(Checker(self.store, found, self.keys, shallow=self.shallow), self)
         return found
 
-    def partials(self, checker: Checker, segments: Collection[Segment], part: Part | None = None) -> list[Manifest]:
-        """Return the manifests of some segments' partials in order, with what they say of one part alone if one is given."""
-        left = [segment for segment in segments if segment.id not in self.manifests]
-        keys = [layout.partial_key(segment.id) for segment in left]
+    def partials(self, checker: Checker, units: Collection[Segment], part: Part | None = None) -> list[Manifest]:
+        """Return the manifests of some partials in order, with what they say of one part alone if one is given."""
+        left = [unit for unit in units if unit.id not in self.manifests]
+        keys = [layout.partial_key(unit.id) for unit in left]
         read: dict[str, Manifest | None] = {}
         try:
-            for segment, (key, data) in zip(left, self.store.read_many(keys), strict=True):
-                found = checker.attempt(key, lambda d=data, s=segment: partials.parse_manifest(d, self.plan, s))
-                read[segment.id] = found if found is None or part is None else partials.of_part(found, part)
+            for unit, (key, data) in zip(left, self.store.read_many(keys), strict=True):
+                found = checker.attempt(key, lambda d=data, u=unit: partials.parse_manifest(d, self.plan, u))
+                read[unit.id] = found if found is None or part is None else partials.of_part(found, part)
         except MissingObjectError:  # was deleted after it was listed
-            for segment in left[len(read) :]:
-                call = partial(partials.read_manifest, self.store, self.plan, segment)
-                read[segment.id] = checker.attempt(layout.partial_key(segment.id), call)
-        found = (self.manifests.get(segment.id) or read[segment.id] for segment in segments)
+            for unit in left[len(read) :]:
+                call = partial(partials.read_manifest, self.store, self.plan, unit)
+                read[unit.id] = checker.attempt(layout.partial_key(unit.id), call)
+        found = (self.manifests.get(unit.id) or read[unit.id] for unit in units)
         return [manifest for manifest in found if manifest is not None]
 
 
@@ -87,18 +87,18 @@ CarryOut = Callable[[str, Sequence[Check]], Iterable[Findings]]
 
 @dataclass(frozen=True)
 class CheckPartials:
-    """Check what lies beside the parts of some segments' partials: Zarr groups, and losses that 0.1 kept as arrays."""
+    """Check what lies beside the parts of some partials: Zarr groups, and losses that 0.1 kept as arrays."""
 
-    segments: tuple[Segment, ...]
+    units: tuple[Segment, ...]
 
     @property
     def what(self) -> str:
         """The check in a person's words."""
-        return f"partials of {len(self.segments)} segments from {self.segments[0].id} on"
+        return f"partials of {len(self.units)} segments from {self.units[0].id} on"
 
     def run(self, checker: Checker, place: Place) -> None:
         """Do so."""
-        for manifest in place.partials(checker, self.segments):
+        for manifest in place.partials(checker, self.units):
             checker.groups(manifest["prefix"], manifest["arrays"])
             if manifest["format_version"] == 1:
                 key = layout.partial_key(manifest["segment"])

@@ -27,11 +27,14 @@ from laplace_dist.run.schemas import (
     TuningFields,
     TuningShardFields,
     VersionFields,
+    WeightsIndexFields,
     WindowFields,
 )
 from laplace_dist.run.shown_fields import SpectraFields, StatusFields
 
 PLAN, WEIGHTS, CONFIG, CURRENT = "plan.json", "weights.safetensors", "config.yaml", "CURRENT.json"
+WEIGHTS_INDEX = f"{WEIGHTS}.index.json"  # of a large model, in the place of the one file
+WEIGHTS_SHARD = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
 CLEARED = (
     CURRENT,
     "training/",
@@ -80,9 +83,14 @@ def probe_key(digest: str) -> str:
     return f"probe-{digest[:16]}.safetensors"
 
 
-def partial_key(segment_id: str) -> str:
-    """Return the key of a segment's manifest."""
-    return f"partials/{segment_id}.json"
+def weights_shard_key(digest: str) -> str:
+    """Return the key of the shard of weights with this sha256."""
+    return f"weights-{digest[:16]}.safetensors"
+
+
+def partial_key(unit_id: str) -> str:
+    """Return the key of a partial's manifest: of a segment, or `<segment>-g<number>` of one module group of it."""
+    return f"partials/{unit_id}.json"
 
 
 def recalibration_key(window: str) -> str:
@@ -168,11 +176,9 @@ ATTEMPT = re.compile(
 
 
 _DIGEST = r"[0-9a-f]{16}"
-_OF_A_WINDOW = (
-    r"plan\.json|window\.json|config\.yaml|partials/\d{6,}(\.json|/.+)|parts/\d{5,}(\.json|/.+)|probe-[0-9a-f]{32}"
-)
+_OF_A_WINDOW = r"plan\.json|window\.json|config\.yaml|partials/\d{6,}(-g\d+)?(\.json|/.+)|parts/\d{5,}(\.json|/.+)|probe-[0-9a-f]{32}"
 _OWNED = re.compile(
-    rf"CURRENT\.json|recalibration/(lease|drift|{WINDOW_NAME}/decision)\.json|config\.yaml|weights\.safetensors|{PROBE.pattern}|evaluation/metrics\.json"
+    rf"CURRENT\.json|recalibration/(lease|drift|{WINDOW_NAME}/decision)\.json|config\.yaml|weights\.safetensors(\.index\.json)?|{WEIGHTS_SHARD.pattern}|{PROBE.pattern}|evaluation/metrics\.json"
     rf"|report\.html|report/(numbers|spectra-{_DIGEST})\.json|coverage\.tsv|status/[0-9]{{8}}T[0-9]{{6}}-[0-9a-f]{{8}}\.json|jobs/[0-9a-f]{{32}}\.json"
     rf"|({WINDOWS}/{WINDOW_NAME}/)?({PASSES}/\w+/)?({_OF_A_WINDOW})|basis/\w+(\.json|/.+)"
     rf"|{TRAINING}/(weights\.safetensors|epochs/\d{{6,}}\.json|files/[0-9a-f]{{64}}\.safetensors)"
@@ -198,6 +204,7 @@ def owned(key: str) -> bool:
 
 _KINDS: dict[str, type[Strict]] = {
     r"plan\.json": PlanFields,
+    r"weights\.safetensors\.index\.json": WeightsIndexFields,
     r"CURRENT\.json": CurrentFields,
     r"jobs/[^/]+\.json": LeaseFields,
     r"status/[^/]+\.json": StatusFields,

@@ -53,6 +53,10 @@ class Lease:
         hours = (now - self._begun) / 3600
         self._store.replace(self._key, seal_json({"format_version": FORMAT_VERSION, "node": node(), "hours": hours}))
 
+    def forget(self) -> None:
+        """Have the next call say it in any case: what was said is gone."""
+        self._shown = float("-inf")
+
     def end(self) -> None:
         """Say that it is not any more; a storage that does not answer hides no other error, and the sign expires."""
         if self._begun is not None:

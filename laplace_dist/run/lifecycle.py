@@ -8,16 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from laplace_dist.errors import CheckpointError, SettingsError
+from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan, differences
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.checkpoint import Checkpoint, open_json
-from laplace_dist.run.layout import CONFIG, CURRENT, PLAN, TRAINING, WEIGHTS, WINDOW, partial_key, probe_key
+from laplace_dist.run.layout import CONFIG, CURRENT, PLAN, TRAINING, WINDOW, partial_key, probe_key
 from laplace_dist.run.ownership import confirm, of_another, read_plan
 from laplace_dist.run.partials import check_manifest
 from laplace_dist.run.place import check_place, clear
 from laplace_dist.run.probe import check_probe, probe_digest
-from laplace_dist.run.second_pass import place_of_second
+from laplace_dist.run.run_weights import RunWeights, are_there
+from laplace_dist.run.second_pass import place_of_second, read_second_plan
 from laplace_dist.run.settings_file import seal_yaml
 from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
@@ -46,7 +47,7 @@ def open_run(
     plan: Plan,
     *,
     model: nn.Module,
-    weights: Callable[[], bytes],
+    weights: RunWeights,
     probe: Callable[[], bytes | None],
     config_yaml: str,
     fresh: bool = False,
@@ -58,7 +59,7 @@ def open_run(
         store: The checkpoint.
         plan: What this command asks for.
         model: The network, in eval mode.
-        weights: Returns the model's weights as a safetensors file; called if they are not stored yet.
+        weights: Of the model, which are stored if they are not yet.
         probe: Returns the model's probe, or None where its inputs cannot be stored; called for a new run.
         config_yaml: Snapshot of the settings, without secrets.
         fresh: Delete an existing run first.
@@ -74,7 +75,7 @@ def open_run(
     check_place(store)
     here = store.exists(PLAN)
     if not here:
-        _check_left_weights(store, weights)
+        weights.refuse_others(store)
     store.check_writable()
     if fresh and here:
         clear(store, say)
@@ -84,19 +85,11 @@ def open_run(
         _refuse_another_plan(store, stored, plan)
         check_model(store, stored, model, "what --model builds here")
     mine = created or stored
-    if created is not None or not store.exists(WEIGHTS):
-        _write_weights(store, mine, weights())
+    if created is not None or not are_there(store):
+        weights.write(store, mine)
     confirm(store, mine)
     store.replace(CONFIG, seal_yaml(config_yaml))
     return mine, created is None
-
-
-def _write_weights(store: Store, plan: Plan, content: bytes) -> None:
-    """Store the weights; those that a job has put there whose run was deleted at that very moment make way."""
-    confirm(store, plan)
-    if not store.create(WEIGHTS, content) and store.read(WEIGHTS) != content:
-        confirm(store, plan)
-        store.replace(WEIGHTS, content)
 
 
 def _create_plan(store: Store, plan: Plan, probe: bytes | None) -> Plan | None:
@@ -108,10 +101,14 @@ def _create_plan(store: Store, plan: Plan, probe: bytes | None) -> Plan | None:
 
 
 def _refuse_another_plan(store: Store, stored: Plan, plan: Plan) -> None:
-    """Compare plans but for the run's id and the probe, whose last bits depend on the machine; see `check_model` for it."""
+    """Compare plans but for the run's id and the probe, whose last bits depend on the machine; see `check_model` for it.
+
+    Module groups change no bit, so they are none of what has to be the same: a run goes on with those that it has.
+    """
     older = stored.format_version < plan.format_version
     changed = differences(stored, plan)
-    same = replace(plan, probe=stored.probe, run=stored.run, window=stored.window)
+    own = ("probe", "run", "window", "module_groups", "halved_from")
+    same = replace(plan, **{name: getattr(stored, name) for name in own})
     if not changed and (older or stored.digest == same.digest):
         return
     raise SettingsError(
@@ -158,21 +155,12 @@ def open_window(store: Store, plan: Plan) -> Plan:
     return stored
 
 
-def _check_left_weights(store: Store, weights: Callable[[], bytes]) -> None:
-    """Refuse weights of another model where there is no run: a job of a deleted run may have left them, or a person."""
-    if store.exists(WEIGHTS) and store.read(WEIGHTS) != weights():
-        raise SettingsError(
-            f"--checkpoint {store.url!r}: holds no run (no {PLAN}), but the {WEIGHTS} of another one. Nothing was changed. "
-            "Delete them, or give a new or empty place."
-        )
-
-
 def committed(
     store: Store, plan: Plan, *, arrays: bool = True, say: Callable[[str], None] = lambda text: None
 ) -> dict[str, dict[str, Any]]:
-    """Return the manifests of the committed segments by id, in plan order, each checked against the plan.
+    """Return the manifests of the committed units by id, each checked against the plan.
 
-    One of another run does not count. It is left where it is: the commit of its segment takes its place, and a deletion here
+    One of another run does not count. It is left where it is: the commit of its unit takes its place, and a deletion here
     could meet that commit.
 
     Args:
@@ -182,9 +170,9 @@ def committed(
         say: Where a line about each manifest of another run goes.
 
     Raises:
-        CheckpointError: A manifest is truncated, altered, or of a segment that the plan has not.
+        CheckpointError: A manifest is truncated, altered, or of a unit that the plan has not.
     """
-    keys = {partial_key(segment.id): segment for segment in plan.segments}
+    keys = {partial_key(unit.id): unit for unit in plan.units}
     present = [key for key in store.list("partials", recursive=False) if key.endswith(".json")]
     found = {}
     for key, data in store.read_many(present):
@@ -198,33 +186,38 @@ def committed(
     return found
 
 
-def _of_this_run(store: Store, key: str, data: bytes, plan: Plan, segment: Segment | None) -> dict[str, Any] | None:
+def _of_this_run(store: Store, key: str, data: bytes, plan: Plan, unit: Segment | None) -> dict[str, Any] | None:
     """Return a partial's manifest, checked against the plan; None for one of another run."""
     try:
         manifest = open_json(data, key)
         if of_another(manifest, plan):
             return None
     except CheckpointError:
-        if segment is not None:
+        if unit is not None:
             raise
-    if segment is None:
+    if unit is None:
+        groups = f", {len(plan.groups)} module groups" if len(plan.groups) > 1 else ""
         raise CheckpointError(
-            f"{store.url}/{key} is of no segment of this plan ({len(plan.segments)} segments). "
+            f"{store.url}/{key} is of no segment of this plan ({len(plan.segments)} segments{groups}). "
             "Delete it, or start again with --fresh."
         )
-    return check_manifest(manifest, plan, segment)
+    return check_manifest(manifest, plan, unit)
 
 
-def committed_ids(store: Store, plan: Plan) -> set[str]:
-    """Return the ids of the committed segments, told by the names of objects alone: all, once the window's sum is there."""
+def committed_segments(store: Store, plan: Plan) -> set[int]:
+    """Return the first examples of the segments of which every group is committed, told by the names of objects alone.
+
+    All are, once the window's sum is there.
+    """
     present = set(store.list("partials", recursive=False))
     whole = store.exists(WINDOW)
-    return {segment.id for segment in plan.segments if whole or partial_key(segment.id) in present}
+    missing = set() if whole else {unit.start for unit in plan.units if partial_key(unit.id) not in present}
+    return {segment.start for segment in plan.segments} - missing
 
 
 def remaining(plan: Plan, committed: Collection[str] | Mapping[str, Any]) -> list[Segment]:
-    """Return the segments of the plan that are not among the committed ids, in plan order."""
-    return [segment for segment in plan.segments if segment.id not in committed]
+    """Return the units of the plan that are not among the committed ids, in plan order."""
+    return [unit for unit in plan.units if unit.id not in committed]
 
 
 def status(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -232,9 +225,10 @@ def status(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[s
 
     Returns:
         `url`, `plan` (digest), `examples`, `examples_committed`, `segments`, `segments_committed`, `complete`, and
-        `posterior`: whether a posterior version is current. Of structures that take two passes over the data the segments are
-        those of the first, and `second_pass` is the number of those that are committed in the second. Of a training `epochs`
-        is the number of committed epochs.
+        `posterior`: whether a posterior version is current. `module_groups` is the number of passes over the data that the
+        sums are divided into, where there are several; a segment counts as committed once it is in all of them. Of structures
+        that take two passes over the data the segments are those of the first, and `second_pass` is the number of those that
+        are committed in the second. Of a training `epochs` is the number of committed epochs.
 
     Raises:
         MissingObjectError: There is no run.
@@ -242,19 +236,30 @@ def status(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[s
     """
     store = Checkpoint(url, storage_options)
     plan = read_plan(store)
-    done = committed_ids(store, plan)
-    second = {} if plan.further is None else {"second_pass": len(committed_ids(place_of_second(store, plan), plan))}
+    done = committed_segments(store, plan)
+    second = {} if plan.further is None else {"second_pass": _in_second_pass(store, plan)}
     trained = len(store.list(f"{TRAINING}/epochs", recursive=False))
     second |= {"epochs": trained} if trained else {}
+    second |= {"module_groups": len(plan.groups)} if len(plan.groups) > 1 else {}
     whole = {len(done), second.get("second_pass", len(done))} == {len(plan.segments)}
     return {
         **second,
         "url": store.url,
         "plan": plan.digest,
         "examples": plan.n_examples,
-        "examples_committed": sum(s.stop - s.start for s in plan.segments if s.id in done),
+        "examples_committed": sum(s.stop - s.start for s in plan.segments if s.start in done),
         "segments": len(plan.segments),
         "segments_committed": len(done),
         "complete": whole,
         "posterior": store.exists(CURRENT),
     }
+
+
+def _in_second_pass(store: Checkpoint, plan: Plan) -> int:
+    """Return the number of segments that are committed in the second pass; it may not have begun."""
+    place = place_of_second(store, plan)
+    try:
+        second = read_second_plan(place, plan)
+    except MissingObjectError:
+        return 0
+    return 0 if second is None else len(committed_segments(place, second))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from laplace_dist.run.layout import CONFIG, COVERAGE, METRICS, NUMBERS, PLAN, REPORT, WEIGHTS, owned
+from laplace_dist.run.layout import CONFIG, COVERAGE, METRICS, NUMBERS, PLAN, REPORT, WEIGHTS, WEIGHTS_INDEX, owned
 from laplace_dist.run.settings_file import is_sealed_yaml
 from laplace_dist.run.weights import is_sealed
 
@@ -48,6 +48,7 @@ _MARKS: dict[str, Callable[[bytes], bool]] = {
     PLAN: _has("sha256", "format_version"),
     CONFIG: is_sealed_yaml,
     WEIGHTS: is_sealed,
+    WEIGHTS_INDEX: _has("sha256", "format_version", "weight_map"),
     COVERAGE: is_sealed_yaml,
     REPORT: lambda content: bool(_MARK.search(content)),
     METRICS: _has("version", "tuning"),

@@ -8,14 +8,26 @@ from dataclasses import replace
 
 from laplace_dist.errors import CheckpointError, SettingsError, StorageError, listed
 from laplace_dist.run.attempts import new_attempt
-from laplace_dist.run.layout import CLEARED, CONFIG, COVERAGE, CURRENT, FOLDERS, PLAN, PROBE, WEIGHTS, owned
+from laplace_dist.run.layout import (
+    CLEARED,
+    CONFIG,
+    COVERAGE,
+    CURRENT,
+    FOLDERS,
+    PLAN,
+    PROBE,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    WEIGHTS_SHARD,
+    owned,
+)
 from laplace_dist.run.marks import is_own
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.storage.local import TEMP
 from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
 
-_SIGNS = (CONFIG, WEIGHTS, COVERAGE)  # by which a run is known whose plan was damaged
+_SIGNS = (CONFIG, WEIGHTS, WEIGHTS_INDEX, COVERAGE)  # by which a run is known whose plan was damaged
 
 
 def check_place(store: Store) -> None:
@@ -74,9 +86,9 @@ def clear(store: Store, say: Callable[[str], None] = lambda text: None) -> None:
             store.delete_tree(key)
         for folder in sorted({"/".join(key.split("/")[:2]) for key in mine if key.startswith(stage)} - set(manifests)):
             _delete_folder(store, folder, mine, kept)
-    for name in (CONFIG, WEIGHTS, PLAN):
+    for name in (CONFIG, WEIGHTS, WEIGHTS_INDEX, PLAN):
         store.delete_tree(name)
-    for key in sorted(key for key in mine if PROBE.fullmatch(key)):  # which the plan names
+    for key in sorted(key for key in mine if PROBE.fullmatch(key) or WEIGHTS_SHARD.fullmatch(key)):  # which others name
         store.delete_tree(key)
 
 

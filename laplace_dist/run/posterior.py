@@ -22,9 +22,10 @@ from laplace_dist.run.layout import LOSS, PLAN
 from laplace_dist.run.lifecycle import check_model
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.pointer import history_of, read_current
+from laplace_dist.run.run_weights import load_run_weights
 from laplace_dist.run.tunings import apply_tuning
 from laplace_dist.run.versions import read_factor, read_loss, read_version
-from laplace_dist.run.weights import load_run_weights, weights_digest
+from laplace_dist.run.weights import weights_digest
 from laplace_dist.storage.store import Store
 
 

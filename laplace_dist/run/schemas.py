@@ -112,6 +112,8 @@ class PlanFields(Strict):
     window: _Window | None = None
     further: _Further | None = None
     basis: _InBasis | None = None
+    module_groups: Positive | None = None
+    halved_from: Positive | None = None
 
     @model_validator(mode="after")
     def _covers_the_data(self) -> PlanFields:
@@ -135,6 +137,22 @@ class _Examples(Strict):
         if any(len(repeat) != 2 for repeat in self.repeats):
             raise ValueError("a repeat is a place and a number")
         Sketch.from_values(dict(self))
+        return self
+
+
+class WeightsIndexFields(Strict):
+    """The index of a large model's weights; `weight_map` and `metadata` are those of `save_pretrained`."""
+
+    format_version: Positive
+    weight_map: dict[str, str]
+    files: dict[Annotated[str, Field(pattern=r"^weights-[0-9a-f]{16}\.safetensors$")], Sha256]
+    model: Sha256
+    metadata: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _names_its_files(self) -> WeightsIndexFields:
+        if set(self.weight_map.values()) != self.files.keys():
+            raise ValueError("its files are not those that its tensors lie in")
         return self
 
 

@@ -17,7 +17,7 @@ class Vector:
     """Factors laid end to end without a copy; what is asked for is packed on the way.
 
     Attributes:
-        places: Where the factors lie.
+        places: Where the factors lie, or the rows of them that are there.
         arrays: The factors by name; those that are asked for.
     """
 
@@ -100,6 +100,9 @@ def complete(places: Sequence[Place], arrays: Mapping[str, np.ndarray]) -> None:
 def _entries(place: Place, array: np.ndarray, left: int, right: int) -> np.ndarray:
     if not place.symmetric:
         return np.ascontiguousarray(array).reshape(-1)[left:right]
+    above = triangle(place.rows[0])  # entries of rows that are not held
+    if above:
+        return pack(array, above + left, above + right)
     return np.concatenate([pack(matrix, first, last) for matrix, first, last, _ in _pieces(place, array, left, right)])
 
 
@@ -113,4 +116,4 @@ def _pieces(place: Place, array: np.ndarray, left: int, right: int) -> Iterator[
 
 
 def _matrices(place: Place, array: np.ndarray) -> np.ndarray:
-    return array.reshape(prod(place.shape[:-2]), *place.shape[-2:])
+    return array.reshape(prod(place.shape[:-2]), *array.shape[-2:])

@@ -19,10 +19,10 @@ from laplace_dist.run.coverage import check_coverage
 from laplace_dist.run.findings import Checker, Findings
 from laplace_dist.run.pointer import read_current
 from laplace_dist.run.probe import open_probe
+from laplace_dist.run.run_weights import check_run_weights
 from laplace_dist.run.verify_sums import SumsCheck
 from laplace_dist.run.verify_training import check_training
 from laplace_dist.run.verify_windows import check_windows
-from laplace_dist.run.weights import check_weights
 from laplace_dist.storage.local import TEMP
 
 
@@ -109,8 +109,9 @@ class _Run:
     def check(self, data: Any, pool: CarryOut | None) -> None:
         store, plan, keys, attempt = self.store, self.plan, self.checker.keys, self.checker.attempt
         begun = any(key.startswith("partials/") for key in keys)
-        if layout.WEIGHTS in keys or begun:
-            attempt(layout.WEIGHTS, lambda: check_weights(store.read(layout.WEIGHTS), plan.weights, layout.WEIGHTS))
+        stored = layout.WEIGHTS_INDEX if layout.WEIGHTS_INDEX in keys else layout.WEIGHTS
+        if stored in keys or begun:
+            attempt(stored, lambda: check_run_weights(store, plan.weights, stored))
         if layout.CONFIG in keys or begun:
             attempt(layout.CONFIG, lambda: settings_file.read_config(store))
         if plan.probe is not None:
@@ -192,7 +193,7 @@ class _Run:
         """Check what says which version, tuning and metrics are in force."""
         problems, keys, plan = self.report.problems, self.checker.keys, self.plan
         if self.report.versions or layout.CURRENT in keys:
-            missing = [layout.partial_key(segment.id) for segment in plan.segments]
+            missing = [layout.partial_key(unit.id) for unit in plan.units]
             problems += [
                 (
                     key,

@@ -120,8 +120,8 @@ def _check_basis(checker: Checker, run: Plan, key: str) -> str | None:
 
 def _complete(checker: Checker, prefix: str, plan: Plan) -> None:
     """Name the partials of the first window's second pass that are missing."""
-    for segment in plan.segments:
-        key = prefix + layout.partial_key(segment.id)
+    for unit in plan.units:
+        key = prefix + layout.partial_key(unit.id)
         if checker.missing(key):
             text = (
                 f"{key} is missing, though the run has a posterior. Run the fit job again: it recomputes that segment."

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from laplace_dist.errors import RunFailed
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run import layout, partials, readings, versions, windows
@@ -29,7 +30,7 @@ class SumsCheck:
         carry_out: Carries out the checks that read arrays.
 
     Attributes:
-        manifests: Good manifests of partials by the segment's id.
+        manifests: Good manifests of partials by their units' ids.
         versions: Names of the whole posterior versions.
         window: The manifest of the window's sum, if it is there and good.
     """
@@ -56,17 +57,24 @@ class SumsCheck:
 
     @property
     def committed(self) -> int:
-        """How many segments are committed, as good partials or in the window's sum."""
-        return len(self.plan.segments) if self.dropped else len(self.manifests)
+        """How many segments are committed, as good partials of all groups or in the window's sum."""
+        missing = {unit.start for unit in self.plan.units if unit.id not in self.manifests}
+        return len(self.plan.segments) - (0 if self.dropped else len(missing))
 
     def read(self) -> Iterator[tuple[Segment, str, Mapping[str, Any]]]:
-        """Yield, of every segment of which it is known, the key that says it, `data_sha256` and `environment`."""
-        known = dict(readings.of_segments(self.plan, self.window or {}))
-        for segment in self.plan.segments:
-            if segment.id in self.manifests:
-                yield segment, layout.partial_key(segment.id), self.manifests[segment.id]
-            elif segment.id in known:
-                yield segment, layout.WINDOW, known[segment.id]
+        """Yield, of every segment of which it is known, the key that says it, `data_sha256` and `environment`.
+
+        The groups of a segment agree on the data, or that was said; one of them speaks for all.
+        """
+        known, seen = dict(readings.of_units(self.plan, self.window or {})), set()
+        for unit in self.plan.units:
+            if unit.start in seen or not (unit.id in self.manifests or unit.id in known):
+                continue
+            seen.add(unit.start)
+            if unit.id in self.manifests:
+                yield unit, layout.partial_key(unit.id), self.manifests[unit.id]
+            else:
+                yield unit, layout.WINDOW, known[unit.id]
 
     def _problem(self, key: str, text: str) -> None:
         self.checker.found.problem(key, text)
@@ -77,17 +85,18 @@ class SumsCheck:
         if self.window is not None and (self.dropped or not any(key.startswith("partials/") for key in self.keys)):
             self._gone()
             return
-        planned = {layout.partial_key(segment.id): segment for segment in self.plan.segments}
+        planned = {layout.partial_key(unit.id): unit for unit in self.plan.units}
         present = [key for key in self.keys if re.fullmatch(r"partials/[^/]+\.json", key)]
         self.checker.attempt("partials", lambda: self._read_partials(planned, sorted(present)))
-        good = [segment for segment in self.plan.segments if segment.id in self.manifests]
+        good = [unit for unit in self.plan.units if unit.id in self.manifests]
+        self._agreement()
         checks = [CheckPartials(tuple(some)) for some in _batched(good, TOGETHER)]
         for found in self._carry_out("groups of partials", checks):
             self.checker.found.add(found)
 
     def _gone(self) -> None:
         """Count where the partials were made of a window that has none any more, as far as that is known."""
-        for _, made in readings.of_segments(self.plan, self.window):
+        for _, made in readings.of_units(self.plan, self.window):
             self.checker.found.came_from(made)
         if not self.window.get("read"):
             text = f"{layout.WINDOW} does not say where its partials were made and what was read, and they were dropped: an "
@@ -100,11 +109,19 @@ class SumsCheck:
             if key not in planned:
                 self._unplanned(key, content)
                 continue
-            segment = planned[key]
-            found = self.checker.attempt(key, lambda c=content, s=segment: partials.parse_manifest(c, self.plan, s))
+            unit = planned[key]
+            found = self.checker.attempt(key, lambda c=content, u=unit: partials.parse_manifest(c, self.plan, u))
             if found is not None:
-                self.manifests[segment.id] = found
+                self.manifests[unit.id] = found
                 self.checker.found.came_from(found)
+
+    def _agreement(self) -> None:
+        """Look whether the module groups of every segment are of the same data."""
+        there = [self.manifests[unit.id] for unit in self.plan.units if unit.id in self.manifests]
+        try:
+            partials.check_agreement(self.plan, there if len(self.plan.groups) > 1 else [])
+        except RunFailed as error:
+            self._problem("partials", str(error))
 
     def _unplanned(self, key: str, content: bytes) -> None:
         """Note a manifest of no segment of the plan: one of another run does no harm, and is all the same in the way."""
@@ -117,8 +134,8 @@ class SumsCheck:
     @property
     def _all(self) -> list[dict[str, Any]] | None:
         """The manifests in plan order if all are there and good."""
-        ordered = [self.manifests[segment.id] for segment in self.plan.segments if segment.id in self.manifests]
-        return ordered if len(ordered) == len(self.plan.segments) else None
+        ordered = [self.manifests[unit.id] for unit in self.plan.units if unit.id in self.manifests]
+        return ordered if len(ordered) == len(self.plan.units) else None
 
     # -------------------------------------------------------------- versions, parts, window
 
@@ -146,7 +163,7 @@ class SumsCheck:
         """Check the parts of everything, given the versions that are good."""
         current = None if self.window is None else versions.version_of(alone(self.store, self.plan, self.window))
         compared = tuple((version, old) for version, old in found.items() if old or version == current)
-        without = frozenset(segment.id for segment in self.plan.segments) - self.manifests.keys()
+        without = frozenset(self.plan.units_by_id) - self.manifests.keys()
         named = {} if self.window is None else self.window["parts"]
         checks = [
             CheckPart(
@@ -165,7 +182,8 @@ class SumsCheck:
                 self._problem(layout.WINDOW, text)
             return
         if self._all is not None and not self.checker.shallow:
-            total, known = windows.total_loss(self.store, self._all), readings.readings(self._all)
+            total = windows.total_loss(self.store, partials.of_first_group(self.plan, self._all))
+            known = readings.readings(self.plan, self._all)
             wrong = "its loss is not the sum of the partials'" if total != self.window["loss"] else None
             if self.window.get("read") and {name: self.window.get(name) for name in known} != known:
                 wrong = "it does not say of its partials what they say"

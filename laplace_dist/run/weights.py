@@ -21,10 +21,7 @@ from laplace_dist.data.sources import hint, read_file, weights_options
 from laplace_dist.data.weight_files import Shards, shards_of
 from laplace_dist.errors import CheckpointError, SettingsError, listed
 from laplace_dist.plan.digests import feed
-from laplace_dist.plan.plan import Plan
-from laplace_dist.run.layout import WEIGHTS
 from laplace_dist.run.pretrained import build_pretrained
-from laplace_dist.storage.store import Store
 
 
 def dump_weights(model: nn.Module) -> bytes:
@@ -49,7 +46,7 @@ def check_weights(content: bytes, digest: str, label: str) -> None:
     Raises:
         CheckpointError: It is truncated, altered, or of another model.
     """
-    state = _parse_weights(content, label, CheckpointError)
+    state = parse_weights(content, label, CheckpointError)
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         seal = json.loads(header["__metadata__"]["seal"])
@@ -83,8 +80,8 @@ def load_weights(model: nn.Module, content: bytes, label: str, broken: type[Exce
     Raises:
         SettingsError: Names are missing or unexpected, or shapes differ; the message lists them.
     """
-    state = _parse_weights(content, label, broken)
-    _check_fit(model, label, state, state)
+    state = parse_weights(content, label, broken)
+    check_fit(model, label, state, state)
     model.load_state_dict(state, strict=False)
 
 
@@ -101,14 +98,14 @@ def load_shards(model: nn.Module, shards: Shards, label: str) -> None:
     """
     listed_names = [name for names in shards.names.values() for name in names or ()]
     if listed_names:
-        _check_fit(model, label, listed_names, {})
+        check_fit(model, label, listed_names, {})
     for place, state in shards.tensors():
-        _check_fit(model, place, listed_names or state, state)
+        check_fit(model, place, listed_names or state, state)
         model.load_state_dict(state, strict=False)
         del state  # before the next one is read
 
 
-def _check_fit(model: nn.Module, label: str, names: Collection[str], state: Mapping[str, Tensor]) -> None:
+def check_fit(model: nn.Module, label: str, names: Collection[str], state: Mapping[str, Tensor]) -> None:
     """Refuse names that are not the model's, of whose tied tensors one is enough, and tensors of other shapes than its own."""
     wanted, names = model.state_dict(), set(names)
     there = {_place(wanted[name]) for name in names & wanted.keys()}
@@ -133,7 +130,8 @@ def _place(tensor: Tensor) -> tuple:
     return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
-def _parse_weights(content: bytes, label: str, broken: type[Exception]) -> dict[str, Tensor]:
+def parse_weights(content: bytes, label: str, broken: type[Exception]) -> dict[str, Tensor]:
+    """Return the tensors of a state dict, safetensors or torch.save's format; `broken` is the error for what is none."""
     try:
         if content[8:9] == b"{":
             return safetensors.torch.load(content)
@@ -195,25 +193,3 @@ def build_model(config: Config, *, weights: bool = False) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise SettingsError(f"--model: {config.model!r} returned a {type(model).__name__}; expected a torch.nn.Module")
     return model
-
-
-def load_run_model(config: Config, store: Store, plan: Plan) -> nn.Module:
-    """Build the run's model with the run's own weights, in eval mode; errors as of `load_model` and `load_run_weights`."""
-    model = adapted(build_model(config).eval(), config.dict_key_y)
-    load_run_weights(store, plan, model)
-    return model
-
-
-def load_run_weights(store: Store, plan: Plan, model: nn.Module) -> None:
-    """Load the run's own weights into a model and check that they are those of the plan.
-
-    Raises:
-        CheckpointError: They are missing, truncated or altered.
-        SettingsError: They do not fit the model.
-    """
-    load_weights(model, store.read(WEIGHTS), f"{store.url}/{WEIGHTS}", broken=CheckpointError)
-    if weights_digest(model) != plan.weights:
-        raise CheckpointError(
-            f"{store.url}/{WEIGHTS} does not hold the weights of the plan: it was altered, or --model builds buffers "
-            "that change from call to call. Restore it from a copy, or start again with --fresh."
-        )

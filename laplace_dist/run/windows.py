@@ -28,9 +28,9 @@ SUM = "sum"  # name of a part's array
 
 
 def inputs_digest(manifests: Iterable[Mapping[str, Any]], part: Part) -> str:
-    """Return what a part was summed from: the committed partials in plan order, by their bytes."""
+    """Return what a part was summed from: the committed partials that hold any of it in plan order, by their bytes."""
     digest = hashlib.sha256()
-    for manifest in manifests:
+    for manifest in partials.with_part(manifests, part):
         entry = partials.entries_of(manifest, part)
         digest.update(json.dumps([manifest["segment"], entry]).encode())
     return digest.hexdigest()
@@ -47,7 +47,7 @@ def sum_part(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any]], p
         CheckpointError: An array is missing, truncated or altered.
     """
     total = np.full(part.stop - part.start, -0.0)  # which any number is added to without a change, -0.0 too
-    for pieces in partials.read_parts(store, plan, manifests, part):
+    for pieces in partials.read_parts(store, plan, partials.with_part(manifests, part), part):
         partials.add(total, pieces)
     return total
 
@@ -111,7 +111,11 @@ def missing_parts(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any
 
     A segment whose partial was bad, was deleted and computed again may have other bytes on other hardware; a part that was
     summed before that does not count.
+
+    Raises:
+        RunFailed: The module groups of a segment are of other data.
     """
+    partials.check_agreement(plan, manifests)
     there, missing = set(store.list("parts", recursive=False)), []
     for part in plan.parts:
         of = inputs_digest(manifests, part)
@@ -140,21 +144,22 @@ def commit_window(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any
         CheckpointError: A part is not committed, bad, or the sum of other partials than these.
     """
     parts = {part.id: read_part_manifest(store, plan, part, inputs_digest(manifests, part)) for part in plan.parts}
+    counted = partials.of_first_group(plan, manifests)
     manifest = {
         "format_version": FORMAT_VERSION,
         "plan": plan.digest,
-        "n_data": sum(manifest["n_data"] for manifest in manifests),
-        "loss": total_loss(store, manifests),
+        "n_data": sum(manifest["n_data"] for manifest in counted),
+        "loss": total_loss(store, counted),
         "environment": environment("cpu"),
         "parts": {name: {"prefix": found["prefix"], "entry": found["arrays"][SUM]} for name, found in parts.items()},
-        **readings(manifests),
+        **readings(plan, manifests),
     }
     commit(store, plan, WINDOW, manifest)
     return read_window(store, plan)
 
 
 def total_loss(store: Store, manifests: Iterable[Mapping[str, Any]]) -> float:
-    """Return the summed loss of partials, rounded once."""
+    """Return the summed loss of partials, of one group of each segment, rounded once."""
     return fsum(partials.loss_of(store, manifest) for manifest in manifests)
 
 
@@ -168,8 +173,8 @@ def read_window(store: Store, plan: Plan) -> dict[str, Any]:
     manifest = open_json(store.read(WINDOW), WINDOW)
     shapes = {name: place["entry"]["shape"] for name, place in manifest["parts"].items()}
     planned = {part.id: [part.stop - part.start] for part in plan.parts}
-    said = len(manifest["read"]["made"]) if manifest.get("read") else len(plan.segments)
-    wanted = plan.digest, plan.n_examples, planned, len(plan.segments)
+    said = len(manifest["read"]["made"]) if manifest.get("read") else len(plan.units)
+    wanted = plan.digest, plan.n_examples, planned, len(plan.units)
     if (manifest["plan"], manifest["n_data"], shapes, said) != wanted:
         raise (CheckpointError if manifest["plan"] == plan.digest else ForeignError)(
             f"{WINDOW} does not belong to this run's plan. Delete it and run the same command again: it puts the parts "
@@ -218,10 +223,10 @@ def drop_partials(store: Store, plan: Plan) -> None:
 
 def _known(store: Store, plan: Plan) -> dict[str, Any]:
     """Return what the sum of a window from before that was kept has to say of its partials, if they all are there."""
-    wanted = {partial_key(segment.id) for segment in plan.segments}
+    wanted = {partial_key(unit.id) for unit in plan.units}
     if not wanted <= set(store.list("partials", recursive=False)):
         return {}
-    return readings(list(partials.manifests(store, plan)))
+    return readings(plan, list(partials.manifests(store, plan)))
 
 
 def is_dropped(store: Store, plan: Plan) -> bool:

@@ -22,12 +22,13 @@ from laplace_dist.plan.digests import feed
 from laplace_dist.plan.identity import check_data
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.sketch import ExampleDigests
-from laplace_dist.run import bases, posterior, provenance, tunings, weights
+from laplace_dist.run import bases, posterior, provenance, run_weights, tunings
 from laplace_dist.run.checkpoint import open_store
 from laplace_dist.run.combination import Window, place_of, summed
 from laplace_dist.run.lifecycle import check_model
 from laplace_dist.run.ownership import read_plan, same
 from laplace_dist.run.settings_file import data_of
+from laplace_dist.stages.smaller import as_halved
 from laplace_dist.storage.store import Store
 
 _OTHER_FACTORS = (
@@ -103,18 +104,19 @@ class Context:
         same(self._second.store, self._second.plan.digest, digest)
         return self._second
 
-    def zero_sums(self, plan: Plan) -> Any:
-        """Return raw sums over no example, of the pass over the data that has this plan.
+    def zero_sums(self, plan: Plan, group: int = 0) -> Any:
+        """Return raw sums over no example, of one module group of the pass over the data that has this plan.
 
         Raises:
             SettingsError: They are not those of the plan.
         """
+        rows = () if len(plan.groups) == 1 else (plan.groups[group].rows,)
         if plan.basis is None:
-            return self.la.zero_sums()
+            return self.la.zero_sums(*rows)
         if self._basis is None or self._basis[0] != plan.basis["sha256"]:
             wanted = plan.basis["sha256"]
             self._basis = wanted, bases.read_basis(self.store, self.plan, wanted, self.device)
-        sums = self.la.second_sums(self._basis[1])
+        sums = self.la.second_sums(self._basis[1], *rows)
         if plain(replace(sums.spec, basis=None)) != plan.spec:
             raise SettingsError(_OTHER_FACTORS)
         return sums
@@ -123,7 +125,7 @@ class Context:
     @without_autocast()  # what builds a model may train it
     def model(self) -> nn.Module:
         """The run's model with the run's own weights, in eval mode, on the device."""
-        model = weights.load_run_model(self.config, self.store, self.plan).to(self.device)
+        model = run_weights.load_run_model(self.config, self.store, self.plan).to(self.device)
         check_model(self.store, self.plan, model, f"what --model builds on {self.where}")
         return model
 
@@ -222,7 +224,7 @@ class Context:
             config = self.config
             reader = ReadAhead(
                 self.split(split, data),
-                config.batch_size,
+                as_halved(config, self.plan).batch_size,
                 Collate.of(config),
                 workers=config.loader_workers,
                 threads=config.threads_per_worker,

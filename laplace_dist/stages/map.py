@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from laplace_dist.plan.estimate import BESIDE
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
 from laplace_dist.plan.sketch import ExampleDigests, limit_of
@@ -18,18 +19,14 @@ from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.provenance import environment, node
 from laplace_dist.stages.context import Context
 
-# Bytes of sums up to which a segment is committed while the next one is computed: a commit takes about one hundredth of a
-# segment's time, which is not worth a second copy of sums that fill a worker's memory.
-BESIDE = 128 * 2**20
-
 
 @dataclass(frozen=True)
 class MapSegment:
-    """Accumulate the curvature of one segment and commit it as a partial.
+    """Accumulate the curvature of one segment, or one module group of it, and commit it as a partial.
 
     Attributes:
         plan: Digest of the plan.
-        segment: The segment.
+        segment: The segment, and which group of its sums.
     """
 
     plan: str
@@ -43,7 +40,7 @@ class MapSegment:
     def run(self, context: Context) -> dict[str, Any] | Callable[[], dict[str, Any]]:
         """Do so; the receipt says who won the commit and how many seconds that took. The commit of small sums may wait."""
         segment, plan = self.segment, context.window_of(self.plan).plan
-        sums, digest = context.zero_sums(plan), hashlib.sha256()
+        sums, digest = context.zero_sums(plan, segment.group), hashlib.sha256()
         examples = ExampleDigests(limit_of(plan.n_examples))
         for offset, x, y in context.batches("train", plan.data, segment.start, segment.stop, digest, examples):
             context.la.accumulate(sums, x, y, offset=offset)
@@ -96,13 +93,14 @@ def comparisons(plan: Plan, done: Collection[str]) -> list[CompareData]:
 
     Args:
         plan: The plan.
-        done: Ids of the committed segments.
+        done: Ids of the committed units.
     """
-    there = [segment for segment in plan.segments if segment.id in done]
+    found = {unit.start: unit for unit in plan.units if unit.id in done}
+    there = [found[at] for at in sorted(found)]
     chosen = {index: there[index] for index in (0, len(there) // 2, len(there) - 1)} if there else {}
-    return [CompareData(plan.digest, segment) for segment in chosen.values()]
+    return [CompareData(plan.digest, unit) for unit in chosen.values()]
 
 
 def tasks(plan: Plan, done: Collection[str]) -> Iterator[MapSegment]:
-    """Yield a task for every segment that has no committed partial, in plan order."""
-    return (MapSegment(plan.digest, segment) for segment in lifecycle.remaining(plan, done))
+    """Yield a task for every unit that has no committed partial, in plan order."""
+    return (MapSegment(plan.digest, unit) for unit in lifecycle.remaining(plan, done))

@@ -10,11 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from laplace.structures.registry import SECOND_PASSES
+from laplace_dist.config.compatibility import no_groups
 from laplace_dist.config.settings import Config
 from laplace_dist.data import loader, sources
 from laplace_dist.data.collate import Collate
 from laplace_dist.errors import ExampleError, SettingsError
 from laplace_dist.plan import identity
+from laplace_dist.plan.estimate import groups_for, too_large
+from laplace_dist.plan.groups import plan_groups
 from laplace_dist.plan.identity import shared_examples
 from laplace_dist.plan.plan import Plan, build_plan
 from laplace_dist.run import layout, lifecycle, weights
@@ -22,9 +25,11 @@ from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.combination import Window, place_of
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.probe import make_probe
+from laplace_dist.run.run_weights import RunWeights, load_run_model
 from laplace_dist.run.settings_file import seal_yaml
 from laplace_dist.stages import estimator, first_batch
 from laplace_dist.stages.context import initialized, plain
+from laplace_dist.stages.smaller import as_halved
 from laplace_dist.storage.store import Store
 
 
@@ -47,6 +52,11 @@ class Resolved:
     data: dict[str, Any]
     config: Config
     cost: str
+
+    @property
+    def model_bytes(self) -> int:
+        """What the model's parameters and buffers take."""
+        return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
 
 
 def resolve(config: Config, stored: Mapping[str, Any] | None = None) -> Resolved:
@@ -87,6 +97,36 @@ def _chosen(config: Config, model: nn.Module, train: Any, f: Tensor) -> tuple[Co
     return chosen, initialized(chosen.model_dump(), model, train, Collate.of(config))
 
 
+def module_groups(
+    config: Config, resolved: Resolved, memory: int | None, say: Callable[[str], None] = lambda text: None
+) -> int:
+    """Return the number of module groups of a run that is to be begun.
+
+    Args:
+        config: The settings.
+        resolved: What they name.
+        memory: Bytes that a worker can have; None where that is not known.
+        say: Where a line for people goes.
+
+    Raises:
+        SettingsError: No worker has the memory for the sums.
+    """
+    spec = plain(resolved.la.sums_spec())
+    size = resolved.model_bytes
+    able = no_groups(config) is None
+    count = config.module_groups or (groups_for(spec, size, memory) if able else 1)
+    groups = plan_groups(spec, count)
+    if why := too_large(spec, size, memory, len(groups)):
+        raise SettingsError(f"--hessian-structure: got {config.hessian_structure!r}, but {why}")
+    if len(groups) > 1:
+        largest = max(group.nbytes for group in groups)
+        say(
+            f"module groups: {len(groups)}, so as many passes over the data; a worker holds at most {largest:,} bytes of sums "
+            "at a time"
+        )
+    return len(groups)
+
+
 def begin(
     resolved: Resolved,
     config: Config,
@@ -94,6 +134,8 @@ def begin(
     device_type: str,
     say: Callable[[str], None],
     training: Mapping[str, Any] | None = None,
+    module_groups: int = 1,
+    halved_from: int | None = None,
 ) -> tuple[Plan, bool]:
     """Begin the run, or continue the one that is there; returns its plan and whether it was there.
 
@@ -104,6 +146,8 @@ def begin(
         device_type: Where the workers compute, `cpu` or `cuda`.
         say: Where lines for people go.
         training: Settings of a training that change bits too.
+        module_groups: Number of module groups of a run that is begun.
+        halved_from: The batch size that was asked for, where it was halved.
 
     Raises:
         SettingsError: What is there is of another plan.
@@ -119,14 +163,17 @@ def begin(
         run=new_attempt(),
         window={"name": config.window or datetime.now(UTC).date().isoformat(), "number": 0},
         further=further(resolved.la),
+        module_groups=module_groups,
+        halved_from=halved_from,
     )
-    snapshot = config.model_copy(update={"weights": f"{store.url}/{layout.WEIGHTS}"}).to_yaml()
+    own = RunWeights(model)
+    snapshot = config.model_copy(update={"weights": f"{store.url}/{own.key}"}).to_yaml()
     _check_first_window(config, store)
     return lifecycle.open_run(
         store,
         wanted,
         model=model,
-        weights=lambda: weights.dump_weights(model),
+        weights=own,
         probe=lambda: _probe(resolved, config, say),
         config_yaml=snapshot,
         fresh=config.fresh,
@@ -174,7 +221,7 @@ def begin_window(
         raise SettingsError(
             f"--window: got {config.window!r}, which is that of the fit itself. Give the new window another name."
         )
-    config = estimator.given(config, run.settings)
+    config = as_halved(estimator.given(config, run.settings), run)
     train = sources.load_split(config, "train")
     check_again(config, store, run, {"train": train, **sources.check_splits(config)})
     data = fingerprint(config, train, "train")
@@ -189,6 +236,8 @@ def begin_window(
         run=run.run_id,
         window={"name": config.window, "number": number},
         further=run.further,
+        module_groups=run.module_groups or 1,
+        halved_from=run.halved_from,
     )
     lifecycle.refuse_another_run(store, run, wanted)
     for window in there:
@@ -225,6 +274,7 @@ def refuse_other_settings(config: Config, store: Store, plan: Plan, kind: str) -
             f"--likelihood: got {config.likelihood!r}, but the run at {store.url!r} was fitted with "
             f"{stored.get('likelihood')!r}. Give --likelihood {stored.get('likelihood')}."
         )
+    config = as_halved(config, plan)
     of_sums = {"hessian_structure", "subset_of_weights", "backend", "estimator"} & stored.keys()
     left_out = {name: Config.model_fields[name].default for name in ("collate", "dict_key_x", "dict_key_y")}
     if kind == "recalibrate":
@@ -251,7 +301,7 @@ def check_again(config: Config, store: Store, plan: Plan, splits: Mapping[str, A
         SettingsError: The model is not the run's, or does not suit the data.
         CheckpointError: The run's weights are damaged.
     """
-    model = weights.load_run_model(config, store, plan)
+    model = load_run_model(config, store, plan)
     lifecycle.check_model(store, plan, model, "what --model builds here")
     first_batch.check(config, model, splits)
 

@@ -43,7 +43,7 @@ class SumPart:
         """Do so."""
         window = context.window_of(self.plan)
         store, plan = window.store, window.plan
-        manifests = [partials.of_part(manifest, self.part) for manifest in partials.manifests(store, plan)]
+        manifests = list(partials.manifests(store, plan, self.part))
         total = windows.sum_part(store, plan, manifests, self.part)
         windows.commit_part(store, plan, self.part, total, self.of, environment(context.device))
         return {}

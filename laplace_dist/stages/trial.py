@@ -20,6 +20,7 @@ from laplace_dist.data.collate import Collate
 from laplace_dist.data.device import to_device
 from laplace_dist.plan.estimate import Trial
 from laplace_dist.plan.plan import Plan
+from laplace_dist.plan.segments import Segment
 from laplace_dist.run import partials, windows
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import Checkpoint
@@ -31,20 +32,23 @@ from laplace_dist.storage.store import Store
 BATCHES = 4  # the first of which is not timed
 
 
-def run(config: Config, resolved: opening.Resolved) -> tuple[Plan, Trial]:
+def run(config: Config, resolved: opening.Resolved, module_groups: int = 1) -> tuple[Plan, Trial]:
     """Carry out a trial of a fit in this process; returns the fit's plan and what the trial took.
 
     Args:
         config: The settings.
         resolved: What they name.
+        module_groups: Number of module groups, of which the largest is tried.
     """
     with tempfile.TemporaryDirectory() as folder:
         store = Checkpoint(folder)
-        plan, _ = opening.begin(
-            resolved, config.model_copy(update={"checkpoint": folder}), store, "cpu", lambda text: None
-        )
-        sums, batch_seconds = _batches(config, resolved)
-        segment, made = plan.segments[0], {"data_sha256": "0" * 64, "environment": environment("cpu")}
+        own = config.model_copy(update={"checkpoint": folder})
+        plan, _ = opening.begin(resolved, own, store, "cpu", lambda text: None, module_groups=module_groups)
+        group = max(plan.groups, key=lambda group: group.nbytes)
+        rows = group.rows if len(plan.groups) > 1 else None
+        sums, batch_seconds = _batches(config, resolved, rows)
+        segment = next(unit for unit in plan.units if unit.group == group.number)
+        made = {"data_sha256": "0" * 64, "environment": environment("cpu")}
         tensors = sums.to_tensors()
         before = _objects(Path(folder))
 
@@ -52,12 +56,12 @@ def run(config: Config, resolved: opening.Resolved) -> tuple[Plan, Trial]:
             count = segment.stop - segment.start
             return partials.commit_partial(store, plan, segment, tensors, count, new_attempt(), **made)
 
-        receipt, commit_seconds = (_beside if _bytes(tensors) <= BESIDE else _alone)(commit, config, resolved)
+        receipt, commit_seconds = (_beside if _bytes(tensors) <= BESIDE else _alone)(commit, config, resolved, rows)
         writes = len(_objects(Path(folder)) - before)
         trial = Trial(
             batch_seconds=batch_seconds,
             commit_seconds=commit_seconds,
-            sum_seconds=_sum_seconds(store, plan),
+            sum_seconds=_sum_seconds(store, plan, segment),
             partial_bytes=receipt.bytes,
             writes=writes,
             reads=writes + 2,  # each is read back; whose the run is is looked at before and after
@@ -68,10 +72,12 @@ def run(config: Config, resolved: opening.Resolved) -> tuple[Plan, Trial]:
         return plan, trial
 
 
-def _batches(config: Config, resolved: opening.Resolved, count: int = BATCHES) -> tuple[Any, float]:
+def _batches(
+    config: Config, resolved: opening.Resolved, rows: Mapping[str, tuple[int, int]] | None, count: int = BATCHES
+) -> tuple[Any, float]:
     """Accumulate a few batches; returns the sums and the median seconds of one."""
     la, size = resolved.la, config.batch_size
-    sums, times = la.zero_sums(), []
+    sums, times = la.zero_sums() if rows is None else la.zero_sums(rows), []
     stop = min(len(resolved.train), count * size)
     begun = _clock()
     for offset, x, y in loader.batches(resolved.train, 0, stop, size, Collate.of(config)):
@@ -84,13 +90,15 @@ def _batches(config: Config, resolved: opening.Resolved, count: int = BATCHES) -
 Commit = Callable[[], partials.Receipt]
 
 
-def _alone(commit: Commit, config: Config, resolved: opening.Resolved) -> tuple[partials.Receipt, float]:
+def _alone(commit: Commit, *_: Any) -> tuple[partials.Receipt, float]:
     """Commit; returns the receipt, and the seconds that it took."""
     begun = _clock()
     return commit(), _clock() - begun
 
 
-def _beside(commit: Commit, config: Config, resolved: opening.Resolved) -> tuple[partials.Receipt, float]:
+def _beside(
+    commit: Commit, config: Config, resolved: opening.Resolved, rows: Mapping[str, tuple[int, int]] | None
+) -> tuple[partials.Receipt, float]:
     """Commit beside a batch of the next segment, as a worker does, so that the peak is that of both.
 
     Returns the receipt, and the CPU seconds that the commit took, which is what it takes away from the segment beside it.
@@ -99,7 +107,7 @@ def _beside(commit: Commit, config: Config, resolved: opening.Resolved) -> tuple
     with ThreadPoolExecutor(1) as executor:
         going_on = executor.submit(commit)
         own = time.thread_time()
-        _batches(config, resolved, 1)[0].to_tensors()
+        _batches(config, resolved, rows, 1)[0].to_tensors()
         own = (time.thread_time() - own) * torch.get_num_threads()
         receipt = going_on.result()
     return receipt, max(0.0, time.process_time() - begun - own)
@@ -122,10 +130,10 @@ def _objects(folder: Path) -> set[Path]:
     return {path for path in folder.rglob("*") if path.is_file()}
 
 
-def _sum_seconds(store: Store, plan: Plan) -> float:
+def _sum_seconds(store: Store, plan: Plan, unit: Segment) -> float:
     """Return the seconds that one part of the partial takes to be read and added."""
-    part = plan.parts[0]
-    manifests = [partials.of_part(partials.read_manifest(store, plan, plan.segments[0]), part)]
+    part = next(part for part in plan.parts if plan.groups[unit.group].overlap(part) is not None)
+    manifests = [partials.of_part(partials.read_manifest(store, plan, unit), part)]
     begun = _clock()
     windows.sum_part(store, plan, manifests, part)
     return _clock() - begun

@@ -7,12 +7,9 @@ from math import isqrt
 
 import numpy as np
 
+from laplace_dist.plan.parts import triangle
+
 _BLOCK = 64  # rows that are symmetrised at a time
-
-
-def triangle(rows: int) -> int:
-    """Return how many entries the lower triangle of a square matrix with so many rows has."""
-    return rows * (rows + 1) // 2
 
 
 def pack(matrix: np.ndarray, start: int, stop: int) -> np.ndarray:
@@ -22,21 +19,23 @@ def pack(matrix: np.ndarray, start: int, stop: int) -> np.ndarray:
     the result is a few rows.
 
     Args:
-        matrix: Shape `(d, d)`.
-        start: First entry, counted along the packed triangle.
+        matrix: Shape `(d, d)`, or its last rows alone, `(d - a, d)`: of the entries left of column `a` there is but one.
+        start: First entry, counted along the packed triangle of the whole.
         stop: One past the last entry, at most `d (d + 1) / 2`.
 
     Returns:
         Shape `(stop - start,)`, same dtype.
     """
-    size, columns = matrix.shape
-    assert size == columns, f"a symmetric factor must be square, got {matrix.shape}"
+    rows, size = matrix.shape
+    above = size - rows
+    assert above >= 0 and triangle(above) <= start, f"a symmetric factor must be square, got {matrix.shape}"
     packed = np.empty(stop - start, matrix.dtype)
     first = _row(start) // _BLOCK * _BLOCK
-    for top in range(first, min(size, _row(max(stop - 1, 0)) + 1), _BLOCK):
+    for top in range(max(first, above), min(size, _row(max(stop - 1, 0)) + 1), _BLOCK):
         end = min(top + _BLOCK, size)
-        lower = matrix[top:end, :end]
-        mean = np.array(matrix[:end, top:end].T, order="C", copy=True)  # may be a view otherwise: 1 x 1, Fortran order
+        lower = matrix[top - above : end - above, :end]
+        mean = np.empty(lower.shape, lower.dtype)
+        mean[:, :above], mean[:, above:] = lower[:, :above], matrix[: end - above, top:end].T
         mean -= lower
         assert np.abs(mean).max() <= 1e-2 * np.abs(lower).max(), "a factor declared symmetric is not"
         mean *= 0.5

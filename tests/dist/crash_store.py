@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from given_weights import Given
 from torch import nn
 
 from laplace_dist.plan.plan import Plan, build_plan
@@ -110,7 +111,7 @@ def sums_of(segment) -> dict[str, torch.Tensor]:
 
 def start(store: Checkpoint, plan: Plan) -> Plan:
     """Start or continue a run; returns its plan, which may have an id of its own."""
-    given = {"model": MODEL, "weights": lambda: WEIGHTS, "probe": lambda: None, "config_yaml": "seed: 0\n"}
+    given = {"model": MODEL, "weights": Given(WEIGHTS), "probe": lambda: None, "config_yaml": "seed: 0\n"}
     return lifecycle.open_run(store, plan, **given)[0]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from given_weights import Given
 from torch import nn
 
 from laplace.capture.blocks import Block
@@ -242,7 +243,7 @@ class MiniatureJob(Job):
             self.store,
             replace(_plan(self.kind), run=self.run_id),
             model=MODEL,
-            weights=lambda: WEIGHTS,
+            weights=Given(WEIGHTS),
             probe=lambda: PROBE,
             config_yaml="seed: 0\n",
             fresh=self.fresh,

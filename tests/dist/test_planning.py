@@ -141,7 +141,8 @@ def test_a_fit_that_cannot_fit_is_refused_before_anything_is_begun(tmp_path):
         # Factors of 9, 3 and 27, 3 entries a side in float64, and the model of 114 weights in float32.
         sums = 8 * (9**2 + 3**2 + 27**2 + 3**2)
         assert said.startswith(
-            f"--hessian-structure: got 'kron', but a worker needs at least {sums + 456:,} bytes, {sums:,} of"
+            f"--hessian-structure: got 'kron', but a worker needs at least {8 * 27**2 + 456:,} bytes, {8 * 27**2:,} of them "
+            "for the largest of 4 module groups of the sums"
         )
         assert (
             f"but can have {n_bytes:,} at most. The largest sum is 4.weight/A, 27 × 27. Use --hessian-structure diag"

@@ -61,7 +61,7 @@ def test_cutting_and_putting_together_is_the_identity(shapes, size, seed):
 
 def test_a_symmetric_factor_takes_a_triangle():
     spec = {"factors": {"a": {"shape": [3, 3], "symmetric": True}, "b": {"shape": [], "symmetric": False}}}
-    assert places(spec) == [Place("a", (3, 3), True, 0, 6), Place("b", (), False, 6, 7)]
+    assert places(spec) == [Place("a", (3, 3), True, 0, 6, (0, 3)), Place("b", (), False, 6, 7, (0, 1))]
 
 
 def in_parts(monkeypatch, entries):

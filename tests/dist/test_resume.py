@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from given_weights import Given
 from test_partials import ORIGIN, PLAN, make_plan, make_sums
 from test_partials import commit_to_run as commit
 from torch import nn
@@ -22,7 +23,8 @@ from laplace_dist.run.layout import PLAN as PLAN_KEY
 from laplace_dist.run.lifecycle import committed, open_run, remaining
 from laplace_dist.run.ownership import has, read_plan
 from laplace_dist.run.place import clear
-from laplace_dist.run.weights import dump_weights, load_run_weights, weights_digest
+from laplace_dist.run.run_weights import load_run_weights
+from laplace_dist.run.weights import dump_weights, weights_digest
 from laplace_dist.storage.sealed_json import seal_json
 
 
@@ -32,7 +34,7 @@ def store(tmp_path):
 
 
 def start(store, plan=PLAN, fresh=False, weights=b"weights", say=lambda text: None):
-    given = {"model": nn.Linear(1, 1), "weights": lambda: weights, "probe": lambda: None}
+    given = {"model": nn.Linear(1, 1), "weights": Given(weights), "probe": lambda: None}
     return open_run(store, plan, **given, config_yaml="seed: 0\n", fresh=fresh, say=say)
 
 
