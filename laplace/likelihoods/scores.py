@@ -100,19 +100,30 @@ def summarize_classification(
     The calibration error has equally wide bins of confidence (Naeini et al., AAAI 2015); the AUROC separates in- from
     out-of-distribution examples by confidence.
     """
-    from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
-
     result = {
         "accuracy": scores["correct"].mean().item(),
         "nll": scores["nll"].mean().item(),
         "brier": scores["brier"].mean().item(),
-        "ece": binary_calibration_error(scores["confidence"], scores["correct"].long(), n_bins=bins).item(),
+        "ece": calibration_error(scores["confidence"], scores["correct"], bins),
     }
     for name, outside in (ood_confidence or {}).items():
-        inside = scores["confidence"]
-        labels = torch.cat([torch.ones_like(inside), torch.zeros_like(outside)]).long()
-        result[f"ood_auroc/{name}"] = binary_auroc(torch.cat([inside, outside]), labels).item()
+        result[f"ood_auroc/{name}"] = auroc(scores["confidence"], outside)
     return result
+
+
+def calibration_error(confidence: Tensor, correct: Tensor, bins: int) -> float:
+    """Expected calibration error of examples, each argument ``(examples,)``; the left edge belongs to a bin."""
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    which = torch.bucketize(confidence.double(), edges, right=True).clamp(1, bins) - 1
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, correct.double() - confidence.double())
+    return gaps.abs().sum().item() / len(confidence)
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    """Probability that an example of the one has more than one of the other, ties counted half (Mann and Whitney)."""
+    ordered = outside.sort().values
+    below, up_to = (torch.searchsorted(ordered, inside, right=right) for right in (False, True))
+    return (below + up_to).double().mean().item() / (2 * len(outside))
 
 
 def summarize_regression(scores: Mapping[str, Tensor]) -> dict[str, float]:

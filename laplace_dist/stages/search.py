@@ -141,7 +141,8 @@ class Search:
     def _search_prior(self, temperatures: tuple[float, ...]) -> tuple[Outcome, list[Candidate]]:
         """Search the prior precision, each under the best of some temperatures."""
         lattice, done, scored, alone = self._lattice, [], [], len(temperatures) == 1
-        while isinstance(step := _next(lattice, done), Round):
+        whole = Round(tuple(range(lattice.size)), coarse=False) if self._one_pass_is_enough else None
+        while isinstance(step := (not done and whole) or _next(lattice, done), Round):
             found = self._score(step, [lattice.value(i) for i in step.indices], temperatures, keep=alone)
             done.append(found.scored)
             scored += [] if step.coarse else [found]
@@ -254,6 +255,15 @@ class Search:
     @property
     def _noise_is_open(self) -> bool:
         return likelihood_of(self.config.likelihood).has_noise
+
+    @property
+    def _one_pass_is_enough(self) -> bool:
+        """Whether all values are scored at once: a coarse round would look at all the data, and a value more costs little.
+
+        Of linearised predictives with a closed link many priors cost hardly more than one; what is sampled does.
+        """
+        closed = self.config.tuned_pred_type == "glm" and link_approx(self.config) != "mc"
+        return closed and len(some(self.shards)) == len(self.shards)
 
     @property
     def _limit_is_map(self) -> bool:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from laplace.likelihoods.scores import auroc as auroc_of
+from laplace.likelihoods.scores import calibration_error as calibration_error_of
 from laplace.utils.metrics import (
     classification_scores,
     regression_scores,
@@ -130,3 +134,31 @@ def test_scores_of_shards_concatenate():
     shards = [classification_scores(probs[a:b], y[a:b]) for a, b in ((0, 100), (100, 101), (101, 300))]
     joined = {name: torch.cat([s[name] for s in shards]) for name in whole}
     assert summarize_classification(joined) == summarize_classification(whole)
+
+
+def test_summaries_are_those_of_torchmetrics_and_do_not_import_it():
+    """Also where confidences are tied, as of a saturated network; importing it takes seconds of every job."""
+    from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
+
+    generator = torch.Generator().manual_seed(3)
+    for places in (8, 2):
+        inside, outside = (
+            torch.rand(n, generator=generator, dtype=torch.float64).round(decimals=places) for n in (500, 70)
+        )
+        correct = (torch.rand(500, generator=generator) < inside).double()
+        labels = torch.cat([torch.ones(500), torch.zeros(70)]).long()
+        wanted = binary_auroc(torch.cat([inside, outside]), labels).item()
+        assert auroc_of(inside, outside) == pytest.approx(wanted, abs=1e-6)
+        error = binary_calibration_error(inside, correct.long(), n_bins=15).item()
+        assert calibration_error_of(inside, correct, 15) == pytest.approx(error, abs=1e-6)
+
+
+def test_a_summary_imports_no_further_package():
+    code = """
+import sys, torch
+from laplace.likelihoods.scores import summarize_classification
+scores = {name: torch.rand(9, dtype=torch.float64) for name in ("correct", "nll", "brier", "confidence")}
+summarize_classification(scores, {"x": torch.rand(5, dtype=torch.float64)})
+assert "torchmetrics" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

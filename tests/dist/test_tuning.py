@@ -27,6 +27,7 @@ from laplace_dist.recalibration import recalibrate
 from laplace_dist.report.metrics import show_result
 from laplace_dist.run import tunings
 from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.stages import search
 from laplace_dist.stages.search import some
 
 STEP = 10**0.2  # of the default lattice
@@ -81,7 +82,7 @@ def test_a_linear_gaussian_models_prior_and_noise_are_the_best_of_all(tmp_path):
     assert 0.2 < noise < 0.5 and -4 < ratio < 4
     again = marginal(x, y, line, la.prior_precision.item(), la.sigma_noise.item())
     fine = [loss for scored in manifest["search"]["rounds"] if not scored["coarse"] for loss in scored["losses"]]
-    assert min(fine) == pytest.approx(again, rel=1e-9)
+    assert min(fine) == pytest.approx(again, rel=1e-7), "of 41 values most are interpolated, to 2e-5 of the variance"
     of_map = math.sqrt(float(np.mean((y - x @ line.T) ** 2)))
     assert manifest["search"]["map_noise"] == pytest.approx(of_map)
     assert manifest["search"]["rounds"][0]["map"] == pytest.approx((math.log(2 * math.pi * of_map**2) + 1) / 2)
@@ -367,7 +368,7 @@ def test_a_search_killed_in_the_middle_of_a_round_goes_on_to_the_same_bits(tmp_p
     folder = (tmp_path / key).with_suffix("")
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
     last = max(int(name.split("-")[0][1:]) for name in kept)
-    assert last >= 3
+    assert last >= 2
     gone = {name for name in kept if name.startswith(f"r{last}-")} | {
         next(n for n in sorted(kept) if n.startswith("r1-"))
     }
@@ -425,11 +426,25 @@ def test_a_coarse_round_looks_at_a_part_of_much_data_and_at_all_of_little():
     assert len(some(plan_shards(50_000, 32))) < len(plan_shards(50_000, 32)) / 4
 
 
-def test_a_search_scores_fewer_values_than_the_grid_did(tmp_path):
-    _, manifest, _ = tuned(config(tmp_path, "classes", model_args={"times": 3.0}))
-    rounds = manifest["search"]["rounds"]
-    assert len(rounds) == 2 and sum(len(scored["priors"]) for scored in rounds) <= 20
-    assert len(tunings.curve(manifest)) == len(rounds[1]["priors"])
+def test_much_data_are_searched_from_coarse_to_fine_and_few_in_one_pass_with_the_same_end(tmp_path, monkeypatch):
+    chosen = config(tmp_path / "one pass", "classes", model_args={"times": 3.0})
+    _, manifest, _ = tuned(chosen)
+    (scored,) = manifest["search"]["rounds"]
+    assert len(scored["priors"]) == 41 == len(tunings.curve(manifest)) and not scored["coarse"]
+    monkeypatch.setattr(search, "ENOUGH", 150)
+    _, again, _ = tuned(chosen.model_copy(update={"checkpoint": str(tmp_path / "rounds")}))
+    rounds = again["search"]["rounds"]
+    assert [scored["coarse"] for scored in rounds] == [True, False]
+    assert sum(len(scored["priors"]) for scored in rounds) <= 20
+    assert len(tunings.curve(again)) == len(rounds[1]["priors"])
+    one, other = (posterior(chosen.model_copy(update={"checkpoint": str(tmp_path / name)}), tuning_cases.classifier(times=3.0))
+                  for name in ("one pass", "rounds"))  # fmt: skip
+    assert torch.equal(one.prior_precision, other.prior_precision)
+
+
+def test_what_is_sampled_is_searched_in_rounds_however_few_the_data(tmp_path):
+    _, manifest, _ = tuned(config(tmp_path, "classes", model_args={"times": 3.0}, link_approx="mc"))
+    assert [scored["coarse"] for scored in manifest["search"]["rounds"]][:1] == [True]
 
 
 def test_an_evaluation_refuses_weights_that_are_not_those_of_the_fit(tmp_path, monkeypatch):
@@ -559,8 +574,8 @@ def test_a_comparison_of_the_evidence_that_was_killed_goes_on_to_the_same_bits(t
         left = [deaths]
 
         class Deadly(Inline):
-            def pool(self, device, left=left):
-                pool = super().pool(device)
+            def pool(self, *given, left=left):
+                pool = super().pool(*given)
                 real = pool.submit
 
                 def submit(task):
