@@ -278,3 +278,18 @@ def test_a_window_follows_the_runs_groups_and_its_partials_are_dropped(tmp_path)
     assert {name: place["entry"]["sha256"] for name, place in one["factors"].items()} == {
         name: place["entry"]["sha256"] for name, place in other["factors"].items()
     }
+
+
+def test_a_group_of_a_second_pass_reads_its_own_part_of_the_basis(tmp_path, monkeypatch):
+    read = []
+    before = Checkpoint.read_array
+    monkeypatch.setattr(
+        Checkpoint,
+        "read_array",
+        lambda self, prefix, name, entry: read.append((prefix, name)) or before(self, prefix, name, entry),
+    )
+    fit(config(tmp_path, "ekfac", module_groups=3))
+    names = [name for prefix, name in read if prefix.startswith("basis/")]
+    first, second = {"1.weight/A", "1.weight/B"}, {"3.weight/A", "3.weight/B"}
+    # The groups are the first weight's moments, those of its bias, and the second layer's.
+    assert set(names[:2]) == first and names[2] == "1.weight/B" and set(names[3:]) == second and len(names) == 5
