@@ -153,9 +153,10 @@ def output_variances(la: Fitted, x: Any, outputs: Sequence[int]) -> tuple[Tensor
         f, variance = glm_distribution(la, x, diagonal=True)
         return f.flatten(1)[:, chosen], variance[:, chosen]
     found = []
-    for _, inputs in la.backend.parts(x, outputs=len(outputs)):
-        capture = ChosenOutputs(la.backend.capture(inputs), outputs)
-        found.append((capture.f, la._glm_variance(capture, [la.prior_precision], True)[0].detach()))
+    with eval_mode(la.backend.model):
+        for _, inputs in la.backend.parts(x, outputs=len(outputs)):
+            capture = ChosenOutputs(la.backend.capture(inputs), outputs)
+            found.append((capture.f, la._glm_variance(capture, [la.prior_precision], True)[0].detach()))
     f, variance = joined(found)
     return f, variance
 
@@ -167,9 +168,10 @@ def glm_distribution(la: Fitted, x: Any, diagonal: bool = False) -> tuple[Tensor
         covariance = la.functional_variance(js)
         return f, covariance.diagonal(dim1=-2, dim2=-1) if diagonal else covariance
     found = []
-    for _, inputs in la.backend.parts(x, every_output=True):
-        capture = la.backend.capture(inputs)
-        found.append((capture.f, la._glm_variance(capture, [la.prior_precision], diagonal)[0].detach()))
+    with eval_mode(la.backend.model):
+        for _, inputs in la.backend.parts(x, every_output=True):
+            capture = la.backend.capture(inputs)
+            found.append((capture.f, la._glm_variance(capture, [la.prior_precision], diagonal)[0].detach()))
     f, variance = joined(found)
     return f, variance
 

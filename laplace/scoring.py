@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from laplace import predictive
+from laplace.capture.evaluation import eval_mode
 from laplace.enums import LinkApprox, PredType, parse
 from laplace.fitted import Fitted
+from laplace.interpolation import interpolated, nodes_for
 from laplace.likelihoods.base import Prediction
 from laplace.linalg.precision import widened
 from laplace.search import vertex
@@ -179,15 +181,33 @@ def sweep(
         yield from ((index, 0, (capture.f,)) for index in range(len(grid)))
         return
     diagonal = law.diagonal_suffices(link_approx) or (diagonal and law.predicts_outputs)
+    for index, variance in enumerate(_variances(la, capture, priors, diagonal)):
+        for t, value in enumerate(temperatures):
+            generator = torch.Generator(la._device).manual_seed(seed)
+            f, spread_of = (capture.f, variance) if value == 1 else (capture.f / value, variance / value**2)
+            yield index, t, law.integrate(f, spread_of, link_approx, n_samples, generator)
+
+
+def _variances(la: Fitted, capture: Any, priors: list[Tensor], diagonal: bool) -> Iterator[Tensor]:
+    """Variances of the outputs, or their covariances, of every prior; of many scalar ones most are interpolated."""
     outputs = capture.f[0].numel()
     step = max(1, _SWEEP // (len(capture.f) * outputs * (1 if diagonal else outputs)))
-    for start in range(0, len(priors), step):
-        variances = la._glm_variance(capture, priors[start : start + step], diagonal)
-        for index, variance in enumerate(variances.detach(), start):
-            for t, value in enumerate(temperatures):
-                generator = torch.Generator(la._device).manual_seed(seed)
-                f, spread_of = (capture.f, variance) if value == 1 else (capture.f / value, variance / value**2)
-                yield index, t, law.integrate(f, spread_of, link_approx, n_samples, generator)
+    scalars = [float(prior) for prior in priors] if diagonal and all(p.numel() == 1 for p in priors) else []
+    nodes = nodes_for(scalars)
+    if nodes is not None:
+        at = [torch.tensor([value], dtype=la._dtype, device=la._device) for value in nodes]
+        known = torch.cat([_of_some(la, capture, at[i : i + step], diagonal) for i in range(0, len(at), step)])
+        if bool((known > 0).all()):  # nothing to take the logarithm of where an output has no variance
+            for i in range(0, len(scalars), step):
+                yield from interpolated(known, scalars[i : i + step], nodes)
+            return
+    for i in range(0, len(priors), step):
+        yield from _of_some(la, capture, priors[i : i + step], diagonal)
+
+
+def _of_some(la: Fitted, capture: Any, priors: list[Tensor], diagonal: bool) -> Tensor:
+    with eval_mode(la.backend.model):
+        return la._glm_variance(capture, priors, diagonal).detach()
 
 
 def _sweep_networks(la, x: Any, priors, n_samples: int, seed: int, temperatures, with_map: bool):

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from laplace_dist.config.command_line import load_config
@@ -23,6 +24,8 @@ from laplace_dist.report.metrics import show_recalibration, show_result
 from laplace_dist.report.verification import lines, verify
 from laplace_dist.run import layout, settings_file
 from laplace_dist.run.checkpoint import open_store
+from laplace_dist.run.combination import place_of
+from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.pretrained import AUTO_CLASSES
 
 JOBS = {"fit": fit, "tune": tune_posterior, "evaluate": evaluate_posterior}
@@ -38,6 +41,7 @@ _OF_RECALIBRATIONS = [
     "windows",
     "decay",
     "keep-partials",
+    "shared-examples",
     "margin-nll",
     "margin-ece",
     "level",
@@ -46,7 +50,8 @@ _OF_RECALIBRATIONS = [
     "keep-versions",
     "alert-cmd",
 ]  # which do nothing in other jobs
-_OF_FITS = ["module-groups"]  # which do nothing in jobs that add nothing up, or follow what their run has
+_OF_SUMS = ["module-groups"]  # which do nothing in jobs that add nothing up
+_OF_FITS = ["skip-evaluate", *_OF_SUMS]  # which do nothing in a recalibration, or follow what the run has
 
 
 def main(job: str, argv: Sequence[str] | None = None, **defaults: Any) -> int:
@@ -63,13 +68,11 @@ def main(job: str, argv: Sequence[str] | None = None, **defaults: Any) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
 
     def carry_out() -> int:
-        if idle := [f"--{name}" for name in _OF_RECALIBRATIONS if _given(argv, f"--{name}")]:
-            raise SettingsError(
-                f"{', '.join(idle)}: does nothing in this job, but in jobs/recalibrate.py. Leave it out"
-            )
+        _refuse_idle(argv, _OF_RECALIBRATIONS, "jobs/recalibrate.py")
         if job != "fit":
-            _refuse_of_fits(argv)
+            _refuse_idle(argv, _OF_SUMS, "the fit's job")
         config = _settings(job, argv, defaults)
+        _say_idle(argv, config, _OF_RECALIBRATIONS, "jobs/recalibrate.py")
         result = JOBS[job](config)
         show_result(result, _loading(config, result))
         return 0
@@ -102,8 +105,9 @@ def recalibrate_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
             raise SettingsError(
                 f"--rollback: given with {other}, which it would not heed; give one of them. Nothing was changed"
             )
-        _refuse_of_fits(rest)
+        _refuse_idle(rest, _OF_FITS, "the fit's job")
         config = _settings("recalibrate", rest, defaults)
+        _say_idle(rest, config, _OF_FITS, "the fit's job")
         if given.rollback is not None:
             rollback(config.checkpoint, given.rollback, storage_options=config.storage_options)
             print(f"{config.checkpoint}: version {given.rollback} is current again")
@@ -174,7 +178,7 @@ def verify_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
             config.storage_options,
             collect_orphans_older_than=hours,
             shallow=shallow,
-            data=None if not data else True if pool else load_split(of_run, "train"),
+            data=None if not data else True if pool else _opener(of_run),
             workers=of_run if pool else None,
         )
         print("\n".join(lines(report)))
@@ -184,11 +188,6 @@ def verify_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
 
 
 # ------------------------------------------------------------------ helpers of the jobs above
-
-
-def _refuse_of_fits(argv: Sequence[str]) -> None:
-    if idle := [f"--{name}" for name in _OF_FITS if _given(argv, f"--{name}")]:
-        raise SettingsError(f"{', '.join(idle)}: does nothing in this job, which follows the fit's plan. Leave it out")
 
 
 def exit_status(carry_out: Callable[[], int], interrupted: str) -> int:
@@ -210,6 +209,19 @@ def exit_status(carry_out: Callable[[], int], interrupted: str) -> int:
     except Interrupted as error:
         print(f"interrupted by {signal.Signals(error.number).name}. {interrupted}", file=sys.stderr)
         return signals.status(error.number)
+
+
+def _opener(config: Config) -> Callable[[str], Any]:
+    """Return what opens the training split of a window of a run, of which the last one is kept."""
+    store = open_store(config)
+    plan = read_plan(store)
+
+    @lru_cache(maxsize=1)
+    def opened(window: str) -> Any:
+        place = place_of(store, plan, window)
+        return load_split(config if place is store else settings_file.data_of(config, place), "train")
+
+    return opened
 
 
 def _settings_for_data(config: Config) -> Config:
@@ -242,6 +254,25 @@ def _settings(job: str, argv: Sequence[str], defaults: Mapping[str, Any]) -> Con
     if config.weights is None:
         config = config.model_copy(update={"weights": demo.train()})
     return config
+
+
+def _refuse_idle(argv: Sequence[str], names: Sequence[str], where: str) -> None:
+    """Refuse flags that do nothing in a job.
+
+    Args:
+        argv: Arguments of the job.
+        names: Of the flags, without dashes before them.
+        where: Which job heeds them.
+    """
+    if idle := [f"--{name}" for name in names if _given(argv, f"--{name}") or _given(argv, f"--no-{name}")]:
+        raise SettingsError(f"{', '.join(idle)}: does nothing in this job, but in {where}. Leave it out")
+
+
+def _say_idle(argv: Sequence[str], config: Config, names: Sequence[str], where: str) -> None:
+    """Say which settings of a file do nothing in a job: one file may be that of a fit and of its recalibrations."""
+    fields = {name: name.replace("-", "_") for name in names}
+    if _given(argv, "--config") and (idle := [n for n, field in fields.items() if field in config.model_fields_set]):
+        print(f"note: {', '.join(idle)} in --config does nothing in this job, but in {where}", file=sys.stderr)
 
 
 def _given(argv: Sequence[str], flag: str) -> bool:

@@ -145,8 +145,11 @@ class FitStages:
         return opening.module_groups(self.config, resolved, self.session.executor.memory(self.device_type), self.say)
 
     def map(self) -> None:
-        """Accumulate the segments of the window that have no committed partial, in the first pass over its data."""
-        while True:
+        """Accumulate the segments of the window that have no committed partial, in the first pass over its data.
+
+        Nothing of a window whose sum is committed and whose partials a recalibration has dropped.
+        """
+        while not windows.is_dropped(self.window.store, self.window.plan):
             try:
                 self._map(self.window, "segments")
                 return

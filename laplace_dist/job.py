@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.config.settings import Config
 from laplace_dist.data import sources
 from laplace_dist.data.groups import groups_of
-from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
+from laplace_dist.errors import CheckpointError, RunFailed, SettingsError, StorageError
 from laplace_dist.execution.session import ExecutorType
 from laplace_dist.execution.tasks import Task
 from laplace_dist.fit_stages import FitStages
@@ -139,7 +139,7 @@ class Job(FitStages):
                 version, None, start := layout.tuning_key(version, tune.settings(config, None, self.device_type))
             )
         if not config.searches:
-            return start
+            return self._against_map(version, start)
         found = self._fingerprint("val")
         start = None if config.searches_prior else tunings.start_of(self.store, start or pointer.tuning_of(self.store))
         chosen = tune.settings(config, found, self.device_type, start)
@@ -150,12 +150,49 @@ class Job(FitStages):
         )
         return key
 
-    def _choose(self, version: str, search: Search | None, key: str) -> None:
-        """Commit a tuning, by a search or by the evidence, if that is not done yet, and say what it is."""
+    def _against_map(self, version: str, evidence: str) -> str:
+        """Compare what the evidence has chosen with MAP where there is a validation split; returns the key of what is kept."""
+        config, why = self.config, self._why_no_validation()
+        if why:
+            self.say(
+                f"tune: the evidence has chosen, and nothing was compared with MAP, since there is no val split: {why}"
+            )
+            return evidence
+        chosen = tune.settings_of_comparison(config, self._fingerprint("val"), self.device_type, evidence)
+        key = layout.tuning_key(version, chosen)
+        shards = plan_shards(len(self._splits("val")["val"]), config.batch_size)
+        given = config.model_copy(
+            update={"tune_method": "gridsearch", "prior_structure": "scalar", "recalibrate": "prior"}
+        )
+        search = Search(self.store, self.plan, version, key, chosen, given, shards, evidence, self._tune)
+        self._choose(version, search, key, search.compare)
+        return key
+
+    def _why_no_validation(self) -> str:
+        """Say why there is no validation split that can be scored; empty where there is one, which is then loaded."""
+        try:
+            splits = {"val": self._loaded.get("val") or sources.load_split(self.config, "val")}
+            opening.check_again(self.config, self.store, self.plan, splits)
+        except StorageError:
+            raise
+        except Exception as error:  # of the user's own code, which need not know of a split that nobody has asked for
+            return f"{type(error).__name__}: {error}"
+        self._loaded |= splits
+        return ""
+
+    def _choose(self, version: str, search: Search | None, key: str, how: Callable[[], Task] | None = None) -> None:
+        """Commit a tuning, by a search or by the evidence, if that is not done yet, and say what it is.
+
+        Args:
+            version: The posterior version.
+            search: The search; None for the evidence.
+            key: Of the tuning.
+            how: What returns the task that commits it; `search.choose` if not given.
+        """
         if not ownership.has(self.store, self.plan, key):
             if search is not None:
                 self.decompose(version)
-                task: Task = search.choose()
+                task: Task = (how or search.choose)()
             else:
                 chosen = tune.settings(self.config, None, self.device_type)
                 task = tune.MaximizeEvidence(self.plan.digest, version, key, chosen)
@@ -163,11 +200,6 @@ class Job(FitStages):
         manifest, value = tunings.read_tuning(self.store, key)
         method, temperature = manifest["settings"]["method"], manifest.get("logit_temperature") or 1.0
         self.say(f"tune: {words.chosen(value, manifest['sigma_noise'], temperature, method)}")
-        if manifest.get("search") is None:
-            self.say(
-                "tune: the evidence has chosen, and nothing was compared with MAP; --tune-method gridsearch does that on a val "
-                "split, for a scalar prior"
-            )
         for text in (manifest.get("search") or {}).get("said", []):
             self.say(f"tune: {text}")
 

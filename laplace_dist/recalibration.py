@@ -126,6 +126,7 @@ class RecalibrationJob(WindowStages):
             tuning = None if self.config.skip_tune else self.choose_prior(version)
             found = self.decide(name, terms, version, tuning, dry_run=dry_run)
         if not dry_run:
+            self.drop_partials()
             self.collect(found)
         return replace(self.result(found), report=None if dry_run else self.report())
 
@@ -190,6 +191,7 @@ class RecalibrationJob(WindowStages):
         watched = self.watch(name, sides["current"], dry_run=dry_run)
         found = {
             "windows": stage.weights_of(terms),
+            "passed_over": self._passed_over,
             **sides,
             "settings": stage.settings(config),
             "differences": {name: {**d, "margin": margins[name]} for name, d in receipt["differences"].items()},

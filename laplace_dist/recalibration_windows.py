@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from laplace_dist.errors import SettingsError, listed
 from laplace_dist.job import Job
 from laplace_dist.report import alert
-from laplace_dist.run import layout, pointer, recalibrations, versions, windows
-from laplace_dist.run.combination import Term, Window, choose, chosen_names, is_rule, summed, terms_of, windows_of
-from laplace_dist.run.place import delete_owned
+from laplace_dist.run import layout, leases, pointer, recalibrations, versions, windows
+from laplace_dist.run.combination import (
+    Term,
+    Window,
+    choose,
+    chosen_names,
+    is_rule,
+    is_summed,
+    passes_of,
+    summed,
+    terms_of,
+    windows_of,
+)
+from laplace_dist.run.overlap import refuse_shared
 from laplace_dist.stages import opening
 
 
@@ -21,6 +32,8 @@ class WindowStages(Job):
     dropping: str | None = None
     _current: dict[str, Any]  # `CURRENT.json` as it was when this job became the one that recalibrates
     _left_out: Sequence[str] = ()
+    _passed_over: Sequence[Mapping[str, str]] = ()  # windows that a rule has not counted, and why
+    _beside: Sequence[str] = ()  # windows that the candidate is made of beside the new one
 
     def begin(self, drop_window: str | None) -> None:
         """Begin or continue the window, and see to it that its sum is committed."""
@@ -41,13 +54,24 @@ class WindowStages(Job):
         if self.plan.further is None and windows.find_window(self.window.store, self.window.plan) is None:
             self.map()
         whole = summed(self.sum_window())
-        if not self.config.keep_partials and whole.store.list("partials"):
-            windows.check_arrays(whole.store, windows.read_window(whole.store, whole.plan))
-            delete_owned(whole.store, "partials")
+        if not self.config.keep_partials:
+            windows.drop_partials(whole.store, whole.plan)
+
+    def drop_partials(self) -> None:
+        """Drop the partials of every window whose sum is committed, the fit's among them, unless the settings keep them.
+
+        Not while another job is at work, which may be reading them; the next recalibration does it then.
+        """
+        if self.config.keep_partials or leases.others_at_work(self.store, self.session.lease.job):
+            return
+        for window in windows_of(self.store, self.plan):
+            for store, plan in passes_of(window):
+                if store.exists(layout.WINDOW):
+                    windows.drop_partials(store, plan)
 
     def begin_window(self, there: Sequence[Window]) -> tuple[Window, bool]:
         """Begin the window of the settings, or continue it; returns it and whether it was there."""
-        found = opening.begin_window(self.config, self.store, there, self.device_type)
+        found = opening.begin_window(self.config, self.store, there, self.device_type, self._beside)
         self._checked = True
         return found
 
@@ -69,8 +93,8 @@ class WindowStages(Job):
                 f"not counted by --windows {self.config.windows}: {listed(waiting)}, whose recalibration was a dry run or "
                 "did not end. Its command counts it, --drop-window drops it, --windows takes it in by name"
             )
-        chosen = [name for name in self._chosen([*names, *({own} - set(names))]) if name != own]
-        terms_of([(window, 1.0) for window in there if window.name in chosen])
+        self._beside = [name for name in self._chosen([*names, *({own} - set(names))]) if name != own]
+        terms_of([(window, 1.0) for window in there if window.name in self._beside])
 
     def _counting(self, names: Sequence[str]) -> list[str]:
         """Return the windows from which a rule chooses: the fit's, this job's, and those decided on, dropped ones not.
@@ -81,6 +105,22 @@ class WindowStages(Job):
         decided = {name for name in names if layout.recalibration_key(name) in keys}
         counted = {self.plan.window_name, self.window.name if self.window else self.config.window, *decided}
         return [name for name in names if name in counted and name not in self._left_out]
+
+    def _not_counted(self, there: Sequence[Window], dropping: str | None) -> list[dict[str, str]]:
+        """Return the windows from which a rule does not choose, but for the one that is being dropped, and why.
+
+        `unfinished` ones have no sum; of those that are `undecided` no recalibration has ended, since it was a dry run, was
+        refused or was killed; those that are `left out` were dropped or rolled back.
+        """
+        if not is_rule(self.config.windows):
+            return []
+        counted = self._counting([window.name for window in there])
+        found = []
+        for window in there:
+            if window.name not in (*counted, dropping):
+                why = "undecided" if is_summed(window) else "unfinished"
+                found.append({"window": window.name, "why": "left out" if window.name in self._left_out else why})
+        return found
 
     def _chosen(self, there: Sequence[str]) -> list[str]:
         """Return the names of the windows that `--windows` means: by a rule only those that count."""
@@ -102,8 +142,12 @@ class WindowStages(Job):
             raise SettingsError(
                 f"--windows: got {self.config.windows!r}, and every window there is was dropped; name some"
             )
+        self._passed_over = self._not_counted(there, drop_window)
         self._left_out = [name for name in self._left_out if name not in chosen]
         terms = terms_of(choose(there, ",".join(chosen), self.config.decay))
+        if drop_window is None:
+            accepted = versions.windows_in(self.store, self.plan, self._current["version"])
+            refuse_shared(terms, accepted, self.config.shared_examples, self.say)
         version = versions.version_of(terms)
         if drop_window is None and is_rule(self.config.windows) and version in pointer.rolled_back(self._current):
             raise SettingsError(

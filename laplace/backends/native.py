@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from laplace.backends.gauss_newton import EFInterface, GGNInterface
 from laplace.backends.options import check_chosen_outputs, check_kfac_approx, honours
 from laplace.capture import contractions
+from laplace.capture.evaluation import eval_mode
 from laplace.data.batches import joined, length_of
 from laplace.enums import Likelihood
 from laplace.likelihoods.base import BaseLikelihood
@@ -53,6 +54,10 @@ class _Native:
             ValueError: If the targets do not fit the outputs. The sums are unchanged.
         """
         self.spec = sums.spec
+        with eval_mode(self.model):
+            self._accumulate(sums, x, y, offset)
+
+    def _accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int) -> None:
         capture = self.capture(x)
         y = y.to(capture.f.device)
         self.likelihood_object.check(capture.f, y, offset)

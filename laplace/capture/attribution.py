@@ -38,6 +38,12 @@ def _tensors(indices: object) -> Iterable[Tensor | None]:
     return indices if isinstance(indices, (tuple, list)) else ()
 
 
+def example_weights(f: Tensor) -> Tensor:
+    """A power of two and a sign for every example of a batch of outputs, which differ between neighbours."""
+    order = torch.arange(len(f), device=f.device)
+    return (1 - 2 * (order % 2)) * 2.0 ** (order // 2 % 4)
+
+
 def check_attribution(capture) -> None:
     """Refuse a batch in which a layer's rows are not those of the examples that they are taken for.
 
@@ -48,8 +54,7 @@ def check_attribution(capture) -> None:
         ValueError: If they are not; names the layer.
     """
     n = len(capture.f)
-    order = torch.arange(n, device=capture.f.device)
-    weights = (1 - 2 * (order % 2)) * 2.0 ** (order // 2 % 4)
+    weights = example_weights(capture.f)
     v = fixed_directions(capture.f)
     plain = capture.layer_gradients(v)
     weighted = capture.layer_gradients(v * weights.to(v.dtype).view(-1, *[1] * (v.ndim - 1)))

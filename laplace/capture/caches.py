@@ -7,7 +7,7 @@ no use to any other pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +15,15 @@ import torch
 from torch import Tensor, nn
 
 
-def renew(model: nn.Module) -> None:
-    """Have modules in evaluation mode drop or renew what they have kept, by their own ``train``."""
-    for module in model.modules():
-        if type(module).train is not nn.Module.train and not module.training and _kept(module):
+def keeps(module: nn.Module) -> bool:
+    """Whether a module may keep tensors: it has a ``train`` of its own, to drop or renew them."""
+    return type(module).train is not nn.Module.train
+
+
+def renew(keepers: Iterable[nn.Module]) -> None:
+    """Have those of some modules that are in evaluation mode drop or renew what they have kept."""
+    for module in keepers:
+        if not module.training and _kept(module):
             with torch.inference_mode(False), torch.enable_grad():
                 module.train(True)
                 module.train(False)
@@ -27,7 +32,7 @@ def renew(model: nn.Module) -> None:
 @contextmanager
 def kept_attributes(model: nn.Module) -> Iterator[None]:
     """Leave tensors that modules keep, or that hooks compute before a pass as those of ``weight_norm``, as they were."""
-    keepers = [m for m in model.modules() if m._forward_pre_hooks or type(m).train is not nn.Module.train]
+    keepers = [m for m in model.modules() if m._forward_pre_hooks or keeps(m)]
     before = [(module, _kept(module)) for module in keepers]
     try:
         yield

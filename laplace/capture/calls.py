@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Call:
         shape: Shape of the output.
         dtype: Type of the output, which autocast makes another than that of the input.
         positions: Where rows are positions first and then examples, the number of positions; else 0.
+        others: How many rows of the weight come before and after those that this call makes use of.
     """
 
     layer: str
@@ -33,10 +35,16 @@ class Call:
     shape: torch.Size
     dtype: torch.dtype
     positions: int = 0
+    others: tuple[int, int] = (0, 0)
 
     def in_order(self, rows: Tensor) -> Tensor:
         """Rows with the examples first."""
         return rows.unflatten(0, (self.positions, -1)).transpose(0, 1) if self.positions else rows
+
+    def whole(self, g: Tensor) -> Tensor:
+        """The gradient of the output in order, with zeros for rows of the weight that the call makes no use of."""
+        g = self.in_order(g.reshape(self.shape))
+        return F.pad(g, self.others) if any(self.others) else g
 
     def check_unchanged(self) -> None:
         """Refuse an input that was changed after the layer had seen it.

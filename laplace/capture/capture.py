@@ -11,7 +11,7 @@ order of magnitude slower, for linear layers the two are equal, and memory stays
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from laplace.capture.padding import kept_tokens
 from laplace.capture.products import calls_of, product
 from laplace.capture.pullback import pullback
 from laplace.capture.rules import gradients_by_position, inputs_by_position, widths
+from laplace.capture.uses import Uses
 from laplace.linalg.precision import without_autocast
 
 _KEPT = 1 << 22  # elements of a layer's inputs up to which they are kept from one direction to the next
@@ -37,6 +38,7 @@ class Capture:
     Attributes:
         f: Outputs ``(batch, …, outputs)`` without graph.
         modules: The covered layers by name.
+        misused: Names of the weights of products that have other uses in this batch.
         kept_tokens: Which positions of the inputs are no padding, ``(batch, time)``; None where all are, or are not known.
     """
 
@@ -64,7 +66,10 @@ class Capture:
         self._forward(model, x)
         self.f = self._output.detach()
         self.kept_tokens = kept_tokens(x)
-        self._rows = pullback(model, x, list(others))
+        known = dict(model.named_parameters(remove_duplicate=False))
+        others = {name: known[name] for name in others}
+        self._uses = Uses(self._output, others, dtype)
+        self._rows = pullback(model, x, [name for name in others if name not in self._uses.by_name])
         self._inputs: dict[str, Tensor] = {}
         self._sizes: dict[str, int] = {}
 
@@ -77,7 +82,8 @@ class Capture:
 
         calls, without, self._output = memory_format.run(once, model, x, hooked.values())
         names = [call.layer for call in calls]
-        products = list(calls_of(self._output, self._products, len(self._output)))
+        products, turned, self.misused = calls_of(self._output, self._products, len(self._output))
+        self.modules.update(turned)
         self._calls = that_reach(self._output, calls) if len(set(names)) < len(names) else calls
         self._calls = [*self._calls, *products]
         self.called = {call.layer for call in self._calls}
@@ -147,13 +153,17 @@ class Capture:
         Returns:
             ``(batch, positions, out)`` by layer, ``(batch, size)`` by :func:`row_key`.
         """
+        found, at_uses = self._pulled(v, self._uses.edges)
         with eval_mode(self._model):
-            rows = {row_key(name): row.reshape(len(row), -1).to(self.dtype) for name, row in self._rows(v).items()}
-        return {**self.layer_gradients(v), **rows}
+            rows = {**self._rows(v), **self._uses.rows(at_uses)}
+        rows = {row_key(name): row.reshape(len(row), -1).to(self.dtype) for name, row in rows.items()}
+        return {**self._by_layer(found), **rows}
 
     def layer_gradients(self, v: Tensor) -> dict[str, Tensor]:
         """Those of the layers alone."""
-        found = self.output_gradients(v)
+        return self._by_layer(self.output_gradients(v))
+
+    def _by_layer(self, found: list[tuple[Call, Tensor]]) -> dict[str, Tensor]:
         return {
             layer: self.positions_of(layer, found) if layer in self.called else self._blank(layer)[1]
             for layer in self.modules
@@ -175,17 +185,22 @@ class Capture:
 
     def output_gradients(self, v: Tensor) -> list[tuple[Call, Tensor]]:
         """The calls of all layers and the gradients of what came out, in its shape."""
-        if not self._calls:
-            return []
-        edges = [call.edge for call in self._calls]
+        return self._pulled(v, [])[0]
+
+    def _pulled(self, v: Tensor, further: list[Any]) -> tuple[list[tuple[Call, Tensor]], Sequence[Tensor | None]]:
+        """Those, and the gradients at further edges, by one backward pass."""
+        edges = [*(call.edge for call in self._calls), *further]
+        if not edges:
+            return [], ()
         with eval_mode(self._model), without_autocast():  # checkpoints run the model again
             grads = torch.autograd.grad(
                 self._output, edges, v.to(self._output.dtype), retain_graph=True, allow_unused=True
             )
-        for call, g in zip(self._calls, grads, strict=True):
+        found = list(zip(self._calls, grads, strict=False))
+        for call, g in found:
             if g is None:
                 raise _dead(call.layer)
-        return [(call, call.in_order(g.reshape(call.shape))) for call, g in zip(self._calls, grads, strict=True)]
+        return [(call, call.whole(g)) for call, g in found], grads[len(found) :]
 
     @property
     def width(self) -> int:
@@ -193,7 +208,17 @@ class Capture:
         return sum(call.shape.numel() for call in self._calls) // len(self.f)
 
     def check_attribution(self) -> None:
-        """See :func:`laplace.capture.attribution.check_attribution`; nothing where all rows are those of examples in order."""
+        """See :func:`laplace.capture.attribution.check_attribution`; nothing where all rows are those of examples in order.
+
+        Raises:
+            ValueError: If rows are of other examples, or a weight is used in this batch as it was not in the first one.
+        """
+        if self.misused:
+            raise ValueError(
+                f"In this batch, the model uses {sorted(self.misused)} otherwise than in products with rows of examples, which "
+                "the first batch was found to have. Set requires_grad=False on these, or let the model's forward do the same "
+                "with every batch."
+            )
         if len(self.f) > 1 and self._calls and (self.folded or picks_rows(self._output)):
             check_attribution(self)
 

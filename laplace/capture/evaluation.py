@@ -6,28 +6,43 @@ import copy
 import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from laplace.capture.caches import renew
+from laplace.capture.caches import keeps, renew
 from laplace.capture.calls import is_batched
 from laplace.capture.feature_extractor import FeatureExtractor
+
+# Models in a block of eval_mode by identity, and those of their modules that keep tensors between passes.
+_evaluated: ContextVar[dict[int, list[nn.Module]]] = ContextVar("_evaluated", default={})  # noqa: B039 - never changed
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluate the model inside the block and leave every module as it was found.
 
-    Modules are in evaluation mode, embeddings give the gradient of their output and not one scaled by frequency, and the
-    model is handed copies of its inputs: a forward pass that changes its input in place changes no data and no later pass.
+    Modules are in evaluation mode, embeddings give the dense gradient of their output and not one scaled by frequency,
+    recurrent layers run as the products that they are made of, which are seen and have a gradient on every device, and
+    the model is handed copies of its inputs: a forward pass that changes its input in place changes no data and no later pass.
     Inside of ``torch.inference_mode()``, tensors are ordinary ones without gradient. What was compiled runs as it was written:
-    hooks see none of the layers of a compiled graph. Gradients of normalisations come in order.
+    hooks see none of the layers of a compiled graph. Gradients of normalisations come in order. A block inside of another one
+    of the same model costs next to nothing: who makes many passes opens one around them.
     """
-    training = [module for module in model.modules() if module.training]
-    scaled = [module for module in model.modules() if getattr(module, "scale_grad_by_freq", False)]
+    around = _evaluated.get()
+    if id(model) in around:
+        renew(around[id(model)])
+        yield
+        return
+    modules = list(model.modules())
+    keepers = [module for module in modules if keeps(module)]
+    training = [module for module in modules if module.training]
+    scaled = [module for module in modules if getattr(module, "scale_grad_by_freq", False)]
+    sparse = [module for module in modules if isinstance(module, _TABLES) and module.sparse]
     own = model.model if isinstance(model, FeatureExtractor) else model
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
@@ -35,21 +50,39 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.no_grad())
         if "torch._dynamo" in sys.modules:  # else nothing is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if any(isinstance(module, nn.RNNBase) for module in modules):
+            stack.enter_context(_unfused())
         handles = [own.register_forward_pre_hook(_with_own_inputs, prepend=True, with_kwargs=True)]
-        handles += [
-            module.register_forward_hook(_in_order) for module in model.modules() if isinstance(module, _NormBase)
-        ]
+        handles += [module.register_forward_hook(_in_order) for module in modules if isinstance(module, _NormBase)]
+        entered = _evaluated.set({**around, id(model): keepers})
         try:
             model.eval()
-            renew(model)
+            renew(keepers)
             _set(scaled, "scale_grad_by_freq", False)
+            _set(sparse, "sparse", False)
             yield
         finally:
+            _evaluated.reset(entered)
             for handle in handles:
                 handle.remove()
-            renew(model)
+            renew(keepers)
             _set(training, "training", True)
             _set(scaled, "scale_grad_by_freq", True)
+            _set(sparse, "sparse", True)
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Without libraries whose recurrent layers are single operations, of which cuDNN's have no gradient when evaluated."""
+    libraries = torch.backends.cudnn, torch.backends.mkldnn
+    before = [library.enabled for library in libraries]
+    try:
+        for library in libraries:
+            library.enabled = False
+        yield
+    finally:
+        for library, enabled in zip(libraries, before, strict=True):
+            library.enabled = enabled
 
 
 def _set(modules: list[nn.Module], name: str, value: bool) -> None:

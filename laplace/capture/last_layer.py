@@ -30,7 +30,7 @@ def last_layer_sources(layer: nn.Module, name: str, names: Iterable[str], featur
         The source of every parameter's curvature by name.
     """
     prefix = f"{name}."
-    found = find_layers(layer, [full.removeprefix(prefix) for full in names], features)
+    found = find_layers(layer, [full.removeprefix(prefix) for full in names], features, by_products=False)
     return {
         prefix + local: source if source.layer is None else Source(name, "last layer", source.kind)
         for local, source in found.items()

@@ -4,7 +4,8 @@ An *outer* layer computes :math:`z_r = W a_r + b` for every position :math:`r` o
 the output pixels of a convolution, the tokens of a sequence). Its Jacobian with respect to :math:`W` is
 :math:`\sum_r g_r a_r^\top`. The functions here bring inputs to ``(batch, positions, in)`` and output gradients to
 ``(batch, positions, out)``, in the order of the row-major flattened weight; a layer that stores :math:`W^\top` is
-*transposed*.
+*transposed*. Of a transposed convolution, :math:`r` is an input pixel and :math:`z_r` the patch that it adds to the output,
+so that :math:`g_r` is a patch of output gradients; its bias is not one of :math:`z_r`.
 
 A *row* layer has no such form, but the gradient of one example follows from the same two: normalisations, embeddings and
 grouped convolutions.
@@ -19,8 +20,9 @@ from torch.nn import functional as F
 from laplace.capture.products import Product
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_CHANNELS_FIRST = (*_CONVOLUTIONS, *_BATCH_NORMS, nn.GroupNorm)
+_CHANNELS_FIRST = (*_CONVOLUTIONS, *_TRANSPOSED, *_BATCH_NORMS, nn.GroupNorm)
 
 
 def is_outer(module: nn.Module | Product) -> bool:
@@ -30,9 +32,21 @@ def is_outer(module: nn.Module | Product) -> bool:
     )
 
 
-def is_transposed(module: nn.Module) -> bool:
-    """Whether the weight is stored as ``(in, out)``: the ``Conv1D`` of Hugging Face's GPT models."""
+def is_transposed(module: nn.Module | Product) -> bool:
+    """Whether the weight is stored as ``(in, out)``, as those of transposed convolutions and of GPT models' ``Conv1D`` are."""
+    if isinstance(module, Product):
+        return module.transposed
+    if isinstance(module, _TRANSPOSED):
+        steps = zip(module.stride, module.output_padding, strict=True)
+        return module.groups == 1 and all(extra < stride for stride, extra in steps)
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def covers(module: nn.Module, key: str) -> bool:
+    """Whether the curvature of this parameter of a module can be contracted from captured inputs and output gradients."""
+    if isinstance(module, _TRANSPOSED):
+        return key == "weight" and is_transposed(module)
+    return key in ("weight", "bias") and is_covered(module)
 
 
 def is_covered(module: nn.Module) -> bool:
@@ -63,6 +77,8 @@ def inputs_by_position(module: nn.Module, x: Tensor) -> Tensor:
         return _patches(module, x)
     if isinstance(module, nn.Embedding):
         return x.reshape(x.shape[0], -1, 1)
+    if isinstance(module, _TRANSPOSED):
+        return _by_position(module, x)
     if is_outer(module):
         return x.reshape(x.shape[0], -1, x.shape[-1])
     return _by_position(module, _normalised(module, x.to(torch.promote_types(x.dtype, torch.float32))))
@@ -70,6 +86,8 @@ def inputs_by_position(module: nn.Module, x: Tensor) -> Tensor:
 
 def gradients_by_position(module: nn.Module, g: Tensor) -> Tensor:
     """Output gradients, ``(batch, positions, out)``."""
+    if isinstance(module, _TRANSPOSED):
+        return _patches(module, g)
     return _by_position(module, g)
 
 
@@ -79,7 +97,7 @@ def widths(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, nn.Embedding):
         return 1, shape[1]
     if is_transposed(module):
-        return shape[0], shape[1]
+        return shape[0], shape[1:].numel()
     if is_outer(module) or _is_conv(module):
         return shape[1:].numel() * getattr(module, "groups", 1), shape[0]
     return shape.numel(), shape.numel()
@@ -156,7 +174,7 @@ def touched_words(module: nn.Embedding, a: Tensor, g: Tensor) -> tuple[Tensor, T
 
 
 def _patches(module: nn.Module, x: Tensor) -> Tensor:
-    """Patches of a convolution, ``(batch, positions, channels · kernel)``."""
+    """Patches of a convolution, or of what comes out of a transposed one, ``(batch, positions, channels · kernel)``."""
     padding = module.padding
     if padding == "valid":
         padding = (0,) * len(module.kernel_size)

@@ -21,6 +21,7 @@ from laplace.capture.blocks import Block, row_key
 from laplace.capture.contractions import chunks, is_bias, output_directions, row_of_layer
 from laplace.capture.last_layer import LastLayerCapture
 from laplace.capture.last_layer_variance import last_layer_variance
+from laplace.capture.outer_variance import add_outer_variance
 from laplace.capture.rules import is_outer, is_transposed, touched_words
 from laplace.linalg.precision import without_autocast
 
@@ -87,15 +88,12 @@ def _add_layer(total, capture, g: Tensor, block: Block, basis: Basis, weight, di
     if is_transposed(module):
         basis, weight_in_out = Basis(basis.right, basis.left), weight
         weight = lambda t: weight_in_out(t).T  # noqa: E731
-    if g.shape[2] == 1:
-        a = _project(capture.inputs(block.layer), basis.right)
-        _add_outer(total, _project(g[:, :, 0], basis.left), a[:, 0].square(), weight, diagonal)
-        return
-    first = capture.inputs(block.layer, 0, 1)
-    for start, stop in chunks(g.shape[0], max(g.shape[1] * g.shape[3] * first.shape[2], first.numel())):
-        a = _project(capture.inputs(block.layer, start, stop), basis.right)
-        rows = torch.einsum("ncro,nri->ncoi", _project(g[start:stop], basis.left), a)
-        _add_rows(total[:, start:stop], rows.flatten(2), weight, diagonal)
+
+    def inputs(start: int, stop: int) -> Tensor:
+        return _project(capture.inputs(block.layer, start, stop), basis.right)
+
+    shape = capture.inputs(block.layer, 0, 1).shape[1:]
+    add_outer_variance(total, inputs, _project(g, basis.left), weight, shape, diagonal)
 
 
 def _add_row_layer(total, capture, g: Tensor, block: Block, weight, diagonal: bool) -> None:
@@ -118,17 +116,6 @@ def _add_table(total: Tensor, table: nn.Embedding, a: Tensor, g: Tensor, weight,
         scaled = rows * weight(t).to(rows.dtype).reshape(table.weight.shape)[words][:, None]
         part = (scaled * rows).sum(-1) if diagonal else scaled @ rows.mT
         total[t].index_add_(0, examples, part)
-
-
-def _add_outer(total: Tensor, g: Tensor, a_squared: Tensor, weight, diagonal: bool) -> None:
-    """Add the variance of rows ``g aᵀ``; ``g`` is ``(batch, outputs, out)``, ``a_squared`` ``(batch, in)``."""
-    squared = g.square() if diagonal else None
-    for t in range(total.shape[0]):
-        scale = a_squared @ weight(t).to(g.dtype).T
-        if diagonal:
-            total[t] += torch.bmm(squared, scale[:, :, None])[:, :, 0]
-        else:
-            total[t] += torch.bmm(g * scale[:, None], g.transpose(1, 2))
 
 
 def _add_rows(total: Tensor, rows: Tensor, weight, diagonal: bool) -> None:

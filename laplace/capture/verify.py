@@ -19,7 +19,7 @@ from laplace.capture.blocks import Block
 from laplace.capture.capture import Capture
 from laplace.capture.fallback import dense
 from laplace.capture.products import product_of
-from laplace.capture.rules import is_covered, is_outer, is_transposed
+from laplace.capture.rules import covers, is_outer, is_transposed
 from laplace.linalg.precision import without_autocast
 from laplace.noise import fixed_directions
 
@@ -42,13 +42,14 @@ class Source(NamedTuple):
     kind: str = "outer"
 
 
-def find_layers(model: nn.Module, names: Sequence[str], x: Any) -> dict[str, Source]:
+def find_layers(model: nn.Module, names: Sequence[str], x: Any, by_products: bool = True) -> dict[str, Source]:
     """Decide for each parameter which module covers it.
 
     Args:
         model: The network in evaluation mode.
         names: Parameters with ``requires_grad``, in order.
         x: One batch, used to compare captured gradients with automatic differentiation.
+        by_products: Whether products of a weight in the model's graph are a source, if no module is.
 
     Returns:
         The source of every parameter's curvature by name.
@@ -63,16 +64,27 @@ def find_layers(model: nn.Module, names: Sequence[str], x: Any) -> dict[str, Sou
         places = owners[id(known[name])]
         module = model.get_submodule(places[0][0])
         if len(places) > 1:
-            tied = ", ".join(".".join(p) for p in places)
-            found[name] = Source(None, f"per-example autograd: tied weight ({tied})")
+            found[name] = Source(None, f"per-example autograd: {_tied(places)}")
         elif (weight := product_of(model, name)) is not None:
             found[name] = Source(weight, f"products in {type(module).__name__}")
-        elif not is_covered(module) or places[0][1] not in ("weight", "bias"):
+        elif not covers(module, places[0][1]):
             found[name] = Source(None, f"per-example autograd: {type(module).__name__}")
         else:
             kind = "transposed" if is_transposed(module) else "outer" if is_outer(module) else "rows"
             found[name] = Source(places[0][0], type(module).__name__, kind)
-    return _verified(model, found, x)
+    found = _verified(model, found, x)
+    products = {}
+    for name, source in found.items():
+        if by_products and source.layer is None and known[name].ndim == 2:
+            places = owners[id(known[name])]
+            what = _tied(places) if len(places) > 1 else type(model.get_submodule(places[0][0])).__name__
+            products[name] = Source(name, f"products in {what}")
+    kept = {name: source for name, source in _verified(model, products, x).items() if source.layer is not None}
+    return {**found, **kept}
+
+
+def _tied(places: Sequence[tuple[str, str]]) -> str:
+    return f"tied weight ({', '.join('.'.join(place) for place in places)})"
 
 
 def _verified(model: nn.Module, found: dict[str, Source], x: Any, alone: bool = False) -> dict[str, Source]:
@@ -102,7 +114,9 @@ def _verified(model: nn.Module, found: dict[str, Source], x: Any, alone: bool = 
     result = dict(found)
     for name in names:
         layer = found[name].layer
-        if layer not in capture.called:
+        if layer in capture.misused:
+            result[name] = Source(None, f"per-example autograd: {_MISUSED}")
+        elif layer not in capture.called:
             result[name] = Source(None, "per-example autograd: its module did not run")
         elif layer in picked:
             result[name] = Source(
@@ -110,6 +124,8 @@ def _verified(model: nn.Module, found: dict[str, Source], x: Any, alone: bool = 
             )
         elif False in verdicts[name] or (True not in verdicts[name] and (alone or not _is_plain(capture, name, layer))):
             result[name] = Source(None, f"per-example autograd: {_MISUSED}")
+        elif is_transposed(capture.modules[layer]):
+            result[name] = found[name]._replace(kind="transposed")
     return result
 
 

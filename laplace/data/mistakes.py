@@ -10,6 +10,11 @@ from torch.utils.data import Dataset, IterableDataset
 
 from laplace.errors import MissingKeyError
 
+_FURTHER = (
+    " Give further inputs, such as masks, in a dictionary with the first ones and the targets (collate_fn of a DataLoader), "
+    "and wrap the model in a module that unpacks it; weights of single examples have no place in the likelihood."
+)
+
 
 def check_loader(loader: Any) -> None:
     """Refuse what is no loader of batches.
@@ -47,9 +52,10 @@ def inputs_and_targets(batch: Any, dict_key_y: str, number: int) -> tuple[Any, T
         x, y = batch
     else:
         length = f" of {len(batch)} parts" if isinstance(batch, Sequence) else ""
+        further = len(batch) > 2 if isinstance(batch, Sequence) else False
         raise ValueError(
             f"Batch {number} is {type(batch).__name__}{length}; a batch is (inputs, targets), or dict-like with the key "
-            f"{dict_key_y!r} (dict_key_y)."
+            f"{dict_key_y!r} (dict_key_y)." + (_FURTHER if further else "")
         )
     check_inputs(x, f"batch {number}")
     if not isinstance(y, Tensor):

@@ -19,6 +19,7 @@ from laplace.likelihoods.links import log_mean, softmax_link
 from laplace.likelihoods.mistakes import check_classes, warn_of_layout
 from laplace.likelihoods.probabilities import ClassProbabilities
 from laplace.likelihoods.scores import log_probability_scores
+from laplace.linalg.gram import add_gram_, mirror_
 from laplace.linalg.precision import double
 
 
@@ -100,7 +101,9 @@ class Categorical(ClassProbabilities):
     def hessian_sum(self, f: Tensor, y: Tensor) -> Tensor:
         r""":math:`\mathrm{diag}(\sum_n p_n) - P^\top P`, but for the diagonal, which would lose digits."""
         p = f.softmax(-1)
-        total = -(p.T @ p)
+        total = torch.zeros(p.shape[-1], p.shape[-1], dtype=p.dtype, device=p.device)
+        add_gram_(total, [p], -1.0)
+        mirror_(total)
         total.diagonal().copy_(self.hessian_diagonal(f, y).sum(0))
         return total
 

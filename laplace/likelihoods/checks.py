@@ -29,3 +29,8 @@ def first_wrong(wrong: Tensor, values: Tensor, offset: int) -> tuple[int, float 
     first = int(rows.nonzero()[0])
     value = values[first].reshape(-1)[wrong[first].reshape(-1)][0].item()
     return offset + first, value, int(rows.sum())
+
+
+def missing_dimension(f: Tensor, y: Tensor) -> str:
+    """The end of a sentence about targets: what to write where they lack the dimension of their one output."""
+    return ": targets.unsqueeze(-1)." if f.shape[-1] == 1 and y.shape == f.shape[:-1] else "."

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from laplace.enums import Likelihood, LinkApprox
 from laplace.likelihoods.base import BaseLikelihood, Prediction
-from laplace.likelihoods.checks import check_finite
+from laplace.likelihoods.checks import check_finite, missing_dimension
 from laplace.likelihoods.scores import gaussian_entropy, regression_details, regression_scores, summarize_regression
 from laplace.linalg.precision import double
 
@@ -30,7 +30,7 @@ class Gaussian(BaseLikelihood):
         if y.shape != f.shape:
             raise ValueError(
                 f"Targets of shape {tuple(y.shape)} do not match outputs of shape {tuple(f.shape)}; "
-                "regression needs one target per output, so (batch, outputs)."
+                "regression needs one target per output, so (batch, outputs)" + missing_dimension(f, y)
             )
         check_finite("The regression target", y, offset)
 

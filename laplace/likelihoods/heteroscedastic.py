@@ -10,7 +10,7 @@ from torch import Tensor
 
 from laplace.enums import LinkApprox
 from laplace.likelihoods.base import BaseLikelihood, Prediction
-from laplace.likelihoods.checks import check_finite
+from laplace.likelihoods.checks import check_finite, missing_dimension
 from laplace.likelihoods.roots import diagonal_columns
 from laplace.likelihoods.scores import gaussian_entropy, regression_details, regression_scores, summarize_regression
 
@@ -37,7 +37,7 @@ class HeteroscedasticGaussian(BaseLikelihood):
         if tuple(y.shape) != wanted:
             raise ValueError(
                 f"Targets of shape {tuple(y.shape)} do not match outputs of shape {tuple(f.shape)}, the means and then the "
-                f"log variances; expected {wanted}."
+                f"log variances; expected {wanted}" + missing_dimension(f[..., : wanted[-1]], y)
             )
         check_finite("The regression target", y, offset)
 

@@ -18,10 +18,16 @@ def check_classes(f: Tensor, y: Tensor) -> None:
     Raises:
         ValueError: Says which of these it is.
     """
+    if f.shape[1:] == (2, 1) and y.shape == f.shape[:1]:
+        raise ValueError(
+            f"The outputs {tuple(f.shape)} are a reward or logit in a dimension of its own for both inputs of every pair; they "
+            "have to be (batch, 2): end the model's forward with .squeeze(-1)."
+        )
     if f.shape[-1] == 1:
         raise ValueError(
             f"The outputs {tuple(f.shape)} have one logit, and a softmax of one logit is 1 whatever it is. Return two: "
-            "torch.cat([torch.zeros_like(z), z], -1) of a logit z has the same probabilities."
+            "torch.cat([torch.zeros_like(z), z], -1) of a logit z has the same probabilities; or keep the one logit and give "
+            "likelihood=laplace.likelihoods.Bernoulli()."
         )
     if y.shape != f.shape or y.ndim < 2:
         return

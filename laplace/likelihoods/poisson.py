@@ -11,7 +11,7 @@ from torch import Tensor
 
 from laplace.enums import LinkApprox
 from laplace.likelihoods.base import BaseLikelihood, Prediction
-from laplace.likelihoods.checks import check_finite, first_wrong
+from laplace.likelihoods.checks import check_finite, first_wrong, missing_dimension
 from laplace.likelihoods.links import log_mean
 from laplace.likelihoods.roots import diagonal_columns
 
@@ -32,7 +32,7 @@ class Poisson(BaseLikelihood):
         if y.shape != f.shape:
             raise ValueError(
                 f"Counts of shape {tuple(y.shape)} do not match log rates of shape {tuple(f.shape)}; Poisson needs one count "
-                "per output, so (batch, outputs)."
+                "per output, so (batch, outputs)" + missing_dimension(f, y)
             )
         if y.is_floating_point():
             check_finite("The count", y, offset)

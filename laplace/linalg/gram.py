@@ -77,16 +77,30 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         _add_to_block_(total[start:stop], [(left[:, start:stop], right)])
 
 
-def weighted_gram(rows: Tensor, weights: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """``Σ wₙ rₙ rₙᵀ`` in pieces, each with its first row and column; weights may be negative, everything is of float64."""
+def weighted_gram(rows: Tensor, weights: Tensor, both: bool = True) -> Iterator[tuple[int, int, Tensor]]:
+    """``Σ wₙ rₙ rₙᵀ`` in pieces, each with its first row and column; everything is of float64, weights may be negative.
+
+    Args:
+        rows: ``(n, width)``.
+        weights: ``(n,)``.
+        both: Give what is right of the block diagonal too, which is what is left of it, transposed.
+    """
     weighted, width = rows * weights[:, None], rows.shape[1]
     if width**2 <= _SMALL:
         yield 0, 0, weighted.T @ rows
         return
     for start, stop in _blocks(width):
-        product = weighted[:, start:stop].T @ rows[:, start:]
-        yield start, start, product
-        yield stop, start, product[:, stop - start :].T
+        product = weighted[:, start:stop].T @ rows[:, :stop]
+        yield start, 0, product
+        if both and start:
+            yield 0, start, product[:, :start].T
+
+
+def mirror_weighted_(total: Tensor) -> None:
+    """Copy what is left of the block diagonal of a whole sum of :func:`weighted_gram` to right of it."""
+    if total.numel() > _SMALL:
+        for start, stop in _blocks(len(total)):
+            total[start:stop, stop:] = total[stop:, start:stop].T
 
 
 def complete_blocks_(total: Tensor) -> None:

@@ -258,9 +258,12 @@ class BaseLaplace:
     def sigma_noise(self, value: float | Tensor) -> None:
         value = as_value("sigma_noise", value, self._dtype, self._device)
         if value.numel() != 1:
+            values = ", ".join(f"{number:.6g}" for number in value.flatten().tolist())
             raise ValueError(
                 f"sigma_noise must be a scalar, but has shape {tuple(value.shape)}. Noises that differ between outputs change "
-                "the curvature, so give their ratios before the fit: likelihood=laplace.likelihoods.GaussianPerOutput(noise)."
+                "the curvature, so they belong to the likelihood, before the fit: "
+                f"likelihood=laplace.likelihoods.GaussianPerOutput([{values}]) in place of 'regression', with sigma_noise=1, "
+                "which is then the common factor of these."
             )
         value = value.reshape(())
         if not bool((value > 0) & torch.isfinite(value)):

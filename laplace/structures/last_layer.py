@@ -8,7 +8,8 @@ many times more as there are classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,14 @@ from torch import Tensor
 from laplace.capture.capture import ranges
 from laplace.capture.contractions import is_bias
 from laplace.likelihoods.base import BaseLikelihood
-from laplace.linalg.gram import add_gram_of_positions_, add_product_, complete_blocks_, weighted_gram
+from laplace.linalg.gram import (
+    add_gram_of_positions_,
+    add_product_,
+    complete_blocks_,
+    mirror_,
+    mirror_weighted_,
+    weighted_gram,
+)
 from laplace.structures.sums import CurvatureSums, SumsSpec
 
 _ROOTS = 1 << 22  # elements of the roots of output Hessians that are held at once
@@ -64,39 +72,60 @@ def add_full_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> Non
         capture: :class:`laplace.capture.last_layer.LastLayerCapture` of the batch.
         directions: Columns :math:`v_k` of a root of the output Hessian or its estimate, ``(batch, outputs)``.
     """
-    total, layer = sums.running("full"), sums.spec.blocks[0].layer
+    layer = sums.spec.blocks[0].layer
     a, roots = capture.inputs(layer)[:, 0].double(), torch.stack(list(directions), 2).double()
     sides = [torch.ones_like(a[:, :1]) if is_bias(block) else a for block in sums.spec.blocks]
+    total = sums.running("full", partial(_complete_, roots.shape[1], tuple(side.shape[1] for side in sides)))
     for start, stop in ranges(len(a), roots.shape[1] ** 2, _ROOTS):
         hessians = roots[start:stop] @ roots[start:stop].mT
         _add_pairs_(total, hessians.permute(1, 2, 0).contiguous(), [side[start:stop] for side in sides])
-    complete_blocks_(total)
 
 
 def _add_pairs_(total: Tensor, hessians: Tensor, sides: list[Tensor]) -> None:
     """Add, on and left of the diagonal, the block of every pair of outputs of every pair of parameters.
+
+    A block of two outputs of one parameter is symmetric by itself: of a whole sum, one half is left to :func:`_complete_`.
 
     Args:
         total: The sum, or some of its rows; those of a parameter are those of its outputs one after the other.
         hessians: ``(outputs, outputs, batch)``.
         sides: What each parameter is multiplied by: the features ``(batch, in)`` of a weight, the ones of a bias.
     """
-    outputs, first = len(hessians), 0
-    for i, left in enumerate(sides):
+    for i, j, o, p, row, column in _pairs(len(hessians), [side.shape[1] for side in sides]):
+        left, right, weights = sides[i], sides[j], hessians[o, p]
+        if not _rows_there(total, row, right.shape[1]):
+            continue
+        if i == j:
+            for r, c, product in weighted_gram(left, weights, both=o != p and not _is_whole(total)):
+                _add_at_(total, row + r, column + c, product)
+        else:
+            _add_at_(total, row, column, (right * weights[:, None]).T @ left)
+
+
+def _pairs(outputs: int, widths: Sequence[int]) -> Iterator[tuple[int, int, int, int, int, int]]:
+    """Pairs of parameters and of outputs of each, and the first row and column of their block, on or left of the diagonal."""
+    first = 0
+    for i, left in enumerate(widths):
         second = first
-        for j, right in enumerate(sides[i:], i):
+        for j, right in enumerate(widths[i:], i):
             for o in range(outputs):
                 for p in range(o if i == j else 0, outputs):
-                    at = second + p * right.shape[1], first + o * left.shape[1]
-                    if not _rows_there(total, at[0], right.shape[1]):
-                        continue
-                    if i == j:
-                        for row, column, product in weighted_gram(left, hessians[o, p]):
-                            _add_at_(total, at[0] + row, at[1] + column, product)
-                    else:
-                        _add_at_(total, *at, (right * hessians[o, p, :, None]).T @ left)
-            second += outputs * right.shape[1]
-        first += outputs * left.shape[1]
+                    yield i, j, o, p, second + p * right, first + o * left
+            second += outputs * right
+        first += outputs * left
+
+
+def _complete_(outputs: int, widths: tuple[int, ...], total: Tensor) -> None:
+    """Complete what :func:`_add_pairs_` leaves out."""
+    for i, j, o, p, row, column in _pairs(outputs, widths) if _is_whole(total) else ():
+        if i == j and o != p:
+            mirror_weighted_(total[row : row + widths[i], column : column + widths[i]])
+    complete_blocks_(total)
+    mirror_(total)
+
+
+def _is_whole(total: Tensor) -> bool:
+    return total.shape[0] == total.shape[1]
 
 
 def _rows_there(total: Tensor, row: int, count: int) -> bool:

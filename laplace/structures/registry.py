@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace.capture.products import product_of
-from laplace.capture.rules import is_outer
+from laplace.capture.rules import covers, is_outer
 from laplace.capture.verify import Source
 from laplace.linalg.precision import without_autocast
 from laplace.structures import blockdiag, diag, ekfac, full, kron, sketch, subnetwork
@@ -82,8 +82,10 @@ def warn_of_diagonal_blocks(spec: SumsSpec, model: nn.Module) -> None:
     """Say which weights of linear layers and convolutions get a diagonal block where Kronecker factors are asked for."""
     missing = []
     for parameter, kind, reason in coverage_report(spec) if spec.structure == "kron" else ():
-        module = model.get_submodule(parameter.rpartition(".")[0])
-        if kind == "diag" and (is_outer(module) or product_of(model, parameter) is not None):
+        owner, _, key = parameter.rpartition(".")
+        module = model.get_submodule(owner)
+        factored = is_outer(module) and (covers(module, key) or key != "bias")  # transposed convolutions' bias has none
+        if kind == "diag" and (factored or product_of(model, parameter) is not None):
             missing.append(f"{parameter} ({reason})")
     if missing:
         warnings.warn(

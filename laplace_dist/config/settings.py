@@ -151,7 +151,11 @@ class Config(BaseModel):
         1.0, description="weight of a window relative to that of the next one that counts"
     )
     keep_partials: bool = Field(
-        False, description="keep the partials of a window after the first once its sum is committed"
+        False, description="keep the partials of windows, the fit's among them, once their sums are committed"
+    )
+    shared_examples: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+        0.01,
+        description="share of a window's examples that another window may have too, beyond what repeats within them",
     )
     margin_nll: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         0.01, description="nats by which a candidate's NLL may be higher and still count as no worse"

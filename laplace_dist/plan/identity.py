@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
+from laplace.drift.duplicates import common
 from laplace_dist.data.collate import Collate
 from laplace_dist.data.loader import DEFAULT, read_example
 from laplace_dist.data.rows import Rows
 from laplace_dist.errors import ExampleError, SettingsError, listed
 from laplace_dist.plan.digests import feed
+from laplace_dist.plan.sketch import SURE
 
 SAMPLE = 64
 _SHOWN = 16  # hexadecimal digits of the digest of one example, kept to say which one differs
@@ -102,16 +107,25 @@ def different_examples(one: Mapping[str, Any], two: Mapping[str, Any]) -> str:
     return "" if files[0] == files[1] else "the files have other names, sizes or footers"
 
 
-def shared_examples(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+def shared_examples(one: Mapping[str, Any], other: Mapping[str, Any], allowed: float) -> str:
     """Say which examples two data sets have in common, as far as their fingerprints tell; empty where they tell of none.
 
-    Two sampled examples may be equal by chance, as blank ones are: it takes two different ones, or all that are sampled.
+    Args:
+        one: Fingerprint of the one.
+        other: Of the other.
+        allowed: The share of the sampled examples that may be in both beyond what repeats within the samples explains.
     """
-    first, second = set(one.get("examples", {}).values()), set(other.get("examples", {}).values())
-    common = first & second
     if one["sha256"] == other["sha256"]:
-        return "all of them are the same"
-    return f"{len(common)} of {len(second)} sampled ones" if len(common) > 1 or common == second else ""
+        return "all of them are the same" if allowed < 1 else ""
+    first, second = (Counter(data.get("examples", {}).values()) for data in (one, other))
+    values = first.keys() | second.keys()
+    times = [np.array([sample[value] for value in values], np.int64) for sample in (first, second)]
+    sizes = first.total(), second.total()
+    if not min(sizes):
+        return ""
+    found = common(*times, sizes)
+    over = found.p_value <= SURE and found.excess > allowed * min(sizes)
+    return f"{found.values} of {min(sizes)} sampled ones" if over else ""
 
 
 def _readable(dataset: Any, indices: Iterable[str], collate: Collate) -> dict[str, str]:

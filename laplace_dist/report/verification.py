@@ -41,8 +41,10 @@ def verify(
         collect_orphans_older_than: Delete attempts that no manifest names and that were last written more than so
             many hours ago, and before every job began that is at work: what it will name is not named yet.
         shallow: Check manifests, and that the arrays that they name are there, without reading them; in this process.
-        data: Every committed segment's data are read again and compared with the digest of what was read when it was computed:
-            the training split, as a map-style data set; on a pool True, for the one that the settings of the workers name.
+        data: Every segment's data are read again and compared with the digest of what was read when it was computed: the
+            training split of the first window, as a map-style data set; a mapping from the names of windows to theirs; a
+            function from the name of a window to its split; or, on a pool, True: that of the first window as the settings of
+            the workers name it, those of the others as their own settings do.
         executor: Where the checks are carried out, such as `laplace_dist.Inline`; what `workers` says if not given.
         workers: Settings of the workers, `ray_address` and the like: the checks are carried out on a pool. Those of model and
             data are looked at only where `data` is True.
@@ -56,8 +58,8 @@ def verify(
     on_pool = not shallow and (executor is not None or workers is not None)
     if (data is True and not (on_pool and workers)) or (on_pool and data not in (None, True)):
         raise SettingsError(
-            "data: on a pool every worker opens its own, so give data=True, and workers= settings that name them; elsewhere "
-            "give the training split"
+            "data: on a pool every worker opens its own, so give data=True, and workers= settings; elsewhere give the training "
+            "split, a mapping from windows to theirs, or a function that opens that of a window"
         )
     if not on_pool:
         return check_run(store, collect_orphans_older_than, shallow=shallow, data=data)

@@ -34,7 +34,7 @@ class Place:
     Attributes:
         store: The checkpoint.
         plan: Of the run.
-        data: Opens the training split.
+        data: Opens the training split of a window by its name.
         keys: The objects that were listed, where somebody listed them.
         shallow: Look that arrays are there, without reading them.
         manifests: Those of partials that were read and are good, by their units' ids.
@@ -42,7 +42,7 @@ class Place:
 
     store: Store
     plan: Plan
-    data: Callable[[], Any]
+    data: Callable[[str], Any]
     keys: Collection[str] = ()
     shallow: bool = False
     manifests: Mapping[str, Manifest] = field(default_factory=dict)
@@ -165,39 +165,54 @@ class CheckFollowOns:
 
 @dataclass(frozen=True)
 class CheckData:
-    """Read the data of a committed segment again and compare them with what was read when it was computed."""
+    """Read the data of a segment again and compare them with what was read when it was computed.
 
+    Attributes:
+        window: Name of the window.
+        segment: Of the window.
+        key: Of the object that says what was read.
+        data_sha256: What was read.
+        node: Where.
+    """
+
+    window: str
     segment: Segment
+    key: str
+    data_sha256: str
+    node: str
 
     @property
     def what(self) -> str:
         """The check in a person's words."""
-        return f"data of segment {self.segment}"
+        return f"data of segment {self.segment} of window {self.window}"
 
     def run(self, checker: Checker, place: Place) -> None:
         """Do so."""
-        key, plan = layout.partial_key(self.segment.id), place.plan
-        manifest = checker.attempt(key, lambda: partials.read_manifest(place.store, plan, self.segment))
-        if manifest is None or manifest.get("data_sha256") is None:
-            return
+        plan, segment = place.plan, self.segment
         names = {"path": "collate", "key_x": "dict_key_x", "key_y": "dict_key_y"}
         collate = Collate(**{name: plan.settings[kept] for name, kept in names.items() if kept in plan.settings})
-        digest, data = hashlib.sha256(), place.data()
+        digest, data = hashlib.sha256(), place.data(self.window)
+        if len(data) < segment.stop:
+            text = f"the training split has {len(data)} examples now"
+            checker.found.problem(self.key, f"segment {segment} of window {self.window}: {text}")
+            return
         try:
-            for _, x, y in loader.batches(
-                data, self.segment.start, self.segment.stop, plan.settings["batch_size"], collate
-            ):
+            for _, x, y in loader.batches(data, segment.start, segment.stop, plan.settings["batch_size"], collate):
                 feed(digest, (x, y))
         except ExampleError as error:
-            checker.found.problem(key, f"segment {self.segment}: {error}")
+            checker.found.problem(self.key, f"segment {segment} of window {self.window}: {error}")
             return
-        if digest.hexdigest() != manifest["data_sha256"]:
-            text = (
-                f"segment {self.segment} was computed from other data than the training split gives now; it was read on node "
-                f"{manifest['environment']['node']}. Find out which data are right; if these, delete {key} and run the "
-                "fit job again."
-            )
-            checker.found.problem(key, text)
+        if digest.hexdigest() != self.data_sha256:
+            checker.found.problem(self.key, self._differs())
+
+    def _differs(self) -> str:
+        text = (
+            f"segment {self.segment} of window {self.window} was computed from other data than the training split gives now; "
+            f"it was read on node {self.node}. Find out which data are right; if these, "
+        )
+        if self.key == layout.partial_key(self.segment.id):
+            return f"{text}delete {self.key} and run the fit job again."
+        return f"{text}leave the window out with --drop-window {self.window}, and give them another name."
 
 
 def _shards(key: str, manifest: Manifest) -> list[str]:

@@ -20,10 +20,10 @@ from laplace_dist.config.chosen_windows import LAST
 from laplace_dist.errors import MissingObjectError, SettingsError, listed
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run.checkpoint import Checkpoint
-from laplace_dist.run.layout import WINDOWS
+from laplace_dist.run.layout import PLAN, WINDOWS
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.second_pass import place_of_second, read_second_plan
-from laplace_dist.run.windows import read_window
+from laplace_dist.run.windows import find_window, read_window
 from laplace_dist.storage.store import Store
 
 
@@ -107,6 +107,28 @@ def summed(window: Window) -> Window:
     if found is None:
         raise MissingObjectError(f"{place.url} is of a run that was deleted: the second pass was not begun")
     return Window(place, found)
+
+
+def is_summed(window: Window) -> bool:
+    """Say whether the sum is committed that a posterior takes of a window."""
+    try:
+        whole = summed(window)
+        return find_window(whole.store, whole.plan) is not None
+    except MissingObjectError:
+        return False
+
+
+def passes_of(window: Window) -> list[tuple[Store, Plan]]:
+    """Return store and plan of the first pass over a window's data and, where there is one, of the second.
+
+    Raises:
+        CheckpointError: The plan of the second pass is truncated or altered.
+    """
+    found = [(window.store, window.plan)]
+    if window.plan.further is not None and (place := place_of_second(window.store, window.plan)).exists(PLAN):
+        second = read_second_plan(place, window.plan)
+        found += [] if second is None else [(place, second)]
+    return found
 
 
 def choose(windows: Sequence[Window], chosen: str, decay: float) -> list[tuple[Window, float]]:

@@ -12,7 +12,7 @@ from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsErr
 from laplace_dist.plan.plan import Plan, differences
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.checkpoint import Checkpoint, open_json
-from laplace_dist.run.layout import CONFIG, CURRENT, PLAN, TRAINING, partial_key, probe_key
+from laplace_dist.run.layout import CONFIG, CURRENT, PLAN, TRAINING, WINDOW, partial_key, probe_key
 from laplace_dist.run.ownership import confirm, of_another, read_plan
 from laplace_dist.run.partials import check_manifest
 from laplace_dist.run.place import check_place, clear
@@ -205,9 +205,13 @@ def _of_this_run(store: Store, key: str, data: bytes, plan: Plan, unit: Segment 
 
 
 def committed_segments(store: Store, plan: Plan) -> set[int]:
-    """Return the first examples of the segments of which every group is committed, told by the names of manifests alone."""
+    """Return the first examples of the segments of which every group is committed, told by the names of objects alone.
+
+    All are, once the window's sum is there.
+    """
     present = set(store.list("partials", recursive=False))
-    missing = {unit.start for unit in plan.units if partial_key(unit.id) not in present}
+    whole = store.exists(WINDOW)
+    missing = set() if whole else {unit.start for unit in plan.units if partial_key(unit.id) not in present}
     return {segment.start for segment in plan.segments} - missing
 
 

@@ -63,6 +63,7 @@ def commit_partial(
     *,
     data_sha256: str,
     environment: Mapping[str, Any],
+    examples: Mapping[str, Any] | None = None,
 ) -> Receipt:
     """Make the sums of one unit part of the run, once, whoever else tries.
 
@@ -79,6 +80,7 @@ def commit_partial(
         attempt: `new_attempt()`.
         data_sha256: Digest of the very batches that were read.
         environment: `provenance.environment(...)`.
+        examples: Digests of the examples, as `plan.sketch.Sketch` gives them; None where batches cannot be taken apart.
 
     Raises:
         RunFailed: A sum is not finite, no space is left, or another attempt at the segment has read other data.
@@ -109,6 +111,7 @@ def commit_partial(
         "arrays": entries,
         "loss": float(tensors[LOSS]),
         "data_sha256": data_sha256,
+        "examples": None if examples is None else dict(examples),
         "environment": dict(environment),
     }
     winner = attempt

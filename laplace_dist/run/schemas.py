@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from laplace_dist.plan.sketch import Sketch
+
 Number = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -123,6 +125,21 @@ class PlanFields(Strict):
         return self
 
 
+class _Examples(Strict):
+    """The digests of examples, as `plan.sketch.Sketch` describes them."""
+
+    limit: Annotated[str, Field(pattern=r"^[0-9a-f]{1,17}$")]
+    digests: str
+    repeats: list[list[Number]]
+
+    @model_validator(mode="after")
+    def _can_be_read(self) -> _Examples:
+        if any(len(repeat) != 2 for repeat in self.repeats):
+            raise ValueError("a repeat is a place and a number")
+        Sketch.from_values(dict(self))
+        return self
+
+
 class WeightsIndexFields(Strict):
     """The index of a large model's weights; `weight_map` and `metadata` are those of `save_pretrained`."""
 
@@ -153,6 +170,7 @@ class PartialFields(Strict):
     arrays: dict[str, Entry]
     loss: Finite | None = None
     data_sha256: Sha256 | None = None
+    examples: _Examples | None = None
     environment: Environment | None = None
 
     @model_validator(mode="after")
@@ -226,6 +244,20 @@ class EpochFields(_Owned):
     environment: Environment
 
 
+class _Read(Strict):
+    """What a window's partials were made of, and where, as `run.readings` describes it."""
+
+    environments: list[Environment | None]
+    made: list[Number]
+    data_sha256: list[Sha256 | None]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> _Read:
+        if len(self.made) != len(self.data_sha256) or max(self.made, default=-1) >= len(self.environments):
+            raise ValueError("digests and environments do not belong together")
+        return self
+
+
 class WindowFields(Strict):
     """`window.json`."""
 
@@ -235,6 +267,9 @@ class WindowFields(Strict):
     loss: Finite
     environment: Environment
     parts: dict[Annotated[str, Field(pattern=r"^[0-9]{5,}$")], _Place]
+    read: _Read | None = None
+    examples: _Examples | None = None
+    dropped: bool = False
 
 
 class LeaseFields(Strict):
@@ -290,6 +325,13 @@ class _Gate(Strict):
     met: bool
 
 
+class _PassedOver(Strict):
+    """A window that a rule has not counted, and why."""
+
+    window: Name
+    why: Literal["unfinished", "undecided", "left out"]
+
+
 class RecalibrationFields(Strict):
     """What a recalibration has found, and whether it promoted the candidate; `pending` while it is about to."""
 
@@ -297,6 +339,7 @@ class RecalibrationFields(Strict):
     plan: str
     window: Name
     windows: list[_Term]
+    passed_over: list[_PassedOver] = []
     candidate: _Side
     current: _Side
     settings: dict[str, Any]

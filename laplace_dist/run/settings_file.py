@@ -25,15 +25,30 @@ def is_sealed_yaml(content: bytes) -> bool:
     return bool(mark) and seal_yaml(text) == content
 
 
+def data_of(config: Config, store: Store) -> Config:
+    """Return settings with the data that the settings of a window name.
+
+    Args:
+        config: The settings.
+        store: Of the window, which is not the first.
+
+    Raises:
+        MissingObjectError: There are no settings of the window.
+        CheckpointError: They were truncated or altered.
+    """
+    kept = read_config(store)
+    return config.model_copy(update={"data": kept["data"], "data_args": kept["data-args"]})
+
+
 def read_config(store: Store) -> dict[str, Any]:
-    """Return the settings that the run keeps, by the names of the flags.
+    """Return the settings that the run, or a window after the first, keeps, by the names of the flags.
 
     Raises:
         MissingObjectError: They are not there.
         CheckpointError: They were truncated or altered.
     """
     content = store.read(CONFIG)
-    remedy = "Run the fit job again: it writes it anew."
+    remedy = "Run the job again that wrote it: it writes it anew."
     if not is_sealed_yaml(content):
         raise CheckpointError(f"{CONFIG} is truncated or altered: its content does not have the sha256 in it. {remedy}")
     try:

@@ -73,8 +73,9 @@ def check_run(
         collect_orphans_older_than: Delete attempts that no manifest names and that were last written more than so
             many hours ago, and before every job began that is at work: what it will name is not named yet.
         shallow: Check manifests, and that the arrays that they name are there, without reading them.
-        data: The training split, as a map-style data set: every committed segment's data are read again and compared with
-            the digest of what was read when it was computed. With a pool anything that is not None: it opens its own.
+        data: Every segment's data are read again and compared with the digest of what was read when it was computed: the
+            training split of the first window, as a map-style data set, a mapping from windows to theirs, or what opens the
+            split of a window by its name, as its own settings name it. With a pool True: it opens its own.
         now: The clock that ages are counted from.
         pool: Carries out the checks that read arrays and data; the report is the same. This process does, if not given.
 
@@ -121,24 +122,50 @@ class _Run:
         for key in (key for key in keys if key.startswith((f"{layout.STATUS}/", "report/spectra-"))):
             attempt(key, lambda key=key: open_json(store.read(key), key))
         carry_out = pool or self._here
-        self._place = Place(store, plan, lambda: data, keys, self.checker.shallow)
+        self._place = Place(store, plan, self._opener(data), keys, self.checker.shallow)
         sums = SumsCheck(self.checker, plan, self.keys, carry_out)
         self._place = replace(self._place, manifests=sums.manifests)
         sums.run()
-        missing = {unit.start for unit in plan.units if unit.id not in sums.manifests}
-        self.report.segments, self.report.committed = len(plan.segments), len(plan.segments) - len(missing)
+        self.report.segments, self.report.committed = len(plan.segments), sums.committed
         self.report.versions = sums.versions
         follows = [key for key in self.keys if self._follows(key) and self._of_this_run(key)]
         some = [tuple(follows[start : start + TOGETHER]) for start in range(0, len(follows), TOGETHER)]
         self._add(carry_out("tunings and evaluations", [CheckFollowOns(keys) for keys in some]))
-        check_windows(self.checker, plan, self.keys, self.report.versions)
+        there = check_windows(self.checker, plan, self.keys, self.report.versions, sums)
         check_training(self.checker, plan)
         self._pointers(sums)
         self._unmerged()
         if data is not None:
-            there = [unit for unit in plan.units if layout.partial_key(unit.id) in keys]
-            once = {unit.start: unit for unit in reversed(there)}  # the groups of a segment agree, or that was said
-            self._add(carry_out("segments compared with the data", [CheckData(once[at]) for at in sorted(once)]))
+            checks = [check for name in there for check in self._comparisons(data, name, *there[name])]
+            self._add(carry_out("segments compared with the data", checks))
+
+    def _opener(self, data: Any) -> Callable[[str], Any]:
+        """Return what opens the training split of a window."""
+        if callable(data):
+            return data
+        return data.__getitem__ if isinstance(data, Mapping) else lambda _: data
+
+    def _comparisons(self, data: Any, name: str, prefix: str, sums: SumsCheck) -> Iterator[CheckData]:
+        """Yield the comparisons of a window with its data, or note why there are none."""
+        first, place = name == self.plan.window_name, f"{layout.WINDOWS}/{name}"
+        own = f"{place}/{layout.CONFIG}"
+        if isinstance(data, Mapping):
+            why = None if name in data else "none were given"
+        elif data is True or callable(data):
+            why = None if first or own in self.checker.keys else f"{own} is not there, which would say which they are"
+        else:
+            why = None if first else "only those of the first window were given"
+        if why is not None:
+            self.report.notes.append((place, f"the data of window {name} were not compared: {why}."))
+            return
+        known = [(segment, prefix + key, read) for segment, key, read in sums.read() if read.get("data_sha256")]
+        for segment, key, read in known:
+            yield CheckData(name, segment, key, read["data_sha256"], read["environment"]["node"])
+        if unknown := (0 if sums.window is None else len(sums.plan.segments)) - len(known):
+            text = (
+                f"the data of {unknown} segment(s) of window {name} were not compared: an older version has read them,"
+            )
+            self.report.notes.append((place, f"{text} which did not keep what it had read."))
 
     def _here(self, _: str, checks: Sequence[Check]) -> Iterator[Findings]:
         """Carry out checks in this process, one after the other."""
@@ -173,7 +200,7 @@ class _Run:
                     f"{key} is missing, though the run has a posterior. Run the fit job again: it recomputes that segment.",
                 )
                 for key in missing
-                if self.checker.missing(key)
+                if not sums.dropped and self.checker.missing(key)
             ]
         if layout.CURRENT in keys:
             current = self.checker.attempt(layout.CURRENT, lambda: read_current(self.store))

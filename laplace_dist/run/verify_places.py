@@ -14,11 +14,12 @@ from laplace_dist.run.combination import Window, alone
 from laplace_dist.run.findings import Checker, Findings
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.second_pass import place_of_second, second_plan
+from laplace_dist.run.settings_file import read_config
 from laplace_dist.run.verify_sums import SumsCheck
 
 
-def check_place(checker: Checker, run: Plan, prefix: str, store: Checkpoint, keys: Collection[str]) -> Plan | None:
-    """Check one place as a run of its own; returns its plan if it belongs to the run.
+def check_place(checker: Checker, run: Plan, prefix: str, store: Checkpoint, keys: Collection[str]) -> SumsCheck | None:
+    """Check one place as a run of its own; returns what was found of its sums, with its plan, if it belongs to the run.
 
     Args:
         checker: Of the verification.
@@ -39,8 +40,9 @@ def check_place(checker: Checker, run: Plan, prefix: str, store: Checkpoint, key
             (f"{prefix}{layout.PLAN}", f"{prefix} is of another run, which was deleted (--fresh). Delete it.")
         )
         return None
-    if plan is not None:
-        _sums(inner, store, plan, own)
+    sums = None if plan is None else _sums(inner, store, plan, own)
+    if layout.CONFIG in own:
+        inner.attempt(layout.CONFIG, lambda: read_config(store))
     checker.found.add(
         Findings(
             [(prefix + key, text) for key, text in found.problems],
@@ -48,10 +50,10 @@ def check_place(checker: Checker, run: Plan, prefix: str, store: Checkpoint, key
             found.environments,
         )
     )
-    return plan
+    return sums
 
 
-def _sums(checker: Checker, store: Checkpoint, plan: Plan, keys: list[str]) -> None:
+def _sums(checker: Checker, store: Checkpoint, plan: Plan, keys: list[str]) -> SumsCheck:
     place = Place(store, plan, lambda: None, frozenset(keys), checker.shallow)
 
     def here(_: str, checks: Sequence[Check]) -> Iterator[Findings]:
@@ -60,12 +62,13 @@ def _sums(checker: Checker, store: Checkpoint, plan: Plan, keys: list[str]) -> N
     sums = SumsCheck(checker, plan, keys, here)
     place = replace(place, manifests=sums.manifests)
     sums.run()
+    return sums
 
 
 def check_second_passes(
     checker: Checker, run: Plan, there: Mapping[str, Window], keys: Collection[str], *, used: bool
-) -> dict[str, Window]:
-    """Check the basis of the second pass and the second pass of every window; returns where those lie that are begun.
+) -> dict[str, tuple[str, SumsCheck]]:
+    """Check the basis of the second pass and that of every window; returns of those that are begun the prefix and the sums.
 
     Args:
         checker: Of the verification.
@@ -84,17 +87,17 @@ def check_second_passes(
                 text = f"{prefix}{layout.PLAN} is missing, though the run has a posterior. Restore it from a copy, or start"
                 checker.found.problem(f"{prefix}{layout.PLAN}", f"{text} again with --fresh.")
             continue
-        plan = check_place(checker, run, prefix, store, keys)
-        if plan is None:
+        sums = check_place(checker, run, prefix, store, keys)
+        if sums is None:
             continue
-        found[name] = Window(store, plan)
+        found[name], plan = (prefix, sums), sums.plan
         if basis is not None and (plan.basis or {}).get("sha256") != basis:
             text = f"{prefix}{layout.PLAN} is in another basis than {key}. {layout.remedy(key)}"
             checker.found.problem(f"{prefix}{layout.PLAN}", text)
         elif basis is not None and plan.digest != second_plan(window.plan, basis).digest:
             text = f"{prefix}{layout.PLAN} is not the plan of the second pass of this run. Restore it from a copy, or start"
             checker.found.problem(f"{prefix}{layout.PLAN}", f"{text} again with --fresh.")
-        if used and name == run.window_name:
+        if used and name == run.window_name and not sums.dropped:
             _complete(checker, prefix, plan)
     return found
 

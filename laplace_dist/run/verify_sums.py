@@ -9,7 +9,7 @@ from typing import Any
 from laplace_dist.errors import RunFailed
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
-from laplace_dist.run import layout, partials, versions, windows
+from laplace_dist.run import layout, partials, readings, versions, windows
 from laplace_dist.run.check_part import CheckPart
 from laplace_dist.run.checks import CarryOut, CheckArrays, CheckPartials
 from laplace_dist.run.combination import alone
@@ -44,11 +44,37 @@ class SumsCheck:
 
     def run(self) -> None:
         """Do so."""
-        self._partials()
         if layout.WINDOW in self.keys:
             self.window = self.checker.attempt(layout.WINDOW, lambda: windows.read_window(self.store, self.plan))
+        self._partials()
         self._parts(self._versions())
         self._losses()
+
+    @property
+    def dropped(self) -> bool:
+        """Whether the partials were dropped, so that what is left of them counts for nobody."""
+        return self.window is not None and bool(self.window.get("dropped"))
+
+    @property
+    def committed(self) -> int:
+        """How many segments are committed, as good partials of all groups or in the window's sum."""
+        missing = {unit.start for unit in self.plan.units if unit.id not in self.manifests}
+        return len(self.plan.segments) - (0 if self.dropped else len(missing))
+
+    def read(self) -> Iterator[tuple[Segment, str, Mapping[str, Any]]]:
+        """Yield, of every segment of which it is known, the key that says it, `data_sha256` and `environment`.
+
+        The groups of a segment agree on the data, or that was said; one of them speaks for all.
+        """
+        known, seen = dict(readings.of_units(self.plan, self.window or {})), set()
+        for unit in self.plan.units:
+            if unit.start in seen or not (unit.id in self.manifests or unit.id in known):
+                continue
+            seen.add(unit.start)
+            if unit.id in self.manifests:
+                yield unit, layout.partial_key(unit.id), self.manifests[unit.id]
+            else:
+                yield unit, layout.WINDOW, known[unit.id]
 
     def _problem(self, key: str, text: str) -> None:
         self.checker.found.problem(key, text)
@@ -56,6 +82,9 @@ class SumsCheck:
     # -------------------------------------------------------------- partials
 
     def _partials(self) -> None:
+        if self.window is not None and (self.dropped or not any(key.startswith("partials/") for key in self.keys)):
+            self._gone()
+            return
         planned = {layout.partial_key(unit.id): unit for unit in self.plan.units}
         present = [key for key in self.keys if re.fullmatch(r"partials/[^/]+\.json", key)]
         self.checker.attempt("partials", lambda: self._read_partials(planned, sorted(present)))
@@ -64,6 +93,16 @@ class SumsCheck:
         checks = [CheckPartials(tuple(some)) for some in _batched(good, TOGETHER)]
         for found in self._carry_out("groups of partials", checks):
             self.checker.found.add(found)
+
+    def _gone(self) -> None:
+        """Count where the partials were made of a window that has none any more, as far as that is known."""
+        for _, made in readings.of_units(self.plan, self.window):
+            self.checker.found.came_from(made)
+        if not self.window.get("read"):
+            text = f"{layout.WINDOW} does not say where its partials were made and what was read, and they were dropped: an "
+            self.checker.found.notes.append(
+                (layout.WINDOW, f"{text}older version has made it. Nothing depends on that.")
+            )
 
     def _read_partials(self, planned: Mapping[str, Segment], present: Collection[str]) -> None:
         for key, content in self.store.read_many(present):
@@ -144,9 +183,12 @@ class SumsCheck:
             return
         if self._all is not None and not self.checker.shallow:
             total = windows.total_loss(self.store, partials.of_first_group(self.plan, self._all))
-            if total != self.window["loss"]:
-                self._problem(layout.WINDOW, f"{layout.WINDOW}: its loss is not the sum of the partials'. "
-                              f"{layout.remedy(layout.WINDOW)}")  # fmt: skip
+            known = readings.readings(self.plan, self._all)
+            wrong = "its loss is not the sum of the partials'" if total != self.window["loss"] else None
+            if self.window.get("read") and {name: self.window.get(name) for name in known} != known:
+                wrong = "it does not say of its partials what they say"
+            if wrong:
+                self._problem(layout.WINDOW, f"{layout.WINDOW}: {wrong}. {layout.remedy(layout.WINDOW)}")
         for part in self.plan.parts:
             if self.checker.missing(layout.part_key(part.id)):
                 key = layout.part_key(part.id)

@@ -11,9 +11,12 @@ from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.combination import Term, Window, place_of
 from laplace_dist.run.findings import Checker
 from laplace_dist.run.verify_places import check_place, check_second_passes
+from laplace_dist.run.verify_sums import SumsCheck
 
 
-def check_windows(checker: Checker, plan: Plan, keys: Collection[str], whole: Sequence[str]) -> None:
+def check_windows(
+    checker: Checker, plan: Plan, keys: Collection[str], whole: Sequence[str], first: SumsCheck
+) -> dict[str, tuple[str, SumsCheck]]:
     """Check every window after the first, the versions that are sums of several, and what recalibrations have found.
 
     Args:
@@ -21,17 +24,25 @@ def check_windows(checker: Checker, plan: Plan, keys: Collection[str], whole: Se
         plan: Of the run.
         keys: All objects.
         whole: Names of the posterior versions whose arrays are whole.
+        first: What was found of the sums of the first window.
+
+    Returns:
+        Of every window by its name the prefix of where it was read, and what was found of the sums there: its first pass if
+        it has one, else its second.
     """
-    there = {plan.window_name: Window(checker.store, plan)}
+    sums = {plan.window_name: ("", first)}
     for name in sorted(
         {key.split("/")[1] for key in keys if key.startswith(f"{layout.WINDOWS}/") and key.count("/") > 1}
     ):
         prefix, store = f"{layout.WINDOWS}/{name}/", place_of(checker.store, plan, name)
         found = check_place(checker, plan, prefix, store, keys)
         if found is not None:
-            there[name] = Window(store, found)
+            sums[name] = prefix, found
+    there = {name: Window(own.store, own.plan) for name, (_, own) in sums.items()}
     if plan.further is not None:
-        there = check_second_passes(checker, plan, there, keys, used=bool(whole))
+        second = check_second_passes(checker, plan, there, keys, used=bool(whole))
+        sums |= {name: found for name, found in second.items() if name != plan.window_name}
+        there = {name: Window(own.store, own.plan) for name, (_, own) in second.items()}
     for version in whole:
         key = layout.version_key(version)
         if checker.attempt(key, lambda v=version: _is_the_sum(checker, plan, there, v)) is False:
@@ -42,6 +53,7 @@ def check_windows(checker: Checker, plan: Plan, keys: Collection[str], whole: Se
             found = checker.attempt(key, lambda k=key: open_json(checker.store.read(k), k))
             if found is not None:
                 checker.found.came_from(found) if "environment" in found else None
+    return sums
 
 
 def _is_the_sum(checker: Checker, plan: Plan, there: dict[str, Window], version: str) -> bool | None:

@@ -16,9 +16,12 @@ from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run import partials
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import open_json
-from laplace_dist.run.layout import WINDOW, part_key
-from laplace_dist.run.ownership import commit
+from laplace_dist.run.layout import WINDOW, owned, part_key, partial_key
+from laplace_dist.run.ownership import commit, confirm
+from laplace_dist.run.place import delete_owned
 from laplace_dist.run.provenance import environment
+from laplace_dist.run.readings import readings
+from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
 
 SUM = "sum"  # name of a part's array
@@ -149,6 +152,7 @@ def commit_window(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any
         "loss": total_loss(store, counted),
         "environment": environment("cpu"),
         "parts": {name: {"prefix": found["prefix"], "entry": found["arrays"][SUM]} for name, found in parts.items()},
+        **readings(plan, manifests),
     }
     commit(store, plan, WINDOW, manifest)
     return read_window(store, plan)
@@ -169,7 +173,9 @@ def read_window(store: Store, plan: Plan) -> dict[str, Any]:
     manifest = open_json(store.read(WINDOW), WINDOW)
     shapes = {name: place["entry"]["shape"] for name, place in manifest["parts"].items()}
     planned = {part.id: [part.stop - part.start] for part in plan.parts}
-    if (manifest["plan"], manifest["n_data"], shapes) != (plan.digest, plan.n_examples, planned):
+    said = len(manifest["read"]["made"]) if manifest.get("read") else len(plan.units)
+    wanted = plan.digest, plan.n_examples, planned, len(plan.units)
+    if (manifest["plan"], manifest["n_data"], shapes, said) != wanted:
         raise (CheckpointError if manifest["plan"] == plan.digest else ForeignError)(
             f"{WINDOW} does not belong to this run's plan. Delete it and run the same command again: it puts the parts "
             "together anew."
@@ -178,7 +184,7 @@ def read_window(store: Store, plan: Plan) -> dict[str, Any]:
 
 
 def check_arrays(store: Store, manifest: Mapping[str, Any]) -> None:
-    """Read a window's sum once, so that what it was made of may go.
+    """Read a window's sum once.
 
     Args:
         store: Of the window.
@@ -189,6 +195,44 @@ def check_arrays(store: Store, manifest: Mapping[str, Any]) -> None:
     """
     for place in manifest["parts"].values():
         store.read_array(place["prefix"], SUM, place["entry"])
+
+
+def drop_partials(store: Store, plan: Plan) -> None:
+    """Delete the partials of a window whose sum is committed, once that was read whole and says what they were made of.
+
+    It says before anything goes that they are dropped, so that what a crash leaves of them counts for nobody.
+
+    Args:
+        store: Of the window.
+        plan: Its plan.
+
+    Raises:
+        MissingObjectError: The sum is not committed.
+        CheckpointError: It is truncated or altered; nothing is deleted.
+    """
+    if not any(owned(key) for key in store.list("partials")):
+        return
+    manifest = read_window(store, plan)
+    if not manifest.get("dropped"):
+        check_arrays(store, manifest)
+        known = {} if manifest.get("read") else _known(store, plan)
+        confirm(store, plan)
+        store.replace(WINDOW, seal_json({**manifest, **known, "dropped": True}))
+    delete_owned(store, "partials")
+
+
+def _known(store: Store, plan: Plan) -> dict[str, Any]:
+    """Return what the sum of a window from before that was kept has to say of its partials, if they all are there."""
+    wanted = {partial_key(unit.id) for unit in plan.units}
+    if not wanted <= set(store.list("partials", recursive=False)):
+        return {}
+    return readings(plan, list(partials.manifests(store, plan)))
+
+
+def is_dropped(store: Store, plan: Plan) -> bool:
+    """Say whether a window's partials were dropped, so that none of them is missing."""
+    found = find_window(store, plan)
+    return found is not None and bool(found.get("dropped"))
 
 
 def find_window(store: Store, plan: Plan) -> dict[str, Any] | None:

@@ -22,11 +22,13 @@ from laplace_dist.errors import SettingsError
 from laplace_dist.plan.digests import feed
 from laplace_dist.plan.identity import check_data
 from laplace_dist.plan.plan import Plan
+from laplace_dist.plan.sketch import ExampleDigests
 from laplace_dist.run import bases, posterior, provenance, run_weights, tunings
 from laplace_dist.run.checkpoint import open_store
 from laplace_dist.run.combination import Window, place_of, summed
 from laplace_dist.run.lifecycle import check_model
 from laplace_dist.run.ownership import read_plan, same
+from laplace_dist.run.settings_file import data_of
 from laplace_dist.stages.smaller import as_halved
 from laplace_dist.storage.store import Store
 
@@ -53,6 +55,7 @@ class Context:
         self._basis: tuple[tuple[str, int], dict[str, torch.Tensor]] | None = None
         self._posterior: tuple[Any, Any] | None = None
         self._reading: tuple[str, ReadAhead] | None = None
+        self._unchecked: tuple[str, Any] | None = None
 
     def begin(self, task: Any) -> Mapping[str, Any] | Callable[[], Mapping[str, Any]]:
         """Carry out a task of the run at the checkpoint; returns its receipt, or the call that commits it and returns that.
@@ -173,12 +176,26 @@ class Context:
             self._splits[name] = found
         return self._splits[name]
 
-    @cached_property
-    def unchecked_training_data(self) -> Any:
-        """The training split as the settings name it, compared with nothing: whoever asks for it does that."""
-        return sources.load_split(self.config, "train")
+    def unchecked_training_data(self, window: str) -> Any:
+        """Return the training split of a window, compared with nothing; the last one is kept.
 
-    def batches(self, split: str, data: Mapping[str, Any], start: int, stop: int, digest: Any = None) -> Any:
+        That of the first window is what the settings name, that of another one what its own settings do.
+        """
+        if self._unchecked is None or self._unchecked[0] != window:
+            place = place_of(self.store, self.plan, window)
+            config = self.config if place is self.store else data_of(self.config, place)
+            self._unchecked = window, sources.load_split(config, "train")
+        return self._unchecked[1]
+
+    def batches(
+        self,
+        split: str,
+        data: Mapping[str, Any],
+        start: int,
+        stop: int,
+        digest: Any = None,
+        examples: ExampleDigests | None = None,
+    ) -> Any:
         """Yield `(offset, x, y)` for a contiguous range of a split, on the device.
 
         Args:
@@ -187,10 +204,13 @@ class Context:
             start: First example.
             stop: One past the last example.
             digest: A hash of `hashlib` that is to see the very bytes that are handed out.
+            examples: What is to see each example of them.
         """
         for offset, x, y in self._reader(split, data).batches(start, stop):
             if digest is not None:
                 feed(digest, (x, y))
+            if examples is not None:
+                examples.add(x, y)
             yield offset, to_device(x, self.device), to_device(y, self.device)
 
     def close(self) -> None:

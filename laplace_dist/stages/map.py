@@ -13,6 +13,7 @@ from torch import Tensor
 from laplace_dist.plan.estimate import BESIDE
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
+from laplace_dist.plan.sketch import ExampleDigests, limit_of
 from laplace_dist.run import lifecycle, partials
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.provenance import environment, node
@@ -40,10 +41,12 @@ class MapSegment:
         """Do so; the receipt says who won the commit and how many seconds that took. The commit of small sums may wait."""
         segment, plan = self.segment, context.window_of(self.plan).plan
         sums, digest = context.zero_sums(plan, segment.group), hashlib.sha256()
-        for offset, x, y in context.batches("train", plan.data, segment.start, segment.stop, digest):
+        examples = ExampleDigests(limit_of(plan.n_examples))
+        for offset, x, y in context.batches("train", plan.data, segment.start, segment.stop, digest, examples):
             context.la.accumulate(sums, x, y, offset=offset)
         tensors = sums.to_tensors()
         made = {"data_sha256": digest.hexdigest(), "environment": environment(context.device)}
+        made["examples"] = None if (found := examples.sketch) is None else found.to_values()
         commit = partial(self._commit, context, tensors, sums.n_data, made)
         return commit if sum(tensor.nbytes for tensor in tensors.values()) <= BESIDE else commit()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -26,6 +26,7 @@ from laplace_dist.run.combination import Window, place_of
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.probe import make_probe
 from laplace_dist.run.run_weights import RunWeights, load_run_model
+from laplace_dist.run.settings_file import seal_yaml
 from laplace_dist.stages import estimator, first_batch
 from laplace_dist.stages.context import initialized, plain
 from laplace_dist.stages.smaller import as_halved
@@ -198,7 +199,9 @@ def _check_first_window(config: Config, store: Store) -> None:
         )
 
 
-def begin_window(config: Config, store: Store, there: Sequence[Window], device_type: str) -> tuple[Window, bool]:
+def begin_window(
+    config: Config, store: Store, there: Sequence[Window], device_type: str, beside: Collection[str]
+) -> tuple[Window, bool]:
     """Begin a window of new data, or continue it; returns it and whether it was there.
 
     Args:
@@ -206,10 +209,11 @@ def begin_window(config: Config, store: Store, there: Sequence[Window], device_t
         store: The checkpoint.
         there: The windows of the run, the first one, whose plan is the run's, among them.
         device_type: Where the workers compute, `cpu` or `cuda`.
+        beside: Names of the windows that the posterior is to be made of beside this one.
 
     Raises:
-        SettingsError: The settings, the model or the weights are not the run's; the data are another window's, or this one was
-            begun with other data.
+        SettingsError: The settings, the model or the weights are not the run's; the data are one of those windows', or this one
+            was begun with other data.
     """
     run = next(window.plan for window in there if window.store is store)
     known = {window.name: window for window in there}
@@ -237,13 +241,17 @@ def begin_window(config: Config, store: Store, there: Sequence[Window], device_t
     )
     lifecycle.refuse_another_run(store, run, wanted)
     for window in there:
-        if window.name != config.window and (same := shared_examples(window.plan.data, data)):
+        if window.name not in beside:
+            continue
+        if same := shared_examples(window.plan.data, data, config.shared_examples):
             raise SettingsError(
                 f"--data: window {config.window} shares examples with window {window.name} ({same}), which would count twice. "
-                "Give data that no window has, or leave that one out with --windows and begin another run."
+                "Give data that no window has, or leave that one out with --windows or --drop-window."
             )
     place = place_of(store, run, config.window)
-    return Window(place, lifecycle.open_window(place, wanted)), config.window in known
+    plan = lifecycle.open_window(place, wanted)
+    place.replace(layout.CONFIG, seal_yaml(config.to_yaml()))  # by which its data are found again
+    return Window(place, plan), config.window in known
 
 
 def refuse_other_settings(config: Config, store: Store, plan: Plan, kind: str) -> None:

@@ -24,7 +24,7 @@ from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.layout import tuning_shard_key
 from laplace_dist.run.ownership import has
-from laplace_dist.run.tunings import Values, read_shard
+from laplace_dist.run.tunings import Values, read_shard, read_tuning
 from laplace_dist.stages import words
 from laplace_dist.stages.tune import Candidate, CommitChoice, FirstNoWorse, ScoreShard
 from laplace_dist.storage.store import Store
@@ -117,6 +117,23 @@ class Search:
         values = (None, None) if prior is None else (prior.prior, prior.noise)
         return CommitChoice(
             *self._common, *values, temperature, self.start, tuple(self._ids), {**found, "map_noise": self._map_noise}
+        )
+
+    def compare(self) -> CommitChoice:
+        """Compare the prior of `start`, which the evidence has chosen, with MAP; search where that is shown to be better."""
+        found = self._score(Round((0,), coarse=False), [], (1.0,), keep=True, by_prior=False)
+        (candidate,) = _ranked([found]) or [None]
+        if candidate is not None and candidate.noise is not None:
+            noise = read_tuning(self.store, self.start)[0]["sigma_noise"]
+            candidate = replace(candidate, noise=(noise, candidate.noise[1]))
+        first, compared = (None, {}) if candidate is None else self._first_no_worse([candidate])
+        if first is None:
+            task = self.choose()
+            search = {**task.search, "said": [words.evidence_is_worse(compared), *task.search["said"]]}
+            return replace(task, search=search)
+        kept = {"rounds": self._rounds, "limit": None, "helps": True, "compared": compared, "said": []}
+        return CommitChoice(
+            *self._common, None, None, 1.0, self.start, tuple(self._ids), {**kept, "map_noise": self._map_noise}
         )
 
     # -------------------------------------------------------------- the searches

@@ -46,6 +46,23 @@ def settings(
     return {**chosen, **config.batching, **machine, "data": validation}
 
 
+def settings_of_comparison(
+    config: Config, validation: Mapping[str, Any], device_type: str, evidence: str
+) -> dict[str, Any]:
+    """Return what the bits of a comparison of the evidence's choice with MAP depend on beside the posterior version.
+
+    Args:
+        config: The job's settings.
+        validation: Fingerprint of the validation split.
+        device_type: Where the workers compute: `cpu` or `cuda`.
+        evidence: Key of the tuning by the evidence.
+    """
+    names = ("link_approx", "pred_type", "batch_size", "seed", "level", "draws", "grid_size", "prior_range")
+    chosen = {name: getattr(config, name) for name in names}
+    chosen |= {"method": "marglik", "structure": config.prior_structure, "evidence": evidence}
+    return {**chosen, **config.batching, **config.machine(device_type), "data": validation}
+
+
 @dataclass(frozen=True)
 class _Tuning:
     """What the tasks of a tuning have in common.
@@ -108,6 +125,8 @@ class ScoreShard(_Tuning):
         with _left_as_found(la):
             if la.likelihood_object.scales_logits:
                 la.logit_temperature = 1.0
+            if la.likelihood_object.has_noise and not values.priors:  # scored in units of the noise's precision
+                la.prior_precision = la.prior_precision * la.sigma_noise**2
             found = score_candidates(
                 la,
                 batches,

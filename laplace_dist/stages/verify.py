@@ -32,7 +32,7 @@ class CarryOutCheck:
 
     def run(self, context: Context) -> dict[str, Any]:
         """Do so; the receipt has the check's `number` and its `findings`."""
-        place = Place(context.store, context.plan, lambda: context.unchecked_training_data)
+        place = Place(context.store, context.plan, context.unchecked_training_data)
         return {"number": self.number, "findings": place.find(self.check)}
 
 

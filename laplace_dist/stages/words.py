@@ -59,6 +59,25 @@ def passed_over(compared: Mapping[str, Any], left: Sequence[float] | None = None
     ]
 
 
+def evidence_is_worse(compared: Mapping[str, Any]) -> str:
+    """Say that what the evidence has chosen was not taken.
+
+    Args:
+        compared: Differences from MAP, by figure; empty where its loss is not finite.
+    """
+    how = f"worse than MAP on the validation data ({_worse(compared)})" if compared else "of no finite loss"
+    return f"The prior of the highest evidence is shown to be {how}. A search on the validation data has chosen a scalar one."
+
+
+def _worse(compared: Mapping[str, Any]) -> str:
+    """Name the figures that are shown to be worse."""
+    over = {name: found for name, found in compared.items() if found["low"] > 0}
+    return " and ".join(
+        f"{name.upper()} by {found['value']:.4f}, interval {found['low']:+.4f} to {found['high']:+.4f}"
+        for name, found in over.items()
+    )
+
+
 def worse_than_map(compared: Mapping[str, Any], prior: float | None, link: str = "") -> str:
     """Say that nothing is better than MAP, and what is kept.
 
@@ -67,13 +86,8 @@ def worse_than_map(compared: Mapping[str, Any], prior: float | None, link: str =
         prior: The prior precision that is kept, under which the predictive is MAP's; None where none does that.
         link: Under which none does.
     """
-    over = {name: found for name, found in compared.items() if found["low"] > 0}
-    shown = " and ".join(
-        f"{name.upper()} by {found['value']:.4f}, interval {found['low']:+.4f} to {found['high']:+.4f}"
-        for name, found in over.items()
-    )
     text = "No prior precision makes this posterior better than MAP"
-    text += f": the best one is shown to be worse on the validation data ({shown})."
+    text += f": the best one is shown to be worse on the validation data ({_worse(compared)})."
     if prior is None:
         return f"{text} Under --link-approx {link} none makes the predictive that of MAP either, so that it stays: use probit."
     return f"{text} Kept is the limit in which the predictive is MAP's, prior precision {prior:.3g}."

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from laplace import Laplace
 from laplace.backends import backend_class
@@ -107,6 +109,7 @@ class Reference:
         self.calls = self.calls if plan.structure == "kron" else {}
         self._sums: dict[str, list[Any]] = {}
         self._broken: set[str] = set()
+        self.unseen: set[str] = set()  # weights that are multiplied where no reference looks
         found = [self._example(x, y) for x, y in zip(self.x, self.y, strict=True)]
         self.f, self.js = torch.stack([f for f, _ in found]), torch.stack([j for _, j in found])
         self.hessians = [
@@ -129,9 +132,12 @@ class Reference:
                 return z + calls[name][-1][1]
 
             handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
-        f = outputs(self.model, _clone(x))[0]
+        with _Multiplied(dict(zip(self.names, self.params, strict=True)) if self.calls else {}) as products:
+            f = outputs(self.model, _clone(x))[0]
         for handle in handles:
             handle.remove()
+        calls |= products.calls
+        self.unseen |= products.unseen
         probes = [probe for made in calls.values() for _, probe in made]
         rows, slopes = [], []
         for value in f.flatten():
@@ -154,8 +160,9 @@ class Reference:
                 if all(value is None for value in g):
                     continue  # a call that reaches no output
                 zero = torch.zeros_like(made[number][1])
-                gradients.append(torch.stack([_positions(self.calls[name], zero if v is None else v) for v in g]))
-                inputs.append(_rows(self.calls[name], a))
+                module = self.calls.get(name, _LINEAR)
+                gradients.append(torch.stack([_positions(module, zero if v is None else v) for v in g]))
+                inputs.append(_rows(module, a))
             start += len(made)
             if inputs:
                 self._add_factors(name, inputs, torch.cat(gradients, 1), hessian, js)
@@ -165,26 +172,35 @@ class Reference:
         spans, stop = {}, 0
         for parameter, p in zip(self.names, self.params, strict=True):
             spans[parameter], stop = slice(stop, stop + p.numel()), stop + p.numel()
-        self._check(f"{name}.bias", g.sum(1), js, spans)
+        if name not in self.calls:  # a weight by itself
+            a = torch.cat(inputs)
+            self._check(name, torch.einsum("cro,ri->coi", g, a).flatten(1), js, spans, f"{name} by products")
+        else:
+            self._check(f"{name}.bias", g.sum(1), js, spans)
         left, right = torch.einsum("cro,cd,drp->op", g, hessian, g).contiguous(), 0.0
         if any(a is None for a in inputs):
             self._broken.add(f"{name}.weight")
         else:
             a = torch.cat(inputs)
-            self._check(f"{name}.weight", torch.einsum("cro,ri->coi", g, a).flatten(1), js, spans)
+            if name in self.calls:
+                self._check(f"{name}.weight", torch.einsum("cro,ri->coi", g, a).flatten(1), js, spans)
             right = (a.T @ a / len(a)).contiguous()
         known = self._sums.setdefault(name, [0.0, 0.0, 0])
         self._sums[name] = [known[0] + left, known[1] + right, known[2] + 1]
 
-    def _check(self, parameter, rows, js, spans) -> None:
+    def _check(self, parameter, rows, js, spans, called="") -> None:
         if parameter in spans:
             truth = js[:, spans[parameter]]
             if rows.shape != truth.shape or (rows - truth).norm() > 1e-9 * (rows.norm() + truth.norm()):
-                self._broken.add(parameter)
+                self._broken.add(called or parameter)
 
     def factors(self, parameter: str) -> list[torch.Tensor] | None:
         """``[B, A]`` or ``[B]`` of one parameter, None where it has none."""
         name, _, kind = parameter.rpartition(".")
+        if parameter in self._sums and f"{parameter} by products" not in self._broken:
+            left, right, n = self._sums[parameter]
+            if n == len(self.x) and (parameter in self._broken or name not in self._sums):
+                return [left, right / n]
         if parameter in self._broken or name not in self._sums or kind not in ("weight", "bias"):
             return None
         left, right, n = self._sums[name]
@@ -241,6 +257,30 @@ def _rows(module: nn.Module, a: torch.Tensor) -> torch.Tensor | None:
         eye = torch.eye(len(channel), dtype=a.dtype)
         rows = [torch.autograd.grad(channel, weight, e, retain_graph=True)[0][0].flatten() for e in eye]
         return torch.stack(rows).detach()
+
+
+_LINEAR = nn.Linear(1, 1)
+
+
+class _Multiplied(TorchFunctionMode):
+    """Inputs of the products with parameters by identity, and probes that are added to what comes out."""
+
+    def __init__(self, params: dict[str, torch.Tensor]):
+        super().__init__()
+        self.names = {id(p): name for name, p in params.items() if p.ndim == 2}
+        self.calls: dict[str, list] = {}
+        self.unseen: set[str] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = self.names.get(id(args[1])) if func is F.linear and len(args) > 1 else None
+        if name is None:
+            return out
+        if torch._C._functorch.is_functorch_wrapped_tensor(out):
+            self.unseen.add(name)
+            return out
+        self.calls.setdefault(name, []).append((args[0].detach().clone(), torch.zeros_like(out, requires_grad=True)))
+        return out + self.calls[name][-1][1]
 
 
 class _Bare(nn.Module):
@@ -302,6 +342,14 @@ def _make_exact(model: nn.Module) -> None:
             module.exact = True
         if isinstance(module, nn.Embedding):
             module.scale_grad_by_freq = False  # of a derivative that is none
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.register_forward_hook(_in_order)
+
+
+def _in_order(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    """Of a single example, torch gives a wrong gradient where that of the output is transposed in memory."""
+    if output.requires_grad:
+        output.register_hook(lambda gradient: gradient.contiguous())
 
 
 def _precision(plan: Plan) -> Any:
@@ -441,7 +489,11 @@ def _kron_truth(la: Any, ours: torch.Tensor, ref: Reference, warned: list[str]) 
             blocks.append(torch.kron(*factors) if len(factors) == 2 else factors[0])
         else:  # of a kind whose factors the reference does not know
             blocks.append(ours[rows, rows])
-            if is_factored(ref.model.get_submodule(parameter.rpartition(".")[0])) and "out_proj" not in parameter:
+            if (
+                parameter not in ref.unseen
+                and is_factored(ref.model.get_submodule(parameter.rpartition(".")[0]))
+                and "out_proj" not in parameter
+            ):
                 foreign = f"{parameter} has Kronecker factors that are not its own"
     return torch.block_diag(*blocks), foreign, silent
 

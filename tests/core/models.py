@@ -179,7 +179,7 @@ CASES = {
     "sequence-output": Case(mlp, (2, 3), (2, 3), curvlinops=("diag",)),
     "sequence-regression": Case(mlp, (2, 3), (2, 3), "regression", curvlinops=("diag",)),
     "twice": Case(Twice, curvlinops=DENSE),
-    "tied": Case(Tied, fallback=("one.weight",), curvlinops=DENSE),
+    "tied": Case(Tied, curvlinops=DENSE),
     "used-outside": Case(UsedOutside, fallback=("one.weight",), curvlinops=DENSE),
     "normed": Case(Normed, fallback=("ln.weight", "ln.bias", "bn.weight", "bn.bias"), curvlinops=DENSE),
     "scalar": Case(Gated, fallback=("gate",), curvlinops=DENSE),

@@ -104,8 +104,8 @@ def patches(module, x):
     return torch.stack(rows)
 
 
-def layer_records(model, module, x, y, likelihood):
-    """Inputs of all calls ``(positions, in)``, ``df/dz (outputs, positions, out)`` and ``dloss/dz`` for one example."""
+def layer_records(model, modules, x, y, likelihood):
+    """For modules that share a weight: inputs of all calls ``(positions, in)``, ``df/dz (outputs, positions, out)`` and ``dloss/dz`` for one example."""
     inputs, probes = [], []
 
     def hook(m, args, output):
@@ -113,12 +113,13 @@ def layer_records(model, module, x, y, likelihood):
         probes.append(torch.zeros_like(output, requires_grad=True))
         return output + probes[-1]
 
-    handle = module.register_forward_hook(hook)
+    handles = [module.register_forward_hook(hook) for module in modules]
     f = model(x[None])[0]
-    handle.remove()
+    for handle in handles:
+        handle.remove()
 
     def by_position(grads):
-        if isinstance(module, nn.Conv2d):
+        if isinstance(modules[0], nn.Conv2d):
             return torch.cat([g[0].flatten(1).T for g in grads])
         return torch.cat([g[0].reshape(-1, g.shape[-1]) for g in grads])
 
@@ -127,11 +128,11 @@ def layer_records(model, module, x, y, likelihood):
     return torch.cat(inputs), torch.stack(outputs), gradient, f.detach()
 
 
-def layer_factors(model, module, xs, ys, likelihood, estimator):
-    """KFAC-expand factors of one layer: summed output factor, input factor averaged over examples."""
+def layer_factors(model, modules, xs, ys, likelihood, estimator):
+    """KFAC-expand factors of one weight, of one module or several: summed output factor, input factor averaged over examples."""
     left, right = 0.0, 0.0
     for x, y in zip(xs, ys, strict=True):
-        a, g, gradient, f = layer_records(model, module, x, y, likelihood)
+        a, g, gradient, f = layer_records(model, modules, x, y, likelihood)
         hessian = output_hessian(f, likelihood, y)
         for r in range(len(a)):
             right = right + torch.outer(a[r], a[r]) / len(a)
@@ -153,8 +154,9 @@ def kron(model, xs, ys, likelihood, estimator, fallback=()):
         if name in fallback:
             factors.append([diagonal[start:stop]])
         else:
-            module = model.get_submodule(name.rpartition(".")[0])
-            b, a = layer_factors(model, module, xs, ys, likelihood, estimator)
+            key = name.rpartition(".")[2]
+            modules = [m for m in model.modules() if getattr(m, key, None) is p]
+            b, a = layer_factors(model, modules, xs, ys, likelihood, estimator)
             factors.append([b, a] if p.ndim > 1 else [b])
         start = stop
     return factors

@@ -408,6 +408,37 @@ def complex_parameter(rng, shape):
     return Block(lambda m, x: (x.to(m.weight.dtype) @ m.weight.T).abs(), weight=weight), (3,)
 
 
+@layer("vector")
+def product_with_weight(rng, shape):
+    """A weight ``(in, out)`` that no module multiplies, and a bias."""
+    run = lambda m, x: x @ m.weight + m.bias  # noqa: E731
+    return Block(run, weight=parameter(shape[0], 3), bias=parameter(3)), (3,)
+
+
+@layer("vector")
+def stacked_weights(rng, shape):
+    """A gated unit whose two weights are one parameter."""
+
+    def run(m, x):
+        gate, value = m.weight.chunk(2)
+        return torch.sigmoid(F.linear(x, gate)) * F.linear(x, value) - m.shift
+
+    return Block(run, weight=parameter(6, shape[0]), shift=parameter(3)), (3,)
+
+
+@layer("vector")
+def weight_in_three_uses(rng, shape):
+    """In a product, its transpose in another, and its mean."""
+    run = lambda m, x: torch.tanh(F.linear(x, m.weight)) @ m.weight + m.weight.mean(0)  # noqa: E731
+    return Block(run, weight=parameter(3, shape[0])), shape
+
+
+@layer("vector")
+def functional_layer_norm(rng, shape):
+    run = lambda m, x: F.layer_norm(x, x.shape[1:], m.weight, m.bias, 1e-3)  # noqa: E731
+    return Block(run, weight=parameter(shape[0]), bias=parameter(shape[0])), shape
+
+
 # --- sequences (positions, features) ----------------------------------------------------------------------------------
 
 
@@ -462,6 +493,59 @@ def attention_with_padding(rng, shape):
         return m.inner(x, x, x, key_padding_mask=padded, need_weights=False)[0]
 
     return Block(run, inner=nn.MultiheadAttention(shape[1], 1, batch_first=True)), shape
+
+
+@layer("sequence")
+def attention_over_a_memory(rng, shape):
+    """Queries of all positions; keys and values of others, and of fewer features where those have widths of their own."""
+    widths = {"kdim": max(1, shape[1] - 1), "vdim": 1} if rng.random() < 0.5 else {}
+    k, v = widths.get("kdim", shape[1]), widths.get("vdim", shape[1])
+    run = lambda m, x: m.inner(x, x[:, 1:, :k].cos(), x[:, 1:, :v], need_weights=False)[0]  # noqa: E731
+    return Block(run, inner=nn.MultiheadAttention(shape[1], 1, batch_first=True, **widths)), shape
+
+
+@layer("sequence")
+def recurrent_both_ways(rng, shape):
+    kind = rng.choice((nn.LSTM, nn.GRU, nn.RNN))
+    options = {"proj_size": 1} if kind is nn.LSTM and rng.random() < 0.5 else {}
+    inner = kind(shape[1], 2, num_layers=rng.randint(1, 2), bidirectional=True, batch_first=True, **options)
+    return Block(lambda m, x: m.inner(x)[0], inner=inner), (shape[0], 2 * options.get("proj_size", 2))
+
+
+@layer("sequence")
+def class_token(rng, shape):
+    """A token that every example is given, learned positions and a scale."""
+
+    def run(m, x):
+        x = torch.cat([m.token.expand(len(x), -1, -1), x], 1) + m.positions
+        return (m.inner(x.mean(1, keepdim=True)) + x)[:, : shape[0]] * m.scale
+
+    parts = {
+        "token": parameter(1, 1, shape[1]),
+        "positions": parameter(shape[0] + 1, shape[1]),
+        "scale": parameter(shape[1]),
+    }
+    return Block(run, inner=nn.Linear(shape[1], shape[1]), **parts), shape
+
+
+@layer("sequence")
+def relative_positions(rng, shape):
+    """A bias by the distance of two positions, in attention without further weights."""
+    places = torch.arange(shape[0])
+    distance = (places[:, None] - places).abs()
+
+    def run(m, x):
+        scores = (x @ x.mT)[:, None] + m.table[distance].permute(2, 0, 1)
+        return (scores.softmax(-1) @ x[:, None]).mean(1)
+
+    return Block(run, table=parameter(shape[0], 2)), shape
+
+
+@layer("sequence")
+def weight_positions_first(rng, shape):
+    """A weight without a module that sees positions first and then examples."""
+    run = lambda m, x: (x.transpose(0, 1) @ m.weight + m.bias).transpose(0, 1)  # noqa: E731
+    return Block(run, weight=parameter(shape[1], 3), bias=parameter(3)), (shape[0], 3)
 
 
 @layer("sequence")
@@ -611,6 +695,34 @@ class ChannelNorm(nn.LayerNorm):
 
 
 @layer("image")
+def functional_convolution(rng, shape):
+    """Transposed or not, with groups or not, of weights without a module; then a scale of every channel."""
+    groups = shape[0] if rng.random() < 0.3 else 1
+    turned = rng.random() < 0.5
+    weight = (
+        parameter(shape[0], 2 * shape[0] // groups, 2, 2)
+        if turned
+        else parameter(2 * shape[0], shape[0] // groups, 2, 2)
+    )
+    convolve = F.conv_transpose2d if turned else F.conv2d
+    run = lambda m, x: convolve(x, m.weight, m.bias, padding=1, groups=groups) * m.scale[:, None, None]  # noqa: E731
+    size = tuple(n - 1 if turned else n + 1 for n in shape[1:])
+    block = Block(run, weight=weight, bias=parameter(2 * shape[0]), scale=parameter(2 * shape[0]))
+    return block, (2 * shape[0], *size)
+
+
+@layer("image")
+def conv2d_transposed_with_gaps(rng, shape):
+    """Pixels of the output that no patch reaches, and groups or none."""
+    groups = shape[0] if rng.random() < 0.4 else 1
+    inner = nn.ConvTranspose2d(
+        shape[0], 2 * shape[0], 2, stride=3, padding=1, output_padding=rng.randint(0, 2), groups=groups
+    )
+    extra = inner.output_padding[0]
+    return inner, (2 * shape[0], *((n - 1) * 3 - 2 + 2 + extra for n in shape[1:]))
+
+
+@layer("image")
 def channel_norm(rng, shape):
     return ChannelNorm(shape[0]), shape
 
@@ -650,6 +762,14 @@ def embedding_tied(rng, shape):
     """The table also maps back, as the head of a language model does."""
     run = lambda m, x: F.linear(torch.tanh(m.inner(m.table(x))), m.table.weight)  # noqa: E731
     return Block(run, table=nn.Embedding(VOCABULARY, 3), inner=nn.Linear(3, 3)), (shape[0], VOCABULARY)
+
+
+@layer("tokens", gives="sequence")
+def embedding_without_a_module(rng, shape):
+    """Looked up by a function or an index, and added to learned places."""
+    look = F.embedding if rng.random() < 0.5 else (lambda x, table: table[x])
+    run = lambda m, x: look(x, m.table) + m.places  # noqa: E731
+    return Block(run, table=parameter(VOCABULARY, 3), places=parameter(shape[0], 3)), (shape[0], 3)
 
 
 @layer("tokens", gives="vector")

@@ -184,7 +184,7 @@ def test_wide_factors_are_complete_and_symmetric():
     factor = la.sums.tensors["0.weight/A"]
     assert naive.relative_error(factor, factor.T) < 1e-14
     assert naive.relative_error(factor, x.T @ x) < TOLERANCE
-    b, _ = naive.layer_factors(model, model[0], x, y, "classification", "ggn")
+    b, _ = naive.layer_factors(model, [model[0]], x, y, "classification", "ggn")
     assert naive.relative_error(la.sums.tensors["0.weight/B"], b) < TOLERANCE
     small = nn.Linear(300, 2).double()
     la = fit(small, "classification", "full", x[:, :300], y, batch_size=4)
@@ -199,7 +199,7 @@ def test_wide_convolutions():
     x, y = torch.randn(3, 8, 4, 4, dtype=torch.float64), torch.randint(2, (3,))
     for estimator in ("ggn", "ef"):
         la = fit(model, "classification", "kron", x, y, backend=("native", estimator))
-        b, a = naive.layer_factors(model, convolution, x, y, "classification", estimator)
+        b, a = naive.layer_factors(model, [convolution], x, y, "classification", estimator)
         assert naive.relative_error(la.H_facs.kfacs[0][0], b) < TOLERANCE
         assert naive.relative_error(la.H_facs.kfacs[0][1], a) < TOLERANCE
         diagonal = fit(model, "classification", "diag", x, y, backend=("native", estimator)).H

@@ -14,6 +14,7 @@ from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.curvature import NativeGGN, backend_class
 from laplace.enums import Likelihood
 from laplace.errors import MissingKeyError
+from laplace.likelihoods import Bernoulli, HeteroscedasticGaussian, Poisson
 from laplace.utils import _is_batchnorm, fit_diagonal_swag_var, validate
 from laplace.utils import utils as upstream
 
@@ -40,6 +41,7 @@ LOADERS = {
     "nothing": (None, "NoneType is no loader of batches; give a DataLoader"),
     "inputs alone": (DataLoader(X, batch_size=3), "Batch 0 is Tensor; a batch is \\(inputs, targets\\)"),
     "one part": ([(X, Y), (X,)], "Batch 1 is tuple of 1 parts; a batch is"),
+    "three parts": ([(X, X, Y)], "Batch 0 is tuple of 3 parts; .* Give further inputs, such as masks, in a dictionary"),
     "numpy targets": ([(X, Y.numpy())], "targets of batch 0 are ndarray, not a tensor; give torch.as_tensor"),
     "list of targets": ([(X, Y.tolist())], "targets of batch 0 are list, not a tensor"),
     "numpy inputs": ([(X.numpy(), Y)], "inputs of batch 0 are ndarray, not a tensor; give torch.as_tensor\\(x\\)"),
@@ -55,6 +57,41 @@ def test_a_fit_says_what_is_wrong_with_its_loader(mistake, subset, structure):
     la = Laplace(mlp().double(), "classification", subset, structure)
     with pytest.raises(ValueError, match=message):
         la.fit(data)
+
+
+RATES = {
+    "regression": ("regression", 1, Y.double(), r"targets\.unsqueeze\(-1\)\.$"),
+    "poisson": (Poisson(), 1, Y, r"targets\.unsqueeze\(-1\)\.$"),
+    "heteroscedastic": (HeteroscedasticGaussian(), 2, Y.double(), r"targets\.unsqueeze\(-1\)\.$"),
+    "classification": ("classification", 1, Y % 2, r"likelihood=laplace\.likelihoods\.Bernoulli\(\)"),
+    "reward_modeling": ("reward_modeling", 1, Y % 2, r"outputs \(6, 2, 1\) .* \.squeeze\(-1\)"),
+}
+
+
+@pytest.mark.parametrize("case", RATES)
+def test_targets_without_the_dimension_of_outputs_are_told_what_to_write(case):
+    law, outputs, y, message = RATES[case]
+    x = torch.stack([X, X + 1], 1) if case == "reward_modeling" else X
+    with pytest.raises(ValueError, match=message):
+        Laplace(nn.Linear(3, outputs).double(), law, "all", "diag").fit([(x, y)])
+
+
+@pytest.mark.parametrize("law", ["regression", "classification", "reward_modeling", Bernoulli(), Poisson()], ids=str)
+def test_outputs_without_a_dimension_of_their_own_are_refused(law):
+    model = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)).double()
+    with pytest.raises(ValueError, match=r"output has shape \(6,\), but has to be \(batch, outputs\).*unsqueeze"):
+        Laplace(model, law, "all", "diag").fit([(X, Y)])
+
+
+def test_binary_labels_of_one_logit_may_stay_without_a_dimension():
+    model, y = nn.Linear(3, 1).double(), Y % 2
+    fits = [Laplace(model, Bernoulli(), "all", "full") for _ in range(2)]
+    for la, targets in zip(fits, (y, y[:, None]), strict=True):
+        la.fit([(X, targets)])
+    p = model(X).sigmoid().detach()
+    js = torch.cat([X, torch.ones_like(X[:, :1])], 1)
+    assert naive.relative_error(fits[0].H, (js * p * (1 - p)).T @ js) < 1e-10
+    assert torch.equal(fits[0].H, fits[1].H) and fits[0].loss == fits[1].loss
 
 
 @pytest.mark.parametrize("mistake", ["data set", "numpy targets", "one part"])

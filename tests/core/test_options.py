@@ -22,7 +22,7 @@ def reduced_factors(model, x, y, likelihood):
         module = model.get_submodule(name.rpartition(".")[0])
         left, right = 0.0, 0.0
         for one, target in zip(x, y, strict=True):
-            a, g, _, f = naive.layer_records(model, module, one, target, likelihood)
+            a, g, _, f = naive.layer_records(model, [module], one, target, likelihood)
             mean, total = a.mean(0), g.sum(1)
             right = right + torch.outer(mean, mean) / len(x)
             left = left + total.T @ naive.output_hessian(f, likelihood) @ total

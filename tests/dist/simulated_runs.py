@@ -154,7 +154,7 @@ class Worker(Context):
             self._plan = ownership.read_plan(self.store)
         return self._plan
 
-    def batches(self, split, data, start, stop, digest=None):
+    def batches(self, split, data, start, stop, digest=None, examples=None):
         digest.update(b"%d" % start)
         yield start, None, None
 

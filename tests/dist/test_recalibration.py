@@ -16,7 +16,7 @@ from laplace_dist.config import gates
 from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.job import Job, tune_posterior
 from laplace_dist.recalibration import RecalibrationJob, rollback
-from laplace_dist.run import decompositions, layout, pointer, retention
+from laplace_dist.run import decompositions, layout, pointer, retention, tunings
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.combination import windows_of
 from laplace_dist.run.ownership import read_plan
@@ -337,12 +337,12 @@ def test_a_fit_job_that_runs_again_after_promotions_changes_nothing(run, capsys)
     assert decision(run, "day-3")["drift"]["reference"]["evaluation"] == accepted
 
 
-def test_a_prior_that_the_evidence_chose_says_that_nothing_was_compared_with_map(run, capsys):
-    given = {"data": "recalibration_cases:fresh", "data_args": {"day": 1}, **SIZES, "skip_tune": False}
-    tune_posterior(config(run, **given, tune_method="marglik"), laplace_dist.Inline)
-    assert "the evidence has chosen, and nothing was compared with MAP" in capsys.readouterr().out
-    retune(run)
-    assert "nothing was compared with MAP" not in capsys.readouterr().out
+@pytest.mark.parametrize("method", ["marglik", "gridsearch"])
+def test_a_candidates_prior_was_compared_with_map_however_it_was_chosen(run, method):
+    assert day(run, 2, skip_tune=False, tune_method=method).promoted
+    store = Checkpoint(str(run))
+    manifest = tunings.read_tuning(store, pointer.read_current(store)["tuning"])[0]
+    assert manifest["settings"]["method"] == method and set(manifest["search"]["compared"]) == {"nll", "ece"}
 
 
 def test_a_tuning_leaves_the_windows_that_were_dropped_out(run):

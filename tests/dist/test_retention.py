@@ -206,6 +206,7 @@ def test_a_year_of_daily_windows_keeps_storage_bounded():
             read_all(objects)
     there = windows_of(store, ownership.read_plan(store))
     assert there[0].name == FIRST and len(there) - 1 <= 7 + 3 + 1
+    assert not [key for key in objects.data if "partials/" in key], "the fit's own go too"
     keys, stored = zip(*sizes, strict=True)
     assert max(keys[20:]) <= max(keys[:40]) and max(stored[20:]) <= 1.01 * max(stored[:40])
     assert len(objects.data[layout.CURRENT]) < 366 * 400

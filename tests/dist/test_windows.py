@@ -9,11 +9,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import dist_cases
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch.utils.data import TensorDataset
 
@@ -287,7 +289,7 @@ def test_a_drop_that_is_refused_says_that_the_window_stays_in_and_what_drops_it(
 def test_partials_of_a_window_are_dropped_once_its_sum_is_there(run):
     store = Checkpoint(str(run))
     assert not store.list("windows/tuesday/partials") and store.exists("windows/tuesday/window.json")
-    assert store.list("partials"), "the fit's own stay"
+    assert not store.list("partials"), "those of the fit go too"
     add(run, "wednesday", keep_partials=True)
     assert store.list("windows/wednesday/partials")
 
@@ -624,3 +626,65 @@ def test_the_weeks_of_the_demo_are_its_training_split():
     assert torch.equal(digits("val", week=2).tensors[0], digits("val").tensors[0])
     with pytest.raises(ValueError, match="week=5 is unknown"):
         digits("train", week=5)
+
+
+# ------------------------------------------------------------------ passed over, forgetting, idle settings
+
+
+def test_windows_that_are_passed_over_stand_in_the_decision(run, monkeypatch):
+    """With why: one that did not finish, one that a dry run has added, one that was dropped."""
+    with monkeypatch.context() as patch:
+        patch.setattr(RecalibrationJob, "sum_window", lambda self: (_ for _ in ()).throw(RunFailed("poisoned")))
+        with pytest.raises(RunFailed, match="poisoned"):
+            add(run, "wednesday", skip_tune=True)
+    add(run, "thursday", dry_run=True, skip_tune=True)
+    add(run, "tuesday", drop_window="tuesday", skip_tune=True)
+    add(run, "friday", skip_tune=True)
+    store = Checkpoint(str(run))
+
+    def passed_over(name):
+        found = recalibrations.read_decision(store, read_plan(store), name)["passed_over"]
+        return {one["window"]: one["why"] for one in found}
+
+    unfinished = {"wednesday": "unfinished", "thursday": "undecided"}
+    assert passed_over("without-tuesday") == unfinished
+    assert passed_over("friday") == {"tuesday": "left out", **unfinished}
+    assert add(run, "thursday", windows="monday,thursday", skip_tune=True).promoted
+    assert passed_over("thursday") == {}, "whoever names windows has passed over none"
+
+
+def test_forgetting_goes_by_position_whatever_the_names_say():
+    """Dates with a gap of a year between them are neighbours; so is what was begun later than its name says."""
+    names = ["2026-03-01", "2025-01-01", "2026-03-02"]  # in the order in which they were begun
+    there = [SimpleNamespace(name=name) for name in names]
+    assert [(w.name, x) for w, x in choose(there, "all", 0.5)] == list(zip(names, [0.25, 0.5, 1.0], strict=True))
+    assert [x for _, x in choose(there, "2026-03-02,2026-03-01", 0.5)] == [0.5, 1.0]
+
+
+def shared_file(tmp_path, run):
+    given = {"window": "monday", "windows": "last:4", "decay": 0.5, "gate": ["nll<=1"], "skip-evaluate": True}
+    given |= {"model": "dist_cases:convnet", "data": "test_windows:days", "data-args": {"day": "monday"}}
+    given |= {"checkpoint": str(run), "ray-address": "inline", "batch-size": 4, "segment-size": 8, "skip-tune": True}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**given, "gpus-per-worker": 0.0, "margin-nll": 10.0}))
+    return ["--config", str(tmp_path / "run.yaml")]
+
+
+def test_one_file_serves_a_fit_and_its_recalibrations_and_says_what_each_does_not_heed(run, tmp_path, capsys):
+    file = shared_file(tmp_path, run)
+    assert cli.main("fit", file) == 0
+    error = capsys.readouterr().err
+    assert (
+        error
+        == "note: windows, decay, margin-nll, gate in --config does nothing in this job, but in jobs/recalibrate.py\n"
+    )
+    wednesday = [*file, "--window=wednesday", "--data-args={day: wednesday}", "--margin-ece=1"]
+    assert cli.recalibrate_main(wednesday) == 0
+    assert capsys.readouterr().err == "note: skip-evaluate in --config does nothing in this job, but in the fit's job\n"
+
+
+@pytest.mark.parametrize("flag", ["--skip-evaluate", "--no-skip-evaluate"])
+def test_a_flag_that_does_nothing_in_a_recalibration_is_refused_by_name(run, flag, capsys):
+    before = Checkpoint(str(run)).read(layout.CURRENT)
+    assert cli.recalibrate_main(["--checkpoint", str(run), flag]) == 2
+    assert "--skip-evaluate: does nothing in this job, but in the fit's job" in capsys.readouterr().err
+    assert Checkpoint(str(run)).read(layout.CURRENT) == before

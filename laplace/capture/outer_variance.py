@@ -1,0 +1,107 @@
+r"""Predictive variance of a layer whose rows are sums of outer products over positions, :math:`\sum_r g_{cr} a_r^\top`.
+
+With the variances :math:`w_{oi}` of the weight's entries in some bases, in which :math:`g` and :math:`a` are given,
+
+.. math:: v_{cd} = \sum_{oi} w_{oi} \Bigl(\sum_r g_{cro} a_{ri}\Bigr) \Bigl(\sum_s g_{dso} a_{si}\Bigr)
+                 = \sum_{rs} \sum_o g_{cro}\, g_{dso} \sum_i w_{oi}\, a_{ri} a_{si} .
+
+The first form makes the rows of all outputs, and costs as many times more as there are outputs; the second needs the weight
+once for every pair of positions, whatever the number of outputs. Which of them is cheaper follows from the shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from laplace.capture.capture import ranges
+
+Inputs = Callable[[int, int], Tensor]
+Weight = Callable[[int], Tensor]
+
+_PAIRS = 1 << 21  # elements of products of pairs that are held at once
+_TILE = 1 << 18  # elements of rows that are held at once: what a processor's cache holds
+_WEIGHTS = 1 << 24  # elements of weights that are held at once
+_CANCELLED = 1 / 64  # share of the pairs of equal positions below which others cancel them
+_TRAFFIC = 16  # multiplications in whose time an element of a row is written, squared and read again
+
+
+def add_outer_variance(
+    total: Tensor, inputs: Inputs, g: Tensor, weight: Weight, shape: torch.Size, diagonal: bool
+) -> None:
+    """Add the variances of one weight ``(out, in)`` for several priors.
+
+    Args:
+        total: ``(priors, batch, outputs)`` if ``diagonal`` else ``(priors, batch, outputs, outputs)``.
+        inputs: From a range of examples to ``(examples, positions, in)``.
+        g: Output gradients ``(batch, outputs, positions, out)``.
+        weight: From the number of a prior to its variances ``(out, in)``.
+        shape: ``(positions, in)`` of the inputs.
+        diagonal: Add the variances of the outputs alone instead of their covariance.
+    """
+    (_, outputs, positions, out), width = g.shape, shape[1]
+    pairs, others = positions * (positions + 1) // 2, 1 if diagonal else outputs
+    by_pairs = len(total) * pairs
+    by_rows = outputs * (positions + _TRAFFIC + len(total) * others)
+    cheap = by_pairs <= by_rows
+    step = pairs * max(width, outputs * out) if cheap else positions * width
+    for start, stop in ranges(len(g), step, _PAIRS):
+        a, part, area = inputs(start, stop), g[start:stop], total[:, start:stop]
+        found = _by_pairs(a, part, weight, len(total), diagonal) if cheap else None
+        if found is None:
+            _add_rows(area, a, part, weight, diagonal)
+        else:
+            area += found
+
+
+def _by_pairs(a: Tensor, g: Tensor, weight: Weight, priors: int, diagonal: bool) -> Tensor | None:
+    """The variances from the pairs of positions; None where they cancel."""
+    positions = a.shape[1]
+    r, s = torch.triu_indices(positions, positions, 1, device=a.device)
+    products, squares = _pairs(a, 1, r, s), _pairs(g, 2, r, s)  # (batch, pairs, in), (batch, outputs, pairs, out)
+    found, kept = [], torch.ones((), dtype=torch.bool, device=a.device)
+    for t in range(priors):
+        scale = products @ weight(t).to(g.dtype).T  # (batch, pairs, out)
+        variances = equal = _dot(squares[:, :, :positions], scale[:, :positions])
+        if positions > 1:
+            variances = equal + 2 * _dot(squares[:, :, positions:], scale[:, positions:])
+            kept &= (variances >= _CANCELLED * equal).all()
+        found.append(variances if diagonal else _covariance(g, r, s, scale))
+    return torch.stack(found) if kept else None
+
+
+def _pairs(values: Tensor, dim: int, r: Tensor, s: Tensor) -> Tensor:
+    """Products of equal positions, and of those numbered ``r`` and ``s``."""
+    equal = values.square()
+    return torch.cat((equal, values.index_select(dim, r) * values.index_select(dim, s)), dim) if len(r) else equal
+
+
+def _covariance(g: Tensor, r: Tensor, s: Tensor, scale: Tensor) -> Tensor:
+    equal, half = scale.split([scale.shape[1] - len(r), len(r)], 1)
+    total = torch.bmm((g * equal[:, None]).flatten(2), g.flatten(2).mT)
+    half = torch.bmm((g[:, :, r] * half[:, None]).flatten(2), g[:, :, s].flatten(2).mT)
+    return total + half + half.mT
+
+
+def _dot(squares: Tensor, scale: Tensor) -> Tensor:
+    return torch.bmm(squares.flatten(2), scale.flatten(1)[:, :, None])[:, :, 0]
+
+
+def _add_rows(total: Tensor, a: Tensor, g: Tensor, weight: Weight, diagonal: bool) -> None:
+    (_, outputs, _, out), width = g.shape, a.shape[2]
+    g = g.transpose(2, 3)  # (batch, outputs, out, positions)
+    for first, last in ranges(len(total), out * width, _WEIGHTS):
+        weights = torch.stack([weight(t).to(g.dtype) for t in range(first, last)])  # (priors, out, in)
+        for o, p in ranges(out, width, _TILE // 8):
+            columns = weights[:, o:p].flatten(1)
+            for start, stop in ranges(len(g), outputs * columns.shape[1], _TILE):
+                part = g[start:stop, :, o:p].flatten(1, 2)
+                rows = torch.bmm(part, a[start:stop]).view(stop - start, outputs, -1)
+                area = total[first:last, start:stop]
+                if diagonal:
+                    area += (rows.square_() @ columns.T).permute(2, 0, 1)
+                else:
+                    for t in range(len(area)):
+                        area[t] += torch.bmm(rows * columns[t], rows.mT)

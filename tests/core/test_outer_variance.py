@@ -1,0 +1,68 @@
+"""Variances of layers with several positions, from pairs of positions and from rows, against the rows by themselves in float64."""
+
+import pytest
+import torch
+
+from laplace.capture import outer_variance
+from laplace.capture.outer_variance import add_outer_variance
+
+
+def _case(positions, outputs=3, batch=5, out=7, width=11, priors=2, dtype=torch.float64):
+    make = torch.Generator().manual_seed(positions)
+    draw = lambda *shape: torch.randn(*shape, generator=make, dtype=torch.float64).to(dtype)  # noqa: E731
+    return draw(batch, positions, width), draw(batch, outputs, positions, out), draw(priors, out, width).square()
+
+
+def _naive(a, g, w, diagonal):
+    rows = torch.einsum("ncro,nri->ncoi", g.double(), a.double())
+    found = torch.einsum("ncoi,toi,ndoi->tncd", rows, w.double(), rows)
+    return found.diagonal(dim1=2, dim2=3) if diagonal else found
+
+
+def _added(a, g, w, diagonal):
+    total = torch.zeros_like(_naive(a, g, w, diagonal)).to(a.dtype)
+    add_outer_variance(total, lambda i, j: a[i:j], g, lambda t: w[t], a.shape[1:], diagonal)
+    return total
+
+
+@pytest.fixture(params=["pairs", "rows", "small tiles"])
+def way(request, monkeypatch):
+    if request.param == "pairs":
+        monkeypatch.setattr(outer_variance, "_TRAFFIC", 10**9)
+        return
+    monkeypatch.setattr(outer_variance, "_TRAFFIC", -(10**9))
+    if request.param == "small tiles":
+        monkeypatch.setattr(outer_variance, "_TILE", 64)
+        monkeypatch.setattr(outer_variance, "_WEIGHTS", 64)
+        monkeypatch.setattr(outer_variance, "_PAIRS", 64)
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize("positions", [1, 2, 5])
+def test_both_ways_give_the_variances_of_the_rows(way, positions, diagonal):
+    a, g, w = _case(positions)
+    torch.testing.assert_close(_added(a, g, w, diagonal), _naive(a, g, w, diagonal), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_positions_that_cancel_lose_no_digits(monkeypatch, diagonal):
+    """Inputs that are the same everywhere under gradients without a mean, as an instance norm passes them down."""
+    monkeypatch.setattr(outer_variance, "_TRAFFIC", 10**9)
+    a, g, w = _case(4, dtype=torch.float32)
+    a = a[:, :1] + 1e-3 * a
+    g = 300 * (g - g.mean(2, keepdim=True))
+    expected = _naive(a, g, w, diagonal)
+    assert (_added(a, g, w, diagonal) - expected).norm() <= 1e-3 * expected.norm()  # the rows' own digits
+    a = a[:, :1].expand_as(a)
+    variances = _added(a, g, w, True)
+    assert bool((variances >= 0).all()) and float(variances.max()) < 1e-5  # 1e4 from pairs, of either sign
+
+
+def test_few_positions_are_taken_in_pairs_and_many_by_rows(monkeypatch):
+    taken = []
+    for name in ("_by_pairs", "_add_rows"):
+        real = getattr(outer_variance, name)
+        monkeypatch.setattr(outer_variance, name, lambda *args, real=real, name=name: taken.append(name) or real(*args))
+    _added(*_case(4, outputs=10), True)
+    _added(*_case(40, outputs=10), True)
+    assert taken == ["_by_pairs", "_add_rows"]
