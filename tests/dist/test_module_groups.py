@@ -14,6 +14,7 @@ import laplace_dist
 from laplace.structures.sums import CurvatureSums
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
 from laplace_dist.execution.inline import Inline
+from laplace_dist.report.status import lines
 from laplace_dist.run import lifecycle, partials, versions, windows
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.ownership import read_plan
@@ -145,6 +146,9 @@ def test_killed_between_groups_the_same_command_goes_on_to_the_same_bits(structu
             fit(config(place, structure, module_groups=2))
     status = laplace_dist.status(str(place))
     assert not status["complete"] and 0 < status["segments_committed"] < segments
+    assert status["partials_committed"] == segments + 2
+    [line] = [line for line in lines({**status, "current": None, "jobs": []}) if line.startswith("first fit")]
+    assert f"2 of {segments} segments in 2 module groups ({segments + 2} of {2 * segments} partials)" in line
     kept = {path.name: path.read_bytes() for path in (place / "partials").glob("*.json")}
     assert len(kept) == segments + 2
     fit(config(place, structure))  # the number is the run's, whoever says nothing
