@@ -228,7 +228,7 @@ class MiniatureJob(Job):
 
     def __init__(self, store, pool, clock, kind, run, fresh=False, say=lambda text: None):
         self.config, self.store, self.say = CONFIG, store, say
-        executor = SimpleNamespace(pool=lambda device, expected=None: pool(), close=lambda: None)
+        executor = SimpleNamespace(pool=lambda *_: pool(), close=lambda: None)
         self.session = Session(CONFIG, store, lambda config, say: executor, say)
         self.session.lease = Lease(store, clock)
         self.journal = SimpleNamespace(
