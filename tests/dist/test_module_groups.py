@@ -297,3 +297,14 @@ def test_a_group_of_a_second_pass_reads_its_own_part_of_the_basis(tmp_path, monk
     first, second = {"1.weight/A", "1.weight/B"}, {"3.weight/A", "3.weight/B"}
     # The groups are the first weight's moments, those of its bias, and the second layer's.
     assert set(names[:2]) == first and names[2] == "1.weight/B" and set(names[3:]) == second and len(names) == 5
+
+
+def test_workers_of_a_pool_share_the_groups_and_one_that_dies_costs_its_own(cluster, tmp_path):
+    """The process that reads example 14 first is killed: of the units that read it, the second group's is not affected."""
+    data = {"data": "dist_cases:DeadlyOnce", "data_args": {"folder": str(tmp_path), "trap": 14}}
+    chosen = config(tmp_path / "run", module_groups=2, ray_address=cluster, num_workers=2, **data)
+    found = laplace_dist.fit(chosen)
+    assert (tmp_path / "killed").exists()
+    assert found.version == fit(config(tmp_path / "whole", data=data["data"], data_args=data["data_args"])).version
+    assert sums_of(tmp_path / "run")[0] == sums_of(tmp_path / "whole")[0]
+    assert laplace_dist.verify(str(tmp_path / "run")).problems == []
