@@ -159,15 +159,13 @@ def _add_to_block_(
 ) -> None:
     """Add ``Σ leftᵀ right`` to a block of a sum, by runs of rows in a buffer of the block's size."""
     runs = [run for left, right in pairs for run in zip(left.split(_RUN), right.split(_RUN), strict=True)]
-    if exact:
-        for left, right in runs:
-            block.addmm_(left.double().T, right.double(), alpha=scale)
-        return
     for first in range(0, len(runs), _RUNS):
-        left, right = runs[first]
-        product = left.T @ right
-        for left, right in runs[first + 1 : first + _RUNS]:
-            product.addmm_(left.T, right)
+        product: Tensor | None = (
+            None  # a buffer, and not the block itself, so that what is around the block changes no bit
+        )
+        for left, right in runs[first : first + _RUNS]:
+            left, right = (left.double(), right.double()) if exact else (left, right)
+            product = left.T @ right if product is None else product.addmm_(left.T, right)
         block.add_(product, alpha=scale)
 
 

@@ -50,8 +50,14 @@ def lines(found: Mapping[str, Any], now: Callable[[], datetime] = lambda: dateti
     yield f"run        {found['url']}"
     if "epochs" in found:
         yield f"training   {found['epochs']:,} epochs are committed"
+    groups = ""
+    if "module_groups" in found:
+        count = found["module_groups"]
+        groups = (
+            f" in {count} module groups ({found['partials_committed']:,} of {found['segments'] * count:,} partials)"
+        )
     yield (
-        f"first fit  {found['segments_committed']:,} of {found['segments']:,} segments, "
+        f"first fit  {found['segments_committed']:,} of {found['segments']:,} segments{groups}, "
         f"{found['examples_committed']:,} of {found['examples']:,} examples: {whole}"
     )
     if "second_pass" in found:

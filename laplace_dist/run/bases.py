@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -81,7 +81,9 @@ def digest_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
-def read_basis(store: Store, plan: Plan, wanted: str, device: torch.device | str) -> dict[str, Tensor]:
+def read_basis(
+    store: Store, plan: Plan, wanted: str, device: torch.device | str, names: Collection[str] | None = None
+) -> dict[str, Tensor]:
     """Return the arrays of the run's basis by name, after verifying every byte.
 
     Args:
@@ -89,6 +91,7 @@ def read_basis(store: Store, plan: Plan, wanted: str, device: torch.device | str
         plan: Of the run.
         wanted: Digest of the basis that is meant.
         device: Where they go.
+        names: Of the arrays; all of them if not given.
 
     Raises:
         MissingObjectError: It is not committed.
@@ -100,6 +103,6 @@ def read_basis(store: Store, plan: Plan, wanted: str, device: torch.device | str
             f"{basis_key(plan.further['name'])} is another basis ({digest_of(manifest)[:12]}) than the sums are in "
             f"({wanted[:12]}). Restore it from a copy, or start again with --fresh."
         )
-    places = manifest["factors"].items()
+    places = [(name, place) for name, place in manifest["factors"].items() if names is None or name in names]
     arrays = ((name, store.read_array(place["prefix"], name, place["entry"])) for name, place in places)
     return {name: torch.from_numpy(array).to(device) for name, array in arrays}

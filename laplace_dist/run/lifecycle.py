@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -204,15 +204,15 @@ def _of_this_run(store: Store, key: str, data: bytes, plan: Plan, unit: Segment 
     return check_manifest(manifest, plan, unit)
 
 
-def committed_segments(store: Store, plan: Plan) -> set[int]:
-    """Return the first examples of the segments of which every group is committed, told by the names of objects alone.
-
-    All are, once the window's sum is there.
-    """
+def missing_units(store: Store, plan: Plan) -> list[Segment]:
+    """Return the units that are not committed, told by the names of objects alone; all are, once the window's sum is there."""
     present = set(store.list("partials", recursive=False))
-    whole = store.exists(WINDOW)
-    missing = set() if whole else {unit.start for unit in plan.units if partial_key(unit.id) not in present}
-    return {segment.start for segment in plan.segments} - missing
+    return [] if store.exists(WINDOW) else [unit for unit in plan.units if partial_key(unit.id) not in present]
+
+
+def whole_segments(plan: Plan, missing: Sequence[Segment]) -> set[int]:
+    """Return the first examples of the segments of which no unit is among those that are missing."""
+    return {segment.start for segment in plan.segments} - {unit.start for unit in missing}
 
 
 def remaining(plan: Plan, committed: Collection[str] | Mapping[str, Any]) -> list[Segment]:
@@ -226,9 +226,10 @@ def status(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[s
     Returns:
         `url`, `plan` (digest), `examples`, `examples_committed`, `segments`, `segments_committed`, `complete`, and
         `posterior`: whether a posterior version is current. `module_groups` is the number of passes over the data that the
-        sums are divided into, where there are several; a segment counts as committed once it is in all of them. Of structures
-        that take two passes over the data the segments are those of the first, and `second_pass` is the number of those that
-        are committed in the second. Of a training `epochs` is the number of committed epochs.
+        sums are divided into, where there are several: a segment counts as committed once all of them are, and
+        `partials_committed` counts a segment's passes one by one. Of structures that take two passes over the data the
+        segments are those of the first, and `second_pass` is the number of those that are committed in the second. Of a
+        training `epochs` is the number of committed epochs.
 
     Raises:
         MissingObjectError: There is no run.
@@ -236,11 +237,13 @@ def status(url: str, storage_options: Mapping[str, Any] | None = None) -> dict[s
     """
     store = Checkpoint(url, storage_options)
     plan = read_plan(store)
-    done = committed_segments(store, plan)
+    missing = missing_units(store, plan)
+    done = whole_segments(plan, missing)
     second = {} if plan.further is None else {"second_pass": _in_second_pass(store, plan)}
     trained = len(store.list(f"{TRAINING}/epochs", recursive=False))
     second |= {"epochs": trained} if trained else {}
-    second |= {"module_groups": len(plan.groups)} if len(plan.groups) > 1 else {}
+    if len(plan.groups) > 1:
+        second |= {"module_groups": len(plan.groups), "partials_committed": len(plan.units) - len(missing)}
     whole = {len(done), second.get("second_pass", len(done))} == {len(plan.segments)}
     return {
         **second,
@@ -262,4 +265,4 @@ def _in_second_pass(store: Checkpoint, plan: Plan) -> int:
         second = read_second_plan(place, plan)
     except MissingObjectError:
         return 0
-    return 0 if second is None else len(committed_segments(place, second))
+    return 0 if second is None else len(whole_segments(second, missing_units(place, second)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from laplace.linalg.precision import without_autocast
+from laplace.structures.sums import SumsSpec
 from laplace_dist.config.settings import Config
 from laplace_dist.data import loader, sources
 from laplace_dist.data.collate import Collate
@@ -51,7 +52,7 @@ class Context:
         self._splits: dict[str, Any] = {}
         self._window: Window | None = None
         self._second: Window | None = None
-        self._basis: tuple[str, dict[str, torch.Tensor]] | None = None
+        self._basis: tuple[tuple[str, int], dict[str, torch.Tensor]] | None = None
         self._posterior: tuple[Any, Any] | None = None
         self._reading: tuple[str, ReadAhead] | None = None
         self._unchecked: tuple[str, Any] | None = None
@@ -113,9 +114,10 @@ class Context:
         rows = () if len(plan.groups) == 1 else (plan.groups[group].rows,)
         if plan.basis is None:
             return self.la.zero_sums(*rows)
-        if self._basis is None or self._basis[0] != plan.basis["sha256"]:
-            wanted = plan.basis["sha256"]
-            self._basis = wanted, bases.read_basis(self.store, self.plan, wanted, self.device)
+        if self._basis is None or self._basis[0] != (plan.basis["sha256"], group):
+            self._basis = None  # before another one is read
+            wanted, names = plan.basis["sha256"], _basis_of(plan, plan.groups[group].rows) if rows else None
+            self._basis = (wanted, group), bases.read_basis(self.store, self.plan, wanted, self.device, names)
         sums = self.la.second_sums(self._basis[1], *rows)
         if plain(replace(sums.spec, basis=None)) != plan.spec:
             raise SettingsError(_OTHER_FACTORS)
@@ -245,6 +247,12 @@ def initialized(settings: Mapping[str, Any], model: nn.Module, dataset: Any, col
     x = x + x if isinstance(x, list | tuple) else x  # of strings: the core library doubles only what it can stack
     la.initialize(to_device(x, next(model.parameters()).device))
     return la
+
+
+def _basis_of(plan: Plan, factors: Collection[str]) -> set[str]:
+    """Return the arrays of a second pass's basis that some of its factors are added up in."""
+    blocks = SumsSpec.from_json(plan.spec).blocks
+    return {name for block in blocks if block.factors[0] in factors for name in block.basis}
 
 
 def plain(spec: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import laplace_dist
 from laplace.structures.sums import CurvatureSums
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
 from laplace_dist.execution.inline import Inline
+from laplace_dist.report.status import lines
 from laplace_dist.run import lifecycle, partials, versions, windows
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.ownership import read_plan
@@ -145,6 +146,9 @@ def test_killed_between_groups_the_same_command_goes_on_to_the_same_bits(structu
             fit(config(place, structure, module_groups=2))
     status = laplace_dist.status(str(place))
     assert not status["complete"] and 0 < status["segments_committed"] < segments
+    assert status["partials_committed"] == segments + 2
+    [line] = [line for line in lines({**status, "current": None, "jobs": []}) if line.startswith("first fit")]
+    assert f"2 of {segments} segments in 2 module groups ({segments + 2} of {2 * segments} partials)" in line
     kept = {path.name: path.read_bytes() for path in (place / "partials").glob("*.json")}
     assert len(kept) == segments + 2
     fit(config(place, structure))  # the number is the run's, whoever says nothing
@@ -278,3 +282,29 @@ def test_a_window_follows_the_runs_groups_and_its_partials_are_dropped(tmp_path)
     assert {name: place["entry"]["sha256"] for name, place in one["factors"].items()} == {
         name: place["entry"]["sha256"] for name, place in other["factors"].items()
     }
+
+
+def test_a_group_of_a_second_pass_reads_its_own_part_of_the_basis(tmp_path, monkeypatch):
+    read = []
+    before = Checkpoint.read_array
+    monkeypatch.setattr(
+        Checkpoint,
+        "read_array",
+        lambda self, prefix, name, entry: read.append((prefix, name)) or before(self, prefix, name, entry),
+    )
+    fit(config(tmp_path, "ekfac", module_groups=3))
+    names = [name for prefix, name in read if prefix.startswith("basis/")]
+    first, second = {"1.weight/A", "1.weight/B"}, {"3.weight/A", "3.weight/B"}
+    # The groups are the first weight's moments, those of its bias, and the second layer's.
+    assert set(names[:2]) == first and names[2] == "1.weight/B" and set(names[3:]) == second and len(names) == 5
+
+
+def test_workers_of_a_pool_share_the_groups_and_one_that_dies_costs_its_own(cluster, tmp_path):
+    """The process that reads example 14 first is killed: of the units that read it, the second group's is not affected."""
+    data = {"data": "dist_cases:DeadlyOnce", "data_args": {"folder": str(tmp_path), "trap": 14}}
+    chosen = config(tmp_path / "run", module_groups=2, ray_address=cluster, num_workers=2, **data)
+    found = laplace_dist.fit(chosen)
+    assert (tmp_path / "killed").exists()
+    assert found.version == fit(config(tmp_path / "whole", data=data["data"], data_args=data["data_args"])).version
+    assert sums_of(tmp_path / "run")[0] == sums_of(tmp_path / "whole")[0]
+    assert laplace_dist.verify(str(tmp_path / "run")).problems == []

@@ -220,12 +220,18 @@ def test_a_worker_that_hangs_is_found_by_the_measured_time_out(
 
 
 def test_a_worker_without_memory_says_what_to_lower(cluster, undisturbed, folder, tmp_path, capsys):
-    """The allocator of torch refuses for real, once."""
-    planted = fault("worker", "write_arrays", "partials/000001/.*", act="exhaust")
-    fit(fault_cases.config(tmp_path / "run", folder, [planted], num_workers=1))
-    fault_cases.fired(folder, planted)
+    """The allocator of torch refuses for real, twice in segment 1, and once in segment 3, which the worker does again by itself."""
+    planted = [
+        fault("worker", "write_arrays", f"partials/00000{which}", act="exhaust") for which in ("1/.*", "[1]/.*", "3/.*")
+    ]
+    fit(fault_cases.config(tmp_path / "run", folder, planted, num_workers=1))
+    for one in planted:
+        fault_cases.fired(folder, one)
     assert fault_cases.factors(Checkpoint(str(tmp_path / "run"))) == undisturbed["factors"]
-    [line] = [line for line in capsys.readouterr().out.splitlines() if "segment 000001" in line]
+    said = capsys.readouterr().out.splitlines()
+    assert not [line for line in said if "segment 000003" in line]
+    assert all(fault_cases.reads(folder)[index] == 2 for index in range(24, 32))
+    [line] = [line for line in said if "segment 000001" in line]
     assert "allocate" in line and "The worker ran out of memory" in line
     assert all(f"--{name}" in line for name in ("num-workers", "batch-size", "hessian-structure", "fresh"))
 

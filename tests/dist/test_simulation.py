@@ -59,7 +59,8 @@ def regardless(*_):
     ({(SimulatedStore, "create"): overwriting}, range(20)),
     ({(Worker, "_accumulate"): kept}, range(5)),
     ({(windows, "sum_part"): backwards}, range(5)),
-    ({(ownership, "is_foreign"): regardless, (lifecycle, "of_another"): regardless}, (21, 171)),  # in which it matters
+    # in which it matters:
+    ({(ownership, "is_foreign"): regardless, (lifecycle, "of_another"): regardless}, (21, 171, 346, 456)),
 ], ids=["a create that overwrites", "sums that a worker keeps", "another order", "a deleted run counts"])  # fmt: skip
 def test_broken_code_is_found(monkeypatch, broken, seeds):
     for (owner, name), replacement in broken.items():

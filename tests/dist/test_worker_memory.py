@@ -44,6 +44,7 @@ with Job(config) as job:
     before = status("VmRSS")
     for segment in job.plan.segments:
         worker.run(MapSegment(job.plan.digest, segment))
+    worker.finish()
 print((status("VmHWM") - before) / 1024)
 """
 
@@ -54,3 +55,24 @@ def test_a_worker_holds_at_most_two_copies_of_the_sums(tmp_path, environment):
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, "5120", str(tmp_path / "run")]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     assert megabytes < float(done.stdout.split()[-1]) < 2 * megabytes
+
+
+# The same of dense curvature over 7,204 weights, a matrix of 400 MB, in eight groups of 32 MB.
+DENSE = (
+    SCRIPT.replace(
+        "skip_tune=True, skip_evaluate=True)",
+        "skip_tune=True, skip_evaluate=True, hessian_structure='full', module_groups=8)",
+    )
+    .replace("return 96\n", "return 16\n")
+    .replace("i >= 96", "i >= 16")
+    .replace("job.plan.segments", "job.plan.units")
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
+def test_a_worker_of_a_run_in_groups_never_holds_the_whole_matrix(tmp_path, environment):
+    megabytes = (4 * 1801) ** 2 * 8 / 2**20
+    command = [sys.executable, "-W", "ignore", "-c", DENSE, "1800", str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert len([*(tmp_path / "run" / "partials").glob("*.json")]) == 16
+    assert 0.08 * megabytes < float(done.stdout.split()[-1]) < 0.6 * megabytes
