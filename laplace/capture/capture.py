@@ -89,7 +89,11 @@ class Capture:
             for key, parameter in module.named_parameters(recurse=False)
         }
         numbers = numbers_of_uses(self._output, own)
-        self.misused = {name for name, number in numbers.items() if number > names.count(name.rpartition(".")[0])}
+        self.misused = {
+            name
+            for name, number in numbers.items()
+            if name not in self._products and number > names.count(name.rpartition(".")[0])
+        }
         products, turned, misused = calls_of(self._output, self._products, len(self._output))
         self.misused |= misused
         self.modules.update(turned)

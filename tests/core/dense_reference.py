@@ -310,6 +310,8 @@ def examine(plan: Plan) -> Verdict:
             warnings.simplefilter("always")
             la, prediction = _fit(plan, case)
     except Exception as error:  # noqa: BLE001
+        if "no positive eigenvalue" in str(error) and not Reference(plan, plan.build()).ggn.any():
+            return Verdict("refused", str(error)[:160])  # there is no curvature at all
         return judge(plan, case, error)
     if plan.outcome == REFUSE:
         return Verdict("not refused", "numbers that no definition gives")
