@@ -76,7 +76,11 @@ def test_targets_without_the_dimension_of_outputs_are_told_what_to_write(case):
         Laplace(nn.Linear(3, outputs).double(), law, "all", "diag").fit([(x, y)])
 
 
-@pytest.mark.parametrize("law", ["regression", "classification", "reward_modeling", Bernoulli(), Poisson()], ids=str)
+@pytest.mark.parametrize(
+    "law",
+    ["regression", "classification", "reward_modeling", Bernoulli(), Poisson()],
+    ids=lambda law: getattr(law, "identity", law),
+)
 def test_outputs_without_a_dimension_of_their_own_are_refused(law):
     model = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)).double()
     with pytest.raises(ValueError, match=r"output has shape \(6,\), but has to be \(batch, outputs\).*unsqueeze"):
