@@ -92,6 +92,67 @@ class Tied(nn.Module):
         return F.linear(torch.tanh(self.one(x)), self.one.weight.T)[:, :10]
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer over a sequence."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layer, self.head = kind(32, 64, batch_first=True), nn.Linear(64, 10)
+
+    def forward(self, x):
+        """Outputs."""
+        return self.head(self.layer(x)[0][:, -1])
+
+
+class Memory(nn.Module):
+    """Attention whose keys and values are others than its queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.MultiheadAttention(64, 4, batch_first=True), nn.Linear(64, 10)
+
+    def forward(self, x):
+        """Outputs."""
+        return self.head(self.layer(x[:, :8], x, x, need_weights=False)[0].mean(1))
+
+
+class Vision(nn.Module):
+    """A vision transformer with a class token, learned positions and a layer scale."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, norm_first=True)
+        self.patch, self.head = nn.Conv2d(3, 64, 4, 4), nn.Linear(64, 10)
+        self.encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+        self.token, self.places = nn.Parameter(torch.randn(1, 1, 64)), nn.Parameter(torch.randn(1, 65, 64))
+        self.scale = nn.Parameter(torch.ones(64))
+
+    def forward(self, x):
+        """Outputs."""
+        x = self.patch(x).flatten(2).mT
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.places
+        return self.head((self.scale * self.encoder(x))[:, 0])
+
+
+class Language(nn.Module):
+    """A language model whose head is its table."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.layer = nn.Embedding(50, 64), nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+
+    def forward(self, x):
+        """Outputs."""
+        return F.linear(self.layer(self.table(x)), self.table.weight)[:, -1]
+
+
+def slopes():
+    layers = [nn.Conv2d(3, 32, 3, 2, padding=1), nn.PReLU(32)]
+    for _ in range(3):
+        layers += [nn.Conv2d(32, 32, 3, padding=1), nn.InstanceNorm2d(32, affine=True), nn.PReLU(32)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
 def decoder():
     return nn.Sequential(
         nn.Linear(16, 8 * 16), nn.Unflatten(1, (8, 4, 4)), nn.ConvTranspose2d(8, 8, 4, 2, 1), nn.ReLU(),
@@ -118,6 +179,12 @@ ROWS = {
     "tied": (Tied, lambda n: torch.randn(n, 64), ("diag", "kron"), {}),
     "attention": (Encoder, lambda n: torch.randn(n, 16, 64), ("diag", "kron"), {}),
     "transposed convolutions": (decoder, lambda n: torch.randn(n, 16), ("diag",), {}),
+    "vision transformer": (Vision, lambda n: torch.randn(n, 3, 32, 32), ("diag", "kron"), {}),
+    "PReLU and instance norm": (slopes, images, ("diag",), {}),
+    "LSTM": (lambda: Recurrent(nn.LSTM), lambda n: torch.randn(n, 16, 32), ("diag", "kron"), {}),
+    "GRU": (lambda: Recurrent(nn.GRU), lambda n: torch.randn(n, 16, 32), ("diag", "kron"), {}),
+    "attention over a memory": (Memory, lambda n: torch.randn(n, 24, 64), ("diag", "kron"), {}),
+    "tied table": (Language, lambda n: torch.randint(50, (n, 16)), ("diag",), {}),
     "LSTM cell": (lambda: Cell(nn.LSTMCell), lambda n: torch.randn(n, 8, 32), ("diag", "kron"), {}),
     "dense embedding": (lambda: Words(False), lambda n: torch.randint(5000, (n, 12)), ("diag",), {}),
     "sparse embedding": (lambda: Words(True), lambda n: torch.randint(5000, (n, 12)), ("diag",), {}),

@@ -29,6 +29,8 @@ from laplace_dist.stages.context import plain
 from laplace_dist.stages.smaller import as_halved, smaller
 from laplace_dist.storage.store import Store
 
+_LATER = ("parts", "windows", "posteriors", "passes", "tuning", "evaluation", "recalibration")  # than the first partial
+
 
 @dataclass
 class FitStages:
@@ -159,6 +161,7 @@ class FitStages:
     def _begin_smaller(self, error: OutOfMemory) -> None:
         """Begin the run again with what takes less memory, if nothing of it is committed; else raise the error."""
         first = self.window.store is self.store and not self.store.list("partials", recursive=False)
+        first = first and not any(self.store.list(folder) for folder in _LATER)
         less = smaller(self.given, self.plan, error) if first else None
         if less is None:
             raise error

@@ -2,8 +2,9 @@ r"""Capture once, contract many: one forward pass that remembers what every cont
 
 A capture holds, for every covered layer, the inputs :math:`a` of each of its calls, and gives the output gradients
 :math:`g = (\partial f / \partial z)^\top v` for any direction :math:`v` in output space by one backward pass that stops at
-the layers' outputs: no gradient of any weight is formed. Parameters without a covered layer get rows of their
-their own, from the same direction; see :mod:`laplace.capture.pullback`.
+the layers' outputs: no gradient of any weight is formed. Parameters without a covered layer get rows of their own, from
+the same backward pass where the graph says what is done with them (:mod:`laplace.capture.uses`), else from another one; see
+:mod:`laplace.capture.pullback`.
 
 The directions are taken one at a time rather than stacked under ``vmap``: on CPUs the batched convolution backward is an
 order of magnitude slower, for linear layers the two are equal, and memory stays at one direction.
@@ -164,8 +165,11 @@ class Capture:
         return self._by_layer(self.output_gradients(v))
 
     def _by_layer(self, found: list[tuple[Call, Tensor]]) -> dict[str, Tensor]:
+        own: dict[str, list[tuple[Call, Tensor]]] = {}
+        for call, g in found:
+            own.setdefault(call.layer, []).append((call, g))
         return {
-            layer: self.positions_of(layer, found) if layer in self.called else self._blank(layer)[1]
+            layer: self.positions_of(layer, own[layer]) if layer in own else self._blank(layer)[1]
             for layer in self.modules
         }
 

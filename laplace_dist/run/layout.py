@@ -176,13 +176,13 @@ ATTEMPT = re.compile(
 
 
 _DIGEST = r"[0-9a-f]{16}"
-_OF_A_WINDOW = (
-    r"plan\.json|window\.json|config\.yaml|partials/\d{6,}(-g\d+)?(\.json|/.+)|parts/\d{5,}(\.json|/.+)"
-    r"|probe-[0-9a-f]{32}"
-)
+_PARTIAL = r"partials/\d{6,}(-g\d+)?(\.json|/.+)"
+_OF_A_WINDOW = rf"plan\.json|window\.json|config\.yaml|{_PARTIAL}|parts/\d{{5,}}(\.json|/.+)|probe-[0-9a-f]{{32}}"
 _OWNED = re.compile(
-    rf"CURRENT\.json|recalibration/(lease|drift|{WINDOW_NAME}/decision)\.json|config\.yaml|weights\.safetensors(\.index\.json)?|{WEIGHTS_SHARD.pattern}|{PROBE.pattern}|evaluation/metrics\.json"
-    rf"|report\.html|report/(numbers|spectra-{_DIGEST})\.json|coverage\.tsv|status/[0-9]{{8}}T[0-9]{{6}}-[0-9a-f]{{8}}\.json|jobs/[0-9a-f]{{32}}\.json"
+    rf"CURRENT\.json|recalibration/(lease|drift|{WINDOW_NAME}/decision)\.json|config\.yaml|{PROBE.pattern}"
+    rf"|weights\.safetensors(\.index\.json)?|{WEIGHTS_SHARD.pattern}|evaluation/metrics\.json|report\.html"
+    rf"|report/(numbers|spectra-{_DIGEST})\.json|coverage\.tsv|status/[0-9]{{8}}T[0-9]{{6}}-[0-9a-f]{{8}}\.json"
+    rf"|jobs/[0-9a-f]{{32}}\.json"
     rf"|({WINDOWS}/{WINDOW_NAME}/)?({PASSES}/\w+/)?({_OF_A_WINDOW})|basis/\w+(\.json|/.+)"
     rf"|{TRAINING}/(weights\.safetensors|epochs/\d{{6,}}\.json|files/[0-9a-f]{{64}}\.safetensors)"
     rf"|posteriors/{_DIGEST}(\.json|/.+)|decompositions/{_DIGEST}/\d{{5,}}(\.json|/.+)"

@@ -118,6 +118,20 @@ def test_once_something_is_committed_the_batch_is_not_changed(tmp_path, weights)
     assert len([*(tmp_path / "run" / "partials").glob("*.json")]) == 2
 
 
+def test_a_posterior_that_is_there_is_never_begun_again(tmp_path, weights):
+    chosen = config(tmp_path / "run", weights, most=99)
+    version = fit(chosen).version
+    for manifest in (tmp_path / "run" / "partials").glob("*.json"):
+        manifest.unlink()
+    with dist_cases.inline_job(chosen) as job:
+        job.open()
+        job.session.run = _out_of_memory
+        with pytest.raises(OutOfMemory):
+            job.map()
+    assert (tmp_path / "run" / "posteriors" / f"{version}.json").exists()
+    assert plan_of(tmp_path / "run").settings["batch_size"] == 16
+
+
 def test_a_worker_lets_go_of_what_it_can_and_does_the_same_task_again(tmp_path, weights, caplog):
     with caplog.at_level("INFO", logger="laplace_dist"):
         fit(config(tmp_path / "run", weights, once=str(tmp_path / "starved")))
