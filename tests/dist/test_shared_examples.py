@@ -240,3 +240,20 @@ def test_a_window_of_before_is_said_by_name_and_counts(run, capsys):
     store.replace(layout.WINDOW, seal_json({k: v for k, v in manifest.items() if k not in ("read", "examples")}))
     assert add(run, "b", 370).promoted
     assert "whether a shares examples with other windows is not known" in capsys.readouterr().out
+
+
+def few_kinds(split: str, first: int, n: int) -> TensorDataset:
+    """Return examples of 30 kinds, drawn anew for every window."""
+    if split != "train":
+        return test_windows.days(split, "monday")
+    kinds = rows("train", 0, 30).tensors
+    chosen = torch.randint(30, (n,), generator=torch.Generator().manual_seed(first))
+    return TensorDataset(*(tensor[chosen] for tensor in kinds))
+
+
+def test_windows_of_data_that_repeat_by_nature_are_added(tmp_path):
+    """Every example of the one is in the other too."""
+    kinds = {"data": "test_shared_examples:few_kinds"}
+    fit_inline(given(tmp_path, "a", 0, 200).model_copy(update=kinds))
+    chosen = given(tmp_path, "b", 1, 200, shared_examples=0.0).model_copy(update=kinds)
+    assert recalibrate(chosen, laplace_dist.Inline).promoted
