@@ -129,7 +129,7 @@ def test_the_order_in_which_checks_finish_does_not_show(run, monkeypatch):
     harm_a_lot(run)
     alone = laplace_dist.verify(str(run))
     assert len(alone.problems) > 4
-    monkeypatch.setattr(laplace_dist.Inline, "pool", lambda self, device: Backwards(self._config))
+    monkeypatch.setattr(laplace_dist.Inline, "pool", lambda self, *_: Backwards(self._config))
     assert facts(laplace_dist.verify(str(run), executor=laplace_dist.Inline)) == facts(alone)
     assert [3, 2, 1, 0] in [Backwards.done[i : i + 4] for i in range(len(Backwards.done))]
 
