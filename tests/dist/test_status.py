@@ -173,7 +173,7 @@ def test_what_was_lost_and_retried_is_counted_as_it_happens(store):
     plan = read_plan(store)
     tasks = [MapSegment(plan.digest, Segment(f"{i:06d}", i, i + 1)) for i in range(40)]
     pool = SimulatedPool(4, preempted=0.2, seed=1)
-    executor = SimpleNamespace(pool=lambda device: pool, close=lambda: None)
+    executor = SimpleNamespace(pool=lambda *_: pool, close=lambda: None)
     record = Journal(store, "fit")
     session = Session(dist_cases.config(store.url), store, lambda *_: executor, lambda text: None, journal=record)
     session.run(tasks, "cpu", Progress("map", "segments", len(tasks)))
