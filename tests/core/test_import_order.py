@@ -26,6 +26,7 @@ PLACES = (
     "predictive",
     "evidence",
     "search",
+    "interpolation",
     "scoring",
     "temperature",
     "prior_search",
