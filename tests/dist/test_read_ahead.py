@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import dist_cases
 import numpy as np
@@ -44,9 +45,16 @@ def wait_until(condition, seconds=20.0):
         time.sleep(0.05)
 
 
+def reading(config, device="cpu"):
+    """What a task reads with, in a run whose batches are as they were asked for."""
+    context = Context(config, device)
+    context.__dict__["plan"] = SimpleNamespace(halved_from=None)
+    return context
+
+
 def test_a_gpu_gets_its_batches_from_pinned_memory_without_waiting(tmp_path, monkeypatch):
     asked, x = [], torch.zeros(1)
-    contexts = {device: Context(dist_cases.config(tmp_path), device) for device in ("cuda", "cpu")}
+    contexts = {device: reading(dist_cases.config(tmp_path), device) for device in ("cuda", "cpu")}
     for device, context in contexts.items():
         assert context._reader("train", fingerprint(dist_cases.blobs("train")))._options["pin_memory"] == (
             device == "cuda"
@@ -61,7 +69,7 @@ def test_a_gpu_gets_its_batches_from_pinned_memory_without_waiting(tmp_path, mon
 
 def test_only_the_processes_of_the_split_in_use_are_kept(tmp_path):
     before = {p.pid for p in children()}
-    context = Context(dist_cases.config(tmp_path, loader_workers=1, data="loading_cases:split"))
+    context = reading(dist_cases.config(tmp_path, loader_workers=1, data="loading_cases:split"))
     for name in ("val", "test", "val"):
         data = fingerprint(load_split(context.config, name))
         assert len(list(context.batches(name, data, 0, 8))) == 2
