@@ -269,9 +269,11 @@ def _refuse_idle(argv: Sequence[str], names: Sequence[str], where: str) -> None:
 
 
 def _say_idle(argv: Sequence[str], config: Config, names: Sequence[str], where: str) -> None:
-    """Say which settings of a file do nothing in a job: one file may be that of a fit and of its recalibrations."""
+    """Say which settings of a file, other than the defaults, do nothing in a job: a fit and its recalibrations may share it."""
     fields = {name: name.replace("-", "_") for name in names}
-    if _given(argv, "--config") and (idle := [n for n, field in fields.items() if field in config.model_fields_set]):
+    set_ = [name for name, field in fields.items() if field in config.model_fields_set]
+    idle = [name for name in set_ if getattr(config, fields[name]) != Config.model_fields[fields[name]].get_default()]
+    if _given(argv, "--config") and idle:
         print(f"note: {', '.join(idle)} in --config does nothing in this job, but in {where}", file=sys.stderr)
 
 
