@@ -34,7 +34,8 @@ class Target:
     def text(self, value: float) -> str:
         """Return a value beside the bound, and whether it is missed."""
         missed = value < self.bound if self.at_least else value > self.bound
-        unit = {"peer": " ×", "rate": " of the rate", "seconds": " s"}.get(self.kind, f" {self.kind}s")
+        plural = f"{self.kind}es" if self.kind.endswith("s") else f"{self.kind}s"
+        unit = {"peer": " ×", "rate": " of the rate", "seconds": " s"}.get(self.kind, f" {plural}")
         return f"{value:.3g}{unit} ({'≥' if self.at_least else '≤'} {self.bound:g}){' **missed**' if missed else ''}"
 
 
