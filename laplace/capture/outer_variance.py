@@ -6,7 +6,9 @@ With the variances :math:`w_{oi}` of the weight's entries in some bases, in whic
                  = \sum_{rs} \sum_o g_{cro}\, g_{dso} \sum_i w_{oi}\, a_{ri} a_{si} .
 
 The first form makes the rows of all outputs, and costs as many times more as there are outputs; the second needs the weight
-once for every pair of positions, whatever the number of outputs. Which of them is cheaper follows from the shapes.
+once for every pair of positions, whatever the number of outputs. Which of them is cheaper follows from the shapes. Where
+the pairs of different positions cancel those of equal ones, the second form has lost digits that the first one keeps, and the
+first one is taken.
 """
 
 from __future__ import annotations
