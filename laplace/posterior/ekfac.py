@@ -2,7 +2,7 @@ r"""EKFAC posterior: :math:`P = \bigoplus_l Q_l \left(\mathrm{diag}(s_l) / (\sig
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -82,7 +82,14 @@ class EKFACLaplace(DecomposedLaplace):
             self.basis = whole.basis
             self.set_sums(whole)
 
-    def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
+    def accumulate(
+        self,
+        sums: CurvatureSums,
+        x: Any,
+        y: Tensor,
+        offset: int = 0,
+        example_weights: Sequence[float] | Tensor | None = None,
+    ) -> None:
         """Add one batch to raw sums in place; see :meth:`SummedLaplace.accumulate`.
 
         Raises:
@@ -90,7 +97,7 @@ class EKFACLaplace(DecomposedLaplace):
         """
         if sums.spec.structure == self.structure and sums.basis is None:
             sums.basis = self.basis
-        super().accumulate(sums, x, y, offset)
+        super().accumulate(sums, x, y, offset, example_weights)
 
     def fit(self, train_loader: Iterable, override: bool = True, progress_bar: bool = False) -> None:
         """Find the eigenbasis in one pass over a data loader, and add up second moments in it in another.
