@@ -54,6 +54,11 @@ class Config(BaseModel):
     data_args: dict[str, Any] = Field(
         {}, description="keyword arguments of --data, as JSON or YAML; of data in files: columns, group, index"
     )
+    example_weights: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="name of the column, Zarr array or attribute of --data's train split with a weight for each example; "
+        "1 each if not given",
+    )
     ood: list[str] = Field([], description="names of out-of-distribution splits for the evaluation")
     checkpoint: Annotated[str, Field(min_length=1)] = Field(description="directory or fsspec URL of the run")
     storage_options: dict[str, Any] = Field(

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from laplace_dist.data import loader
+from laplace_dist.data import example_weights, loader
 from laplace_dist.data.collate import Collate
-from laplace_dist.errors import ExampleError, MissingObjectError
+from laplace_dist.errors import ExampleError, MissingObjectError, SettingsError
 from laplace_dist.plan.digests import feed
 from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import Plan
@@ -197,9 +197,11 @@ class CheckData:
             checker.found.problem(self.key, f"segment {segment} of window {self.window}: {text}")
             return
         try:
+            if (named := plan.data.get("weights")) is not None:
+                feed(digest, example_weights.read(data, named["name"], segment.start, segment.stop))
             for _, x, y in loader.batches(data, segment.start, segment.stop, plan.settings["batch_size"], collate):
                 feed(digest, (x, y))
-        except ExampleError as error:
+        except (ExampleError, SettingsError) as error:  # the latter of weights alone
             checker.found.problem(self.key, f"segment {segment} of window {self.window}: {error}")
             return
         if digest.hexdigest() != self.data_sha256:

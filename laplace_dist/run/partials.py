@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import fsum
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from laplace_dist.storage.store import Store
 
 # By which the losses of a segment's groups may differ, relative: their passes may be on unlike hardware.
 SAME_LOSS = 1e-3
+SAME_WEIGHT = 1e-9  # the same for sums of weights, whose order of addition alone may differ
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def commit_partial(
     plan: Plan,
     unit: Segment,
     tensors: Mapping[str, torch.Tensor],
-    n_data: int,
+    n_data: float,
     attempt: str,
     *,
     data_sha256: str,
@@ -76,7 +78,7 @@ def commit_partial(
         plan: Plan of the run.
         unit: The segment, and the group of its sums, that was accumulated.
         tensors: Every factor of the group, as far as it is in it, and `loss` (0-d).
-        n_data: Examples in the sums.
+        n_data: Examples in the sums; of data with weights the sum of these.
         attempt: `new_attempt()`.
         data_sha256: Digest of the very batches that were read.
         environment: `provenance.environment(...)`.
@@ -89,7 +91,8 @@ def commit_partial(
     """
     begun = time.perf_counter()
     assert re.fullmatch(r"[\w-]+", attempt), f"attempt id {attempt!r} must be one part of a key"
-    assert n_data == unit.stop - unit.start, f"segment {unit} cannot hold {n_data} examples"
+    weighted = "weights" in plan.data
+    assert weighted or n_data == unit.stop - unit.start, f"segment {unit} cannot hold {n_data} examples"
     group = plan.groups[unit.group]
     vector = Vector(group.places, _arrays(group, unit, tensors))
     prefix = f"partials/{unit.id}/{attempt}"
@@ -106,7 +109,8 @@ def commit_partial(
         "start": unit.start,
         "stop": unit.stop,
         "attempt": attempt,
-        "n_data": n_data,
+        "n_data": unit.stop - unit.start,
+        **({"weight": float(n_data)} if weighted else {}),
         "prefix": prefix,
         "arrays": entries,
         "loss": float(tensors[LOSS]),
@@ -174,6 +178,10 @@ def check_manifest(manifest: dict[str, Any], plan: Plan, unit: Segment) -> dict[
         "n_data": unit.stop - unit.start,
         "prefix": f"partials/{unit.id}/{manifest.get('attempt')}",
     }
+    if "weights" not in plan.data:
+        wanted["weight"] = None
+    elif manifest.get("weight") is None:
+        wanted["weight"] = "the sum of the examples' weights"
     for field, value in wanted.items():
         if manifest.get(field) != value:
             raise (ForeignError if field == "plan" else CheckpointError)(
@@ -292,6 +300,28 @@ def entries_of(manifest: Mapping[str, Any], part: Part) -> Any:
     if manifest["format_version"] > 1:
         return manifest["arrays"][part.id]["sha256"]
     return {name: entry["sha256"] for name, entry in sorted(manifest["arrays"].items())}
+
+
+def check_weight(plan: Plan, manifests: Sequence[Mapping[str, Any]]) -> None:
+    """Look whether the weights that were read of all segments sum up to those that the plan was made with.
+
+    Args:
+        plan: Of the window.
+        manifests: Of its partials, of one group of each segment.
+
+    Raises:
+        RunFailed: They do not; no node can be named, since only the sum is known.
+    """
+    if "weights" not in plan.data:
+        return
+    found, wanted = fsum(manifest["weight"] for manifest in manifests), plan.n_data
+    if abs(found - wanted) > SAME_WEIGHT * wanted:
+        nodes = sorted({manifest["environment"]["node"] for manifest in manifests})
+        raise RunFailed(
+            f"the weights of the examples that were read sum up to {found!r}, those that the plan was made with to {wanted!r}: "
+            f"{listed(nodes)} have read others. Every node needs the same data: verify with --data names the segments; delete "
+            "their manifests under partials, and run the same command again."
+        )
 
 
 def loss_of(store: Store, manifest: Mapping[str, Any]) -> float:

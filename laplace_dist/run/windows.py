@@ -142,13 +142,15 @@ def commit_window(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any
 
     Raises:
         CheckpointError: A part is not committed, bad, or the sum of other partials than these.
+        RunFailed: The weights of the examples that were read are not those of the plan.
     """
     parts = {part.id: read_part_manifest(store, plan, part, inputs_digest(manifests, part)) for part in plan.parts}
     counted = partials.of_first_group(plan, manifests)
+    partials.check_weight(plan, counted)
     manifest = {
         "format_version": FORMAT_VERSION,
         "plan": plan.digest,
-        "n_data": sum(manifest["n_data"] for manifest in counted),
+        "n_data": plan.n_data,
         "loss": total_loss(store, counted),
         "environment": environment("cpu"),
         "parts": {name: {"prefix": found["prefix"], "entry": found["arrays"][SUM]} for name, found in parts.items()},
@@ -174,7 +176,7 @@ def read_window(store: Store, plan: Plan) -> dict[str, Any]:
     shapes = {name: place["entry"]["shape"] for name, place in manifest["parts"].items()}
     planned = {part.id: [part.stop - part.start] for part in plan.parts}
     said = len(manifest["read"]["made"]) if manifest.get("read") else len(plan.units)
-    wanted = plan.digest, plan.n_examples, planned, len(plan.units)
+    wanted = plan.digest, plan.n_data, planned, len(plan.units)
     if (manifest["plan"], manifest["n_data"], shapes, said) != wanted:
         raise (CheckpointError if manifest["plan"] == plan.digest else ForeignError)(
             f"{WINDOW} does not belong to this run's plan. Delete it and run the same command again: it puts the parts "
