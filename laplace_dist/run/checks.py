@@ -173,6 +173,7 @@ class CheckData:
         key: Of the object that says what was read.
         data_sha256: What was read.
         node: Where.
+        weights: What names the weights of the window's examples; None if they have none.
     """
 
     window: str
@@ -180,6 +181,7 @@ class CheckData:
     key: str
     data_sha256: str
     node: str
+    weights: str | None = None
 
     @property
     def what(self) -> str:
@@ -197,8 +199,8 @@ class CheckData:
             checker.found.problem(self.key, f"segment {segment} of window {self.window}: {text}")
             return
         try:
-            if (named := plan.data.get("weights")) is not None:
-                feed(digest, example_weights.read(data, named["name"], segment.start, segment.stop))
+            if self.weights is not None:
+                feed(digest, example_weights.read(data, self.weights, segment.start, segment.stop))
             for _, x, y in loader.batches(data, segment.start, segment.stop, plan.settings["batch_size"], collate):
                 feed(digest, (x, y))
         except (ExampleError, SettingsError) as error:  # the latter of weights alone

@@ -159,8 +159,9 @@ class _Run:
             self.report.notes.append((place, f"the data of window {name} were not compared: {why}."))
             return
         known = [(segment, prefix + key, read) for segment, key, read in sums.read() if read.get("data_sha256")]
+        weights = (sums.plan.data.get("weights") or {}).get("name")
         for segment, key, read in known:
-            yield CheckData(name, segment, key, read["data_sha256"], read["environment"]["node"])
+            yield CheckData(name, segment, key, read["data_sha256"], read["environment"]["node"], weights)
         if unknown := (0 if sums.window is None else len(sums.plan.segments)) - len(known):
             text = (
                 f"the data of {unknown} segment(s) of window {name} were not compared: an older version has read them,"

@@ -8,11 +8,14 @@ from dataclasses import replace
 
 import dist_cases
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import zarr
+from source_cases import write
 from test_runs import distance
-from test_windows import factors, fit_inline
+from test_windows import factors, fit_inline, same
+from torch import nn
 from torch.utils.data import TensorDataset
 
 import laplace_dist
@@ -26,12 +29,18 @@ from laplace_dist.marglik import marglik_train
 from laplace_dist.recalibration import recalibrate
 from laplace_dist.run import layout, partials, pointer, windows
 from laplace_dist.run.checkpoint import Checkpoint, open_json
+from laplace_dist.run.combination import windows_of
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.storage.sealed_json import seal_json
 
 N = dist_cases.N
 WHOLE = torch.tensor([i % 4 for i in range(N)], dtype=torch.float64)  # 0, 1, 2, 3, 0, …
 REAL = torch.rand(N, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * (WHOLE > 0)
+
+
+def flat():
+    """Return `convnet` of rows of pixels."""
+    return nn.Sequential(nn.Unflatten(1, (1, 6, 6)), *dist_cases.convnet()).eval()
 
 
 class Weighted(TensorDataset):
@@ -171,7 +180,7 @@ SECOND |= {"skip_tune": False, "skip_evaluate": False}
 def test_windows_with_weights_and_without_are_one_fit_over_the_union(tmp_path):
     dist_cases.run_inline(config(tmp_path / "two", dtype="float64", window="first"))
     own = {"data": "test_weighted_runs:shifted", "data_args": {"dtype": "float64"}, "example_weights": None}
-    chosen = config(tmp_path / "two", dtype="float64", **{**own, **SECOND})
+    chosen = config(tmp_path / "two", dtype="float64", **{**own, **SECOND, "keep_partials": True})
     recalibrate(chosen, laplace_dist.Inline)
     whole = {"data": "test_weighted_runs:union", "data_args": {}}
     dist_cases.run_inline(config(tmp_path / "one", dtype="float64", **whole))
@@ -179,7 +188,7 @@ def test_windows_with_weights_and_without_are_one_fit_over_the_union(tmp_path):
     assert found["n"] == pytest.approx(wanted["n"]) == pytest.approx(float(REAL.sum()) + N)
     for name, value in wanted.items():
         assert np.allclose(found[name], value, rtol=1e-10, atol=1e-12), name
-    assert laplace_dist.verify(str(tmp_path / "two")).ok
+    assert cli.verify_main([f"--checkpoint={tmp_path}/two", "--data", "--ray-address=inline"]) == 0
 
 
 def test_a_window_of_weighted_examples_is_read_again_by_its_own_settings(run):
@@ -188,6 +197,35 @@ def test_a_window_of_weighted_examples_is_read_again_by_its_own_settings(run):
     recalibrate(config(run, data_args=own, decay=0.5, keep_partials=True, **SECOND), laplace_dist.Inline)
     assert factors(run)["n"] == pytest.approx(1.5 * float(REAL.sum()))
     assert cli.verify_main([f"--checkpoint={run}", "--data", "--ray-address=inline"]) == 0
+
+
+def test_columns_of_files_are_those_of_their_window(tmp_path):
+    """The first window has none of that name, nor need it have: its data are read as its own settings say."""
+    for split, n, w in (("first/train", 20, None), ("second/train", 12, np.arange(12.0)), ("test", 20, None)):
+        for folder in ("first", "second") if split == "test" else ("",):
+            x = np.random.default_rng(n).normal(size=(n, 36)).astype(np.float32)
+            columns = {"x": pa.FixedSizeListArray.from_arrays(x.ravel(), 36), "y": np.arange(n) % 3}
+            write(tmp_path / folder / split / "a.parquet", pa.table(columns if w is None else {**columns, "w": w}))
+    own = {
+        "model": "test_weighted_runs:flat",
+        "model_args": {},
+        "data_args": {},
+        "skip_tune": True,
+        "keep_partials": True,
+    }
+    own |= {"dict_key_x": "x", "dict_key_y": "y"}
+    first = {"data": str(tmp_path / "first"), "example_weights": None, "window": "first"}
+    dist_cases.run_inline(config(tmp_path / "run", **{**own, **first}))
+    second = {"data": str(tmp_path / "second"), "margin_nll": 10.0, "margin_ece": 1.0, "window": "second"}
+    recalibrate(config(tmp_path / "run", **{**own, **second, "skip_tune": True}), laplace_dist.Inline)
+    store = Checkpoint(str(tmp_path / "run"))
+    assert [window.plan.n_data for window in windows_of(store, read_plan(store))] == [20, 66.0]
+    assert cli.verify_main([f"--checkpoint={tmp_path}/run", "--data", "--ray-address=inline"]) == 0
+
+
+def test_several_module_groups_have_the_bits_of_one(finished, tmp_path):
+    dist_cases.run_inline(config(tmp_path / "run", window="first", module_groups=2))
+    assert same(factors(finished), factors(tmp_path / "run"))
 
 
 def test_manifests_say_the_weights(run):
