@@ -20,7 +20,8 @@ from torch import Tensor
 from laplace.backends.hessian import NativeHessian
 from laplace.backends.interface import CurvatureInterface
 from laplace.capture import contractions
-from laplace.capture.variance import Basis, block_variance
+from laplace.capture.blocks import Basis
+from laplace.capture.variance import block_variance
 from laplace.noise import check_samples
 from laplace.posterior.arguments import by_name
 from laplace.posterior.parametric import ParametricLaplace

@@ -58,7 +58,7 @@ def fitted(store: Store, plan: Plan, version: str | None) -> dict[str, Any]:
 def _weights(plan: Plan) -> dict[str, Any]:
     """Return how much the examples of the first window count, where they have weights."""
     weights = plan.data.get("weights")
-    return {} if weights is None else {"weights": {name: weights[name] for name in ("name", "sum", "zero")}}
+    return {"weights": None if weights is None else {name: weights[name] for name in ("name", "sum", "zero")}}
 
 
 def _estimator(settings: Mapping[str, Any]) -> str:
