@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 
-def checked(weights: Sequence[float] | Tensor, n: int, offset: int = 0) -> Tensor:
-    """The weights of a batch, ``(n,)`` float64.
+def checked(weights: Sequence[float] | Tensor, n: int, device: torch.device | str, offset: int = 0) -> Tensor:
+    """The weights of a batch, ``(n,)`` float64 on a device.
 
     Args:
         weights: One for each example.
         n: Number of examples.
+        device: Where they go.
         offset: Index in the data set of the first one, for messages.
 
     Raises:
         ValueError: If there is not one for each example, or one is negative, NaN or infinite; names the example.
     """
-    found = torch.as_tensor(weights, dtype=torch.float64)
+    found = torch.as_tensor(weights, dtype=torch.float64, device=device)
     if tuple(found.shape) != (n,):
         raise ValueError(
             f"Weights of shape {tuple(found.shape)} for a batch of {n} examples: give one number for each example, ({n},)."

@@ -164,7 +164,7 @@ class SummedLaplace(BaseLaplace):
                 f"{type(self.backend).__name__} takes no weights of examples: its package sums over a batch by itself. Use the "
                 "native backend (NativeGGN or NativeEF), or leave example_weights out."
             )
-        of_all = checked(example_weights, len(y), offset).to(self._device)
+        of_all = checked(example_weights, len(y), self._device, offset)
         for start, inputs, targets in self._parts(x, y):
             weights = of_all[start : start + len(targets)]
             self.backend.accumulate(sums, inputs, targets, offset + start, example_weights=weights)

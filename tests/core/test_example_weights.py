@@ -14,6 +14,7 @@ from . import naive, naive_likelihoods
 from .models import CASES, mlp
 from .random_laws import LAWS
 from .test_drift import UserGGN
+from .test_last_layer import last_layer
 
 EXACT = 1e-12
 WHOLE = torch.tensor([2.0, 0.0, 1.0, 3.0, 1.0])
@@ -149,6 +150,32 @@ def test_sampled_labels_do_not_depend_on_weights():
 # --- real weights against definitions -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["mlp", "ten-classes", "regression", "no-bias"])
+@pytest.mark.parametrize("structure", ["full", "kron", "diag"])
+def test_real_weights_of_a_last_layer(name, structure):
+    """Against the dense curvature of a model whose other layers are frozen."""
+    case = CASES[name]
+    model, x, y = case.make()
+    la = posterior(model, case.likelihood, structure, subset="last_layer")
+    la.set_sums(passes(la, x, y, REAL)[0][0])
+    frozen = last_layer(case.make()[0])
+    dense = over_examples(x, y, lambda x, y: naive.full(frozen, x, y, case.likelihood, "ggn"))
+    if structure == "kron":
+        alone = [naive.kron(frozen, x[n : n + 1], y[n : n + 1], case.likelihood, "ggn") for n in range(len(x))]
+        assert naive.relative_error(la.H_facs.to_matrix(), naive.kron_matrix(weighted_factors(alone))) < EXACT
+    else:
+        assert naive.relative_error(la.H, dense if structure == "full" else dense.diagonal()) < EXACT
+
+
+def weighted_factors(alone):
+    """Kronecker factors of all examples from those of each: B is weighted, A is a weighted mean."""
+    factors = []
+    for parameter in zip(*alone, strict=True):
+        sums = [sum(w * f for w, f in zip(REAL, fs, strict=True)) for fs in zip(*parameter, strict=True)]
+        factors.append([sums[0], *(f / REAL.sum() for f in sums[1:])])
+    return factors
+
+
 def over_examples(x, y, part):
     """Σ w of what `part` gives of one example alone."""
     return sum(w * part(x[n : n + 1], y[n : n + 1]) for n, w in enumerate(REAL))
@@ -190,11 +217,7 @@ def test_real_weights_of_kronecker_factors(name, estimator):
     alone = [
         naive.kron(model, x[n : n + 1], y[n : n + 1], case.likelihood, estimator, case.fallback) for n in range(len(x))
     ]
-    factors = []
-    for parameter in zip(*alone, strict=True):
-        sums = [sum(w * f for w, f in zip(REAL, fs, strict=True)) for fs in zip(*parameter, strict=True)]
-        factors.append([sums[0], *(f / REAL.sum() for f in sums[1:])])
-    assert naive.relative_error(la.H_facs.to_matrix(), naive.kron_matrix(factors)) < EXACT
+    assert naive.relative_error(la.H_facs.to_matrix(), naive.kron_matrix(weighted_factors(alone))) < EXACT
 
 
 @pytest.mark.parametrize("name", ["mlp", "two-convolutions", "sequence", "tied"])
