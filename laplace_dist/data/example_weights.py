@@ -55,8 +55,9 @@ def read(dataset: Any, name: str, start: int, stop: int, split: str = "train") -
     wrong = ~(torch.isfinite(found) & (found >= 0))
     if bool(wrong.any()):
         first = int(wrong.nonzero()[0])
+        place = f" ({dataset.where(start + first)})" if isinstance(dataset, Rows) else ""
         raise SettingsError(
-            f"{FLAG}: example {start + first} of the split {split!r} has the weight {found[first].item()}; {_REMEDY}"
+            f"{FLAG}: example {start + first}{place} of the split {split!r} has the weight {found[first].item()}; {_REMEDY}"
         )
     return found
 

@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import fsum
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,6 @@ from laplace_dist.storage.store import Store
 
 # By which the losses of a segment's groups may differ, relative: their passes may be on unlike hardware.
 SAME_LOSS = 1e-3
-SAME_WEIGHT = 1e-9  # the same for sums of weights, whose order of addition alone may differ
 
 
 @dataclass(frozen=True)
@@ -300,28 +298,6 @@ def entries_of(manifest: Mapping[str, Any], part: Part) -> Any:
     if manifest["format_version"] > 1:
         return manifest["arrays"][part.id]["sha256"]
     return {name: entry["sha256"] for name, entry in sorted(manifest["arrays"].items())}
-
-
-def check_weight(plan: Plan, manifests: Sequence[Mapping[str, Any]]) -> None:
-    """Look whether the weights that were read of all segments sum up to those that the plan was made with.
-
-    Args:
-        plan: Of the window.
-        manifests: Of its partials, of one group of each segment.
-
-    Raises:
-        RunFailed: They do not; no node can be named, since only the sum is known.
-    """
-    if "weights" not in plan.data:
-        return
-    found, wanted = fsum(manifest["weight"] for manifest in manifests), plan.n_data
-    if abs(found - wanted) > SAME_WEIGHT * wanted:
-        nodes = sorted({manifest["environment"]["node"] for manifest in manifests})
-        raise RunFailed(
-            f"the weights of the examples that were read sum up to {found!r}, those that the plan was made with to {wanted!r}: "
-            f"{listed(nodes)} have read others. Every node needs the same data: verify with --data names the segments; delete "
-            "their manifests under partials, and run the same command again."
-        )
 
 
 def loss_of(store: Store, manifest: Mapping[str, Any]) -> float:

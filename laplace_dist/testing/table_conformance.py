@@ -90,6 +90,11 @@ class TableConformance(FileConformance):
         with pytest.raises(ExampleError) as caught:
             example_weights.facts(dataset, "w")
         assert "w" in str(caught.value) and dataset.where(5) in str(caught.value)
+        folder, _ = self._of(tmp_path / "negative", w=np.where(np.arange(self.n) == 9, -1.0, 1.0))
+        dataset = self.load(folder, example_weights="w")
+        with pytest.raises(SettingsError) as refused:
+            example_weights.facts(dataset, "w")
+        assert f"example 9 ({dataset.where(9)}) of the split 'train' has the weight -1.0" in str(refused.value)
         folder, _ = self._of(tmp_path / "words", w=["much"] * self.n)
         with pytest.raises(SettingsError, match="^--example-weights: 'w' of the split 'train' holds no numbers"):
             example_weights.facts(self.load(folder, example_weights="w"), "w")

@@ -300,11 +300,13 @@ def test_a_worker_with_other_weights_is_refused(tmp_path):
             example_weights.check_same(weighted("train"), wanted, "node b")
         job.map()
         found = list(partials.manifests(job.store, plan))
-        partials.check_weight(plan, found)
+        windows.check_weight(plan, found)
         key = layout.partial_key("000002")
         job.store.replace(key, seal_json({**found[2], "weight": found[2]["weight"] + 1e-3}))
         with pytest.raises(RunFailed, match="weights of the examples that were read sum up to"):
             job.reduce()
+        report = laplace_dist.verify(str(tmp_path / "run"))
+        assert [key for key, _ in report.problems] == ["partials"] and "sum up to" in report.problems[0][1]
         del found[2]["weight"]
         job.store.replace(key, seal_json(found[2]))
         with pytest.raises(CheckpointError, match="its weight is None, expected .the sum of the examples. weights"):
