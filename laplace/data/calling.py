@@ -1,8 +1,8 @@
 """How a batch of inputs reaches a model: as one argument, as its keyword arguments, or as several arguments in order.
 
-The core library calls `model(x)` with one batch and takes the tensor that it answers. Hugging Face's models want keyword
-arguments and answer with a `ModelOutput`; networks with two inputs want two arguments. `adapted` makes the one of the other,
-for driver, workers and whoever loads a posterior alike.
+Everything here calls ``model(x)`` with one batch and takes the tensor that it answers. Hugging Face's models want keyword
+arguments and answer with a ``ModelOutput``; networks with two inputs want two arguments. :func:`adapted` makes the one of the
+other.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_dist.data.nested import is_flat, nested
-from laplace_dist.errors import SettingsError, listed
+from laplace.data.nested import is_flat, nested
+from laplace.errors import CallError
 
 _HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
 
@@ -74,7 +74,7 @@ def arguments(forward: Callable, x: Mapping, key_y: str) -> tuple[tuple, dict[st
     argument. What was a list of several inputs goes as so many arguments where `forward` takes that many, else as one list.
 
     Raises:
-        SettingsError: `forward` takes some of the keys by name, but not all: neither way could be meant.
+        CallError: `forward` takes some of the keys by name, but not all: neither way could be meant.
     """
     signature = inspect.signature(forward)
     whole = nested(x) if is_flat(x) else x
@@ -86,7 +86,7 @@ def arguments(forward: Callable, x: Mapping, key_y: str) -> tuple[tuple, dict[st
             return (), keywords
     known = [key for key in named if key in signature.parameters]
     if known:
-        raise SettingsError(_mismatch(signature, known, list(map(str, named))))
+        raise CallError(_mismatch(signature, known, list(map(str, named))))
     return (whole,), {}
 
 
@@ -107,9 +107,9 @@ def _mismatch(signature: inspect.Signature, known: list[str], keys: list[str]) -
         and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         and name not in keys
     ]
-    said = f"; it does not take {listed(extra)}" if extra else ""
-    said += f"; it needs {listed(needed)} too" if needed else ""
+    said = f"; it does not take {', '.join(extra)}" if extra else ""
+    said += f"; it needs {', '.join(needed)} too" if needed else ""
     return (
-        f"--model: its forward takes {listed(known)} of the batch by name{said}. Leave out of the examples what it does not "
-        "take, in the data set or with --collate, and give what it needs; or let forward take one mapping."
+        f"its forward takes {', '.join(known)} of the batch by name{said}. Leave out of the examples what it does not take, "
+        "and give what it needs; or let forward take one mapping."
     )
