@@ -12,7 +12,7 @@ order of magnitude slower, for linear layers the two are equal, and memory stays
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,10 @@ class Capture:
         modules: The covered layers by name.
         misused: Names of parameters that this batch uses otherwise too than in the calls of their layers or in products.
         kept_tokens: Which positions of the inputs are no padding, ``(batch, time)``; None where all are, or are not known.
+        watch: Is shown what :meth:`gradients` gives along every direction; None for nobody.
     """
+
+    watch: Callable[[dict[str, Tensor]], None] | None = None
 
     def __init__(
         self,
@@ -170,7 +173,10 @@ class Capture:
         with eval_mode(self._model):
             rows = {**self._rows(v), **self._uses.rows(at_uses)}
         rows = {row_key(name): row.reshape(len(row), -1).to(self.dtype) for name, row in rows.items()}
-        return {**self._by_layer(found), **rows}
+        result = {**self._by_layer(found), **rows}
+        if self.watch is not None:
+            self.watch(result)
+        return result
 
     def layer_gradients(self, v: Tensor) -> dict[str, Tensor]:
         """Those of the layers alone."""

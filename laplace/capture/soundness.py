@@ -59,12 +59,15 @@ def check_inputs(x: Any) -> None:
 
 
 @torch.no_grad()
-def check_function(model: nn.Module, x: Any) -> None:
+def check_function(model: nn.Module, x: Any) -> set[str]:
     """Run a few examples twice, and by themselves, and compare what every module gives.
 
     Args:
         model: The network in evaluation mode.
         x: At least two examples.
+
+    Returns:
+        Names of the modules of which these examples prove nothing: they did not run, or gave the same for all examples.
 
     Raises:
         TypeError: If the output is no tensor.
@@ -80,12 +83,21 @@ def check_function(model: nn.Module, x: Any) -> None:
     again = _recorded(model, x)
     _check(batch, again, None, model)
     if not is_divisible(x):
-        return
+        return set()
     n = min(length_of(x), len(f))
     for i in sorted({*range(min(n, _SINGLES - 1)), n - 1}):
         one = part_of(x, slice(i, i + 1))
         run(model, one, "one example by itself")
         _check(batch, _recorded(model, one), i, model)
+    return {name for name, _ in model.named_modules()} - {name for name, _, f in batch if differing(f) is not None}
+
+
+def differing(values: Tensor | None) -> int | None:
+    """The first row that is not like row 0; None if there is none."""
+    if values is None or not values.ndim:
+        return None
+    found = (values != values[:1]).flatten(1).any(1).nonzero() if values.ndim > 1 else (values != values[0]).nonzero()
+    return int(found[0]) if len(found) else None
 
 
 def _all_equal(x: Any) -> bool:
@@ -114,6 +126,8 @@ def _check(batch: Record, other: Record, i: int | None, model: nn.Module) -> Non
         if name != same or a is None or f is None or g is None:
             continue
         if i is not None:
+            if g.shape[:1] != (1,):
+                continue  # what is given for one example is no row of a batch, as encodings of positions are none
             a, f = _row(a, i), _row(f, i)
         if a is not None and f is not None and _same(a, b, tolerance) and not _same(f, g, tolerance, a):
             raise (_random if i is None else _coupled)(named(name, model))

@@ -35,11 +35,13 @@ class Source(NamedTuple):
         layer: Name of the module whose capture gives it, or None.
         reason: In words.
         kind: ``'outer'``, ``'transposed'`` or ``'rows'``; see :mod:`laplace.capture.rules`.
+        alive: Whether an example has shown it, by a gradient that is not zero; what was not asked counts.
     """
 
     layer: str | None
     reason: str
     kind: str = "outer"
+    alive: bool = True
 
 
 def find_layers(model: nn.Module, names: Sequence[str], x: Any, by_products: bool = True) -> dict[str, Source]:
@@ -78,8 +80,9 @@ def find_layers(model: nn.Module, names: Sequence[str], x: Any, by_products: boo
             places = owners[id(known[name])]
             what = _tied(model, places) if len(places) > 1 else type(model.get_submodule(places[0][0])).__name__
             products[name] = Source(name, f"{'sums' if known[name].ndim == 1 else 'products'} in {what}")
-    kept = {name: source for name, source in _verified(model, products, x).items() if source.layer is not None}
-    return {**found, **kept}
+    for name, source in _verified(model, products, x).items():
+        found[name] = found[name]._replace(alive=source.alive) if source.layer is None else source
+    return found
 
 
 def _kind(module: nn.Module, key: str) -> str:
@@ -138,6 +141,7 @@ def _verified(model: nn.Module, found: dict[str, Source], x: Any, alone: bool = 
             result[name] = Source(None, f"per-example autograd: {_MISUSED}")
         elif is_transposed(capture.modules[layer]):
             result[name] = found[name]._replace(kind="transposed")
+        result[name] = result[name]._replace(alive=layer not in capture.called or bool(set(verdicts[name]) - {None}))
     return result
 
 
