@@ -21,6 +21,7 @@ from laplace.backends.hessian import NativeHessian
 from laplace.backends.interface import CurvatureInterface
 from laplace.capture import contractions
 from laplace.capture.variance import Basis, block_variance
+from laplace.linalg.precision import widened
 from laplace.noise import check_samples
 from laplace.posterior.arguments import by_name
 from laplace.posterior.parametric import ParametricLaplace
@@ -158,6 +159,7 @@ class LowRankLaplace(NotASum, ParametricLaplace):
 
     def functional_variance(self, Js: Tensor) -> Tensor:
         r""":math:`J P^{-1} J^\top`, ``(batch, outputs, outputs)``."""
+        Js = widened(Js)
         prior = self.prior_precision_diag.double()
         scaled = Js.double() / prior
         half = self._half(scaled @ self.H[0].double(), prior)
