@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ from laplace.capture.admission import named
 from laplace.capture.calls import is_batched
 from laplace.data.batches import is_divisible, length_of, part_of
 from laplace.data.mistakes import check_outputs
+from laplace.linalg.precision import without_autocast
 from laplace.noise import fixed_directions
 
 _SINGLES = 4  # examples that are run by themselves
+_DRAWS = 16  # runs of a model that draws random numbers, of which two may be alike where few values are left to chance
 
 Record = list[tuple[str, Any, Any]]  # every call of a module in the order in which they end: its name, input and output
 
@@ -79,12 +81,19 @@ def check_function(model: nn.Module, x: Any) -> set[str]:
     f = tensor_output(f)
     if _all_equal(x) and _runs(model, x + fixed_directions(x)):
         x = x + fixed_directions(x)  # blank examples show neither noise nor what they do to one another
+    with without_autocast() if _runs_without_autocast(model, x) else nullcontext():
+        return _checked(model, x, len(f))
+
+
+def _checked(model: nn.Module, x: Any, outputs: int) -> set[str]:
+    before = _states_of_generators()
     batch = _recorded(model, x)
-    again = _recorded(model, x)
-    _check(batch, again, None, model)
+    draws = any(not torch.equal(*pair) for pair in zip(before, _states_of_generators(), strict=True))
+    for _ in range(_DRAWS if draws else 1):
+        _check(batch, _recorded(model, x), None, model)
     if not is_divisible(x):
         return set()
-    n = min(length_of(x), len(f))
+    n = min(length_of(x), outputs)
     for i in sorted({*range(min(n, _SINGLES - 1)), n - 1}):
         one = part_of(x, slice(i, i + 1))
         run(model, one, "one example by itself")
@@ -100,11 +109,23 @@ def differing(values: Tensor | None) -> int | None:
     return int(found[0]) if len(found) else None
 
 
+@without_autocast()
+def _runs_without_autocast(model: nn.Module, x: Any) -> bool:
+    """Whether the model is not bound to the few digits of autocast, among which weak coupling is lost."""
+    return _runs(model, x)
+
+
+def _states_of_generators() -> list[Tensor]:
+    """Those that torch draws from where it is not told another."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda]
+
+
 def _all_equal(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point() and bool((x == x[:1]).all())
 
 
-def _runs(model: nn.Module, x: Tensor) -> bool:
+def _runs(model: nn.Module, x: Any) -> bool:
     try:
         model(x)
     except (RuntimeError, ValueError, IndexError):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from laplace.capture import contractions
+from laplace.capture.admission import named
 from laplace.capture.blocks import Block
 from laplace.capture.capture import Capture
 from laplace.capture.fallback import dense
@@ -25,6 +26,7 @@ from laplace.noise import fixed_directions
 
 _PROBES = 8  # examples that are asked at most
 _ALWAYS = 3  # of these, how many are asked even if the first ones have a gradient
+UNSHOWN = "no gradient in the first batch"
 _MISUSED = "used outside its module's calls, changed by them, or batch not in the first dimension"
 
 
@@ -81,7 +83,10 @@ def find_layers(model: nn.Module, names: Sequence[str], x: Any, by_products: boo
             what = _tied(model, places) if len(places) > 1 else type(model.get_submodule(places[0][0])).__name__
             products[name] = Source(name, f"{'sums' if known[name].ndim == 1 else 'products'} in {what}")
     for name, source in _verified(model, products, x).items():
-        found[name] = found[name]._replace(alive=source.alive) if source.layer is None else source
+        if source.layer is not None:
+            found[name] = source
+        elif not source.alive:
+            found[name] = found[name]._replace(reason=f"{found[name].reason}, {UNSHOWN}", alive=False)
     return found
 
 
@@ -173,15 +178,29 @@ def _verdicts(
             break
         direction = torch.zeros_like(v)
         direction[example] = v[example]
-        truth = torch.autograd.grad(
-            capture._output, list(params.values()), direction, retain_graph=True, allow_unused=True
-        )
+        truth = _gradients(capture, list(params.values()), direction)
         gradients = capture.output_gradients(direction)
         for (name, p), expected in zip(params.items(), truth, strict=True):
             expected = dense(expected, p).detach()
             block = Block(name, tuple(p.shape), found[name].layer, (), "")
             verdicts[name].append(_is_row(capture, block, gradients, expected, example))
     return verdicts
+
+
+def _gradients(
+    capture: Capture, params: list[nn.Parameter], direction: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """Those of automatic differentiation.
+
+    Raises:
+        ValueError: If it cannot differentiate the model; says why.
+    """
+    try:
+        return torch.autograd.grad(capture._output, params, direction, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"Automatic differentiation of {named('', capture._model)} fails, as it would in training: {error}"
+        ) from error
 
 
 def _order(n: int) -> list[int]:

@@ -20,7 +20,7 @@ from laplace.capture.evaluation import eval_mode
 from laplace.capture.fallback import input_tensors, rebuild_inputs
 from laplace.data.batches import batches
 from laplace.linalg.lowrank import block_lanczos
-from laplace.linalg.precision import widened
+from laplace.linalg.precision import widened, without_autocast
 from laplace.structures import passes
 
 
@@ -96,7 +96,8 @@ def hessian_product(backend: Any, x: Any, y: Tensor, vectors: Tensor, offset: in
 def _outputs(backend: Any, x: Any) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Outputs of the model (of the last layer, where that is all) and the parameters they depend on, as new leaves."""
     named = backend.named_params
-    with eval_mode(backend.model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    autocast = torch.is_autocast_enabled(backend.params[0].device.type)
+    with eval_mode(backend.model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), without_autocast():
         module, prefix = backend.model, ""
         if backend.last_layer:
             with torch.no_grad():
@@ -104,7 +105,7 @@ def _outputs(backend: Any, x: Any) -> Iterator[tuple[Tensor, list[Tensor]]]:
             module, prefix = backend.model.last_layer, f"{backend.model.last_layer_name}."
         leaves = {name.removeprefix(prefix): widened(p.detach()).requires_grad_() for name, p in named.items()}
         try:
-            yield _run(module, leaves, x), list(leaves.values())
+            yield _run(module, leaves, x, autocast), list(leaves.values())
         except NotImplementedError as error:  # torch's word for a gradient without a derivative
             raise ValueError(
                 "hessian_structure='lowrank' differentiates gradients once more, which an operation of the model "
@@ -112,7 +113,7 @@ def _outputs(backend: Any, x: Any) -> Iterator[tuple[Tensor, list[Tensor]]]:
             ) from error
 
 
-def _run(module: nn.Module, leaves: dict[str, Tensor], x: Any) -> Tensor:
+def _run(module: nn.Module, leaves: dict[str, Tensor], x: Any, autocast: bool) -> Tensor:
     """A forward pass with leaves in place of parameters; all in float32 at least, since products of few digits add up to none.
 
     Raises:
@@ -120,15 +121,15 @@ def _run(module: nn.Module, leaves: dict[str, Tensor], x: Any) -> Tensor:
     """
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     narrow = {name: widened(t.detach()) for name, t in own.items() if t.is_floating_point() and widened(t) is not t}
-    if not narrow:
+    if not narrow and not autocast:
         return torch.func.functional_call(module, leaves, (x,))
+    if isinstance(x, (Tensor, Mapping)):
+        x = rebuild_inputs(x, input_tensors(x), lambda t: widened(t) if t.is_floating_point() else t)
     try:
-        if isinstance(x, (Tensor, Mapping)):
-            x = rebuild_inputs(x, input_tensors(x), lambda t: widened(t) if t.is_floating_point() else t)
         return torch.func.functional_call(module, {**narrow, **leaves}, (x,))
     except RuntimeError as error:
         raise ValueError(
-            "hessian_structure='lowrank' and Hessians need products in float32 at least, but this model in half precision "
+            "hessian_structure='lowrank' and Hessians need products in float32 at least, but this model of fewer digits "
             f"({type(module).__name__}) does not run with weights and inputs in float32: {error} Fit model.float()."
         ) from error
 

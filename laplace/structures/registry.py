@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from laplace.capture.products import product_of
 from laplace.capture.rules import is_outer
-from laplace.capture.verify import Source
+from laplace.capture.verify import UNSHOWN, Source
 from laplace.linalg.precision import without_autocast
 from laplace.structures import blockdiag, diag, ekfac, full, kron, sketch, subnetwork
 from laplace.structures.second_pass import SecondPass
@@ -85,7 +85,8 @@ def warn_of_diagonal_blocks(spec: SumsSpec, model: nn.Module) -> None:
     owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False) if is_outer(module)}
     known, missing = dict(model.named_parameters()), []
     for parameter, kind, reason in coverage_report(spec):
-        if kind == "diag" and (id(known[parameter]) in owners or product_of(model, parameter) is not None):
+        factored = id(known[parameter]) in owners or product_of(model, parameter) is not None
+        if kind == "diag" and (factored or UNSHOWN in reason):
             missing.append(f"{parameter} ({reason})")
     if missing:
         warnings.warn(
