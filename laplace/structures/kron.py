@@ -31,7 +31,7 @@ def blocks_of(shapes, found):
     factors: dict[str, Factor] = {}
     left: dict[str, str] = {}
     for name, shape in shapes.items():
-        layer, reason, kind = found[name]
+        layer, reason, kind, *_ = found[name]
         if layer is None or kind == "rows":
             blocks.append(Block(name, shape, layer, (f"{name}/diag",), reason + "; diagonal block"))
             factors[f"{name}/diag"] = Factor(shape)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from laplace.capture.products import product_of
-from laplace.capture.rules import covers, is_outer
-from laplace.capture.verify import Source
+from laplace.capture.rules import is_outer
+from laplace.capture.verify import UNSHOWN, Source
 from laplace.linalg.precision import without_autocast
 from laplace.structures import blockdiag, diag, ekfac, full, kron, sketch, subnetwork
 from laplace.structures.second_pass import SecondPass
@@ -86,12 +86,13 @@ def coverage_report(spec: SumsSpec) -> CoverageReport:
 
 def warn_of_diagonal_blocks(spec: SumsSpec, model: nn.Module) -> None:
     """Say which weights of linear layers and convolutions get a diagonal block where Kronecker factors are asked for."""
-    missing = []
-    for parameter, kind, reason in coverage_report(spec) if spec.structure == "kron" else ():
-        owner, _, key = parameter.rpartition(".")
-        module = model.get_submodule(owner)
-        factored = is_outer(module) and (covers(module, key) or key != "bias")  # transposed convolutions' bias has none
-        if kind == "diag" and (factored or product_of(model, parameter) is not None):
+    if spec.structure != "kron":
+        return
+    owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False) if is_outer(module)}
+    known, missing = dict(model.named_parameters()), []
+    for parameter, kind, reason in coverage_report(spec):
+        factored = id(known[parameter]) in owners or product_of(model, parameter) is not None
+        if kind == "diag" and (factored or UNSHOWN in reason):
             missing.append(f"{parameter} ({reason})")
     if missing:
         warnings.warn(
