@@ -23,7 +23,7 @@ from laplace.capture.padding import kept_tokens
 from laplace.capture.soundness import check_function, check_inputs
 from laplace.capture.unproven import Unproven
 from laplace.capture.verify import find_layers
-from laplace.data.batches import is_divisible, length_of, part_of, tensors_of
+from laplace.data.batches import few, is_divisible, length_of, part_of, tensors_of
 from laplace.data.mistakes import check_outputs
 from laplace.enums import Likelihood
 from laplace.likelihoods.base import BaseLikelihood
@@ -32,7 +32,6 @@ from laplace.structures.registry import sums_spec, warn_of_diagonal_blocks
 from laplace.structures.subnetwork import check_subnetwork_indices, split_indices
 from laplace.structures.sums import SumsSpec
 
-_FEW = 8  # examples that are enough to compare captured gradients with automatic differentiation
 _HELD = 1 << 24  # elements of rows and gradients that are held at once, beyond those of one backward pass
 
 
@@ -119,7 +118,7 @@ class CapturedModel:
         named, kept = self.named_params, self.kept_entries()
         shapes = {name: tuple(named[name].shape) for name in kept}
         check_inputs(x)
-        x = _few(x)
+        x = few(x)
         with eval_mode(self.model):
             check_model(self.model)
             modules = check_function(self._whole_model, x)
@@ -234,15 +233,3 @@ class CapturedModel:
         """Number of outputs of an example, over all its positions."""
         with eval_mode(self.model), torch.no_grad():
             return self.model(part_of(x, slice(0, 2)))[0].numel()
-
-
-def _few(x: Any) -> Any:
-    """A few examples of a batch, but at least two, so that the batch can be told from other dimensions."""
-    if isinstance(x, MutableMapping):
-        sizes = {len(value) for value in x.values() if isinstance(value, Tensor) and value.ndim > 0}
-        if sizes != {1}:
-            return x
-        return {key: torch.cat([value, value]) if isinstance(value, Tensor) else value for key, value in x.items()}
-    if not isinstance(x, Tensor):
-        return x
-    return torch.cat([x, x]) if len(x) == 1 else x[:_FEW]

@@ -20,7 +20,7 @@ from laplace.capture.blocks import Block
 from laplace.capture.capture import Capture
 from laplace.capture.fallback import dense
 from laplace.capture.products import product_of
-from laplace.capture.rules import covers, has_output_factor, is_convolution, is_transposed
+from laplace.capture.rules import covers, has_output_factor, is_convolution, is_outer, is_transposed
 from laplace.linalg.precision import without_autocast
 from laplace.noise import fixed_directions
 
@@ -222,13 +222,19 @@ def _is_row(capture: Capture, block: Block, gradients: list, expected: torch.Ten
             return False
         module, a, g = capture.modules[block.layer], None if a is None else a[example, None], g[example, None]
         ours = contractions.row_of_layer(block, module, a, g).flatten()
-        size = None if a is None else a.abs()
-        terms = contractions.row_of_layer(block, module, size, g.abs()).norm()  # what may cancel in the sum
-        spacing, expected = torch.finfo(expected.dtype).eps, expected.double().flatten()
-        error = (expected - ours).norm()
+        terms = _terms(block, module, a, g)
+        spacing, size = torch.finfo(expected.dtype).eps, torch.linalg.vector_norm(expected, dtype=torch.float64)
+        error = ours.sub_(expected.flatten()).norm()
     except (RuntimeError, ValueError, IndexError):
         return False
-    if expected.norm() == 0 and terms == 0:
+    if size == 0 and terms == 0:
         return None
     tolerance = min(1e3 * max(spacing, capture.coarsest), 0.05)
-    return bool(error <= tolerance * (torch.maximum(expected.norm(), terms) + 1e-30))
+    return bool(error <= tolerance * (torch.maximum(size, terms) + 1e-30))
+
+
+def _terms(block: Block, module: nn.Module, a: torch.Tensor | None, g: torch.Tensor) -> torch.Tensor:
+    """Norm of the row of absolute values: what may cancel in the sum over positions."""
+    if a is not None and g.shape[1] == 1 and is_outer(module):
+        return a.norm() * g.norm()
+    return contractions.row_of_layer(block, module, None if a is None else a.abs(), g.abs()).norm()

@@ -11,6 +11,8 @@ from torch import Tensor
 from laplace.data import mistakes
 from laplace.data.mistakes import check_loader
 
+_FEW = 8  # examples that are enough to check what a model does with each
+
 
 def batches(
     loader: Iterable, device: torch.device | str | None = None, dict_key_y: str = "labels"
@@ -47,6 +49,18 @@ def tensors_of(x: Any) -> list[Tensor]:
     """The tensors of a batch of inputs that have a batch dimension."""
     values = x.values() if isinstance(x, MutableMapping) else [x]
     return [value for value in values if isinstance(value, Tensor) and value.ndim]
+
+
+def few(x: Any) -> Any:
+    """A few examples of a batch, but at least two, so that the batch can be told from other dimensions."""
+    if isinstance(x, MutableMapping):
+        sizes = {len(value) for value in x.values() if isinstance(value, Tensor) and value.ndim > 0}
+        if sizes != {1}:
+            return x
+        return {key: torch.cat([value, value]) if isinstance(value, Tensor) else value for key, value in x.items()}
+    if not isinstance(x, Tensor):
+        return x
+    return torch.cat([x, x]) if len(x) == 1 else x[:_FEW]
 
 
 def part_of(x: Any, part: slice | Tensor) -> Any:

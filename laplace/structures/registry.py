@@ -91,7 +91,8 @@ def warn_of_diagonal_blocks(spec: SumsSpec, model: nn.Module) -> None:
     owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False) if is_outer(module)}
     known, missing = dict(model.named_parameters()), []
     for parameter, kind, reason in coverage_report(spec):
-        factored = id(known[parameter]) in owners or product_of(model, parameter) is not None
+        own = parameter.removeprefix(".")  # of a model that is its own last layer
+        factored = id(known[own]) in owners or product_of(model, own) is not None
         if kind == "diag" and (factored or UNSHOWN in reason):
             missing.append(f"{parameter} ({reason})")
     if missing:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor, FeatureReduction
+from laplace.data.batches import few
 from laplace.data.calling import called_by_batch
 from laplace.posterior.arguments import before, by_name, check_model
 from laplace.posterior.diag import DiagLaplace
@@ -105,11 +106,15 @@ class LLLaplace(ParametricLaplace):
         Raises:
             ValueError: If the model's output is not that of a linear last layer.
         """
-        with eval_mode(self.model), torch.no_grad():
+        with (
+            eval_mode(self.model),
+            torch.no_grad(),
+        ):  # of every batch, it is checked again that the output is the layer's
             if self.model.last_layer_name is None:
-                self.model.find_last_layer(x)
+                self.model.find_last_layer(few(x))
                 self._find_params()
-            self.model.check_last_layer(x)
+            else:
+                self.model.check_last_layer(few(x))
         return super().initialize(x)
 
     def _adopt_parameters(self, spec: SumsSpec) -> Callable[[], None]:
