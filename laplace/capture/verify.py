@@ -15,10 +15,9 @@ import torch
 from torch import nn
 
 from laplace.capture import contractions
-from laplace.capture.admission import named
 from laplace.capture.blocks import Block
 from laplace.capture.capture import Capture
-from laplace.capture.fallback import dense
+from laplace.capture.fallback import dense, refusal
 from laplace.capture.products import product_of
 from laplace.capture.rules import covers, has_output_factor, is_convolution, is_outer, is_transposed
 from laplace.linalg.precision import without_autocast
@@ -178,7 +177,7 @@ def _verdicts(
             break
         direction = torch.zeros_like(v)
         direction[example] = v[example]
-        truth = _gradients(capture, list(params.values()), direction)
+        truth = _gradients(capture, params, direction)
         gradients = capture.output_gradients(direction)
         for (name, p), expected in zip(params.items(), truth, strict=True):
             expected = dense(expected, p).detach()
@@ -188,19 +187,29 @@ def _verdicts(
 
 
 def _gradients(
-    capture: Capture, params: list[nn.Parameter], direction: torch.Tensor
+    capture: Capture, params: dict[str, nn.Parameter], direction: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
     """Those of automatic differentiation.
 
     Raises:
-        ValueError: If it cannot differentiate the model; says why.
+        ValueError: If it cannot differentiate the model with respect to a parameter; names it.
     """
     try:
-        return torch.autograd.grad(capture._output, params, direction, retain_graph=True, allow_unused=True)
+        return _differentiated(capture, list(params.values()), direction)
     except RuntimeError as error:
-        raise ValueError(
-            f"Automatic differentiation of {named('', capture._model)} fails, as it would in training: {error}"
-        ) from error
+        raise refusal(capture._model, [n for n, p in params.items() if _fails(capture, p, direction)], error) from error
+
+
+def _differentiated(capture: Capture, params: list[nn.Parameter], direction: torch.Tensor):
+    return torch.autograd.grad(capture._output, params, direction, retain_graph=True, allow_unused=True)
+
+
+def _fails(capture: Capture, parameter: nn.Parameter, direction: torch.Tensor) -> bool:
+    try:
+        _differentiated(capture, [parameter], direction)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _order(n: int) -> list[int]:
