@@ -14,6 +14,7 @@ from pathlib import Path
 import dist_cases
 import fault_cases
 import pytest
+from forked import Forked
 
 from laplace_dist import fit, status
 from laplace_dist.errors import RunFailed, SettingsError
@@ -117,6 +118,10 @@ def job(script, *arguments, environment):
     )
 
 
+def forked(script, *arguments, environment):
+    return Forked(ROOT / "jobs" / f"{script}.py", list(arguments), environment)
+
+
 def toy_flags(url, address, folder=None, **changes):
     chosen = dist_cases.config(url, ray_address=address, num_workers=1, **changes)
     names = ("model", "data", "checkpoint", "batch_size", "segment_size", "num_workers", "ray_address")
@@ -130,7 +135,7 @@ def test_a_killed_driver_is_continued_by_the_same_command(cluster, undisturbed, 
     folder.mkdir()
     data_args = {"folder": str(folder), "trap": 29}  # in segment 000003
     flags = toy_flags(url, cluster, data="dist_cases:Blocking", data_args=data_args)
-    first = job("fit_kron", *flags, environment=environment)
+    first = forked("fit_kron", *flags, environment=environment)
     waiting = dist_cases.wait_for(folder, "waiting-*")
     before, readers = attempts(url), examples_read(folder)
     first.kill()
@@ -141,7 +146,7 @@ def test_a_killed_driver_is_continued_by_the_same_command(cluster, undisturbed, 
     fault_cases.wait_until_gone(int(waiting.name.removeprefix("waiting-")))  # else it would go on, and commit
 
     (folder / "go").touch()
-    second = job("fit_kron", *flags, environment=environment)
+    second = forked("fit_kron", *flags, environment=environment)
     out, err = second.communicate()
     assert second.returncode == 0, err
     assert "continuing the run" in out and "3 of 6 segments were committed before" in out
@@ -249,11 +254,11 @@ def test_follow_on_jobs_alone(cluster, tmp_path, environment):
     url = tmp_path / "run"
     fit(dist_cases.config(url, model="laplace_dist.demo:network", data="laplace_dist.demo:digits", batch_size=256))
     common = [f"--checkpoint={url}", f"--ray-address={cluster}", "--num-workers=2"]
-    tuned = job("tune", *common, "--tune-method=gridsearch", "--grid-size=9", environment=environment)
+    tuned = forked("tune", *common, "--tune-method=gridsearch", "--grid-size=9", environment=environment)
     out, err = tuned.communicate()
     assert tuned.returncode == 0, err
     assert "(gridsearch)" in out
-    evaluated = job("evaluate", *common, "--ood", "inverted", environment=environment)
+    evaluated = forked("evaluate", *common, "--ood", "inverted", environment=environment)
     out, err = evaluated.communicate()
     assert evaluated.returncode == 0, err
     metrics = json.loads((url / "evaluation" / "metrics.json").read_text())
@@ -292,7 +297,7 @@ def test_a_process_leaves_with_status_2_and_one_message(tmp_path, environment):
 
 def test_a_failed_run_leaves_with_status_1(cluster, tmp_path, environment):
     flags = toy_flags(tmp_path / "run", cluster, data="dist_cases:with_nan", data_args={"at": 3})
-    process = job("fit_kron", *flags, environment=environment)
+    process = forked("fit_kron", *flags, environment=environment)
     _, err = process.communicate()
     assert process.returncode == 1
     assert "segment 000000 (examples 0 to 7)" in err and "indices 3" in err
