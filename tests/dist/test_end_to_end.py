@@ -75,9 +75,9 @@ def test_any_number_of_workers_gives_the_same_bytes(cluster, undisturbed, tmp_pa
     assert "map: 6/6 segments" in capsys.readouterr().out
 
 
-def test_another_data_set_gives_other_bytes(cluster, undisturbed, tmp_path):
+def test_another_data_set_gives_other_bytes(undisturbed, tmp_path):
     """The comparison of bytes can fail."""
-    fit(dist_cases.config(tmp_path, data_args={"dtype": "float64"}, model_args={"dtype": "float64"}))
+    dist_cases.run_inline(dist_cases.config(tmp_path, data_args={"dtype": "float64"}, model_args={"dtype": "float64"}))
     assert factor_bytes(tmp_path) != undisturbed
 
 
@@ -252,7 +252,8 @@ def test_the_demo_on_a_private_cluster_then_tune_and_evaluate_alone(tmp_path, en
 
 def test_follow_on_jobs_alone(cluster, tmp_path, environment):
     url = tmp_path / "run"
-    fit(dist_cases.config(url, model="laplace_dist.demo:network", data="laplace_dist.demo:digits", batch_size=256))
+    demo = {"model": "laplace_dist.demo:network", "data": "laplace_dist.demo:digits", "batch_size": 256}
+    dist_cases.run_inline(dist_cases.config(url, **demo))
     common = [f"--checkpoint={url}", f"--ray-address={cluster}", "--num-workers=2"]
     tuned = forked("tune", *common, "--tune-method=gridsearch", "--grid-size=9", environment=environment)
     out, err = tuned.communicate()

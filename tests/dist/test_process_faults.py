@@ -331,7 +331,7 @@ def test_a_chunk_of_the_data_that_is_damaged_costs_only_its_segment(undisturbed,
 def test_a_clock_that_jumps_back_at_every_commit_changes_nothing(cluster, undisturbed, folder, tmp_path, environment):
     faults = [fault(where, "create", ".*", act="jump") for where in ("driver", "worker")]
     faults.append(fault("driver", "done", "map/.*", act="jump"))
-    chosen = fault_cases.config(tmp_path / "run", folder, faults, num_workers=2, ray_address=cluster, **FULL)
+    chosen = fault_cases.config(tmp_path / "run", folder, faults, num_workers=1, ray_address=cluster, **FULL)
     process = fault_cases.start_job(tmp_path / "job.json", environment, chosen=chosen)
     out, err = process.communicate()
     assert process.returncode == 0, err
