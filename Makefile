@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # Every one of some hundred processes would compile this package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: fit demo-recalibrate test browser lint bench clean
+.PHONY: fit demo-recalibrate test browser lint bench bench-gpu clean
 
 fit: $(VENV)/.installed
 	$(BIN)/python jobs/fit_kron.py
@@ -55,6 +55,10 @@ $(VENV)/.installed-%: $(INPUTS) | $(BIN)/python
 PEERS := .venv-peers
 bench: $(VENV)/.installed-test $(PEERS)/.installed
 	$(BIN)/python benchmarks/bench.py $(ROWS) --peer-python $(PEERS)/bin/python --write
+
+# The rows of a CUDA device; says so where there is none.
+bench-gpu: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/bench.py gpu --write
 
 $(PEERS)/.installed: | $(BIN)/python
 	$(BIN)/python -m venv $(PEERS)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from laplace.linalg.decomposed import KronDecomposed
+from laplace.linalg.inference import outside_inference_mode
 from laplace.posterior.arguments import by_name
 from laplace.posterior.decomposed import DecomposedLaplace
 from laplace.posterior.refusals import check_structure
@@ -82,6 +83,7 @@ class EKFACLaplace(DecomposedLaplace):
             self.basis = whole.basis
             self.set_sums(whole)
 
+    @outside_inference_mode()
     def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
         """Add one batch to raw sums in place; see :meth:`SummedLaplace.accumulate`.
 
@@ -92,6 +94,7 @@ class EKFACLaplace(DecomposedLaplace):
             sums.basis = self.basis
         super().accumulate(sums, x, y, offset)
 
+    @outside_inference_mode()
     def fit(self, train_loader: Iterable, override: bool = True, progress_bar: bool = False) -> None:
         """Find the eigenbasis in one pass over a data loader, and add up second moments in it in another.
 

@@ -14,6 +14,7 @@ from laplace.data.mistakes import check_inputs
 from laplace.errors import NotFittedError
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.linalg.dense import parameter_vector
+from laplace.linalg.inference import outside_inference_mode
 from laplace.posterior import weights
 from laplace.posterior.arguments import by_name
 from laplace.posterior.base import BaseLaplace
@@ -129,6 +130,7 @@ class SummedLaplace(BaseLaplace):
         """Finalise the raw sums of the second pass, as :meth:`set_sums` does those of a structure that takes one."""
         self.set_sums(SECOND_PASSES[self.structure].finish(sums, basis))
 
+    @outside_inference_mode()
     def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
         """Add one batch to raw sums in place; ``offset`` is the index of its first example in the data set.
 
@@ -185,6 +187,7 @@ class SummedLaplace(BaseLaplace):
     def _check_weights(self) -> None:
         weights.check_unchanged(self)
 
+    @outside_inference_mode()
     def fit(self, train_loader: DataLoader, override: bool = True, progress_bar: bool = False) -> None:
         """Add up curvature over a data loader and finalise it.
 
