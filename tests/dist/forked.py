@@ -4,7 +4,12 @@ Such a start takes 50 ms instead of three seconds of a core, most of which go in
 is started: a process with its own environment, directory, arguments, pipes and status, that signals reach and end. Whether Python
 starts a job is tested in `test_end_to_end` and `test_job_submission`, which start it.
 
-    python forked.py    takes orders at the socket that is its standard input, and ends with it
+    python forked.py             takes orders at the socket that is its standard input, and ends with it
+    python forked.py workers     and those of Ray's workers at another one, `WORKERS` in the environment
+
+Ray is told to start this file where it starts a worker, in the cluster that tests share: it hands the start on, and is done.
+
+    python forked.py --node-ip-address=...     what Ray gives its worker
 """
 
 from __future__ import annotations
@@ -17,14 +22,19 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST = 2**20  # bytes of an order
+WORKERS = "LAPLACE_DIST_TESTS_WORKERS"  # where workers of Ray are ordered
 
 
 class Forked:
@@ -39,7 +49,7 @@ class Forked:
     def __init__(self, script: Path, arguments: list[str], environment: dict[str, str]) -> None:
         (out, out_end), (err, err_end), (status, status_end) = (os.pipe() for _ in range(3))
         ends = [out_end, err_end, status_end]
-        order = {"arguments": [str(script), *arguments], "environment": environment}
+        order = {"arguments": [str(script), *arguments], "environment": environment, "directory": str(ROOT)}
         socket.send_fds(_server()[0], [json.dumps(order).encode()], ends)
         for end in ends:
             os.close(end)
@@ -73,46 +83,88 @@ class Forked:
 @cache
 def _server() -> tuple[socket.socket, subprocess.Popen]:
     """Start the process that jobs are forked from, which ends with this one."""
+    return _start([], {})
+
+
+def _start(arguments: list[str], more: dict[str, str]) -> tuple[socket.socket, subprocess.Popen]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, __file__], stdin=theirs, env=environment)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **more}
+    process = subprocess.Popen([sys.executable, __file__, *arguments], stdin=theirs, env=environment)
     theirs.close()
     return ours, process
+
+
+@contextmanager
+def workers() -> Iterator[None]:
+    """Have the nodes of Ray that this process starts meanwhile fork their workers."""
+    import pytest
+    from ray._private.node import Node
+
+    begin = Node.__init__
+
+    def beginning(node: Node, ray_params: Any, *given: Any, **more: Any) -> None:
+        ray_params.worker_path = __file__
+        begin(node, ray_params, *given, **more)
+
+    with tempfile.TemporaryDirectory(prefix="fork-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv(WORKERS, f"{folder}/orders")
+        patch.setattr(Node, "__init__", beginning)
+        orders, process = _start(["workers"], {"OMP_NUM_THREADS": "1"})
+        assert orders.recv(1), "it did not start"
+        yield
+        orders.close()
+        process.wait()
 
 
 # ------------------------------------------------------------------ in that process
 
 
-def serve(orders: socket.socket) -> dict[str, Any] | None:
+def serve(orders: socket.socket, listener: socket.socket | None = None) -> dict[str, Any] | None:
     """Fork for every order, and say how the forks end; returns in a fork, with its order, and when there are no more."""
-    running: dict[int, tuple[int, int]] = {}
+    running: dict[int, tuple[int, int | None]] = {}
     with selectors.DefaultSelector() as waiting:
-        waiting.register(orders, selectors.EVENT_READ)
+        for source in filter(None, (orders, listener)):
+            waiting.register(source, selectors.EVENT_READ)
         while True:
             for key, _ in waiting.select():
                 if key.fd in running:
                     pid, status = running.pop(key.fd)
                     waiting.unregister(key.fd)
+                    _, code = os.waitpid(pid, 0)
                     os.close(key.fd)
-                    os.write(status, f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n".encode())
-                    os.close(status)
+                    _tell(status, os.waitstatus_to_exitcode(code))
+                    _close(status)
                     continue
-                text, ends, *_ = socket.recv_fds(orders, MOST, 3)
-                if not text:
+                source = orders if key.fileobj is orders else listener.accept()[0]
+                text, ends, *_ = socket.recv_fds(source, MOST, 3)
+                if source is not orders:
+                    source.close()
+                elif not text:
                     return None
-                out, err, status = ends
                 if (pid := os.fork()) == 0:
-                    os.dup2(out, 1)
-                    os.dup2(err, 2)
-                    for other in [*ends, *running, *(end for _, end in running.values())]:
-                        os.close(other)
+                    os.dup2(ends[0], 1)
+                    os.dup2(ends[1], 2)
+                    _close(*ends, *running, *(status for _, status in running.values()))
                     return json.loads(text)
-                os.close(out)
-                os.close(err)
-                os.write(status, f"{pid}\n".encode())
+                _close(*ends[:2])
+                status = ends[2] if len(ends) > 2 else None
+                _tell(status, pid)
                 handle = os.pidfd_open(pid)
                 running[handle] = (pid, status)
                 waiting.register(handle, selectors.EVENT_READ)
+
+
+def _tell(end: int | None, number: int) -> None:
+    """Say a number to whoever has ordered, if somebody listens."""
+    if end is not None:
+        with suppress(BrokenPipeError):
+            os.write(end, f"{number}\n".encode())
+
+
+def _close(*ends: int | None) -> None:
+    for end in ends:
+        if end is not None:
+            os.close(end)
 
 
 def carry_out(order: dict[str, Any]) -> None:
@@ -122,16 +174,45 @@ def carry_out(order: dict[str, Any]) -> None:
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(order["environment"])
-    os.chdir(ROOT)
+    os.chdir(order["directory"])
     sys.argv = order["arguments"]
     sys.path[0] = os.path.dirname(sys.argv[0])
     sys.path[1:2] = [path for path in order["environment"].get("PYTHONPATH", "").split(os.pathsep) if path]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-if __name__ == "__main__":
+def hand_on() -> None:
+    """Order a worker of Ray with this process's arguments, environment and output."""
+    script = f"{os.path.dirname(find_spec('ray').origin)}/_private/workers/default_worker.py"
+    order = {"arguments": [script, *sys.argv[1:]], "environment": dict(os.environ), "directory": os.getcwd()}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+        server.connect(os.environ[WORKERS])
+        socket.send_fds(server, [json.dumps(order).encode()], [1, 2])
+
+
+def main(kind: str | None) -> None:
+    """Take orders, and carry out one in a fork."""
     import laplace_dist.cli  # noqa: F401  which is what jobs import
 
+    orders, listener = socket.socket(fileno=os.dup(0)), None
+    if kind == "workers":
+        import laplace_dist.execution.worker  # noqa: F401  but not Ray, which reads the environment when it is loaded
+
+        assert "ray" not in sys.modules
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(os.environ[WORKERS])
+        listener.listen(64)
+        orders.send(b"!")
     assert threading.active_count() == 1, "what is forked has one thread"
-    if (order := serve(socket.socket(fileno=os.dup(0)))) is not None:
+    order = serve(orders, listener)
+    for source in filter(None, (orders, listener)):
+        source.close()
+    if order is not None:
         carry_out(order)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        hand_on()
+    else:
+        main(*sys.argv[1:] or [None])
