@@ -113,7 +113,7 @@ def workers() -> Iterator[None]:
         assert orders.recv(1), "it did not start"
         yield
         orders.close()
-        process.wait()
+        process.wait(60)
 
 
 # ------------------------------------------------------------------ in that process
@@ -139,8 +139,10 @@ def serve(orders: socket.socket, listener: socket.socket | None = None) -> dict[
                 text, ends, *_ = socket.recv_fds(source, MOST, 3)
                 if source is not orders:
                     source.close()
-                elif not text:
+                if not text and source is orders:
                     return None
+                if not text:
+                    continue  # whoever was to order was killed before it could
                 if (pid := os.fork()) == 0:
                     os.dup2(ends[0], 1)
                     os.dup2(ends[1], 2)
@@ -171,6 +173,7 @@ def carry_out(order: dict[str, Any]) -> None:
     """Do what `python script arguments` does from here on."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
+    os.close(nothing)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(order["environment"])
