@@ -6,12 +6,14 @@ What is then made of a captured batch is the backend's business; see :mod:`lapla
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from laplace.capture.admission import check_model
+from laplace.capture.blocks import row_key
 from laplace.capture.capture import Capture, ranges
 from laplace.capture.contractions import require_jacobians
 from laplace.capture.evaluation import eval_mode
@@ -19,6 +21,7 @@ from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.capture.last_layer import LastLayerCapture, last_layer_sources
 from laplace.capture.padding import kept_tokens
 from laplace.capture.soundness import check_function, check_inputs
+from laplace.capture.unproven import Unproven
 from laplace.capture.verify import find_layers
 from laplace.data.batches import is_divisible, length_of, part_of, tensors_of
 from laplace.data.mistakes import check_outputs
@@ -55,6 +58,7 @@ class CapturedModel:
         self.dict_key_x = dict_key_x
         self.dict_key_y = dict_key_y
         self.spec: SumsSpec | None = None
+        self._unproven = Unproven()
         self._sizes: tuple[SumsSpec | None, dict[Any, tuple[int, int]]] = (
             None,
             {},
@@ -118,26 +122,42 @@ class CapturedModel:
         x = _few(x)
         with eval_mode(self.model):
             check_model(self.model)
-            check_function(self.model.model if self.last_layer else self.model, x)
+            modules = check_function(self._whole_model, x)
+            dead: set[str] = set()
             if self.last_layer:
                 with torch.no_grad():
                     _, features = self.model.forward_with_features(x)
                 found = last_layer_sources(self.model.last_layer, self.model.last_layer_name, shapes, features.detach())
             else:
                 found = find_layers(self.model, list(shapes), x)
+                keys = [(source.layer or row_key(name), source.alive) for name, source in found.items()]
+                dead = {key for key, _ in keys} - {key for key, alive in keys if alive}
             with torch.no_grad():
                 f = self.model(x)
         check_outputs(x, f)
         self.likelihood_object.warn_of_outputs(f)
         n_outputs = self.likelihood_object.count_outputs(f)
         self.spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs, kept)
-        warn_of_diagonal_blocks(self.spec, self.model.model if self.last_layer else self.model)
+        self._unproven = Unproven(modules, dead)
+        warn_of_diagonal_blocks(self.spec, self._whole_model)
         return self.spec
 
+    @property
+    def _whole_model(self) -> nn.Module:
+        return self.model.model if self.last_layer else self.model
+
     def capture(self, x: Tensor | MutableMapping[str, Any]) -> Capture | LastLayerCapture:
-        """One forward pass that remembers what every contraction needs."""
-        capture = self._unchecked_capture(x)
+        """One forward pass that remembers what every contraction needs.
+
+        Raises:
+            ValueError: If the batch uses parameters otherwise than the first one, or is the first to show that examples depend
+                on one another, which gradients along a direction may do too.
+        """
+        with eval_mode(self.model), self._unproven.watched(self._whole_model, x):
+            capture = self._unchecked_capture(x)
         if isinstance(capture, Capture):
+            if self._unproven.layers:
+                capture.watch = partial(self._unproven.look_at_gradients, self.model, x)
             capture.check_uses(
                 name for block in self.spec.blocks for name in (block.parameter, block.layer) if block.layer
             )

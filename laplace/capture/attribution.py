@@ -56,13 +56,14 @@ def check_attribution(capture) -> None:
     n = len(capture.f)
     weights = example_weights(capture.f)
     v = fixed_directions(capture.f)
+    tolerance = min(1e3 * capture.coarsest, 0.01)
     plain = capture.layer_gradients(v)
     weighted = capture.layer_gradients(v * weights.to(v.dtype).view(-1, *[1] * (v.ndim - 1)))
     for layer, g in plain.items():
         same = len(g) == n
         if same:
             expected = g * weights.to(g.dtype)[:, None, None]
-            same = bool((weighted[layer] - expected).norm() <= 0.01 * expected.norm())
+            same = bool((weighted[layer] - expected).norm() <= tolerance * expected.norm())
         if not same:
             raise ValueError(
                 f"The rows that layer {layer!r} is given in this batch of {n} examples do not belong to them in order, the "

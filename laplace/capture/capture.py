@@ -12,7 +12,7 @@ order of magnitude slower, for linear layers the two are equal, and memory stays
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,10 @@ class Capture:
         modules: The covered layers by name.
         misused: Names of parameters that this batch uses otherwise too than in the calls of their layers or in products.
         kept_tokens: Which positions of the inputs are no padding, ``(batch, time)``; None where all are, or are not known.
+        watch: Is shown what :meth:`gradients` gives along every direction; None for nobody.
     """
+
+    watch: Callable[[dict[str, Tensor]], None] | None = None
 
     def __init__(
         self,
@@ -103,11 +106,7 @@ class Capture:
         self._without_gradient = without | set(names)
 
     def check_called(self) -> None:
-        """Refuse layers that ran, but none of whose calls has a gradient, and inputs that changed after their layer had run.
-
-        Raises:
-            ValueError: If there is one; names the layer.
-        """
+        """Refuse layers that ran without a gradient, and inputs that changed after their layer had run; names the layer."""
         for call in self._calls:
             call.check_unchanged()
         dead = [name for name in self.modules if name in self._without_gradient and name not in self.called]
@@ -149,7 +148,7 @@ class Capture:
                 value = self._by_example(call)[start:stop]
                 a = inputs_by_position(self.modules[layer], value.flatten(0, 1)).to(self.dtype)
                 parts.append(_join_positions(a, len(value)))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return _side_by_side(parts, stop - start)
 
     def _by_example(self, call: Call) -> Tensor:
         """A layer's input or output as ``(batch, parts, …)``.
@@ -174,7 +173,10 @@ class Capture:
         with eval_mode(self._model):
             rows = {**self._rows(v), **self._uses.rows(at_uses)}
         rows = {row_key(name): row.reshape(len(row), -1).to(self.dtype) for name, row in rows.items()}
-        return {**self._by_layer(found), **rows}
+        result = {**self._by_layer(found), **rows}
+        if self.watch is not None:
+            self.watch(result)
+        return result
 
     def layer_gradients(self, v: Tensor) -> dict[str, Tensor]:
         """Those of the layers alone."""
@@ -201,7 +203,7 @@ class Capture:
             if call.layer == layer:
                 g = gradients_by_position(self.modules[layer], g).to(self.dtype)
                 parts.append(_join_positions(g, len(self.f)))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return _side_by_side(parts, len(self.f))
 
     def output_gradients(self, v: Tensor) -> list[tuple[Call, Tensor]]:
         """The calls of all layers and the gradients of what came out, in its shape."""
@@ -284,6 +286,12 @@ def _join_positions(values: Tensor, n: int) -> Tensor:
     if len(values) == n or len(values) % n != 0:
         return values
     return values.reshape(n, -1, values.shape[-1])
+
+
+def _side_by_side(parts: list[Tensor], n: int) -> Tensor:
+    """Positions of several calls, one after the other; alone what is no batch of the examples, which is refused later."""
+    parts = [part for part in parts if len(part) != n][:1] or parts
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def ranges(n: int, each: int, elements: int) -> Iterator[tuple[int, int]]:

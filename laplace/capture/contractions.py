@@ -21,7 +21,9 @@ _CHUNK = 1 << 22  # elements of a temporary of per-example rows
 
 
 def is_bias(block: Block) -> bool:
-    """Whether this is the bias of a covered layer."""
+    """Whether this is the bias of a covered layer, or one that is found by itself where it is added."""
+    if block.layer == block.parameter:
+        return len(block.shape) == 1
     return block.layer is not None and "bias" in block.parameter.rpartition(".")[2]
 
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from laplace.capture.caches import keeps, renew
-from laplace.capture.calls import is_batched
+from laplace.capture.calls import is_batched, nodes
 from laplace.capture.feature_extractor import FeatureExtractor
 
 # Models in a block of eval_mode by identity, and those of their modules that keep tensors between passes.
@@ -53,7 +52,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         if any(isinstance(module, nn.RNNBase) for module in modules):
             stack.enter_context(_unfused())
         handles = [own.register_forward_pre_hook(_with_own_inputs, prepend=True, with_kwargs=True)]
-        handles += [module.register_forward_hook(_in_order) for module in modules if isinstance(module, _NormBase)]
+        handles.append(own.register_forward_hook(_in_order))
         entered = _evaluated.set({**around, id(model): keepers})
         try:
             model.eval()
@@ -90,14 +89,22 @@ def _set(modules: list[nn.Module], name: str, value: bool) -> None:
         setattr(module, name, value)
 
 
-def _in_order(module: nn.Module, args: tuple, output: Tensor) -> None:
-    """Hand the backward pass of a normalisation its gradient in memory as it is in order.
+def _in_order(module: nn.Module, args: tuple, output: Any) -> None:
+    """Hand the backward passes of normalisations in a model their gradients in memory as they are in order.
 
-    Of a single example, torch 2.14 takes the gradient's values in another order where it is transposed, as before a
-    flattened sequence, and gives a wrong one without a word.
+    What is one example to it, as all examples together are to an instance norm, torch 2.14 takes in another order where the
+    gradient is transposed, as before a flattened sequence, and gives a wrong one without a word. By node and not by module,
+    since functions normalise as well.
     """
-    if output.requires_grad and len(output) == 1 and not is_batched(output):
-        output.register_hook(lambda gradient: None if gradient is None else gradient.contiguous())
+    if not isinstance(output, Tensor) or is_batched(output):
+        return
+    for node in nodes(output):
+        if "BatchNorm" in type(node).__name__ and node._input_metadata[0].shape[0] == 1:
+            node.register_prehook(_contiguous)
+
+
+def _contiguous(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if gradient is None else gradient.contiguous() for gradient in gradients)
 
 
 def _with_own_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -5,7 +5,7 @@ the output pixels of a convolution, the tokens of a sequence). Its Jacobian with
 :math:`\sum_r g_r a_r^\top`. The functions here bring inputs to ``(batch, positions, in)`` and output gradients to
 ``(batch, positions, out)``, in the order of the row-major flattened weight; a layer that stores :math:`W^\top` is
 *transposed*. Of a transposed convolution, :math:`r` is an input pixel and :math:`z_r` the patch that it adds to the output,
-so that :math:`g_r` is a patch of output gradients; its bias is not one of :math:`z_r`.
+so that :math:`g_r` is a patch of output gradients; its bias is not one of :math:`z_r`, but added to every output pixel.
 
 A *row* layer has no such form, but the gradient of one example follows from the same two: normalisations, embeddings and
 grouped convolutions.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from laplace.capture.geometry import Geometry, reads_all
 from laplace.capture.products import Product
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -37,8 +38,7 @@ def is_transposed(module: nn.Module | Product) -> bool:
     if isinstance(module, Product):
         return module.transposed
     if isinstance(module, _TRANSPOSED):
-        steps = zip(module.stride, module.output_padding, strict=True)
-        return module.groups == 1 and all(extra < stride for stride, extra in steps)
+        return module.groups == 1 and reads_all(module.stride, module.output_padding)
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
@@ -71,14 +71,34 @@ def _is_conv(module: nn.Module) -> bool:
     return isinstance(module, _CONVOLUTIONS)
 
 
+def is_convolution(module: nn.Module) -> bool:
+    """Whether this is a convolution, transposed or not."""
+    return isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED))
+
+
+def has_output_factor(module: nn.Module, key: str) -> bool:
+    """Whether a parameter of a covered module has a Kronecker factor of output gradients; all biases of convolutions have."""
+    return is_outer(module) or (_is_conv(module) and key == "bias")
+
+
+def _geometry(module: nn.Module | Product) -> Geometry | None:
+    """Where a convolution's patches lie; None of what is none."""
+    if isinstance(module, Product):
+        return module.geometry
+    return Geometry.of_module(module) if is_convolution(module) else None
+
+
+def _adds_patches(module: nn.Module | Product) -> bool:
+    """Whether this is a transposed convolution."""
+    return isinstance(module, _TRANSPOSED) or (_geometry(module) is not None and is_transposed(module))
+
+
 def inputs_by_position(module: nn.Module, x: Tensor) -> Tensor:
     """Inputs that multiply the flattened weight, ``(batch, positions, in)``; token indices of an embedding."""
-    if _is_conv(module):
-        return _patches(module, x)
     if isinstance(module, nn.Embedding):
         return x.reshape(x.shape[0], -1, 1)
-    if isinstance(module, _TRANSPOSED):
-        return _by_position(module, x)
+    if (geometry := _geometry(module)) is not None:
+        return _by_position(module, x) if _adds_patches(module) else geometry.patches(x)
     if is_outer(module):
         return x.reshape(x.shape[0], -1, x.shape[-1])
     return _by_position(module, _normalised(module, x.to(torch.promote_types(x.dtype, torch.float32))))
@@ -86,8 +106,8 @@ def inputs_by_position(module: nn.Module, x: Tensor) -> Tensor:
 
 def gradients_by_position(module: nn.Module, g: Tensor) -> Tensor:
     """Output gradients, ``(batch, positions, out)``."""
-    if isinstance(module, _TRANSPOSED):
-        return _patches(module, g)
+    if _adds_patches(module):
+        return _geometry(module).patches(g)
     return _by_position(module, g)
 
 
@@ -105,7 +125,7 @@ def widths(module: nn.Module) -> tuple[int, int]:
 
 def _by_position(module: nn.Module, values: Tensor) -> Tensor:
     """Values shaped like the module's output as ``(batch, positions, out)``."""
-    if isinstance(module, _CHANNELS_FIRST):
+    if isinstance(module, _CHANNELS_FIRST) or (isinstance(module, Product) and module.channels_first):
         return values.reshape(*values.shape[:2], -1).transpose(1, 2)
     width = 1
     for size in getattr(module, "normalized_shape", values.shape[-1:]):
@@ -172,34 +192,3 @@ def touched_words(module: nn.Embedding, a: Tensor, g: Tensor) -> tuple[Tensor, T
     found, place = pairs.unique(return_inverse=True)
     rows = torch.zeros(len(found), *g.shape[1:], dtype=g.dtype, device=g.device).index_add_(0, place, g)
     return found // size, found % size, rows
-
-
-def _patches(module: nn.Module, x: Tensor) -> Tensor:
-    """Patches of a convolution, or of what comes out of a transposed one, ``(batch, positions, channels · kernel)``."""
-    padding = module.padding
-    if padding == "valid":
-        padding = (0,) * len(module.kernel_size)
-    elif padding == "same" or module.padding_mode != "zeros" or not isinstance(module, nn.Conv2d):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x, _padding_per_side(module), mode=mode)
-        padding = (0,) * len(module.kernel_size)
-    if isinstance(module, nn.Conv2d):
-        return F.unfold(x, module.kernel_size, module.dilation, padding, module.stride).transpose(1, 2)
-    axes = range(len(module.kernel_size))
-    for axis in axes:
-        dilation = module.dilation[axis]
-        x = x.unfold(2 + axis, dilation * (module.kernel_size[axis] - 1) + 1, module.stride[axis])[..., ::dilation]
-    x = x.movedim(1, 1 + len(axes))  # batch, positions along each axis, channels, kernel along each axis
-    return x.flatten(1 + len(axes)).flatten(1, len(axes))
-
-
-def _padding_per_side(module: nn.Module) -> list[int]:
-    """Padding as ``F.pad`` wants it: last dimension first, left before right."""
-    sides: list[int] = []
-    for axis in reversed(range(len(module.kernel_size))):
-        if module.padding == "same":
-            total = module.dilation[axis] * (module.kernel_size[axis] - 1)
-            sides += [total // 2, total - total // 2]
-        else:
-            sides += [module.padding[axis]] * 2
-    return sides

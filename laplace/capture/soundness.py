@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ from laplace.capture.admission import named
 from laplace.capture.calls import is_batched
 from laplace.data.batches import is_divisible, length_of, part_of
 from laplace.data.mistakes import check_outputs
+from laplace.linalg.precision import without_autocast
 from laplace.noise import fixed_directions
 
 _SINGLES = 4  # examples that are run by themselves
+_DRAWS = 16  # runs of a model that draws random numbers, of which two may be alike where few values are left to chance
 
 Record = list[tuple[str, Any, Any]]  # every call of a module in the order in which they end: its name, input and output
 
@@ -59,12 +61,15 @@ def check_inputs(x: Any) -> None:
 
 
 @torch.no_grad()
-def check_function(model: nn.Module, x: Any) -> None:
+def check_function(model: nn.Module, x: Any) -> set[str]:
     """Run a few examples twice, and by themselves, and compare what every module gives.
 
     Args:
         model: The network in evaluation mode.
         x: At least two examples.
+
+    Returns:
+        Names of the modules of which these examples prove nothing: they did not run, or gave the same for all examples.
 
     Raises:
         TypeError: If the output is no tensor.
@@ -76,23 +81,51 @@ def check_function(model: nn.Module, x: Any) -> None:
     f = tensor_output(f)
     if _all_equal(x) and _runs(model, x + fixed_directions(x)):
         x = x + fixed_directions(x)  # blank examples show neither noise nor what they do to one another
+    with without_autocast() if _runs_without_autocast(model, x) else nullcontext():
+        return _checked(model, x, len(f))
+
+
+def _checked(model: nn.Module, x: Any, outputs: int) -> set[str]:
+    before = _states_of_generators()
     batch = _recorded(model, x)
-    again = _recorded(model, x)
-    _check(batch, again, None, model)
+    draws = any(not torch.equal(*pair) for pair in zip(before, _states_of_generators(), strict=True))
+    for _ in range(_DRAWS if draws else 1):
+        _check(batch, _recorded(model, x), None, model)
     if not is_divisible(x):
-        return
-    n = min(length_of(x), len(f))
+        return set()
+    n = min(length_of(x), outputs)
     for i in sorted({*range(min(n, _SINGLES - 1)), n - 1}):
         one = part_of(x, slice(i, i + 1))
         run(model, one, "one example by itself")
         _check(batch, _recorded(model, one), i, model)
+    return {name for name, _ in model.named_modules()} - {name for name, _, f in batch if differing(f) is not None}
+
+
+def differing(values: Tensor | None) -> int | None:
+    """The first row that is not like row 0; None if there is none."""
+    if values is None or not values.ndim:
+        return None
+    found = (values != values[:1]).flatten(1).any(1).nonzero() if values.ndim > 1 else (values != values[0]).nonzero()
+    return int(found[0]) if len(found) else None
+
+
+@without_autocast()
+def _runs_without_autocast(model: nn.Module, x: Any) -> bool:
+    """Whether the model is not bound to the few digits of autocast, among which weak coupling is lost."""
+    return _runs(model, x)
+
+
+def _states_of_generators() -> list[Tensor]:
+    """Those that torch draws from where it is not told another."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda]
 
 
 def _all_equal(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point() and bool((x == x[:1]).all())
 
 
-def _runs(model: nn.Module, x: Tensor) -> bool:
+def _runs(model: nn.Module, x: Any) -> bool:
     try:
         model(x)
     except (RuntimeError, ValueError, IndexError):
@@ -114,6 +147,8 @@ def _check(batch: Record, other: Record, i: int | None, model: nn.Module) -> Non
         if name != same or a is None or f is None or g is None:
             continue
         if i is not None:
+            if g.shape[:1] != (1,):
+                continue  # what is given for one example is no row of a batch, as encodings of positions are none
             a, f = _row(a, i), _row(f, i)
         if a is not None and f is not None and _same(a, b, tolerance) and not _same(f, g, tolerance, a):
             raise (_random if i is None else _coupled)(named(name, model))

@@ -158,13 +158,13 @@ def _layout(plain: Tensor | None, weighted: Tensor | None, weights: Tensor) -> L
     """The order of rows in which every example has the gradient of its own weight; None if there is none."""
     if plain is None or weighted is None:
         return None
-    weights = weights.to(plain.dtype)
+    weights, spacing = weights.to(plain.dtype), torch.finfo(plain.dtype).eps
     for layout in LAYOUTS:
         one, two = layout(plain, len(weights)), layout(weighted, len(weights))
         if one is None:
             continue
         expected = one * weights.view(-1, *[1] * (one.ndim - 1))
-        if bool((two - expected).norm() <= 0.01 * expected.norm()):
+        if bool((two - expected).norm() <= min(1e3 * spacing, 0.01) * expected.norm()):  # they are powers of two
             return layout
     return None
 

@@ -15,16 +15,18 @@ import torch
 from torch import nn
 
 from laplace.capture import contractions
+from laplace.capture.admission import named
 from laplace.capture.blocks import Block
 from laplace.capture.capture import Capture
 from laplace.capture.fallback import dense
 from laplace.capture.products import product_of
-from laplace.capture.rules import covers, is_outer, is_transposed
+from laplace.capture.rules import covers, has_output_factor, is_convolution, is_transposed
 from laplace.linalg.precision import without_autocast
 from laplace.noise import fixed_directions
 
 _PROBES = 8  # examples that are asked at most
 _ALWAYS = 3  # of these, how many are asked even if the first ones have a gradient
+UNSHOWN = "no gradient in the first batch"
 _MISUSED = "used outside its module's calls, changed by them, or batch not in the first dimension"
 
 
@@ -35,11 +37,13 @@ class Source(NamedTuple):
         layer: Name of the module whose capture gives it, or None.
         reason: In words.
         kind: ``'outer'``, ``'transposed'`` or ``'rows'``; see :mod:`laplace.capture.rules`.
+        alive: Whether an example has shown it, by a gradient that is not zero; what was not asked counts.
     """
 
     layer: str | None
     reason: str
     kind: str = "outer"
+    alive: bool = True
 
 
 def find_layers(model: nn.Module, names: Sequence[str], x: Any, by_products: bool = True) -> dict[str, Source]:
@@ -64,27 +68,43 @@ def find_layers(model: nn.Module, names: Sequence[str], x: Any, by_products: boo
         places = owners[id(known[name])]
         module = model.get_submodule(places[0][0])
         if len(places) > 1:
-            found[name] = Source(None, f"per-example autograd: {_tied(places)}")
+            found[name] = Source(None, f"per-example autograd: {_tied(model, places)}")
         elif (weight := product_of(model, name)) is not None:
             found[name] = Source(weight, f"products in {type(module).__name__}")
         elif not covers(module, places[0][1]):
-            found[name] = Source(None, f"per-example autograd: {type(module).__name__}")
+            found[name] = Source(None, f"per-example autograd: {_described(module, places[0][1])}")
         else:
-            kind = "transposed" if is_transposed(module) else "outer" if is_outer(module) else "rows"
-            found[name] = Source(places[0][0], type(module).__name__, kind)
+            found[name] = Source(places[0][0], _described(module, places[0][1]), _kind(module, places[0][1]))
     found = _verified(model, found, x)
     products = {}
     for name, source in found.items():
-        if by_products and source.layer is None and known[name].ndim == 2:
+        if by_products and source.layer is None and known[name].ndim in (1, 2, 3, 4, 5):
             places = owners[id(known[name])]
-            what = _tied(places) if len(places) > 1 else type(model.get_submodule(places[0][0])).__name__
-            products[name] = Source(name, f"products in {what}")
-    kept = {name: source for name, source in _verified(model, products, x).items() if source.layer is not None}
-    return {**found, **kept}
+            what = _tied(model, places) if len(places) > 1 else type(model.get_submodule(places[0][0])).__name__
+            products[name] = Source(name, f"{'sums' if known[name].ndim == 1 else 'products'} in {what}")
+    for name, source in _verified(model, products, x).items():
+        if source.layer is not None:
+            found[name] = source
+        elif not source.alive:
+            found[name] = found[name]._replace(reason=f"{found[name].reason}, {UNSHOWN}", alive=False)
+    return found
 
 
-def _tied(places: Sequence[tuple[str, str]]) -> str:
-    return f"tied weight ({', '.join('.'.join(place) for place in places)})"
+def _kind(module: nn.Module, key: str) -> str:
+    return "transposed" if is_transposed(module) else "outer" if has_output_factor(module, key) else "rows"
+
+
+def _described(module: nn.Module, key: str) -> str:
+    """The kind of a module; of the weight of a convolution in groups also why it has no factors."""
+    grouped = is_convolution(module) and key == "weight" and module.groups > 1
+    return type(module).__name__ + (f" in {module.groups} groups, which have no factors in common" if grouped else "")
+
+
+def _tied(model: nn.Module, places: Sequence[tuple[str, str]]) -> str:
+    modules = [model.get_submodule(name) for name, _ in places]
+    tables = sum(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for module in modules)
+    mixed = " looked up and multiplied, which have no factors in common" if 0 < tables < len(modules) else ""
+    return f"tied weight ({', '.join('.'.join(place) for place in places)}){mixed}"
 
 
 def _verified(model: nn.Module, found: dict[str, Source], x: Any, alone: bool = False) -> dict[str, Source]:
@@ -126,6 +146,7 @@ def _verified(model: nn.Module, found: dict[str, Source], x: Any, alone: bool = 
             result[name] = Source(None, f"per-example autograd: {_MISUSED}")
         elif is_transposed(capture.modules[layer]):
             result[name] = found[name]._replace(kind="transposed")
+        result[name] = result[name]._replace(alive=layer not in capture.called or bool(set(verdicts[name]) - {None}))
     return result
 
 
@@ -137,9 +158,10 @@ def _is_plain(capture: Capture, name: str, layer: str) -> bool:
     module = capture.modules[layer]
     if not isinstance(module, nn.Module):
         return False
-    kind = "transposed" if is_transposed(module) else "outer" if is_outer(module) else "rows"
     try:
-        return _verified(module, {local: Source("", "", kind)}, value, alone=True)[local].layer is not None
+        return (
+            _verified(module, {local: Source("", "", _kind(module, local))}, value, alone=True)[local].layer is not None
+        )
     except (RuntimeError, ValueError, IndexError):
         return False
 
@@ -156,15 +178,29 @@ def _verdicts(
             break
         direction = torch.zeros_like(v)
         direction[example] = v[example]
-        truth = torch.autograd.grad(
-            capture._output, list(params.values()), direction, retain_graph=True, allow_unused=True
-        )
+        truth = _gradients(capture, list(params.values()), direction)
         gradients = capture.output_gradients(direction)
         for (name, p), expected in zip(params.items(), truth, strict=True):
             expected = dense(expected, p).detach()
             block = Block(name, tuple(p.shape), found[name].layer, (), "")
             verdicts[name].append(_is_row(capture, block, gradients, expected, example))
     return verdicts
+
+
+def _gradients(
+    capture: Capture, params: list[nn.Parameter], direction: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """Those of automatic differentiation.
+
+    Raises:
+        ValueError: If it cannot differentiate the model; says why.
+    """
+    try:
+        return torch.autograd.grad(capture._output, params, direction, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"Automatic differentiation of {named('', capture._model)} fails, as it would in training: {error}"
+        ) from error
 
 
 def _order(n: int) -> list[int]:

@@ -13,6 +13,7 @@ from laplace.capture.variance import dense_variance
 from laplace.linalg import memory
 from laplace.linalg.dense import invsqrt_precision, not_positive_definite
 from laplace.linalg.eigen import eigenvalues, eigh_double, shifted
+from laplace.linalg.precision import widened
 from laplace.noise import check_samples
 from laplace.posterior.arguments import by_name
 from laplace.posterior.parametric import ParametricLaplace
@@ -155,6 +156,7 @@ class BlockDiagLaplace(ParametricLaplace):
 
     def functional_variance(self, Js: Tensor) -> Tensor:
         r""":math:`J P^{-1} J^\top`, ``(batch, outputs, outputs)``."""
+        Js = widened(Js)
         self._check_fitted()
         halves = [part @ scale for part, scale in zip(self._split(Js), self._double_scale(), strict=True)]
         return sum(half @ half.mT for half in halves).to(Js.dtype)

@@ -15,6 +15,7 @@ from laplace.capture.blocks import Basis
 from laplace.capture.variance import block_variance
 from laplace.linalg.decomposed import KronDecomposed, KronSpectrum
 from laplace.linalg.kronecker import Kron
+from laplace.linalg.precision import widened
 from laplace.noise import check_samples
 from laplace.posterior.parametric import ParametricLaplace
 
@@ -75,10 +76,12 @@ class DecomposedLaplace(ParametricLaplace):
 
     def functional_variance(self, Js: Tensor) -> Tensor:
         r""":math:`J P^{-1} J^\top`, ``(batch, outputs, outputs)``."""
+        Js = widened(Js)
         return self.posterior_precision.inv_square_form(Js)
 
     def functional_covariance(self, Js: Tensor) -> Tensor:
         r""":math:`J P^{-1} J^\top` jointly, ``(batch · outputs, batch · outputs)``."""
+        Js = widened(Js)
         return self.posterior_precision.bmm(Js, exponent=-1) @ Js.T
 
     @torch.no_grad()

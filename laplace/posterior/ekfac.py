@@ -2,7 +2,7 @@ r"""EKFAC posterior: :math:`P = \bigoplus_l Q_l \left(\mathrm{diag}(s_l) / (\sig
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -84,7 +84,14 @@ class EKFACLaplace(DecomposedLaplace):
             self.set_sums(whole)
 
     @outside_inference_mode()
-    def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
+    def accumulate(
+        self,
+        sums: CurvatureSums,
+        x: Any,
+        y: Tensor,
+        offset: int = 0,
+        example_weights: Sequence[float] | Tensor | None = None,
+    ) -> None:
         """Add one batch to raw sums in place; see :meth:`SummedLaplace.accumulate`.
 
         Raises:
@@ -92,7 +99,7 @@ class EKFACLaplace(DecomposedLaplace):
         """
         if sums.spec.structure == self.structure and sums.basis is None:
             sums.basis = self.basis
-        super().accumulate(sums, x, y, offset)
+        super().accumulate(sums, x, y, offset, example_weights)
 
     @outside_inference_mode()
     def fit(self, train_loader: Iterable, override: bool = True, progress_bar: bool = False) -> None:

@@ -16,6 +16,7 @@ from laplace.capture.variance import dense_variance
 from laplace.linalg import memory
 from laplace.linalg.dense import invsqrt_precision, not_positive_definite
 from laplace.linalg.eigen import eigenvalues, eigh_double, shifted
+from laplace.linalg.precision import widened
 from laplace.noise import check_samples
 from laplace.posterior.arguments import by_name
 from laplace.posterior.parametric import ParametricLaplace
@@ -180,6 +181,7 @@ class FullLaplace(ParametricLaplace):
 
     def functional_variance(self, Js: Tensor) -> Tensor:
         r""":math:`J P^{-1} J^\top`, ``(batch, outputs, outputs)``."""
+        Js = widened(Js)
         half = Js.double() @ self._double_scale()
         return (half @ half.mT).to(Js.dtype)
 

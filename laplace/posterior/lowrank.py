@@ -23,6 +23,7 @@ from laplace.capture import contractions
 from laplace.capture.blocks import Basis
 from laplace.capture.variance import block_variance
 from laplace.linalg.inference import outside_inference_mode
+from laplace.linalg.precision import widened
 from laplace.noise import check_samples
 from laplace.posterior.arguments import by_name
 from laplace.posterior.parametric import ParametricLaplace
@@ -161,6 +162,7 @@ class LowRankLaplace(NotASum, ParametricLaplace):
 
     def functional_variance(self, Js: Tensor) -> Tensor:
         r""":math:`J P^{-1} J^\top`, ``(batch, outputs, outputs)``."""
+        Js = widened(Js)
         prior = self.prior_precision_diag.double()
         scaled = Js.double() / prior
         half = self._half(scaled @ self.H[0].double(), prior)

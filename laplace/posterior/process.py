@@ -25,6 +25,7 @@ from laplace.capture.contractions import output_directions
 from laplace.capture.variance import block_variance
 from laplace.errors import NotFittedError
 from laplace.linalg import memory
+from laplace.linalg.precision import widened
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.posterior.refusals import NoWeights
 from laplace.structures import gp
@@ -70,6 +71,7 @@ class ConditionedProcess(NoWeights, ParametricLaplace):
 
     def functional_variance(self, Js: Tensor) -> Tensor:
         r""":math:`J P^{-1} J^\top` for ``(batch, outputs, parameters)``, giving ``(batch, outputs, outputs)``."""
+        Js = widened(Js)
         self._check_fitted()
         rows = gp.rows_of_jacobian(Js, self._spec.blocks, self._rows)
         prior = Js.double() @ Js.double().mT
@@ -81,6 +83,7 @@ class ConditionedProcess(NoWeights, ParametricLaplace):
 
     def functional_covariance(self, Js: Tensor) -> Tensor:
         r""":math:`J P^{-1} J^\top` jointly for ``(batch · outputs, parameters)``, as of a Gaussian process."""
+        Js = widened(Js)
         if not self.independent_outputs:
             return self.functional_variance(Js[None])[0]
         self._check_fitted()

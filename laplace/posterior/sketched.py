@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -73,9 +73,16 @@ class SketchedLowRankLaplace(LowRankLaplace):
         return sums
 
     @outside_inference_mode()
-    def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
+    def accumulate(
+        self,
+        sums: CurvatureSums,
+        x: Any,
+        y: Tensor,
+        offset: int = 0,
+        example_weights: Sequence[float] | Tensor | None = None,
+    ) -> None:
         """Add one batch to the raw sums of either pass in place; see :class:`laplace.posterior.summed.SummedLaplace`."""
-        SummedLaplace.accumulate(self, sums, x, y, offset)
+        SummedLaplace.accumulate(self, sums, x, y, offset, example_weights)
 
     def set_second_sums(self, sums: CurvatureSums, basis: Mapping[str, Tensor]) -> None:
         """Finalise the raw sums of the second pass: the eigenpairs of the ``rank`` largest eigenvalues."""

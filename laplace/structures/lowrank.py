@@ -7,18 +7,20 @@ estimator's own; those of the Hessian differentiate the gradient along :math:`u`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace.capture.evaluation import eval_mode
+from laplace.capture.fallback import input_tensors, rebuild_inputs
 from laplace.data.batches import batches
 from laplace.linalg.lowrank import block_lanczos
+from laplace.linalg.precision import widened, without_autocast
 from laplace.structures import passes
 
 
@@ -49,7 +51,7 @@ def eigenpairs(backend: Any, data_loader: Iterable, rank: int) -> tuple[Tensor, 
         _check_same(seen[0], summary, ordered=backend.stochastic)
         return total
 
-    device, dtype = backend.params[0].device, backend.params[0].dtype
+    device, dtype = backend.params[0].device, backend.sums_dtype
     with passes.one_seed(backend):
         vectors, values = block_lanczos(product, size, rank, dtype, device)
     if len(values) == 0:
@@ -94,20 +96,42 @@ def hessian_product(backend: Any, x: Any, y: Tensor, vectors: Tensor, offset: in
 def _outputs(backend: Any, x: Any) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Outputs of the model (of the last layer, where that is all) and the parameters they depend on, as new leaves."""
     named = backend.named_params
-    with eval_mode(backend.model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    autocast = torch.is_autocast_enabled(backend.params[0].device.type)
+    with eval_mode(backend.model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), without_autocast():
         module, prefix = backend.model, ""
         if backend.last_layer:
             with torch.no_grad():
                 _, x = backend.model.forward_with_features(x)
             module, prefix = backend.model.last_layer, f"{backend.model.last_layer_name}."
-        leaves = {name.removeprefix(prefix): p.detach().requires_grad_() for name, p in named.items()}
+        leaves = {name.removeprefix(prefix): widened(p.detach()).requires_grad_() for name, p in named.items()}
         try:
-            yield torch.func.functional_call(module, leaves, (x,)), list(leaves.values())
+            yield _run(module, leaves, x, autocast), list(leaves.values())
         except NotImplementedError as error:  # torch's word for a gradient without a derivative
             raise ValueError(
                 "hessian_structure='lowrank' differentiates gradients once more, which an operation of the model "
                 f"({type(module).__name__}) has no formula for: {error} Use 'kron', 'diag' or 'full'."
             ) from error
+
+
+def _run(module: nn.Module, leaves: dict[str, Tensor], x: Any, autocast: bool) -> Tensor:
+    """A forward pass with leaves in place of parameters; all in float32 at least, since products of few digits add up to none.
+
+    Raises:
+        ValueError: If a model of fewer digits cannot be run in float32.
+    """
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    narrow = {name: widened(t.detach()) for name, t in own.items() if t.is_floating_point() and widened(t) is not t}
+    if not narrow and not autocast:
+        return torch.func.functional_call(module, leaves, (x,))
+    if isinstance(x, (Tensor, Mapping)):
+        x = rebuild_inputs(x, input_tensors(x), lambda t: widened(t) if t.is_floating_point() else t)
+    try:
+        return torch.func.functional_call(module, {**narrow, **leaves}, (x,))
+    except RuntimeError as error:
+        raise ValueError(
+            "hessian_structure='lowrank' and Hessians need products in float32 at least, but this model of fewer digits "
+            f"({type(module).__name__}) does not run with weights and inputs in float32: {error} Fit model.float()."
+        ) from error
 
 
 def _derivative(outputs: Iterable, inputs: list[Tensor], parameters: list[Tensor], vector: Tensor) -> list[Tensor]:

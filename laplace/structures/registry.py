@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from laplace.capture.products import product_of
-from laplace.capture.rules import covers, is_outer
-from laplace.capture.verify import Source
+from laplace.capture.rules import is_outer
+from laplace.capture.verify import UNSHOWN, Source
 from laplace.linalg.precision import without_autocast
 from laplace.structures import blockdiag, diag, ekfac, full, kron, sketch, subnetwork
 from laplace.structures.second_pass import SecondPass
@@ -44,14 +44,20 @@ def sums_spec(
 
 
 @without_autocast()
-def add_curvature_(sums: CurvatureSums, capture, directions: Iterator[Tensor], reduce: bool = False) -> None:
+def add_curvature_(
+    sums: CurvatureSums,
+    capture,
+    directions: Iterator[Tensor],
+    reduce: bool = False,
+    weights: Tensor | None = None,
+) -> None:
     """Add one batch's curvature along the given output directions to the sums, in place.
 
     Rows and their products are of the capture's type, the running sums of float64: small contributions do not vanish in
-    large sums. ``reduce`` is for Kronecker factors alone, see :mod:`laplace.structures.kron`.
+    large sums. ``reduce`` and ``weights`` are for Kronecker factors alone, see :mod:`laplace.structures.kron`.
     """
     if sums.spec.structure == "kron":
-        kron.add_(sums, capture, directions, reduce)
+        kron.add_(sums, capture, directions, reduce, weights)
     else:
         _ADD[sums.spec.structure](sums, capture, directions)
 
@@ -80,12 +86,13 @@ def coverage_report(spec: SumsSpec) -> CoverageReport:
 
 def warn_of_diagonal_blocks(spec: SumsSpec, model: nn.Module) -> None:
     """Say which weights of linear layers and convolutions get a diagonal block where Kronecker factors are asked for."""
-    missing = []
-    for parameter, kind, reason in coverage_report(spec) if spec.structure == "kron" else ():
-        owner, _, key = parameter.rpartition(".")
-        module = model.get_submodule(owner)
-        factored = is_outer(module) and (covers(module, key) or key != "bias")  # transposed convolutions' bias has none
-        if kind == "diag" and (factored or product_of(model, parameter) is not None):
+    if spec.structure != "kron":
+        return
+    owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False) if is_outer(module)}
+    known, missing = dict(model.named_parameters()), []
+    for parameter, kind, reason in coverage_report(spec):
+        factored = id(known[parameter]) in owners or product_of(model, parameter) is not None
+        if kind == "diag" and (factored or UNSHOWN in reason):
             missing.append(f"{parameter} ({reason})")
     if missing:
         warnings.warn(

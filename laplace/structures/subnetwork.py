@@ -78,7 +78,7 @@ def blocks_of(structure, shapes, found, kept):
     """Sums over the chosen entries alone."""
     blocks = []
     for name, shape in shapes.items():
-        layer, reason, _ = found[name]
+        layer, reason, *_ = found[name]
         if kept[name] is not None:
             reason += f"; {len(kept[name])} of {torch.Size(shape).numel()} entries"
         factor = "full" if structure == "full" else f"{name}/diag"

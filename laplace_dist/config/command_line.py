@@ -11,7 +11,8 @@ from typing import Any, get_origin
 
 import yaml
 
-from laplace_dist.config.settings import Config, choices_of, close_matches, message_of, plain_types
+from laplace_dist.config.refusals import choices_of, close_matches, message_of, plain_types
+from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError
 
 
@@ -78,7 +79,7 @@ def _parser(defaults: Mapping[str, Any], note: str | None = None) -> argparse.Ar
     for name, field in Config.model_fields.items():
         default = defaults.get(name, None if field.is_required() else field.get_default())
         shown = "" if default is None or default in ({}, []) or isinstance(default, bool) else f" ({default})"
-        choices = choices_of(name)
+        choices = choices_of(field)
         text = f"{field.description}{': ' + ', '.join(choices) if choices else ''}{shown}".replace("%", "%%")
         flag = f"--{name.replace('_', '-')}"
         if field.annotation is bool:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from laplace_dist.config.refusals import message_of, problems_of
 from laplace_dist.errors import SettingsError
 
 Count = Annotated[int, Field(ge=1)]
@@ -58,12 +59,8 @@ class Training(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            found = {}
-            for item in error.errors(include_url=False, include_input=False):
-                name = str(item["loc"][0])
-                text = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-                found.setdefault(name, f"--{name.replace('_', '-')}: got {values.get(name)!r}; {text}")
-            raise SettingsError("\n".join(found.values()), tuple(found.items())) from None
+            problems = tuple(problems_of(error, values, type(self).model_fields))
+            raise SettingsError(message_of(problems, {}), problems) from None
 
     @field_validator("optimizer_args", "scheduler_args")
     @classmethod
@@ -71,14 +68,14 @@ class Training(BaseModel):
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError):
-            raise ValueError("expected values that JSON can hold, since they are stored with the run") from None
+            raise ValueError("values that JSON can hold, since they are stored with the run") from None
         return value
 
     @field_validator("scheduler_args")
     @classmethod
     def _heeded(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         if value and info.data.get("scheduler", "") is None:
-            raise ValueError("there is no --scheduler that would heed them")
+            raise ValueError("a --scheduler with them, which would heed them")
         return value
 
     def bits(self) -> dict[str, Any]:

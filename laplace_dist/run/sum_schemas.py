@@ -28,11 +28,22 @@ class _Spec(Strict):
     factors: dict[str, _Factor]
 
 
+class _Weights(Strict):
+    """What the weights of the examples are told by, as `data.example_weights.facts` describes it."""
+
+    name: Annotated[str, Field(min_length=1)]
+    sha256: Sha256
+    sum: Annotated[Finite, Field(gt=0)]
+    zero: Number
+    sampled: dict[Annotated[str, Field(pattern=r"^[0-9]+$")], Annotated[Finite, Field(ge=0)]]
+
+
 class _Data(Strict):
     length: Positive
     sha256: str
     examples: dict[Annotated[str, Field(pattern=r"^[0-9]+$")], str] = {}
     files: Sha256 | None = None
+    weights: _Weights | None = None
 
 
 class _Model(Strict):
@@ -125,6 +136,7 @@ class PartialFields(Strict):
     stop: Number
     attempt: Name
     n_data: Number
+    weight: Annotated[Finite, Field(ge=0)] | None = None
     prefix: str
     arrays: dict[str, Entry]
     loss: Finite | None = None
@@ -209,7 +221,7 @@ class WindowFields(Strict):
 
     format_version: Positive
     plan: str
-    n_data: Positive
+    n_data: Positive | Annotated[Finite, Field(gt=0)]
     loss: Finite
     environment: Environment
     parts: dict[Annotated[str, Field(pattern=r"^[0-9]{5,}$")], _Place]

@@ -31,6 +31,7 @@ from .random_models import CONTEXTS, TOLERANCES, Case, Plan, part
 
 PRIOR, NOISE = 0.7, 0.8
 FACTORED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 # How the messages of torch and of Python begin; an error of the library's own says what it means in its own words.
 RAW = (
@@ -105,7 +106,7 @@ class Reference:
         self.params = [trainable[n] for n in self.names]
         self.x = [doubled(part(case.x, slice(i, i + 1))) for i in range(len(case.y))]
         self.y = case.y.double() if self.likelihood == "regression" or case.y.is_floating_point() else case.y
-        self.calls = {n: m for n, m in self.model.named_modules() if is_factored(m)}
+        self.calls = {n: m for n, m in self.model.named_modules() if isinstance(m, (*FACTORED, *TRANSPOSED))}
         self.calls = self.calls if plan.structure == "kron" else {}
         self._sums: dict[str, list[Any]] = {}
         self._broken: set[str] = set()
@@ -175,7 +176,8 @@ class Reference:
             spans[parameter], stop = slice(stop, stop + p.numel()), stop + p.numel()
         if name not in self.calls:  # a weight by itself
             a = torch.cat(inputs)
-            self._check(name, torch.einsum("cro,ri->coi", g, a).flatten(1), js, spans, f"{name} by products")
+            rows = g.sum(1) if self._is_bias(name) else torch.einsum("cro,ri->coi", g, a).flatten(1)
+            self._check(name, rows, js, spans, f"{name} by products")
         else:
             self._check(f"{name}.bias", g.sum(1), js, spans)
         left, right = torch.einsum("cro,cd,drp->op", g, hessian, g).contiguous(), 0.0
@@ -197,13 +199,16 @@ class Reference:
             if rows.shape != truth.shape or (rows - truth).norm() > 1e-9 * (rows.norm() + truth.norm()):
                 self._broken.add(called or parameter)
 
+    def _is_bias(self, parameter: str) -> bool:
+        return self.params[self.names.index(parameter)].ndim == 1
+
     def factors(self, parameter: str) -> list[torch.Tensor] | None:
         """``[B, A]`` or ``[B]`` of one parameter, None where it has none."""
         name, _, kind = parameter.rpartition(".")
         if parameter in self._sums and f"{parameter} by products" not in self._broken:
             left, right, n = self._sums[parameter]
             if n == len(self.x) and parameter in self._moved and (parameter in self._broken or name not in self._sums):
-                return [left, right / n]
+                return [left] if self._is_bias(parameter) else [left, right / n]
         if parameter in self._broken or name not in self._sums or kind not in ("weight", "bias"):
             return None
         left, right, n = self._sums[name]
@@ -247,10 +252,13 @@ def _positions(module: nn.Module, g: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(module: nn.Module, a: torch.Tensor) -> torch.Tensor | None:
-    """What multiplies the flattened weight, ``(positions, in)``; of a convolution, the derivative of its first channel."""
+    """What multiplies the flattened weight, ``(positions, in)``; of a convolution, the derivative of its first channel.
+
+    None where the weight has no factors, or others than these; the bias has some.
+    """
     if isinstance(module, nn.Linear):
         return a.reshape(-1, a.shape[-1])
-    if "weight" not in dict(module.named_parameters(recurse=False)):
+    if "weight" not in dict(module.named_parameters(recurse=False)) or not is_factored(module):
         return None
     with torch.enable_grad():
         weight = module.weight.detach().clone().requires_grad_()
@@ -266,24 +274,27 @@ _LINEAR = nn.Linear(1, 1)
 
 
 class _Multiplied(TorchFunctionMode):
-    """Inputs of the products with parameters by identity, and probes that are added to what comes out."""
+    """Inputs of the products with parameters by identity, and probes that are added to what comes out; biases as weights."""
 
     def __init__(self, params: dict[str, torch.Tensor]):
         super().__init__()
-        self.names = {id(p): name for name, p in params.items() if p.ndim == 2}
+        self.names = {id(p): name for name, p in params.items() if p.ndim in (1, 2)}
         self.calls: dict[str, list] = {}
         self.unseen: set[str] = set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        name = self.names.get(id(args[1])) if func is F.linear and len(args) > 1 else None
-        if name is None:
+        found = [self.names.get(id(value)) for value in args[1:]] if func is F.linear else []
+        names = [name for name in found if name is not None]
+        if not names:
             return out
         if torch._C._functorch.is_functorch_wrapped_tensor(out):
-            self.unseen.add(name)
+            self.unseen.update(names)
             return out
-        self.calls.setdefault(name, []).append((args[0].detach().clone(), torch.zeros_like(out, requires_grad=True)))
-        return out + self.calls[name][-1][1]
+        probe = torch.zeros_like(out, requires_grad=True)
+        for name in names:
+            self.calls.setdefault(name, []).append((args[0].detach().clone(), probe))
+        return out + probe
 
 
 class _Bare(nn.Module):

@@ -172,7 +172,7 @@ CASES = {
     "grouped": Case(
         lambda: conv(nn.Conv2d(2, 2, 2, groups=2), 18),
         (2, 4, 4),
-        fallback=("0.weight", "0.bias"),
+        fallback=("0.weight",),
         curvlinops=DENSE,
     ),
     "sequence": Case(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Pool(), nn.Linear(4, 3)), (2, 3)),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import random_kinds  # noqa: F401 - its layers are in the tables
 from .random_features import ACTIVATIONS, EITHER, INPUTS, LAYERS, OUTER, REFUSE, RIGHT, VOCABULARY, WRAPPERS, Block
 from .random_laws import LAWS, outputs_of
 
@@ -47,7 +48,16 @@ SHAPES = {
 TABLES = (LAYERS, WRAPPERS, OUTER, INPUTS)
 FEATURES = tuple(name for table in TABLES for name in table)
 USUAL = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NEED_THEIR_OUTPUT = ("rnn_cell", "rnn", "gru", "gru_batch_second", "lstm")  # for their derivative
+NEED_THEIR_OUTPUT = (  # for their derivative
+    "rnn_cell", "rnn", "gru", "gru_batch_second", "lstm", "packed_recurrence", "solved", "windows", "attention_with_a_mask",
+)  # fmt: skip
+BY_CHANCE = {
+    "selected_positions",
+    "packed_recurrence",
+    "positions_first",
+    "folded_positions_first",
+    "weight_positions_first",
+}
 PERMUTING = ("channel_norm", "channels_last_linear")
 IN_PLACE, ON_VIEW = "relu in place", "relu in place on a view"  # of layers whose output is a view of another tensor
 CHOICES = (
@@ -133,9 +143,9 @@ class Plan:
         if REFUSE in outcomes:
             return REFUSE
         last_layer = self.subset == "last_layer" and (self.outer or (self.wrapped and self.wrapped_head))
-        if "selected_positions" in self.layers and self.batch_size <= 3:
-            return EITHER  # a first batch of few may hold as many rows as examples by chance, later ones are refused
-        bag = "embedding_bag" in self.layers  # whose gradient has no derivative
+        if BY_CHANCE.intersection(self.layers) and self.batch_size <= 3:
+            return EITHER  # rows of few examples, or of blank ones, may be in order by chance; later ones are refused
+        bag = any(name.startswith("embedding_bag") for name in self.layers)  # whose gradient has no derivative
         if (
             self.backend
             or (self.structure == "lowrank" and bag)
@@ -293,7 +303,7 @@ def _layers(rng: random.Random, focus: str) -> tuple[tuple[str, ...], bool]:
     found = []
     if focus in LAYERS:
         if kind not in ("tokens", "vector") and rng.random() < 0.4:
-            found.append(_right(rng, kind))
+            found.append(_right(rng, kind, stays=True))
         if kind == "sequence" and rng.random() < 0.3:
             found.insert(0, "embedding")
         if kind == "vector" and rng.random() < 0.6:
@@ -311,8 +321,9 @@ def _layers(rng: random.Random, focus: str) -> tuple[tuple[str, ...], bool]:
     return tuple(found), kind == "sequence"
 
 
-def _right(rng: random.Random, kind: str) -> str:
-    names = [n for n, f in LAYERS.items() if f.kind == kind and f.outcome == RIGHT]
+def _right(rng: random.Random, kind: str, stays: bool = False) -> str:
+    right = [(n, f) for n, f in LAYERS.items() if f.kind == kind and f.outcome == RIGHT]
+    names = [n for n, f in right if not stays or f.gives == kind]
     return rng.choice(names[:2] if rng.random() < 0.5 else names)  # the first of a kind are the usual ones
 
 
@@ -324,6 +335,9 @@ def _build(plan: Plan, rng: random.Random) -> Case:
         if LAYERS[name].kind != kind:  # from positions or pixels to vectors
             shape, reduce = _reduction(rng, kind, shape)
             modules.append(reduce)
+        if LAYERS[name].kind == "image" and min(shape[1:]) < 3:  # too small for kernels and their padding
+            modules.append(nn.Upsample(scale_factor=3))
+            shape = (shape[0], *(3 * n for n in shape[1:]))
         module, shape = LAYERS[name].apply(rng, shape)
         modules.append(module)
         if activation:

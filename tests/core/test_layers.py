@@ -57,7 +57,7 @@ CASES = {
     "conv1d-same": Case(lambda: flat(nn.Conv1d(2, 3, 2, padding="same", dilation=2), 12), (2, 4)),
     "conv1d-circular": Case(lambda: flat(nn.Conv1d(2, 2, 3, padding=1, padding_mode="circular"), 8), (2, 4)),
     "conv3d": Case(lambda: flat(nn.Conv3d(2, 2, (2, 1, 2), stride=(1, 2, 1), padding=(0, 0, 1)), 24), (2, 3, 3, 2)),
-    "grouped": Case(lambda: flat(nn.Conv2d(4, 6, 2, groups=2), 24), (4, 3, 3), fallback=("0.weight", "0.bias")),
+    "grouped": Case(lambda: flat(nn.Conv2d(4, 6, 2, groups=2), 24), (4, 3, 3), fallback=("0.weight",)),
     "depthwise": Case(lambda: flat(nn.Conv1d(3, 3, 2, groups=3, bias=False), 9), (3, 4), fallback=("0.weight",)),
     "layer-norm": Case(lambda: image(trained_norm(nn.LayerNorm((2, 2)))), (1, 3, 3), fallback=("1.weight", "1.bias")),
     "group-norm": Case(lambda: image(trained_norm(nn.GroupNorm(2, 4))), (1, 3, 3), fallback=("1.weight", "1.bias")),

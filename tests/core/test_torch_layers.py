@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from laplace import Laplace
 
@@ -67,6 +68,49 @@ def test_a_norm_before_a_transposed_sequence_in_batches_of_one(norm):
 class Transposed(nn.Module):
     def forward(self, x):
         return x.transpose(1, 2)
+
+
+class NormOfImages(nn.Module):
+    """An instance norm of images as a function or by hand, then positions first or examples first."""
+
+    def __init__(self, by_hand, positions_first):
+        super().__init__()
+        self.by_hand, self.positions_first = by_hand, positions_first
+        self.conv, self.head = nn.Conv2d(2, 3, 1), nn.Linear(24, 2)
+        self.w, self.b = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        h = self.conv(x)
+        if self.by_hand:
+            variance, mean = torch.var_mean(h, (2, 3), correction=0, keepdim=True)
+            h = (h - mean) / (variance + 1e-5).sqrt() * self.w.view(-1, 1, 1) + self.b.view(-1, 1, 1)
+        else:
+            h = F.instance_norm(h, weight=self.w, bias=self.b)
+        if self.positions_first:
+            h = (h.permute(2, 3, 0, 1).contiguous() * torch.arange(3.0)).permute(2, 0, 1, 3)
+        else:
+            h = h.flatten(2).transpose(1, 2).contiguous() * torch.arange(3.0)
+        return self.head(h.flatten(1))
+
+
+@pytest.mark.parametrize("positions_first", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("structure", ["full", "diag", "kron"])
+def test_a_functional_instance_norm_whose_gradient_is_transposed(structure, batch_size, positions_first):
+    """Torch's own gradient is wrong there too: of one example, and of several with positions first."""
+    torch.manual_seed(0)
+    ours = NormOfImages(False, positions_first).double().eval()
+    truth = NormOfImages(True, positions_first).double().eval()
+    truth.load_state_dict(ours.state_dict())
+    x, y = torch.randn(4, 2, 2, 4).double(), torch.tensor([0, 1, 1, 0])
+    found = []
+    for model in (ours, truth):
+        la = Laplace(model, "classification", "all", structure)
+        la.fit([(x[i : i + batch_size], y[i : i + batch_size]) for i in range(0, 4, batch_size)])
+        found.append(la)
+    curvature = [la.H.to_matrix() if structure == "kron" else la.H for la in found]
+    torch.testing.assert_close(*curvature)
+    torch.testing.assert_close(found[0](x[:1]), found[1](x[:1]))
 
 
 @pytest.mark.parametrize("name", LAZY)

@@ -1,0 +1,68 @@
+"""Where a convolution's patches lie, of a module or of a node in a graph, and the patches themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution without its weight, over one or more axes.
+
+    Attributes:
+        kernel: Size of the kernel along every axis.
+        stride: Steps from one patch to the next.
+        dilation: Steps inside of a patch.
+        padding: What is added before and after every axis.
+        mode: How it is added, as ``padding_mode`` of the modules.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    mode: str = "zeros"
+
+    @classmethod
+    def of_module(cls, module: nn.Module) -> Geometry:
+        """That of a convolution, transposed or not."""
+        kernel, dilation = tuple(module.kernel_size), tuple(module.dilation)
+        if module.padding == "valid":
+            padding = [(0, 0)] * len(kernel)
+        elif module.padding == "same":
+            totals = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+            padding = [(total // 2, total - total // 2) for total in totals]
+        else:
+            padding = [(size, size) for size in module.padding]
+        return cls(kernel, tuple(module.stride), dilation, tuple(padding), module.padding_mode)
+
+    @classmethod
+    def of_node(cls, node: Any, kernel: tuple[int, ...]) -> Geometry:
+        """That of a convolution in a graph, transposed or not."""
+        padding = tuple((size, size) for size in node._saved_padding)
+        return cls(kernel, tuple(node._saved_stride), tuple(node._saved_dilation), padding)
+
+    def patches(self, x: Tensor) -> Tensor:
+        """Patches of ``(batch, channels, …)``, as ``(batch, positions, channels · kernel)``."""
+        axes = range(len(self.kernel))
+        even = self.mode == "zeros" and all(before == after for before, after in self.padding)
+        if len(self.kernel) == 2 and even:
+            padding = tuple(before for before, _ in self.padding)
+            return F.unfold(x, self.kernel, self.dilation, padding, self.stride).transpose(1, 2)
+        if any(map(any, self.padding)):
+            sides = [side for pair in reversed(self.padding) for side in pair]
+            x = F.pad(x, sides, mode="constant" if self.mode == "zeros" else self.mode)
+        for axis in axes:
+            reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+            x = x.unfold(2 + axis, reach, self.stride[axis])[..., :: self.dilation[axis]]
+        x = x.movedim(1, 1 + len(axes))  # batch, positions along each axis, channels, kernel along each axis
+        return x.flatten(1 + len(axes)).flatten(1, len(axes))
+
+
+def reads_all(stride: tuple[int, ...], output_padding: tuple[int, ...]) -> bool:
+    """Whether the patches of a transposed convolution's output are those that its input's pixels add, and no more."""
+    return all(extra < step for extra, step in zip(output_padding, stride, strict=True))

@@ -1,0 +1,148 @@
+"""Examples that depend on one another where the first batch cannot show it: the first one that can is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from laplace import Laplace
+from laplace.capture import soundness, unproven
+
+from .test_uses import Function, P
+
+STRUCTURES = ["full", "diag", "kron", "ekfac"]
+
+
+def over_the_batch(h):
+    """Attention of examples over examples."""
+    return (h @ h.T).softmax(-1) @ h
+
+
+def dead(m, x):
+    """All is zero for small inputs, so that no batch of these shows the coupling."""
+    return m.head(over_the_batch((m.inner(x) - 5).relu()))
+
+
+def dead_branch(m, x):
+    """Beside a branch that is alive the coupling has no module of its own to show it, only a gradient."""
+    return m.head(x + over_the_batch((m.inner(x) - 5).relu()))
+
+
+def dead_product(m, x):
+    """The same of a weight without a module."""
+    return m.head(x + over_the_batch((x @ m.weight - 5).relu()))
+
+
+def expert(m, x):
+    """A module that runs for large inputs alone, and gives what couples examples."""
+    return m.head(x + m.inner(x - x.mean(0)) if float(x.abs().max()) > 5 else x)
+
+
+MODELS = {
+    "dead": lambda: Function(dead, inner=nn.Linear(3, 3), head=nn.Linear(3, 2)),
+    "dead branch": lambda: Function(dead_branch, inner=nn.Linear(3, 3), head=nn.Linear(3, 2)),
+    "dead product": lambda: Function(dead_product, weight=P(3, 3), head=nn.Linear(3, 2)),
+}
+REFUSAL = "the output of an example depends on the others of its batch"
+
+
+def made(name):
+    torch.manual_seed(1)
+    model = MODELS[name]()
+    with torch.no_grad():
+        for p in (model.weight,) if name == "dead product" else (model.inner.weight, model.inner.bias):
+            p.abs_()
+    x = torch.rand(4, 3)
+    return model.double().eval(), x.double(), 20 * (1 + x.double())
+
+
+def fit(model, batches, structure):
+    la = Laplace(model, "regression", "all", structure)
+    la.fit([(x, torch.zeros(len(x), 2, dtype=torch.float64)) for x in batches])
+    return la
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_later_batch_that_is_alive_is_refused(name, structure):
+    model, small, large = made(name)
+    with pytest.raises(ValueError, match=REFUSAL):
+        fit(model, [small, small, large], structure)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_batches_that_are_all_dead_are_fitted_and_one_alive_in_a_prediction_is_refused(name):
+    model, small, large = made(name)
+    la = fit(model, [small, small], "diag")
+    la(small)
+    with pytest.raises(ValueError, match=REFUSAL):
+        la(large)
+
+
+@pytest.mark.parametrize("row", [0, 9, 11])
+@pytest.mark.parametrize("name", MODELS)
+def test_one_example_that_is_alive_is_found_wherever_it_is(name, row):
+    """The first batch is asked with its first eight examples."""
+    model, small, large = made(name)
+    batch = torch.cat([small, small, small])
+    batch[row] = large[0]
+    with pytest.raises(ValueError, match=REFUSAL):
+        fit(model, [batch], "diag")
+
+
+def words(m, x):
+    h = m.table(x).mean(1)
+    return m.head(over_the_batch(h))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_one_example_of_words_proves_nothing(structure):
+    """It is doubled, and two equal examples attend to one another as one to itself; numbers would be moved apart."""
+    torch.manual_seed(2)
+    model = Function(words, table=nn.Embedding(9, 3), head=nn.Linear(3, 2)).double().eval()
+    x = torch.randint(9, (5, 4))
+    fit(model, [x[:1], x[1:2]], structure)
+    with pytest.raises(ValueError, match=REFUSAL):
+        fit(model, [x[:1], x[1:]], structure)
+    la = fit(model, [x[:1], x[1:2]], structure)
+    with pytest.raises(ValueError, match=REFUSAL):
+        la(x)
+
+
+def test_a_module_that_runs_in_a_later_batch_alone():
+    torch.manual_seed(3)
+    inner = nn.Linear(3, 3)
+    inner.requires_grad_(False)
+    model = Function(expert, inner=inner, head=nn.Linear(3, 2)).double().eval()
+    x = torch.rand(4, 3).double()
+    with pytest.raises(ValueError, match=REFUSAL):
+        fit(model, [x, 20 * x], "diag")
+
+
+def test_models_of_which_everything_is_proven_are_not_asked_again(monkeypatch):
+    asked = []
+    monkeypatch.setattr(unproven, "check_function", lambda *args: asked.append(soundness.check_function(*args)))
+    torch.manual_seed(4)
+    places = Function(lambda m, x: m.inner(torch.eye(3, dtype=torch.float64)), inner=nn.Linear(3, 3))
+    model = (
+        Function(lambda m, x: m.head(x.relu() + m.places(x)[0]), places=places, head=nn.Linear(3, 2)).double().eval()
+    )
+    x = torch.randn(4, 3).double()
+    fit(model, [x, x, x], "kron")
+    assert not asked  # values of positions are the same for all examples, and stay so
+    fit(model, [0 * x, x, x], "kron")
+    assert not asked  # equal examples are moved apart by the first look
+
+
+def test_what_was_dead_and_is_sound_is_asked_once_and_fitted(monkeypatch):
+    asked = []
+    monkeypatch.setattr(unproven, "check_function", lambda *args: asked.append(soundness.check_function(*args)))
+    run = lambda m, x: m.head((m.inner(x) - 5).relu())  # noqa: E731
+    torch.manual_seed(5)
+    model = Function(run, inner=nn.Linear(3, 3), head=nn.Linear(3, 2)).double().eval()
+    with torch.no_grad():
+        model.inner.weight.abs_()
+    x = torch.rand(4, 3).double()
+    fit(model, [x, 20 * (1 + x), 20 * (1 + x), 30 * (1 + x)], "diag")
+    assert 1 <= len(asked) <= 2  # a module that differs between examples, and a gradient
