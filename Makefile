@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 INPUTS := pyproject.toml cluster/constraints.txt
 
 export RAY_USAGE_STATS_ENABLED := 0
+# Every one of some hundred processes would compile this package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: fit demo-recalibrate test browser lint bench bench-gpu clean
 

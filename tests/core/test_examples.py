@@ -24,7 +24,7 @@ def load(name):
 
 def test_regression_finds_the_noise_and_the_documented_prior(tmp_path):
     out = tmp_path / "regression.png"
-    fitted = load("regression").main(out=str(out))
+    fitted = load("regression").main(epochs=400, out=str(out))  # of its 1000, by which both have settled
     after = fitted["evidence after training"]
     # The documentation of the walk-through gives σ ≈ 0.28 and δ ≈ 0.10 for data of the same kind with σ = 0.3; 150 points
     # leave a standard error of 0.3 / sqrt(2 · 150) = 0.017 in σ, and a factor of two either way is usual for δ.

@@ -21,7 +21,7 @@ from .not_yet import CHECKS, NOT_YET, missing
 from .random_laws import LAWS
 from .random_models import FEATURES, LIKELIHOODS, NAMES, Plan, plan
 
-MODELS, PARTS = 900, 30
+MODELS, PARTS = 810, 30  # as many as draw every kind three times
 PLANS = list(itertools.islice((p for p in map(plan, itertools.count()) if not missing(p.names)), MODELS))
 
 

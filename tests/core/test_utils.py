@@ -68,12 +68,19 @@ def test_import_paths(path):
         _ = module.nothing
 
 
-@pytest.mark.parametrize("first", ["laplace.utils.utils", "laplace.utils.subnetmask", "laplace.transforms", "laplace"])
-def test_any_module_may_be_imported_first(first):
-    """And none of them needs torchmetrics, which cannot be imported beside a broken torchvision."""
-    code = f"import sys, {first}; print('torchmetrics' in sys.modules)"
+def test_any_module_may_be_imported_first():
+    """And none of them needs torchmetrics, which cannot be imported beside a broken torchvision; torch was there before."""
+    code = """
+import os, sys, torch
+for first in ("laplace.utils.utils", "laplace.utils.subnetmask", "laplace.transforms", "laplace"):
+    if os.fork() == 0:
+        __import__(first)
+        print(first, "torchmetrics" in sys.modules, flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert [line.split()[1] for line in done.stdout.splitlines()] == ["False"] * 4
 
 
 # --- matrices --------------------------------------------------------------------------------------------------------

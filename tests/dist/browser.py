@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = [  # quiet: without them the browser itself asks hosts of its maker's
@@ -61,27 +60,25 @@ def executable() -> str:
 
 
 @contextmanager
-def opened(path: Path, *, width: int = 375, scheme: str = "light") -> Iterator[Seen]:
-    """Open a file in a fresh browser, of so many pixels in width."""
-    url = path.resolve().as_uri()
-    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as profile:
-        browser = playwright.chromium.launch_persistent_context(
-            profile,
-            executable_path=executable(),
-            args=FLAGS,
-            headless=True,
-            viewport={"width": width, "height": 800},
-            color_scheme=scheme,
-        )
+def started() -> Iterator[Browser]:
+    """Start a browser; every page that it opens has a profile of its own."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable(), args=FLAGS, headless=True)
         try:
-            page = browser.new_page()
-            seen = Seen(page)
-            page.on(
-                "console", lambda line: seen.console.append(line.text) if line.type in ("error", "warning") else None
-            )
-            page.on("pageerror", lambda error: seen.console.append(str(error)))
-            page.on("request", lambda request: seen.requests.append(request.url) if request.url != url else None)
-            page.goto(url)
-            yield seen
+            yield browser
         finally:
             browser.close()
+
+
+@contextmanager
+def opened(browser: Browser, path: Path, *, width: int = 375, scheme: str = "light") -> Iterator[Seen]:
+    """Open a file with a fresh profile, in so many pixels of width."""
+    url = path.resolve().as_uri()
+    with browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme) as profile:
+        page = profile.new_page()
+        seen = Seen(page)
+        page.on("console", lambda line: seen.console.append(line.text) if line.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: seen.console.append(str(error)))
+        page.on("request", lambda request: seen.requests.append(request.url) if request.url != url else None)
+        page.goto(url)
+        yield seen

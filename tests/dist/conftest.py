@@ -7,6 +7,7 @@ import secrets
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from s3server import S3Server
@@ -30,18 +31,19 @@ def cluster():
     """Join a fresh cluster of four (nominal) CPUs and return its address."""
     import ray
 
-    context = ray.init(
-        "local",
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=80 * 2**20,
-        namespace="laplace-dist-tests",
-        _node_name="laplace-dist-tests",
-        logging_level="error",
-        log_to_driver=False,
-    )
-    yield context.address_info["gcs_address"]
-    ray.shutdown()
+    with forked.workers():
+        context = ray.init(
+            "local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=80 * 2**20,
+            namespace="laplace-dist-tests",
+            _node_name="laplace-dist-tests",
+            logging_level="error",
+            log_to_driver=False,
+        )
+        yield context.address_info["gcs_address"]
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -25,6 +23,7 @@ from typing import Any
 
 import dist_cases
 import torch
+from forked import Forked
 
 import laplace_dist
 from laplace_dist.report.progress import Progress
@@ -176,7 +175,7 @@ def config(url, folder: Path, faults=(), beside=False, **changes):
     return dist_cases.config(url, data="fault_cases:Faulty", data_args=data_args, **changes)
 
 
-def start_job(settings: Path, environment, script: str = "fit_kron", **changes) -> subprocess.Popen:
+def start_job(settings: Path, environment, script: str = "fit_kron", **changes) -> Forked:
     """Start a job as a process of its own, in the repository's root.
 
     Args:
@@ -188,9 +187,7 @@ def start_job(settings: Path, environment, script: str = "fit_kron", **changes) 
     chosen = changes.pop("chosen")
     values = {**chosen.model_dump(exclude_none=True), "storage_options": chosen.storage_options, **changes}
     settings.write_text(json.dumps(values))
-    command = [sys.executable, f"jobs/{script}.py", f"--config={settings}"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    return Forked(ROOT / "jobs" / f"{script}.py", [f"--config={settings}"], environment)
 
 
 def reads(folder: Path, split: str = "train") -> Counter:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -66,9 +69,17 @@ def inline(chosen: Config):
     return fit(chosen, executor=laplace_dist.Inline)
 
 
+@cache
+def trained() -> str:
+    """Return the path of weights of the demo's network, which a page needs no better than after an eighth of its training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "EPOCHS", demo.EPOCHS // 8)
+        return demo.train()
+
+
 def month(checkpoint) -> None:
     """Fit a week of digits, and add two more."""
-    weights = demo.train()
+    weights = trained()
     inline(digits(checkpoint, weights=weights))
     for week in (2, 3):
         recalibrate(digits(checkpoint, week, weights=weights), executor=laplace_dist.Inline)

@@ -25,6 +25,18 @@ SMALL = {
 }
 
 
+def repeated(objects: list[str]) -> set[int]:
+    """Return which of a run's objects, in order, are like their neighbours: arrays in the middle of an evaluation's shard.
+
+    A shard has a dozen of them, which one call writes and one call reads, so that the first and the last ones stand for all.
+
+    Args:
+        objects: What each is, beginning with its folder; `chunk` or `zarr.json` in it if it is of an array.
+    """
+    arrays = ["evaluation" in name and ("chunk" in name or "zarr.json" in name) for name in objects]
+    return {i for i in range(3, len(arrays) - 3) if all(arrays[i - 3 : i + 4])}
+
+
 class Recording(InlinePool):
     """Notes the tasks that were carried out and what they returned."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import dist_cases
 import fault_cases
 import pytest
+from forked import Forked
 
 from laplace_dist import fit, status
 from laplace_dist.errors import RunFailed, SettingsError
@@ -73,9 +75,9 @@ def test_any_number_of_workers_gives_the_same_bytes(cluster, undisturbed, tmp_pa
     assert "map: 6/6 segments" in capsys.readouterr().out
 
 
-def test_another_data_set_gives_other_bytes(cluster, undisturbed, tmp_path):
+def test_another_data_set_gives_other_bytes(undisturbed, tmp_path):
     """The comparison of bytes can fail."""
-    fit(dist_cases.config(tmp_path, data_args={"dtype": "float64"}, model_args={"dtype": "float64"}))
+    dist_cases.run_inline(dist_cases.config(tmp_path, data_args={"dtype": "float64"}, model_args={"dtype": "float64"}))
     assert factor_bytes(tmp_path) != undisturbed
 
 
@@ -116,6 +118,10 @@ def job(script, *arguments, environment):
     )
 
 
+def forked(script, *arguments, environment):
+    return Forked(ROOT / "jobs" / f"{script}.py", list(arguments), environment)
+
+
 def toy_flags(url, address, folder=None, **changes):
     chosen = dist_cases.config(url, ray_address=address, num_workers=1, **changes)
     names = ("model", "data", "checkpoint", "batch_size", "segment_size", "num_workers", "ray_address")
@@ -129,7 +135,7 @@ def test_a_killed_driver_is_continued_by_the_same_command(cluster, undisturbed, 
     folder.mkdir()
     data_args = {"folder": str(folder), "trap": 29}  # in segment 000003
     flags = toy_flags(url, cluster, data="dist_cases:Blocking", data_args=data_args)
-    first = job("fit_kron", *flags, environment=environment)
+    first = forked("fit_kron", *flags, environment=environment)
     waiting = dist_cases.wait_for(folder, "waiting-*")
     before, readers = attempts(url), examples_read(folder)
     first.kill()
@@ -140,7 +146,7 @@ def test_a_killed_driver_is_continued_by_the_same_command(cluster, undisturbed, 
     fault_cases.wait_until_gone(int(waiting.name.removeprefix("waiting-")))  # else it would go on, and commit
 
     (folder / "go").touch()
-    second = job("fit_kron", *flags, environment=environment)
+    second = forked("fit_kron", *flags, environment=environment)
     out, err = second.communicate()
     assert second.returncode == 0, err
     assert "continuing the run" in out and "3 of 6 segments were committed before" in out
@@ -246,13 +252,14 @@ def test_the_demo_on_a_private_cluster_then_tune_and_evaluate_alone(tmp_path, en
 
 def test_follow_on_jobs_alone(cluster, tmp_path, environment):
     url = tmp_path / "run"
-    fit(dist_cases.config(url, model="laplace_dist.demo:network", data="laplace_dist.demo:digits", batch_size=256))
+    demo = {"model": "laplace_dist.demo:network", "data": "laplace_dist.demo:digits", "batch_size": 256}
+    dist_cases.run_inline(dist_cases.config(url, **demo))
     common = [f"--checkpoint={url}", f"--ray-address={cluster}", "--num-workers=2"]
-    tuned = job("tune", *common, "--tune-method=gridsearch", "--grid-size=9", environment=environment)
+    tuned = forked("tune", *common, "--tune-method=gridsearch", "--grid-size=9", environment=environment)
     out, err = tuned.communicate()
     assert tuned.returncode == 0, err
     assert "(gridsearch)" in out
-    evaluated = job("evaluate", *common, "--ood", "inverted", environment=environment)
+    evaluated = forked("evaluate", *common, "--ood", "inverted", environment=environment)
     out, err = evaluated.communicate()
     assert evaluated.returncode == 0, err
     metrics = json.loads((url / "evaluation" / "metrics.json").read_text())
@@ -261,27 +268,37 @@ def test_follow_on_jobs_alone(cluster, tmp_path, environment):
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "status_", "message"),
+    ("script", "arguments", "message"),
     [
-        ("fit_kron", ["--batch-size=0"], 2, "--batch-size: got 0"),
-        ("fit_full", ["--estimator=exact"], 2, "--estimator: got 'exact'; expected one of ggn, mc, ef"),
-        ("fit_diag", ["--model=nowhere:net", "--data=dist_cases:blobs"], 2, "there is no module 'nowhere'"),
-        ("fit_kron", ["--ray-address=127.0.0.1:1"], 2, "cannot connect to '127.0.0.1:1'"),
-        ("tune", [], 2, "where there is no run"),
-        ("evaluate", [], 2, "where there is no run"),
+        ("fit_kron", ["--batch-size=0"], "--batch-size: got 0"),
+        ("fit_full", ["--estimator=exact"], "--estimator: got 'exact'; expected one of ggn, mc, ef"),
+        ("fit_diag", ["--model=nowhere:net", "--data=dist_cases:blobs"], "there is no module 'nowhere'"),
+        ("tune", [], "where there is no run"),
+        ("evaluate", [], "where there is no run"),
     ],
 )
-def test_refusals_leave_with_status_2_and_one_message(tmp_path, environment, script, arguments, status_, message):
-    process = job(script, *arguments, f"--checkpoint={tmp_path / 'run'}", environment=environment)
-    out, err = process.communicate()
-    assert process.returncode == status_
-    assert message in err
-    assert "Traceback" not in err
+def test_refusals_leave_with_status_2_and_one_message(tmp_path, monkeypatch, capfd, script, arguments, message):
+    """The script itself, in this process, which is what costs nothing."""
+    path = str(ROOT / "jobs" / f"{script}.py")
+    monkeypatch.setattr(sys, "argv", [path, *arguments, f"--checkpoint={tmp_path / 'run'}"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(path, run_name="__main__")
+    assert ended.value.code == 2
+    err = capfd.readouterr().err
+    assert message in err and "Traceback" not in err
+
+
+def test_a_process_leaves_with_status_2_and_one_message(tmp_path, environment):
+    given = ["--model=dist_cases:convnet", "--data=dist_cases:blobs", "--ray-address=127.0.0.1:1"]
+    process = job("fit_kron", *given, f"--checkpoint={tmp_path / 'run'}", environment=environment)
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert "cannot connect to '127.0.0.1:1'" in err and "Traceback" not in err
 
 
 def test_a_failed_run_leaves_with_status_1(cluster, tmp_path, environment):
     flags = toy_flags(tmp_path / "run", cluster, data="dist_cases:with_nan", data_args={"at": 3})
-    process = job("fit_kron", *flags, environment=environment)
+    process = forked("fit_kron", *flags, environment=environment)
     _, err = process.communicate()
     assert process.returncode == 1
     assert "segment 000000 (examples 0 to 7)" in err and "indices 3" in err

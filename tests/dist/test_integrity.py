@@ -9,7 +9,7 @@ from pathlib import Path
 
 import dist_cases
 import pytest
-from storage_cases import SMALL, recorded_run
+from storage_cases import SMALL, recorded_run, repeated
 from test_s3_runs import factor_digests
 
 import laplace_dist
@@ -74,9 +74,15 @@ def named(key, url):
     return any(key in f"{name} {text}" for name, text in report.problems + report.notes)
 
 
-@pytest.mark.parametrize("kind", ["flip", "truncate", "delete"])
+HARMS = ["flip", "truncate", "delete"]
+
+
+@pytest.mark.parametrize("kind", HARMS)
 def test_no_harm_to_any_object_goes_unnoticed_or_changes_a_result(finished, tmp_path, kind):
-    """`verify` names it; the same command and `load_posterior` name it too, or it makes no difference to them."""
+    """`verify` names it; the same command and `load_posterior` name it too, or it makes no difference to them.
+
+    All three harms to every object, but to those that are like their neighbours one after the other.
+    """
     whole, expected = finished
     keys = Checkpoint(str(whole)).list()
     kinds = {key.split("/")[0] for key in keys}
@@ -90,7 +96,10 @@ def test_no_harm_to_any_object_goes_unnoticed_or_changes_a_result(finished, tmp_
         "weights.safetensors",
     }
     unnoticed, wrong, refused = [], [], 0
+    middle = repeated([re.sub("/c(/[0-9]+)*$", "/chunk", key) for key in keys])
     for number, key in enumerate(keys):
+        if number in middle and HARMS[number % 3] != kind:
+            continue
         url = Path(shutil.copytree(whole, tmp_path / str(number)))
         harm(url / key, kind)
         for_people = key == layout.COVERAGE or key.startswith("status/")  # nothing depends on these being there
@@ -122,7 +131,7 @@ def test_a_harmed_partial_is_recomputed_alone_once_its_manifest_is_deleted(finis
     for number, key in enumerate(leaves):
         url = Path(shutil.copytree(whole, tmp_path / str(number)))
         reopen(url, "posteriors", "tuning", "evaluation", "parts", "window.json", "CURRENT.json")
-        harm(url / key, ("flip", "truncate", "delete")[number % 3])
+        harm(url / key, HARMS[number % 3])
         error = again(url)
         assert isinstance(error, CheckpointError)
         assert key in str(error)

@@ -1,4 +1,4 @@
-"""`ray job submit` against a head node that asks for a token: SUCCEEDED, with the bytes of a local run."""
+"""`ray job submit` against a head node that asks for a token: SUCCEEDED, with the bytes of a run in one process."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from s3server import free_ports
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
+from laplace_dist.cli import main
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.pointer import read_current
@@ -86,18 +87,11 @@ def submit(head, environment, *arguments):
 
 
 @pytest.fixture(scope="module")
-def local(plain_environment, tmp_path_factory):
-    """Return the digests of the factors of the demo on a private cluster."""
+def local(tmp_path_factory):
+    """Return the digests of the factors of the demo in this process."""
     url = tmp_path_factory.mktemp("local")
-    command = [sys.executable, "jobs/fit_kron.py", "--ray-address=local", "--skip-tune", "--skip-evaluate"]
-    subprocess.run(
-        [*command, f"--checkpoint={url}"],
-        cwd=ROOT,
-        env={**plain_environment, "PYTHONPATH": str(ROOT)},
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
+    given = ["--ray-address=inline", "--skip-tune", "--skip-evaluate", f"--checkpoint={url}"]
+    assert main("fit", given, hessian_structure="kron") == 0
     return factor_digests(url)
 
 

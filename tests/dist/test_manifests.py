@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import subprocess
 import sys
+from functools import cache
 
 import manifest_cases as cases
 import pytest
 import yaml
+from kubernetes_validate import utils as schemas
+from ray.autoscaler._private import util as ray_util
 
 import validate  # isort: skip  (the folder is put on the path by manifest_cases)
 from checks import commands, kuberay, launcher, pods  # isort: skip
@@ -21,6 +25,22 @@ EVERYTHING = {
 FILES = [name for name, content in EVERYTHING.items() if isinstance(content, list)]
 FIT, CRON, RAY_CRON, DEVELOPMENT = cases.FIT, cases.CRON, cases.RAY_CRON, "kuberay/development-raycluster.yaml"
 AROUND = validate.around_of(EVERYTHING)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """Read once what other packages read for every check, of which there are thousands: defaults, names of schemas."""
+    read, known = ray_util._get_default_config, {}
+
+    def defaults(provider):
+        name = provider["type"]
+        known[name] = known.get(name) or read(provider)
+        return copy.deepcopy(known[name])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_util, "_get_default_config", defaults)
+        patch.setattr(schemas, "all_versions", cache(schemas.all_versions))
+        yield
 
 
 def test_there_is_a_manifest_of_every_kind():

@@ -19,7 +19,6 @@ from laplace_dist.execution import timeouts
 from laplace_dist.execution.failures import why_it_failed
 from laplace_dist.execution.liveness import why_it_died
 from laplace_dist.execution.raised import Raised
-from laplace_dist.job import Job
 from laplace_dist.plan.segments import default_segment_size, plan_segments
 from laplace_dist.run.checkpoint import Checkpoint
 
@@ -282,7 +281,7 @@ def test_what_ray_says_of_a_dead_worker_is_told_with_what_to_do(cluster):
 def test_an_example_that_cannot_be_read_costs_only_its_segment(cluster, undisturbed, folder, tmp_path):
     """The others are finished first; once it is mended, the same command does that segment alone."""
     chosen = dist_cases.config(
-        tmp_path / "run", num_workers=2, data="dist_cases:Failing", data_args={"folder": str(folder), "trap": 12}
+        tmp_path / "run", num_workers=1, data="dist_cases:Failing", data_args={"folder": str(folder), "trap": 12}
     )
     store = Checkpoint(str(tmp_path / "run"))
     with pytest.raises(
@@ -301,8 +300,8 @@ def test_an_example_that_cannot_be_read_costs_only_its_segment(cluster, undistur
     assert fault_cases.factors(store) == undisturbed["factors"]
 
 
-def test_a_chunk_of_the_data_that_is_damaged_costs_only_its_segment(cluster, undisturbed, tmp_path):
-    """Of a Zarr group, after the driver has read its sample; zarr's own checksum notices."""
+def test_a_chunk_of_the_data_that_is_damaged_costs_only_its_segment(undisturbed, tmp_path):
+    """Of a Zarr group, after the driver has read its sample; zarr's own checksum notices. In one process: Ray is met above."""
     group = zarr.create_group(tmp_path / "data")
     for name, values in zip("xy", dist_cases.tensors("train"), strict=True):
         chunks = (8, *values.shape[1:])
@@ -310,8 +309,8 @@ def test_a_chunk_of_the_data_that_is_damaged_costs_only_its_segment(cluster, und
         group.create_array(f"train/{name}", dtype=values.numpy().dtype, **arguments)[:] = values.numpy()
     chunk = tmp_path / "data" / "train" / "x" / "c" / "1" / "0" / "0" / "0"
     good = chunk.read_bytes()
-    chosen = dist_cases.config(tmp_path / "run", num_workers=2, data=str(tmp_path / "data"))
-    with Job(chosen) as job:
+    chosen = dist_cases.config(tmp_path / "run", data=str(tmp_path / "data"))
+    with dist_cases.inline_job(chosen) as job:
         job.open()
         chunk.write_bytes(bytes([good[0] ^ 1]) + good[1:])
         message = r"segment 000001 .*failed 3 times.*ExampleError.*examples 8 to 11 cannot be read .*checksum"
@@ -321,7 +320,7 @@ def test_a_chunk_of_the_data_that_is_damaged_costs_only_its_segment(cluster, und
     before = fault_cases.manifests(store)
     assert sorted(before) == [f"partials/{i:06d}.json" for i in (0, 2, 3, 4, 5)]
     chunk.write_bytes(good)
-    fit(chosen)
+    dist_cases.run_inline(chosen)
     assert before.items() <= fault_cases.manifests(store).items()
     assert fault_cases.factors(store) == undisturbed["factors"]
 
@@ -332,7 +331,7 @@ def test_a_chunk_of_the_data_that_is_damaged_costs_only_its_segment(cluster, und
 def test_a_clock_that_jumps_back_at_every_commit_changes_nothing(cluster, undisturbed, folder, tmp_path, environment):
     faults = [fault(where, "create", ".*", act="jump") for where in ("driver", "worker")]
     faults.append(fault("driver", "done", "map/.*", act="jump"))
-    chosen = fault_cases.config(tmp_path / "run", folder, faults, num_workers=2, ray_address=cluster, **FULL)
+    chosen = fault_cases.config(tmp_path / "run", folder, faults, num_workers=1, ray_address=cluster, **FULL)
     process = fault_cases.start_job(tmp_path / "job.json", environment, chosen=chosen)
     out, err = process.communicate()
     assert process.returncode == 0, err

@@ -18,7 +18,6 @@ from sklearn.metrics import roc_auc_score
 import laplace_dist
 from laplace.likelihoods.scores import summarize_classification, summarize_regression
 from laplace.tuning import score_grid
-from laplace_dist import demo
 from laplace_dist.data.groups import groups_of
 from laplace_dist.data.zarr_split import ZarrSplit
 from laplace_dist.errors import SettingsError
@@ -306,7 +305,7 @@ def test_slices_of_a_classifier_have_accuracy_and_calibration():
 
 
 def test_a_promotion_shows_the_previous_posterior_and_a_rollback_the_candidate_on_the_same_examples(tmp_path):
-    given = {"margin_nll": 10.0, "margin_ece": 1.0, "weights": demo.train(), "ood": ["shuffled"]}
+    given = {"margin_nll": 10.0, "margin_ece": 1.0, "weights": report_cases.trained(), "ood": ["shuffled"]}
     report_cases.inline(report_cases.digits(tmp_path, skip_report=True, **given))
     found = recalibrate(report_cases.digits(tmp_path, 2, **given), executor=laplace_dist.Inline)
     assert found.promoted and found.report == f"{tmp_path}/report.html"

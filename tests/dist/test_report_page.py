@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import browser
@@ -30,10 +31,17 @@ def pages(tmp_path_factory):
     return {"hostile" if name.startswith("<") else name: path for name, path in found.items()}
 
 
+@pytest.fixture(scope="module")
+def opened():
+    """Return what opens a page in a browser that is started once."""
+    with browser.started() as chromium:
+        yield partial(browser.opened, chromium)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["month", "regression", "hostile"])
-def test_nothing_overflows_a_phone_nothing_is_asked_for_and_the_console_is_quiet(pages, name, scheme):
-    with browser.opened(pages[name], width=375, scheme=scheme) as seen:
+def test_nothing_overflows_a_phone_nothing_is_asked_for_and_the_console_is_quiet(opened, pages, name, scheme):
+    with opened(pages[name], width=375, scheme=scheme) as seen:
         seen.page.evaluate("document.querySelectorAll('details').forEach(fold => { fold.open = true })")
         found = seen.page.evaluate(browser.OVERFLOWING)
         assert (found["page"], found["width"], found["wrong"]) == (375, 375, [])
@@ -41,12 +49,12 @@ def test_nothing_overflows_a_phone_nothing_is_asked_for_and_the_console_is_quiet
         assert (seen.console, seen.requests) == ([], [])
 
 
-def test_text_in_figures_stands_out_from_the_page_in_light_and_dark(pages):
+def test_text_in_figures_stands_out_from_the_page_in_light_and_dark(opened, pages):
     """WCAG's ratio of luminances is at least 4.5 for small text."""
     colours = """() => [...document.querySelectorAll('svg text')].map(text => getComputedStyle(text).fill)
         .concat([getComputedStyle(document.querySelector('section')).backgroundColor])"""
     for scheme in ("light", "dark"):
-        with browser.opened(pages["month"], width=1000, scheme=scheme) as seen:
+        with opened(pages["month"], width=1000, scheme=scheme) as seen:
             *texts, surface = seen.page.evaluate(colours)
         assert texts and all(contrast(text, surface) >= 4.5 for text in set(texts)), (scheme, set(texts), surface)
 
@@ -68,18 +76,18 @@ def test_contrast_is_that_of_the_standard():
     assert contrast("rgb(118, 118, 118)", "rgb(255, 255, 255)") == pytest.approx(4.54, abs=0.01)
 
 
-def test_the_json_in_the_page_is_that_beside_it(pages):
+def test_the_json_in_the_page_is_that_beside_it(opened, pages):
     for path in pages.values():
-        with browser.opened(path) as seen:
+        with opened(path) as seen:
             inside = json.loads(
                 seen.page.locator("#numbers").inner_text() or seen.page.locator("#numbers").text_content()
             )
         assert inside == json.loads((path.parent / "report" / "numbers.json").read_text())
 
 
-def test_names_with_html_in_them_are_shown_as_they_are_and_never_run(pages):
+def test_names_with_html_in_them_are_shown_as_they_are_and_never_run(opened, pages):
     """Of the run, its model's arguments and a group, as a user can give them."""
-    with browser.opened(pages["hostile"]) as seen:
+    with opened(pages["hostile"]) as seen:
         assert seen.page.locator("img").count() == 0 and seen.page.locator("script").count() == 1
         text = seen.page.locator("main").inner_text()
         assert HTML in text and f"outside {HTML}" in seen.page.locator("#slices").inner_text()
@@ -97,7 +105,7 @@ def planted(values, path=()):
     return f"{values}{HTML}" if isinstance(values, str) and path[-1] not in fixed else values
 
 
-def test_html_in_any_text_of_the_numbers_is_escaped(pages, tmp_path):
+def test_html_in_any_text_of_the_numbers_is_escaped(opened, pages, tmp_path):
     """In a split's name, a model's, a window's, a factor's, a reason: whatever a checkpoint may be made to hold."""
     found = planted(facts(Checkpoint(str(pages["month"].parent))))
     split = f"inverted{HTML}"
@@ -108,7 +116,7 @@ def test_html_in_any_text_of_the_numbers_is_escaped(pages, tmp_path):
     assert split in found["calibration"]["splits"]
     path = Path(tmp_path / "planted.html")
     path.write_text(page(found), encoding="utf-8")
-    with browser.opened(path) as seen:
+    with opened(path) as seen:
         assert seen.page.locator("img").count() == 0 and seen.page.locator("script").count() == 1
         for name in (split, f"laplace_dist.demo:network{HTML}", f"week-1{HTML}"):
             assert name in seen.page.locator("main").inner_text(), name
@@ -117,19 +125,19 @@ def test_html_in_any_text_of_the_numbers_is_escaped(pages, tmp_path):
         assert (seen.console, seen.requests) == ([], [])
 
 
-def test_a_page_that_was_not_escaped_would_be_found_out(pages, tmp_path):
+def test_a_page_that_was_not_escaped_would_be_found_out(opened, pages, tmp_path):
     """The checks above see a script that runs, a request, and what overflows."""
     bad = '<img src="https://example.org/x.png"><script>console.error("ran")</script><p style="width: 900px">wide</p>'
     text = pages["regression"].read_text().replace("<main>", f"<main>{bad}")
     policy = text.index('<meta http-equiv="Content-Security-Policy"')
     path = tmp_path / "bad.html"
     path.write_text(text[:policy] + text[text.index(">", policy) + 1 :])
-    with browser.opened(path) as seen:
+    with opened(path) as seen:
         assert "ran" in seen.console and "https://example.org/x.png" in seen.requests
         assert seen.page.evaluate(browser.OVERFLOWING)["wrong"]
 
 
-def test_a_run_without_a_posterior_has_a_page_too(tmp_path):
+def test_a_run_without_a_posterior_has_a_page_too(opened, tmp_path):
     store = Checkpoint(str(tmp_path / "run"))
     with report_cases.job(report_cases.regression(store.url)) as job:
         job.open()
@@ -138,7 +146,7 @@ def test_a_run_without_a_posterior_has_a_page_too(tmp_path):
     assert found["metrics"] is None and "no posterior yet" in found["notes"][0]
     path = tmp_path / "early.html"
     path.write_text(page(found))
-    with browser.opened(path) as seen:
+    with opened(path) as seen:
         assert "no posterior yet" in seen.page.locator(".note").inner_text()
         assert (seen.console, seen.requests) == ([], [])
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import dist_cases
 import pytest
+from forked import Forked
 from storage_cases import recorded_run
 
 import laplace_dist
@@ -180,14 +179,17 @@ def test_a_job_as_a_process_reads_its_options_from_a_file(s3, cluster, local, en
     dist_cases.run_inline(dist_cases.config(url, storage_options=s3.options))
 
     def job(*arguments):
-        command = [sys.executable, "jobs/verify.py", *arguments]
-        return subprocess.run(command, cwd=ROOT, env=bare, capture_output=True, text=True, timeout=120)
+        process = Forked(ROOT / "jobs" / "verify.py", list(arguments), bare)
+        out, err = process.communicate()
+        return process.returncode, out, err
 
     whole = job(f"--config={settings}")
-    assert (whole.returncode, whole.stderr) == (0, "")
-    assert "6 of 6 segments committed" in whole.stdout
+    assert (whole[0], whole[2]) == (0, "")
+    assert "6 of 6 segments committed" in whole[1]
     endpoint = json.dumps({"client_kwargs": s3.options["client_kwargs"]})
     refused = job(f"--checkpoint={url}", f"--storage-options={endpoint}")
-    assert refused.returncode == 2
-    assert "Traceback" not in refused.stderr
-    assert_no_secret(s3, {name: getattr(p, name) for p in (whole, refused) for name in ("stdout", "stderr")})
+    assert refused[0] == 2
+    assert "Traceback" not in refused[2]
+    assert_no_secret(
+        s3, {f"{name} {i}": said[i] for name, said in (("whole", whole), ("refused", refused)) for i in (1, 2)}
+    )

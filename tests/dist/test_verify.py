@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import dist_cases
 import pytest
+from forked import Forked
 
 import laplace_dist
 from laplace_dist.cli import verify_main
@@ -274,11 +273,12 @@ def test_the_job_prints_what_is_bad_object_by_object(run, environment):
     chunk = next(path for path in (run / "partials" / "000001").rglob("c/*") if path.is_file())
     chunk.write_bytes(chunk.read_bytes()[:-1])
     leave_orphans(run)
-    command = [sys.executable, "jobs/verify.py", f"--checkpoint={run}", "--collect-orphans-older-than=0"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    given = [f"--checkpoint={run}", "--collect-orphans-older-than=0"]
+    done = Forked(ROOT / "jobs" / "verify.py", given, environment)
+    out, err = done.communicate()
     assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    lines = done.stdout.splitlines()
+    assert "Traceback" not in err
+    lines = out.splitlines()
     bad = [line for line in lines if line.startswith("bad ")]
     assert len(bad) == 1 and str(chunk.relative_to(run)) in bad[0] and "recomputes that segment" in bad[0]
     assert sum(line.startswith("deleted ") for line in lines) == 5
