@@ -10,7 +10,7 @@ INPUTS := pyproject.toml cluster/constraints.txt
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: fit demo-recalibrate test browser lint bench clean
+.PHONY: fit demo-recalibrate test browser lint bench bench-gpu clean
 
 fit: $(VENV)/.installed
 	$(BIN)/python jobs/fit_kron.py
@@ -53,6 +53,10 @@ $(VENV)/.installed-%: $(INPUTS) | $(BIN)/python
 PEERS := .venv-peers
 bench: $(VENV)/.installed-test $(PEERS)/.installed
 	$(BIN)/python benchmarks/bench.py $(ROWS) --peer-python $(PEERS)/bin/python --write
+
+# The rows of a CUDA device; says so where there is none.
+bench-gpu: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/bench.py gpu --write
 
 $(PEERS)/.installed: | $(BIN)/python
 	$(BIN)/python -m venv $(PEERS)

@@ -20,8 +20,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 HERE = Path(__file__).resolve().parent
-FAMILIES = ("kron", "diag", "last_layer", "predictive", "tuning", "large")
+FAMILIES = ("kron", "diag", "last_layer", "predictive", "tuning", "large", "jobs")
+OF_CUDA = "gpu"  # a family that is run where it is named and there is a device
 BEGIN, END = "<!-- rows -->", "<!-- end of rows -->"
 HEADER = "| work | ours | fastest peer | 10⁹ operations | reached | when |\n| --- | --- | --- | --- | --- | --- |"
 
@@ -32,9 +35,9 @@ def chosen(names: list[str]) -> Iterator[tuple[str, str, Any]]:
     """Yield the family, name and row of what was asked for: `kron`, or `kron:exact-mlp`; everything if nothing was."""
     for name in names or FAMILIES:
         family, _, row = name.partition(":")
-        if family not in FAMILIES:
+        if family not in (*FAMILIES, OF_CUDA):
             raise SystemExit(
-                f"got {name!r}; expected one of {', '.join(FAMILIES)}, or one of its rows, such as kron:exact-mlp"
+                f"got {name!r}; expected one of {', '.join((*FAMILIES, OF_CUDA))}, or one of its rows, such as kron:exact-mlp"
             )
         rows = importlib.import_module(family).ROWS
         if row and row not in rows:
@@ -67,23 +70,12 @@ def measured(python: str | None, family: str, name: str, row: Any, turns: int, t
     return found
 
 
-def value_of(target: Any, found: Mapping[str, Any]) -> float | None:
-    """Return what a row has reached of a target; None without a peer."""
-    if target.kind == "seconds":
-        return found["ours"]
-    if target.kind == "peer":
-        return found.get("peer")
-    if target.kind == "rate":
-        return found["gflop"] / found["ours"] / found["rate"]
-    return found["ours"] / found[target.kind]
-
-
 def line(row: Any, found: Mapping[str, Any], when: str) -> str:
     """Return a row of the table."""
     peer = f"{found['best']} {found['best_seconds']:.3g} s" if "best" in found else "–"
     if "spread" in found:
         peer += f" ({min(found['spread']):.3g} to {max(found['spread']):.3g} ×)"
-    values = [(target, value_of(target, found)) for target in row.targets]
+    values = [(target, target.value(found)) for target in row.targets]
     reached = "; ".join("no peer" if value is None else target.text(value) for target, value in values)
     work = (
         f"{found['gflop']:.0f}, {100 * found['gflop'] / found['ours'] / found['rate']:.0f} % of the rate"
@@ -100,7 +92,8 @@ def machine(threads: int) -> str:
         for text in Path("/proc/cpuinfo").read_text().splitlines()
         if "model name" in text
     ]
-    return f"{threads} threads of {os.cpu_count()} × {names[0] if names else platform.processor()}"
+    device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{threads} threads of {os.cpu_count()} × {names[0] if names else platform.processor()}{device}"
 
 
 def write(lines: list[str], path: Path) -> None:
@@ -111,7 +104,7 @@ def write(lines: list[str], path: Path) -> None:
     kept = [
         old for old in table.strip().splitlines()[2:] if old.split("|")[1] not in {new.split("|")[1] for new in lines}
     ]
-    names = [f" {row.name} " for _, _, row in chosen([])]
+    names = [f" {row.name} " for _, _, row in chosen([*FAMILIES, OF_CUDA])]
     rows = sorted([*kept, *lines], key=lambda old: names.index(old.split("|")[1]))
     path.write_text(f"{before}{BEGIN}\n{HEADER}\n" + "\n".join(rows) + f"\n{END}{after}")
 
@@ -127,6 +120,11 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
+    if any(name.partition(":")[0] == OF_CUDA for name in options.rows) and not torch.cuda.is_available():
+        print(
+            f"This machine has no CUDA device that torch {torch.__version__} can use: no row of {OF_CUDA!r} was measured."
+        )
+        return
     print(machine(options.threads), HEADER, sep="\n")
     for family, name, row in chosen(options.rows):
         note = options.note or f"load {os.getloadavg()[0]:.1f}"

@@ -60,30 +60,34 @@ def timed(call: Callable[[], object]) -> tuple[float, object]:
 def commit(places: dict[str, tuple[str, dict]], segments: int = 3) -> None:
     """Print the share of commits in the time of segments of the default size: 60,000 images, a CNN, exact-GGN Kron."""
     for where, (url, options) in places.items():
-        config = Config(
-            model="map_phase:network",
-            data="map_phase:examples",
-            checkpoint=f"{url}/commit",
-            storage_options=options,
-            batch_size=BATCH,
-            gpus_per_worker=0.0,
-            ray_address="local",
-            skip_tune=True,
-            skip_evaluate=True,
+        spent, total, size = commit_seconds(url, options, segments)
+        print(
+            f"commit, {where}: {spent / segments:.3f} s of {total / segments:.2f} s per segment of {size} examples: "
+            f"{100 * spent / (total - spent):.2f} % of the map time",
+            flush=True,
         )
-        with Job(config, say=lambda text: None) as job:
-            job.open()
-            context, plan = Context(job.config), job.plan
-            MapSegment(plan.digest, plan.segments[0]).run(context)  # loads the model, and every library once
-            tasks = [MapSegment(plan.digest, segment) for segment in plan.segments[1 : 1 + segments]]
-            total, receipts = timed(lambda: [task.run(context) for task in tasks])  # noqa: B023
-            spent = sum(receipt["seconds"] for receipt in receipts)
-            size = plan.segments[0].stop
-            print(
-                f"commit, {where}: {spent / segments:.3f} s of {total / segments:.2f} s per segment of {size} examples: "
-                f"{100 * spent / (total - spent):.2f} % of the map time",
-                flush=True,
-            )
+
+
+def commit_seconds(url: str, options: dict, segments: int) -> tuple[float, float, int]:
+    """Return the seconds that some segments' commits take, those of the segments with them, and the size of a segment."""
+    config = Config(
+        model="map_phase:network",
+        data="map_phase:examples",
+        checkpoint=f"{url}/commit",
+        storage_options=options,
+        batch_size=BATCH,
+        gpus_per_worker=0.0,
+        ray_address="local",
+        skip_tune=True,
+        skip_evaluate=True,
+    )
+    with Job(config, say=lambda text: None) as job:
+        job.open()
+        context, plan = Context(job.config), job.plan
+        MapSegment(plan.digest, plan.segments[0]).run(context)  # loads the model, and every library once
+        tasks = [MapSegment(plan.digest, segment) for segment in plan.segments[1 : 1 + segments]]
+        total, receipts = timed(lambda: [task.run(context) for task in tasks])
+        return sum(receipt["seconds"] for receipt in receipts), total, plan.segments[0].stop
 
 
 def resuming(places: dict[str, tuple[str, dict]]) -> None:

@@ -63,25 +63,30 @@ def spent(job: Callable[..., Any], config: Any) -> float:
     return found[0] - found[1]
 
 
-def main() -> None:
-    """Print one row for each case."""
+def measured(case: str) -> tuple[float, float, float]:
+    """Return the CPU seconds of the map, the tuning and the evaluation of a case."""
     import laplace_dist
     from laplace_dist.job import evaluate_posterior, tune_posterior
 
+    model, structure, classes = CASES[case]
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        config = laplace_dist.Config(
+            model=f"follow_on:{model}", model_args={"classes": classes}, data="follow_on:images",
+            data_args={"classes": classes}, checkpoint=place, hessian_structure=structure, batch_size=32,
+            device="cpu", skip_tune=True, skip_evaluate=True, ood=[],
+        )  # fmt: skip
+        follow = config.model_copy(update={"skip_tune": False, "skip_evaluate": False})
+        return spent(laplace_dist.fit, config), spent(tune_posterior, follow), spent(evaluate_posterior, follow)
+
+
+def main() -> None:
+    """Print one row for each case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE")
-    torch.set_num_threads(1)
     print("| case | map | tune | evaluate | of as many examples, tune and evaluate / map |", "| - " * 5 + "|", sep="\n")
     for name in parser.parse_args().cases:
-        model, structure, classes = CASES[name]
-        with tempfile.TemporaryDirectory() as place:
-            config = laplace_dist.Config(
-                model=f"follow_on:{model}", model_args={"classes": classes}, data="follow_on:images",
-                data_args={"classes": classes}, checkpoint=place, hessian_structure=structure, batch_size=32,
-                device="cpu", skip_tune=True, skip_evaluate=True, ood=[],
-            )  # fmt: skip
-            follow = config.model_copy(update={"skip_tune": False, "skip_evaluate": False})
-            took = [spent(laplace_dist.fit, config), spent(tune_posterior, follow), spent(evaluate_posterior, follow)]
+        took = measured(name)
         each = [seconds / size for seconds, size in zip(took, SIZES.values(), strict=True)]
         times = " | ".join(f"{seconds:.1f} s" for seconds in took)
         print(f"| {name} | {times} | {(each[1] + each[2]) / each[0]:.2f} |", flush=True)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -127,8 +128,26 @@ def _removed(store: Checkpoint, parts: list[Part]) -> None:
         store.delete_tree(layout.part_key(part.id))
 
 
-def rates(store: Checkpoint, plan: Plan, parts: list[Part]) -> None:
-    """Print the rate of the disk and that of the tasks, cold: one worker per CPU, as jobs have them, then one; then warm."""
+@dataclass(frozen=True)
+class Found:
+    """One round: which workers, the disk's rate and the tasks' in bytes per second, and the tasks' seconds."""
+
+    who: str
+    parts: int
+    each: float
+    disk: float
+    rate: float
+    seconds: float
+    cpu: float
+
+    @property
+    def share(self) -> float:
+        """The tasks' rate over the disk's."""
+        return self.rate / self.disk
+
+
+def rates(store: Checkpoint, plan: Plan, parts: list[Part]) -> Iterator[Found]:
+    """Yield the rate of the disk and that of the tasks, cold: one worker per CPU, as jobs have them, then one."""
     manifests = list(partials.manifests(store, plan))
     tasks = [SumPart(plan.digest, part, inputs_digest(manifests, part)) for part in parts]
     paths = [path for part in parts for path in files_of(store, part)]
@@ -145,16 +164,18 @@ def rates(store: Checkpoint, plan: Plan, parts: list[Part]) -> None:
                 drop(paths)
                 cpu: list[float] = []
                 seconds = seconds_of(lambda: cpu.extend(pool.map(_carry_out, [store.url] * len(some), some)))  # noqa: B023
-                print(
-                    f"reduction, {len(some)} parts of {of / 2**30 / len(some):.1f} GiB, {who}: disk {disk / 1e6:.0f} MB/s, the "
-                    f"tasks {of / seconds / 1e6:.0f} MB/s ({100 * of / seconds / disk:.0f} %), {seconds:.1f} s with "
-                    f"{sum(cpu):.1f} s of CPU",
-                    flush=True,
-                )
+                yield Found(who, len(some), of / len(some), disk, of / seconds, seconds, sum(cpu))
         _removed(store, parts)
-        read_all(paths[-len(paths) // len(tasks) :])
+        last = paths[-len(paths) // len(tasks) :]
+        read_all(last)
         warm = seconds_of(lambda: list(pool.map(_carry_out, [store.url], tasks[-1:])))
         print(f"reduction, in the page cache, one worker: {size / len(tasks) / warm / 1e6:.0f} MB/s", flush=True)
+
+
+def measured(folder: str) -> list[Found]:
+    """Return the rounds in which all workers sum."""
+    store, plan, parts = _stored(folder)
+    return [found for found in rates(store, plan, parts) if found.parts == len(parts)]
 
 
 def shares(store: Checkpoint, part: Part) -> None:
@@ -222,9 +243,22 @@ def measure(places: dict[str, tuple[str, dict]]) -> None:
     """Print all of it, on the directory."""
     plan = vit_b()
     requests(plan)
-    store = Checkpoint(f"{places['directory'][0]}/reduction")
+    store, plan, parts = _stored(places["directory"][0])
+    for found in rates(store, plan, parts):
+        print(
+            f"reduction, {found.parts} parts of {found.each / 2**30:.1f} GiB, {found.who}: disk {found.disk / 1e6:.0f} MB/s, "
+            f"the tasks {found.rate / 1e6:.0f} MB/s ({100 * found.share:.0f} %), {found.seconds:.1f} s with "
+            f"{found.cpu:.1f} s of CPU",
+            flush=True,
+        )
+    shares(store, parts[0])
+
+
+def _stored(folder: str) -> tuple[Checkpoint, Plan, list[Part]]:
+    """Return a run whose partials have some of their parts."""
+    plan = vit_b()
+    store = Checkpoint(f"{folder}/reduction")
     store.create(layout.PLAN, seal_json(plan.to_values()))
     parts = plan.parts[:WRITTEN]
     write(store, plan, parts)
-    rates(store, plan, parts)
-    shares(store, parts[0])
+    return store, plan, parts

@@ -44,6 +44,10 @@ class MissingKeyError(KeyError, ValueError):
         return str(self.args[0])
 
 
+class CallError(ValueError):
+    """A model's ``forward`` takes neither a batch as a whole nor all of its keys by name."""
+
+
 class NotEnoughMemoryError(MemoryError, ValueError):
     """A request that cannot fit into the free memory; raised before anything is allocated."""
 

@@ -26,10 +26,12 @@ from laplace.enums import HessianStructure, Likelihood, PriorStructure, SubsetOf
 from laplace.laplace import Laplace
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.named import likelihood_of
+from laplace.linalg.inference import outside_inference_mode
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.structures.sums import CurvatureSums
 
 
+@outside_inference_mode()
 def marglik_training(
     model: nn.Module,
     train_loader: DataLoader,

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Sequence
 from laplace import search
 from laplace.enums import LinkApprox, PredType
 from laplace.fitted import Fitted
+from laplace.linalg.inference import outside_inference_mode
 from laplace.scoring import score_candidates
 
 TEMPERATURES = search.Lattice(-1.0, 1.0, 201, floor=-4.0, ceiling=4.0, reach=1.0, tolerance=1e-9)
 
 
+@outside_inference_mode()
 def optimize_logit_temperature(
     la: Fitted,
     val_loader: Iterable,

@@ -16,11 +16,13 @@ from laplace.data.batches import batches, is_metric, joined
 from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, parse
 from laplace.evidence import maximize_evidence
 from laplace.fitted import Fitted
+from laplace.linalg.inference import outside_inference_mode
 from laplace.prior_search import search_prior
 from laplace.scoring import parts, sweep
 from laplace.search import Lattice
 
 
+@outside_inference_mode()
 def optimize_prior_precision(
     la: Fitted,
     pred_type: PredType | str = PredType.GLM,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from laplace_dist.cli import exit_status
-from laplace_dist.config.command_line import load_config, parse_yaml
+from laplace_dist.config.command_line import load_config_and, parse_yaml
 from laplace_dist.config.training import Training
 from laplace_dist.errors import SettingsError
 from laplace_dist.marglik import Trained, marglik_train
@@ -30,13 +30,14 @@ def marglik_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
         parser.print_help()
 
     def carry_out() -> int:
+        own = defaults
         if not any(argument.partition("=")[0] in ("--model", "--config") for argument in rest):
             from laplace_dist import demo
 
-            config = load_config(rest, defaults={**demo.settings(), "ood": [], **defaults})
-        else:
-            config = load_config(rest, defaults=defaults)
-        found = marglik_train(config, Training(**{name: _value(name, text) for name, text in vars(given).items()}))
+            own = {**demo.settings(), "ood": [], **defaults}
+        config, filed = load_config_and(Training.model_fields, rest, defaults=own)
+        flags = {name: _value(name, text) for name, text in vars(given).items()}
+        found = marglik_train(config, Training(**{**{n: _number(n, value) for n, value in filed.items()}, **flags}))
         print("\n".join(lines(found)))
         return 0
 
@@ -62,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     group = parser.add_argument_group("of the training")
     for name, field in Training.model_fields.items():
-        flag, text = f"--{name.replace('_', '-')}", f"{field.description} ({field.default})".replace("%", "%%")
+        flag, shown = f"--{name.replace('_', '-')}", "" if field.default in (None, {}) else f" ({field.default})"
+        text = f"{field.description}{shown}".replace("%", "%%")
         if field.annotation is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=field.description)
         else:
@@ -72,11 +74,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _value(name: str, text: Any) -> Any:
     """Turn a flag's text into a value; what does not fit is left to the validation."""
-    if not isinstance(text, str) or name == "optimizer":
+    if not isinstance(text, str) or name in ("optimizer", "scheduler"):
         return text
     try:
         value = parse_yaml(text)
     except ValueError as error:
         raise SettingsError(f"--{name.replace('_', '-')}: got {text!r}; it {error}") from None
-    kind = Training.model_fields[name].annotation
-    return float(value) if kind is float and isinstance(value, int) else value
+    return _number(name, value)
+
+
+def _number(name: str, value: Any) -> Any:
+    """Take a whole number for a field of real ones."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if Training.model_fields[name].annotation is float and whole else value

@@ -18,6 +18,7 @@ from laplace_dist.execution.tasks import Task
 from laplace_dist.plan.estimate import expected_bytes
 from laplace_dist.plan.groups import plan_groups
 from laplace_dist.plan.plan import Plan
+from laplace_dist.report.planned import weights_line
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import bases, coverage, layout, lifecycle, ownership, partials, place, pointer, versions, windows
 from laplace_dist.run.checkpoint import open_store
@@ -125,10 +126,17 @@ class FitStages:
         self.window = Window(self.store, self.plan)
         self.say(f"{'continuing' if self._continued else 'starting'} the run at {self.store.url}")
         self.say(f"estimator: {resolved.cost}")
+        self.say_weights()
         if not self._continued:
             rows = coverage.rows_of(resolved.la.sums_spec(), resolved.model)
             there = coverage.write_coverage(self.store, rows)
             self.say("\n".join([*coverage.lines(rows), f"coverage: every parameter is in {there}"]))
+
+    def say_weights(self) -> None:
+        """Say how much the examples of the window count, where they have weights."""
+        plan = self.window.plan
+        if "weights" in plan.data:
+            self.say(f"example weights: {weights_line(plan.n_examples, plan.data['weights'])}")
 
     def _groups(self, resolved: opening.Resolved, stored: Plan | None) -> int:
         """Return the number of module groups; refuse sums that no worker has the memory for, before the run is begun.

@@ -27,8 +27,7 @@ from laplace_dist.run import layout, place, trained, training, weights
 from laplace_dist.run.training import Epoch
 from laplace_dist.stages import opening
 from laplace_dist.stages.train import Curvature, Gradient, bytes_of
-
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+from laplace_dist.stages.weights_steps import check_schedule, optimizer_of, schedule_of
 
 
 @dataclass(frozen=True)
@@ -114,10 +113,13 @@ class MarglikJob(FitStages):
             self.hyper = Hyperparameters(self.la, law.has_noise and not own.fix_sigma_noise, own.lr_hyp)
         except ValueError as error:
             raise SettingsError(str(error)) from error
-        try:
-            self.optimizer = OPTIMIZERS[own.optimizer](self.la.params, **own.optimizer_args)
-        except (TypeError, ValueError) as error:
-            raise SettingsError(f"--optimizer-args: got {own.optimizer_args!r} for {own.optimizer}; {error}") from error
+        self._begin_steps(0)
+        check_schedule(own, own.n_epochs * math.ceil(len(self._train) / self.config.batch_size))
+
+    def _begin_steps(self, steps: int) -> None:
+        """Make the optimizer of the weights, and the schedule of its step size after so many steps."""
+        self.optimizer = optimizer_of(self.settings, self.la.params)
+        self.schedule = schedule_of(self.settings, self.optimizer, steps)
 
     # -------------------------------------------------------------- the epochs
 
@@ -138,6 +140,8 @@ class MarglikJob(FitStages):
         for start, stop in self._batches(number):
             parts = [_part(found) for found in self._round(stage, self._gradients(number, start, stop))]
             loss = step(self.la, self.optimizer, parts, self.plan.n_examples)
+            if self.schedule is not None:
+                self.schedule.step()
             if not math.isfinite(loss):
                 raise RunFailed(
                     f"the training loss is {loss} at examples {start} to {stop - 1} in epoch {number}: it diverges. Begin "
@@ -206,6 +210,7 @@ class MarglikJob(FitStages):
     # -------------------------------------------------------------- states
 
     def _load(self, epoch: Epoch) -> None:
+        self._begin_steps(epoch.number * len(self._batches(epoch.number)))
         trained.read_state(self.store, epoch.state, self.la, self.optimizer, self.hyper)
 
     def _result(self) -> Trained:

@@ -51,6 +51,7 @@ class WindowStages(Job):
         self._refuse_windows(there)  # before anything is computed
         self.window, self._continued = self.begin_window(there)
         self.say(f"{'continuing' if self._continued else 'adding'} window {self.window.name} of {self.store.url}")
+        self.say_weights()
         if self.plan.further is None and windows.find_window(self.window.store, self.window.plan) is None:
             self.map()
         whole = summed(self.sum_window())

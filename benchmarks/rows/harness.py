@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
@@ -19,24 +20,41 @@ class Target:
 
     Attributes:
         kind: `peer` (the fastest peer's time over ours), `rate` (of the machine's matrix products), `seconds`, or the label of
-            something that is timed beside ours and counts as one, such as `epoch`.
-        bound: At least this for `peer` and `rate`, at most this for the others.
+            something that is measured beside ours.
+        bound: At least this for `peer`, `rate` and a `faster` one, at most this for the others.
+        form: Of a label: `times` ours over it, it over ours (`faster`), or the `value` itself.
     """
 
     kind: str
     bound: float
+    form: Literal["times", "faster", "value", "at least"] = "times"
 
     @property
-    def at_least(self) -> bool:
-        """Whether larger is better."""
-        return self.kind in ("peer", "rate")
+    def larger_is_better(self) -> bool:
+        """Whether the bound is a lower one."""
+        return self.kind in ("peer", "rate") or self.form in ("faster", "at least")
+
+    def value(self, found: Mapping[str, Any]) -> float | None:
+        """Return what a row has reached; None without a peer."""
+        if self.kind == "seconds":
+            return found["ours"]
+        if self.kind == "peer":
+            return found.get("peer")
+        if self.kind == "rate":
+            return found["gflop"] / found["ours"] / found["rate"]
+        if self.form == "times":
+            return found["ours"] / found[self.kind]
+        return found[self.kind] / found["ours"] if self.form == "faster" else found[self.kind]
 
     def text(self, value: float) -> str:
         """Return a value beside the bound, and whether it is missed."""
-        missed = value < self.bound if self.at_least else value > self.bound
+        missed = value < self.bound if self.larger_is_better else value > self.bound
+        unit = {"peer": " ×", "rate": " of the rate", "seconds": " s"}.get(self.kind) or self._unit()
+        return f"{value:.3g}{unit} ({'≥' if self.larger_is_better else '≤'} {self.bound:g}){' **missed**' if missed else ''}"
+
+    def _unit(self) -> str:
         plural = f"{self.kind}es" if self.kind.endswith("s") else f"{self.kind}s"
-        unit = {"peer": " ×", "rate": " of the rate", "seconds": " s"}.get(self.kind, f" {plural}")
-        return f"{value:.3g}{unit} ({'≥' if self.at_least else '≤'} {self.bound:g}){' **missed**' if missed else ''}"
+        return {"times": f" {plural}", "faster": f" × {self.kind}"}.get(self.form, f" {self.kind}")
 
 
 @dataclass(frozen=True)
@@ -45,14 +63,15 @@ class Row:
 
     Attributes:
         name: In words, with the number of examples.
-        ours: What is timed here, by label: `ours`, and what counts as one.
+        ours: What is timed here, by label: `ours`, and what counts as one; or, where a row measures in its own way, the
+            figures themselves.
         targets: What is to be reached.
         peers: What is timed in the peers' environment, by the peer's name.
         gflop: What the mathematics needs, in units of 10⁹ floating-point operations.
     """
 
     name: str
-    ours: Callable[[], Mapping[str, Prepare]]
+    ours: Callable[[], Mapping[str, Prepare | float]]
     targets: tuple[Target, ...]
     peers: Callable[[], Mapping[str, Prepare]] | None = None
     gflop: Callable[[], float] | None = None

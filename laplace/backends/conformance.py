@@ -203,6 +203,19 @@ class SumsConformance:
             error = float((total.tensors[name] - before[name] - value).norm() / value.norm())
             assert error < 1e-3, f"factor {name!r}: a batch lost {error:.1e} of its curvature in a large sum"
 
+    def test_an_example_of_weight_two_is_that_example_twice(self):
+        """And one of weight 0 is none; a backend that takes no weights refuses them."""
+        la, (x, y) = self.make_laplace(), self.make_data()
+        sums = la.zero_sums()
+        try:
+            la.accumulate(sums, x[:3], y[:3], example_weights=[1.0, 0.0, 2.0])
+        except ValueError as error:
+            assert not la.backend.weighs_examples and "takes no weights of examples" in str(error)
+            return
+        assert la.backend.weighs_examples
+        twice = self.sums_of(la, 0, 1).merge(self.sums_of(la, 2, 3)).merge(self.sums_of(la, 2, 3))
+        self.check_equal(sums, twice)
+
     def test_fit_equals_finalised_sums(self):
         """``fit`` is nothing but this sum: predictions agree."""
         x, y = self.make_data()

@@ -53,6 +53,7 @@ class CurvatureInterface(CapturedModel):
 
     stochastic = False
     contracted: frozenset[str] = frozenset()  # structures without a method of their own that ``accumulate`` adds
+    weighs_examples = False  # whether ``accumulate`` takes weights of the examples
     exact_products = False  # whether dense sums are of products in float64, so that they have the rank of the rows
 
     def __init__(

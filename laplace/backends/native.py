@@ -14,6 +14,7 @@ from laplace.backends.options import check_chosen_outputs, check_kfac_approx, ho
 from laplace.capture import contractions
 from laplace.capture.evaluation import eval_mode
 from laplace.data.batches import joined, length_of
+from laplace.data.example_weights import weighted
 from laplace.enums import Likelihood
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.linalg.kronecker import Kron
@@ -30,6 +31,7 @@ class _Native:
 
     exact_products = True
     contracted = frozenset({"ekfac", "blockdiag"})
+    weighs_examples = True
     _has_warned = False
 
     kfac_approx = "expand"
@@ -40,7 +42,9 @@ class _Native:
         """As of the sibling class, and the approximation of weight sharing where it is not the default."""
         return super().estimator + ("" if self.kfac_approx == "expand" else " with KFAC-reduce")
 
-    def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
+    def accumulate(
+        self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0, example_weights: Tensor | None = None
+    ) -> None:
         """Add one batch to raw sums in place.
 
         Args:
@@ -48,6 +52,7 @@ class _Native:
             x: Inputs ``(batch, …)`` or a dict-like batch.
             y: Targets: class labels ``(batch, …)`` or values ``(batch, outputs)``.
             offset: Index in the data set of the batch's first example; names examples in errors and seeds their noise.
+            example_weights: ``(batch,)`` float64, see :func:`laplace.data.example_weights.checked`; 1 each if not given.
 
         Raises:
             NonFiniteError: If an output or target is NaN or Inf; names the examples. The sums are unchanged.
@@ -55,9 +60,9 @@ class _Native:
         """
         self.spec = sums.spec
         with eval_mode(self.model):
-            self._accumulate(sums, x, y, offset)
+            self._accumulate(sums, x, y, offset, example_weights)
 
-    def _accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int) -> None:
+    def _accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int, weights: Tensor | None) -> None:
         capture = self.capture(x)
         y = y.to(capture.f.device)
         self.likelihood_object.check(capture.f, y, offset)
@@ -65,13 +70,18 @@ class _Native:
         f = capture.f.double()  # in float32, 1 - p of a sure example has no digits
         closed = self.last_layer and last_layer.applies(sums.spec, f)
         if closed and sums.spec.structure == "full":
-            last_layer.add_full_(sums, capture, self.directions(f, y, offset))
+            last_layer.add_full_(sums, capture, weighted(self.directions(f, y, offset), weights))
         elif closed and self.sums_all_outputs and sums.spec.structure in ("kron", "diag"):
-            last_layer.add_(sums, capture, self.likelihood_object, f, y)
+            last_layer.add_(sums, capture, self.likelihood_object, f, y, weights)
         else:
-            add_curvature_(sums, capture, self.directions(f, y, offset), reduce=self.kfac_approx == "reduce")
-        sums.loss = sums.loss + self.likelihood_object.loss(f, y)
-        sums.n_data += len(y)
+            directions = weighted(self.directions(f, y, offset), weights)
+            add_curvature_(sums, capture, directions, self.kfac_approx == "reduce", weights)
+        if weights is None:
+            sums.loss = sums.loss + self.likelihood_object.loss(f, y)
+            sums.n_data += len(y)
+        else:
+            sums.loss = sums.loss + self.likelihood_object.weighted_loss(f, y, weights)
+            sums.n_data += float(weights.sum())
 
     @property
     def sums_all_outputs(self) -> bool:

@@ -38,6 +38,12 @@ def _check_parameters(model: nn.Module) -> None:
             f"Parameters {lazy} have no values yet, since {owner} takes its shape from its first input. Run "
             "one forward pass, model(x), and train the model before the posterior is made."
         )
+    inferred = [name for name, p in model.named_parameters() if p.is_inference() and p.requires_grad]
+    if inferred:
+        raise ValueError(
+            f"Parameters {inferred} were made inside torch.inference_mode(), so that nothing can be differentiated in them. "
+            "Build the model outside of it, or give a copy.deepcopy(model) that is made outside."
+        )
     sharded = [name for name, p in model.named_parameters() if hasattr(p, "full_tensor")]
     if sharded:
         raise ValueError(

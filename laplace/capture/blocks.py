@@ -15,6 +15,19 @@ def row_key(parameter: str) -> str:
 
 
 @dataclass(frozen=True)
+class Basis:
+    """Orthonormal bases in which one parameter's covariance is diagonal; None stands for the identity.
+
+    Attributes:
+        left: Over the weight's first dimension, ``(out, out)``.
+        right: Over its others, ``(in, in)``.
+    """
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Block:
     """How one parameter's curvature is obtained.
 

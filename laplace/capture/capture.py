@@ -119,7 +119,8 @@ class Capture:
         They are kept for the next direction, unless those of the batch are many: patches of convolutions are then made anew.
         """
         stop = len(self.f) if stop is None else stop
-        if layer not in self._inputs and self._input_size(layer) * len(self.f) <= _KEPT:
+        few = layer in self._inputs or self._input_size(layer) * len(self.f) <= _KEPT
+        if few and layer not in self._inputs:
             self._inputs[layer] = self._make_inputs(layer, 0, len(self.f))
         kept = self._inputs.get(layer)
         return self._make_inputs(layer, start, stop) if kept is None else kept[start:stop]
@@ -132,7 +133,10 @@ class Capture:
     def _input_size(self, layer: str) -> int:
         """Elements of a layer's inputs for one example."""
         if layer not in self._sizes:
-            self._sizes[layer] = self._make_inputs(layer, 0, 1).numel()
+            first = self._make_inputs(layer, 0, 1)
+            self._sizes[layer] = first.numel()
+            if len(self.f) == 1 and first.numel() <= _KEPT:
+                self._inputs[layer] = first
         return self._sizes[layer]
 
     def _make_inputs(self, layer: str, start: int, stop: int) -> Tensor:

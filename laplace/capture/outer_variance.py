@@ -8,7 +8,8 @@ With the variances :math:`w_{oi}` of the weight's entries in some bases, in whic
 The first form makes the rows of all outputs, and costs as many times more as there are outputs; the second needs the weight
 once for every pair of positions, whatever the number of outputs. Which of them is cheaper follows from the shapes. Where
 the pairs of different positions cancel those of equal ones, the second form has lost digits that the first one keeps, and the
-first one is taken.
+first one is taken. The rows themselves may be turned into the bases, :math:`Q_B^\top (\sum_r g_{cr} a_r^\top) Q_A`, which takes
+fewer operations than turning each :math:`g_{cr}` or :math:`a_r` where positions are many, as in a network's first convolutions.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from laplace.capture.blocks import Basis
 from laplace.capture.capture import ranges
 
 Inputs = Callable[[int, int], Tensor]
@@ -31,7 +33,7 @@ _TRAFFIC = 16  # multiplications in whose time an element of a row is written, s
 
 
 def add_outer_variance(
-    total: Tensor, inputs: Inputs, g: Tensor, weight: Weight, shape: torch.Size, diagonal: bool
+    total: Tensor, inputs: Inputs, g: Tensor, basis: Basis, weight: Weight, shape: torch.Size, diagonal: bool
 ) -> None:
     """Add the variances of one weight ``(out, in)`` for several priors.
 
@@ -39,7 +41,8 @@ def add_outer_variance(
         total: ``(priors, batch, outputs)`` if ``diagonal`` else ``(priors, batch, outputs, outputs)``.
         inputs: From a range of examples to ``(examples, positions, in)``.
         g: Output gradients ``(batch, outputs, positions, out)``.
-        weight: From the number of a prior to its variances ``(out, in)``.
+        basis: In which the covariance is diagonal.
+        weight: From the number of a prior to its variances ``(out, in)`` in the basis.
         shape: ``(positions, in)`` of the inputs.
         diagonal: Add the variances of the outputs alone instead of their covariance.
     """
@@ -49,13 +52,32 @@ def add_outer_variance(
     by_rows = outputs * (positions + _TRAFFIC + len(total) * others)
     cheap = by_pairs <= by_rows
     step = pairs * max(width, outputs * out) if cheap else positions * width
+    first, last = (basis, Basis()) if cheap else _split(basis, outputs, positions, out, width)
     for start, stop in ranges(len(g), step, _PAIRS):
-        a, part, area = inputs(start, stop), g[start:stop], total[:, start:stop]
+        a, part, area = (
+            project(inputs(start, stop), first.right),
+            project(g[start:stop], first.left),
+            total[:, start:stop],
+        )
         found = _by_pairs(a, part, weight, len(total), diagonal) if cheap else None
         if found is None:
-            _add_rows(area, a, part, weight, diagonal)
+            _add_rows(area, a, part, last, weight, diagonal)
         else:
             area += found
+
+
+def project(values: Tensor, basis: Tensor | None) -> Tensor:
+    """Values ``(…, width)`` in a basis; None stands for the identity."""
+    return values if basis is None else values @ basis.to(values.dtype)
+
+
+def _split(basis: Basis, outputs: int, positions: int, out: int, width: int) -> tuple[Basis, Basis]:
+    """The bases into which gradients and inputs are turned, and those into which rows are, whichever takes fewer operations."""
+    if outputs * out * width > _PAIRS:
+        return basis, Basis()
+    left, right = positions > width, positions > outputs * out
+    first = Basis(None if left else basis.left, None if right else basis.right)
+    return first, Basis(basis.left if left else None, basis.right if right else None)
 
 
 def _by_pairs(a: Tensor, g: Tensor, weight: Weight, priors: int, diagonal: bool) -> Tensor | None:
@@ -91,16 +113,19 @@ def _dot(squares: Tensor, scale: Tensor) -> Tensor:
     return torch.bmm(squares.flatten(2), scale.flatten(1)[:, :, None])[:, :, 0]
 
 
-def _add_rows(total: Tensor, a: Tensor, g: Tensor, weight: Weight, diagonal: bool) -> None:
+def _add_rows(total: Tensor, a: Tensor, g: Tensor, basis: Basis, weight: Weight, diagonal: bool) -> None:
     (_, outputs, _, out), width = g.shape, a.shape[2]
     g = g.transpose(2, 3)  # (batch, outputs, out, positions)
+    tile = out * width if basis.left is not None else _TILE // 8
     for first, last in ranges(len(total), out * width, _WEIGHTS):
         weights = torch.stack([weight(t).to(g.dtype) for t in range(first, last)])  # (priors, out, in)
-        for o, p in ranges(out, width, _TILE // 8):
+        for o, p in ranges(out, width, tile):
             columns = weights[:, o:p].flatten(1)
             for start, stop in ranges(len(g), outputs * columns.shape[1], _TILE):
                 part = g[start:stop, :, o:p].flatten(1, 2)
-                rows = torch.bmm(part, a[start:stop]).view(stop - start, outputs, -1)
+                rows = project(torch.bmm(part, a[start:stop]), basis.right).view(stop - start, outputs, p - o, width)
+                rows = rows if basis.left is None else project(rows.mT, basis.left).mT
+                rows = rows.flatten(2)
                 area = total[first:last, start:stop]
                 if diagonal:
                     area += (rows.square_() @ columns.T).permute(2, 0, 1)

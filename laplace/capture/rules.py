@@ -153,10 +153,11 @@ def weight_rows(module: nn.Module, a: Tensor, g: Tensor) -> Tensor:
     Args:
         module: The layer.
         a: Its inputs from :func:`inputs_by_position`.
-        g: Output gradients from :func:`gradients_by_position`.
+        g: Output gradients from :func:`gradients_by_position`; of several outputs ``(batch, outputs, positions, out)``, but for
+            an embedding.
 
     Returns:
-        ``(batch, weight size)``.
+        ``(batch, weight size)``, of several outputs ``(batch, outputs, weight size)``.
     """
     if isinstance(module, nn.Embedding):
         index = a.long()
@@ -165,10 +166,10 @@ def weight_rows(module: nn.Module, a: Tensor, g: Tensor) -> Tensor:
         rows = torch.zeros(g.shape[0], *module.weight.shape, dtype=g.dtype, device=g.device)
         return rows.scatter_add_(1, index.expand_as(g), g).flatten(1)
     if _is_conv(module):
-        g = g.unflatten(2, (module.groups, -1))
+        g = g.unflatten(-1, (module.groups, -1))
         a = a.unflatten(2, (module.groups, -1))
-        return torch.einsum("nrgo,nrgi->ngoi", g, a).flatten(1)
-    return (g * a).sum(1)
+        return torch.einsum("n...rgo,nrgi->n...goi", g, a).flatten(-3)
+    return (g * (a if g.ndim == a.ndim else a[:, None])).sum(-2)
 
 
 def touched_words(module: nn.Embedding, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:

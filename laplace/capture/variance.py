@@ -12,26 +12,17 @@ projects the batch once and repeats only the product with :math:`w`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from laplace.capture.blocks import Block, row_key
-from laplace.capture.contractions import chunks, is_bias, output_directions, row_of_layer
+from laplace.capture.blocks import Basis, Block, row_key
+from laplace.capture.contractions import chunks, is_bias, output_directions
 from laplace.capture.last_layer import LastLayerCapture
 from laplace.capture.last_layer_variance import last_layer_variance
-from laplace.capture.outer_variance import add_outer_variance
-from laplace.capture.rules import is_outer, is_transposed, touched_words
+from laplace.capture.outer_variance import add_outer_variance, project
+from laplace.capture.rules import is_outer, is_transposed, touched_words, weight_rows
 from laplace.linalg.precision import without_autocast
-
-
-@dataclass(frozen=True)
-class Basis:
-    """Orthonormal bases in which one parameter's covariance is diagonal; None stands for the identity."""
-
-    left: Tensor | None = None
-    right: Tensor | None = None
 
 
 @without_autocast()
@@ -80,7 +71,7 @@ def block_variance(
 def _add_layer(total, capture, g: Tensor, block: Block, basis: Basis, weight, diagonal: bool) -> None:
     module = capture.modules[block.layer]
     if is_bias(block):
-        _add_rows(total, _project(g.sum(2), basis.left), weight, diagonal)
+        _add_rows(total, project(g.sum(2), basis.left), weight, diagonal)
         return
     if not is_outer(module):
         _add_row_layer(total, capture, g, block, weight, diagonal)
@@ -90,10 +81,9 @@ def _add_layer(total, capture, g: Tensor, block: Block, basis: Basis, weight, di
         weight = lambda t: weight_in_out(t).T  # noqa: E731
 
     def inputs(start: int, stop: int) -> Tensor:
-        return _project(capture.inputs(block.layer, start, stop), basis.right)
+        return capture.inputs(block.layer, start, stop)
 
-    shape = capture.inputs(block.layer, 0, 1).shape[1:]
-    add_outer_variance(total, inputs, _project(g, basis.left), weight, shape, diagonal)
+    add_outer_variance(total, inputs, g, basis, weight, inputs(0, 1).shape[1:], diagonal)
 
 
 def _add_row_layer(total, capture, g: Tensor, block: Block, weight, diagonal: bool) -> None:
@@ -102,11 +92,9 @@ def _add_row_layer(total, capture, g: Tensor, block: Block, weight, diagonal: bo
     if isinstance(module, nn.Embedding):
         _add_table(total, module, capture.inputs(block.layer), g, weight, diagonal)
         return
-    whole = replace(block, chosen=None)
-    for start, stop in chunks(g.shape[0], g.shape[1] * torch.Size(block.shape).numel()):
-        a = capture.inputs(block.layer, start, stop)
-        rows = [row_of_layer(whole, module, a, g[start:stop, c]) for c in range(g.shape[1])]
-        _add_rows(total[:, start:stop], torch.stack(rows, 1), weight, diagonal)
+    for start, stop in chunks(g.shape[0], g.shape[1] * max(torch.Size(block.shape).numel(), g[0, 0].numel())):
+        rows = weight_rows(module, capture.inputs(block.layer, start, stop), g[start:stop])
+        _add_rows(total[:, start:stop], rows, weight, diagonal)
 
 
 def _add_table(total: Tensor, table: nn.Embedding, a: Tensor, g: Tensor, weight, diagonal: bool) -> None:
@@ -128,10 +116,6 @@ def _add_rows(total: Tensor, rows: Tensor, weight, diagonal: bool) -> None:
     for start, stop in chunks(total.shape[0], rows.shape[-1]):  # several priors share one product
         weights = torch.stack([weight(t).to(rows.dtype).flatten() for t in range(start, stop)], 1)
         total[start:stop] += (squared @ weights).permute(2, 0, 1)
-
-
-def _project(values: Tensor, basis: Tensor | None) -> Tensor:
-    return values if basis is None else values @ basis.to(values.dtype)
 
 
 @without_autocast()

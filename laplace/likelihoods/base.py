@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace import noise
+from laplace.data.example_weights import along
 from laplace.enums import Likelihood, LinkApprox
 from laplace.likelihoods.checks import check_finite
 from laplace.likelihoods.links import log_mean, output_samples, variances_of
@@ -54,7 +55,7 @@ class BaseLikelihood:
         """A class with a root of its own does not inherit the closed forms of another."""
         super().__init_subclass__(**kwargs)
         if "root_columns" in vars(cls):
-            for name in ("hessian_diagonal", "hessian_sum"):
+            for name in ("hessian_diagonal", "hessian_sum", "weighted_hessian_sum"):
                 if name not in vars(cls):
                     setattr(cls, name, getattr(BaseLikelihood, name))
 
@@ -115,6 +116,11 @@ class BaseLikelihood:
         """Sum over examples of the negative log likelihood (without what :meth:`noise_constant` adds), float64 scalar."""
         f = double(f)
         return self.nll(f, y.to(f.device)).double().sum()
+
+    def weighted_loss(self, f: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        """The same of examples with weights ``(batch,)``: an example's terms times its weight."""
+        terms = self.nll(double(f), y.to(f.device)).double()
+        return (along(weights, terms) * terms).sum()
 
     def noise_constant(self, n_data: int, n_outputs: int, sigma_noise: Tensor) -> Tensor | float:
         """What the log likelihood of the data lacks beside the scaled loss, where that depends on the noise."""
@@ -186,6 +192,13 @@ class BaseLikelihood:
         total = f.new_zeros(f.shape[-1], f.shape[-1])
         for column in self.root_columns(f, y):
             total += column.T @ column
+        return total
+
+    def weighted_hessian_sum(self, f: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        """The same of examples with weights ``(batch,)``."""
+        total = f.new_zeros(f.shape[-1], f.shape[-1])
+        for column in self.root_columns(f, y):
+            total += (along(weights, column) * column).T @ column
         return total
 
     def draw(self, f: Tensor, u: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from laplace import noise
+from laplace.data.example_weights import along
 from laplace.enums import Likelihood, LinkApprox
 from laplace.likelihoods.base import Prediction
 from laplace.likelihoods.checks import first_wrong
@@ -105,6 +106,15 @@ class Categorical(ClassProbabilities):
         add_gram_(total, [p], -1.0)
         mirror_(total)
         total.diagonal().copy_(self.hessian_diagonal(f, y).sum(0))
+        return total
+
+    def weighted_hessian_sum(self, f: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        r"""The same with :math:`\sqrt{w_n} p_n` for the rows of :math:`P`."""
+        p = f.softmax(-1)
+        total = torch.zeros(p.shape[-1], p.shape[-1], dtype=p.dtype, device=p.device)
+        add_gram_(total, [along(weights.sqrt(), p) * p], -1.0)
+        mirror_(total)
+        total.diagonal().copy_((along(weights, p) * self.hessian_diagonal(f, y)).sum(0))
         return total
 
     def draw(self, f: Tensor, u: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from laplace.linalg.inference import outside_inference_mode
+
 ORDER = (
     "model",
     "likelihood",
@@ -48,7 +50,8 @@ def by_name(init: Callable[..., None]) -> Callable[..., None]:
         twice = sorted(set(named) & set(kwargs))
         if twice:
             raise TypeError(f"{type(self).__name__} got {twice} by position and by name.")
-        init(self, **named, **kwargs)
+        with outside_inference_mode():
+            init(self, **named, **kwargs)
 
     return wrapper
 

@@ -15,6 +15,7 @@ from laplace.backends.interface import CurvatureInterface
 from laplace.backends.native import NativeGGN
 from laplace.capture import admission
 from laplace.capture.feature_extractor import FeatureExtractor
+from laplace.data.calling import called_by_batch
 from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure, parse
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.named import NamedLikelihood
@@ -72,7 +73,7 @@ class BaseLaplace:
     ):
         """See the class."""
         self.likelihood = likelihood
-        self.model = check_model(model)
+        self.model = called_by_batch(check_model(model), dict_key_y)
         self.temperature = temperature
         self.enable_backprop = enable_backprop
         self.dict_key_x = dict_key_x

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace.capture.variance import Basis, block_variance
+from laplace.capture.blocks import Basis
+from laplace.capture.variance import block_variance
 from laplace.linalg.decomposed import KronDecomposed, KronSpectrum
 from laplace.linalg.kronecker import Kron
 from laplace.linalg.precision import widened

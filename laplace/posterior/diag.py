@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace.capture.blocks import Block
-from laplace.capture.variance import Basis, block_variance
+from laplace.capture.blocks import Basis, Block
+from laplace.capture.variance import block_variance
 from laplace.linalg.precision import widened
 from laplace.noise import check_samples
 from laplace.posterior.parametric import ParametricLaplace

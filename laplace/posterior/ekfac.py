@@ -2,7 +2,7 @@ r"""EKFAC posterior: :math:`P = \bigoplus_l Q_l \left(\mathrm{diag}(s_l) / (\sig
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from laplace.linalg.decomposed import KronDecomposed
+from laplace.linalg.inference import outside_inference_mode
 from laplace.posterior.arguments import by_name
 from laplace.posterior.decomposed import DecomposedLaplace
 from laplace.posterior.refusals import check_structure
@@ -82,7 +83,15 @@ class EKFACLaplace(DecomposedLaplace):
             self.basis = whole.basis
             self.set_sums(whole)
 
-    def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
+    @outside_inference_mode()
+    def accumulate(
+        self,
+        sums: CurvatureSums,
+        x: Any,
+        y: Tensor,
+        offset: int = 0,
+        example_weights: Sequence[float] | Tensor | None = None,
+    ) -> None:
         """Add one batch to raw sums in place; see :meth:`SummedLaplace.accumulate`.
 
         Raises:
@@ -90,8 +99,9 @@ class EKFACLaplace(DecomposedLaplace):
         """
         if sums.spec.structure == self.structure and sums.basis is None:
             sums.basis = self.basis
-        super().accumulate(sums, x, y, offset)
+        super().accumulate(sums, x, y, offset, example_weights)
 
+    @outside_inference_mode()
     def fit(self, train_loader: Iterable, override: bool = True, progress_bar: bool = False) -> None:
         """Find the eigenbasis in one pass over a data loader, and add up second moments in it in another.
 

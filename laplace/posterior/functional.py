@@ -20,6 +20,7 @@ from laplace.data.subset import subset_of
 from laplace.enums import PredType
 from laplace.linalg import memory
 from laplace.linalg.eigen import eigh
+from laplace.linalg.inference import outside_inference_mode
 from laplace.posterior.arguments import before, by_name
 from laplace.posterior.base import BaseLaplace
 from laplace.posterior.process import ConditionedProcess
@@ -99,6 +100,7 @@ class FunctionalLaplace(ConditionedProcess):
         self.n_outputs = spec.n_outputs
         return self._spec
 
+    @outside_inference_mode()
     def fit(self, train_loader: Iterable, override: bool = True, progress_bar: bool = False) -> None:
         """Condition the process on a subset of a data loader, in two passes over it.
 

@@ -20,7 +20,9 @@ from torch import Tensor
 from laplace.backends.hessian import NativeHessian
 from laplace.backends.interface import CurvatureInterface
 from laplace.capture import contractions
-from laplace.capture.variance import Basis, block_variance
+from laplace.capture.blocks import Basis
+from laplace.capture.variance import block_variance
+from laplace.linalg.inference import outside_inference_mode
 from laplace.linalg.precision import widened
 from laplace.noise import check_samples
 from laplace.posterior.arguments import by_name
@@ -71,6 +73,7 @@ class LowRankLaplace(NotASum, ParametricLaplace):
         self.n_outputs = spec.n_outputs
         return self._spec
 
+    @outside_inference_mode()
     def fit(self, train_loader: Iterable, override: bool = True, progress_bar: bool = False) -> None:
         """Find the leading eigenpairs of the curvature over a data loader, in several passes over it.
 

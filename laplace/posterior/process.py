@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace.capture.blocks import Basis
 from laplace.capture.contractions import output_directions
-from laplace.capture.variance import Basis, block_variance
+from laplace.capture.variance import block_variance
 from laplace.errors import NotFittedError
 from laplace.linalg import memory
 from laplace.linalg.precision import widened

@@ -45,7 +45,7 @@ class NotASum:
         """Refused: it is not a sum."""
         self._refuse("zero_sums()")
 
-    def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
+    def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0, example_weights: Any = None) -> None:
         """Refused: it is not a sum."""
         self._refuse("accumulate()")
 

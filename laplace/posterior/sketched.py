@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from laplace.backends.interface import CurvatureInterface
 from laplace.backends.native import NativeGGN
+from laplace.linalg.inference import outside_inference_mode
 from laplace.posterior.arguments import by_name
 from laplace.posterior.lowrank import LowRankLaplace
 from laplace.posterior.summed import SummedLaplace
@@ -71,14 +72,23 @@ class SketchedLowRankLaplace(LowRankLaplace):
         sums.basis = {"test": self._matrix[1]}
         return sums
 
-    def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
+    @outside_inference_mode()
+    def accumulate(
+        self,
+        sums: CurvatureSums,
+        x: Any,
+        y: Tensor,
+        offset: int = 0,
+        example_weights: Sequence[float] | Tensor | None = None,
+    ) -> None:
         """Add one batch to the raw sums of either pass in place; see :class:`laplace.posterior.summed.SummedLaplace`."""
-        SummedLaplace.accumulate(self, sums, x, y, offset)
+        SummedLaplace.accumulate(self, sums, x, y, offset, example_weights)
 
     def set_second_sums(self, sums: CurvatureSums, basis: Mapping[str, Tensor]) -> None:
         """Finalise the raw sums of the second pass: the eigenpairs of the ``rank`` largest eigenvalues."""
         self.set_sums(sketch.leading(SECOND_PASSES[self.structure].finish(sums, basis), self.rank))
 
+    @outside_inference_mode()
     def fit(self, train_loader: Iterable, override: bool = True, progress_bar: bool = False) -> None:
         """Find the leading eigenpairs of the curvature over a data loader, in two passes over it.
 

@@ -2,7 +2,7 @@ r"""Fits of posteriors over weights: what is added up over batches, how it becom
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from laplace.data.batches import batches
+from laplace.data.example_weights import checked
 from laplace.data.mistakes import check_inputs
 from laplace.errors import NotFittedError
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.linalg.dense import parameter_vector
+from laplace.linalg.inference import outside_inference_mode
 from laplace.posterior import weights
 from laplace.posterior.arguments import by_name
 from laplace.posterior.base import BaseLaplace
@@ -129,18 +131,45 @@ class SummedLaplace(BaseLaplace):
         """Finalise the raw sums of the second pass, as :meth:`set_sums` does those of a structure that takes one."""
         self.set_sums(SECOND_PASSES[self.structure].finish(sums, basis))
 
-    def accumulate(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int = 0) -> None:
-        """Add one batch to raw sums in place; ``offset`` is the index of its first example in the data set.
+    @outside_inference_mode()
+    def accumulate(
+        self,
+        sums: CurvatureSums,
+        x: Any,
+        y: Tensor,
+        offset: int = 0,
+        example_weights: Sequence[float] | Tensor | None = None,
+    ) -> None:
+        """Add one batch to raw sums in place.
+
+        Args:
+            sums: The state to add to.
+            x: Inputs ``(batch, …)`` or a dict-like batch.
+            y: Targets.
+            offset: Index of the batch's first example in the data set.
+            example_weights: One number for each example, not negative: an example of weight 2 adds what it would add twice, in
+                curvature, loss and number of examples. 1 each if not given. Draws of a sampled Fisher do not depend on them.
 
         Raises:
             ValueError: If a regression's outputs are more or fewer per example than those of the first batch, which the
-                evidence counts on; or as the backend's ``accumulate``.
+                evidence counts on; if weights are no weights, or the backend takes none; or as the backend's ``accumulate``.
         """
         self.backend.spec = sums.spec
         y = y.to(self._device)
         self.likelihood_object.check_length(y, sums.spec.n_outputs)
+        if example_weights is None:
+            for start, inputs, targets in self._parts(x, y):
+                self.backend.accumulate(sums, inputs, targets, offset + start)
+            return
+        if not self.backend.weighs_examples:
+            raise ValueError(
+                f"{type(self.backend).__name__} takes no weights of examples: its package sums over a batch by itself. Use the "
+                "native backend (NativeGGN or NativeEF), or leave example_weights out."
+            )
+        of_all = checked(example_weights, len(y), self._device, offset)
         for start, inputs, targets in self._parts(x, y):
-            self.backend.accumulate(sums, inputs, targets, offset + start)
+            weights = of_all[start : start + len(targets)]
+            self.backend.accumulate(sums, inputs, targets, offset + start, example_weights=weights)
 
     def _parts(self, x: Any, y: Tensor) -> Iterator[tuple[int, Any, Tensor]]:
         """The parts in which a batch is captured: number of the first example, inputs, targets."""
@@ -185,6 +214,7 @@ class SummedLaplace(BaseLaplace):
     def _check_weights(self) -> None:
         weights.check_unchanged(self)
 
+    @outside_inference_mode()
     def fit(self, train_loader: DataLoader, override: bool = True, progress_bar: bool = False) -> None:
         """Add up curvature over a data loader and finalise it.
 

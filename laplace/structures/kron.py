@@ -15,6 +15,7 @@ from torch import Tensor
 
 from laplace.capture.blocks import Block
 from laplace.capture.padding import position_weights
+from laplace.data.example_weights import along
 from laplace.linalg.gram import add_gram_of_positions_
 from laplace.linalg.kronecker import weight_shape_2d
 from laplace.structures.diag import add_square_of_row_
@@ -49,8 +50,17 @@ def blocks_of(shapes, found):
     return blocks, factors
 
 
-def add_(sums: CurvatureSums, capture, directions: Iterator[Tensor], reduce: bool = False) -> None:
-    """Add the Gram matrices of one batch, by KFAC-reduce or expand, and the squared rows of parameters without factors."""
+def add_(
+    sums: CurvatureSums,
+    capture,
+    directions: Iterator[Tensor],
+    reduce: bool = False,
+    weights: Tensor | None = None,
+) -> None:
+    r"""Add the Gram matrices of one batch, by KFAC-reduce or expand, and the squared rows of parameters without factors.
+
+    Directions bring the weights of their examples with them; for inputs, :math:`\sum_n w_n a_n a_n^\top`, they are given.
+    """
     factored = [block for block in sums.spec.blocks if block.has_factors]
     held = {name: block.layer for block in factored for name in block.factors if sums.holds(name)}
     inputs = {name: layer for name, layer in held.items() if name.endswith("/A")}
@@ -61,7 +71,7 @@ def add_(sums: CurvatureSums, capture, directions: Iterator[Tensor], reduce: boo
     for number, v in enumerate(directions):
         gradients = capture.gradients(v)
         if number == 0:
-            _add_inputs(sums, capture, inputs, gradients, reduce)
+            _add_inputs(sums, capture, inputs, gradients, reduce, weights)
         if not outputs and not diagonal:  # nothing that is held needs further directions
             break
         for name, layer in outputs.items():
@@ -73,13 +83,18 @@ def add_(sums: CurvatureSums, capture, directions: Iterator[Tensor], reduce: boo
         for block in diagonal:
             add_square_of_row_(sums, block, gradients, capture, v)
     if not gradients:
-        _add_inputs(sums, capture, inputs, gradients, reduce)
+        _add_inputs(sums, capture, inputs, gradients, reduce, weights)
     for name, rest in waiting.items():
         add_gram_of_positions_(sums.running(name), rest)
 
 
 def _add_inputs(
-    sums: CurvatureSums, capture, inputs: dict[str, str], gradients: dict[str, Tensor], reduce: bool
+    sums: CurvatureSums,
+    capture,
+    inputs: dict[str, str],
+    gradients: dict[str, Tensor],
+    reduce: bool,
+    example_weights: Tensor | None,
 ) -> None:
     """Add the Gram matrices of the inputs, of which those at padded tokens do not count; ``gradients`` tell these."""
     for name, layer in inputs.items():
@@ -87,6 +102,8 @@ def _add_inputs(
         weights = None if g is None else position_weights(capture.kept_tokens, g.shape[1], g)
         for a in capture.input_chunks(layer, _PATCHES):
             w = None if weights is None else weights[start : start + len(a), :, None].to(a.dtype)
+            if example_weights is not None:
+                a = along(example_weights[start : start + len(a)].sqrt(), a) * a
             start += len(a)
             if reduce:
                 a = a.mean(1, keepdim=True) if w is None else (w * a).sum(1, keepdim=True)

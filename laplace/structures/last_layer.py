@@ -16,6 +16,7 @@ from torch import Tensor
 
 from laplace.capture.capture import ranges
 from laplace.capture.contractions import is_bias
+from laplace.data.example_weights import along
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.linalg.gram import (
     add_gram_of_positions_,
@@ -35,7 +36,14 @@ def applies(spec: SumsSpec, f: Tensor) -> bool:
     return f.ndim == 2 and all(block.layer is not None for block in spec.blocks)
 
 
-def add_(sums: CurvatureSums, capture, likelihood: BaseLikelihood, f: Tensor, y: Tensor) -> None:
+def add_(
+    sums: CurvatureSums,
+    capture,
+    likelihood: BaseLikelihood,
+    f: Tensor,
+    y: Tensor,
+    weights: Tensor | None = None,
+) -> None:
     """Add the exact curvature of one batch.
 
     Args:
@@ -44,8 +52,10 @@ def add_(sums: CurvatureSums, capture, likelihood: BaseLikelihood, f: Tensor, y:
         likelihood: Of the targets given the outputs.
         f: Outputs ``(batch, outputs)`` in float64.
         y: Targets.
+        weights: Of the examples, ``(batch,)``; 1 each if not given.
     """
     a = capture.inputs(sums.spec.blocks[0].layer)
+    a = a if weights is None else along(weights.sqrt(), a) * a
     if sums.spec.structure == "kron":
         for name in dict.fromkeys(name for block in sums.spec.blocks for name in block.factors):
             if not sums.holds(name):
@@ -53,15 +63,19 @@ def add_(sums: CurvatureSums, capture, likelihood: BaseLikelihood, f: Tensor, y:
             if name.endswith("/A"):
                 add_gram_of_positions_(sums.running(name), [a])
             else:
-                sums.add_whole_(name, likelihood.hessian_sum(f, y))
+                sums.add_whole_(name, _hessian_sum(likelihood, f, y, weights))
         return
     diagonal, squares = likelihood.hessian_diagonal(f, y), a[:, 0].square()
     for block in sums.held_blocks:
         total = sums.running(block.factors[0])
         if is_bias(block):
-            total.add_(diagonal.sum(0))
+            total.add_((diagonal if weights is None else along(weights, diagonal) * diagonal).sum(0))
         else:
             add_product_(total, diagonal.to(squares.dtype), squares)
+
+
+def _hessian_sum(likelihood: BaseLikelihood, f: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
+    return likelihood.hessian_sum(f, y) if weights is None else likelihood.weighted_hessian_sum(f, y, weights)
 
 
 def add_full_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:

@@ -44,14 +44,20 @@ def sums_spec(
 
 
 @without_autocast()
-def add_curvature_(sums: CurvatureSums, capture, directions: Iterator[Tensor], reduce: bool = False) -> None:
+def add_curvature_(
+    sums: CurvatureSums,
+    capture,
+    directions: Iterator[Tensor],
+    reduce: bool = False,
+    weights: Tensor | None = None,
+) -> None:
     """Add one batch's curvature along the given output directions to the sums, in place.
 
     Rows and their products are of the capture's type, the running sums of float64: small contributions do not vanish in
-    large sums. ``reduce`` is for Kronecker factors alone, see :mod:`laplace.structures.kron`.
+    large sums. ``reduce`` and ``weights`` are for Kronecker factors alone, see :mod:`laplace.structures.kron`.
     """
     if sums.spec.structure == "kron":
-        kron.add_(sums, capture, directions, reduce)
+        kron.add_(sums, capture, directions, reduce, weights)
     else:
         _ADD[sums.spec.structure](sums, capture, directions)
 

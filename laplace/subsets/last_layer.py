@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor, FeatureReduction
+from laplace.data.calling import called_by_batch
 from laplace.posterior.arguments import before, by_name, check_model
 from laplace.posterior.diag import DiagLaplace
 from laplace.posterior.ekfac import EKFACLaplace
@@ -51,6 +52,7 @@ class LLLaplace(ParametricLaplace):
         if isinstance(model, FeatureExtractor):
             last_layer_name = last_layer_name or model.last_layer_name
             model, feature_reduction = model.model, feature_reduction or model.feature_reduction
+        model = called_by_batch(model, kwargs.get("dict_key_y", "labels"))
         extractor = FeatureExtractor(model, last_layer_name, enable_backprop, feature_reduction=feature_reduction)
         super().__init__(model=extractor, enable_backprop=enable_backprop, **kwargs)
 

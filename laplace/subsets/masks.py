@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.data.batches import batches
+from laplace.data.calling import called_by_batch
 from laplace.linalg.dense import parameter_vector
 
 
@@ -166,7 +167,7 @@ class LastLayerSubnetMask(ModuleNameSubnetMask):
         return super().get_subnet_mask(train_loader)
 
     def _find(self, train_loader: DataLoader) -> str:
-        extractor = FeatureExtractor(self.model)
+        extractor = FeatureExtractor(called_by_batch(self.model))
         x, _ = next(batches(train_loader, self.parameter_vector.device))
         with eval_mode(self.model), torch.no_grad():
             extractor.find_last_layer(x)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
 import yaml
 
-from laplace_dist.config.settings import Config, choices_of, close_matches, message_of, plain_types
+from laplace_dist.config.refusals import choices_of, close_matches, message_of, plain_types
+from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError
 
 
@@ -26,20 +27,36 @@ def load_config(argv: Sequence[str], *, defaults: Mapping[str, Any] | None = Non
     Raises:
         SettingsError: Naming the field as it was typed, its value, and what is accepted.
     """
+    return load_config_and((), argv, defaults=defaults, note=note)[0]
+
+
+def load_config_and(
+    others: Collection[str], argv: Sequence[str], *, defaults: Mapping[str, Any] | None = None, note: str | None = None
+) -> tuple[Config, dict[str, Any]]:
+    """Build the settings as `load_config` does, and return with them what the file holds of a job's further settings.
+
+    Args:
+        others: Names of the further settings.
+        argv: As of `load_config`, as what follows.
+        defaults: See there.
+        note: See there.
+    """
     flags = vars(_parser(defaults or {}, note).parse_args(list(argv)))
     path = flags.pop("config", None)
-    values, labels = dict(defaults or {}), {}
+    values, labels, further = dict(defaults or {}), {}, {}
     if path is not None:
         for key, value in _read_yaml(path).items():
-            name = _field(str(key), f"in {path}")
+            name = str(key).replace("-", "_")
+            own = name not in others
+            name = _field(str(key), f"in {path}") if own else name
             if labels.get(name):
                 raise SettingsError(f"{key} in {path}: given twice; keep one")
-            values[name], labels[name] = value, f"{key} (in {path})"
+            (values if own else further)[name], labels[name] = value, f"{key} (in {path})"
     for name, text in flags.items():
         labels[name] = f"--{name.replace('_', '-')}"
         values[name] = _from_text(name, text, labels[name])
     try:
-        return Config(**values)
+        return Config(**values), further
     except SettingsError as error:
         raise SettingsError(message_of(error.problems, labels), error.problems) from None
 
@@ -62,7 +79,7 @@ def _parser(defaults: Mapping[str, Any], note: str | None = None) -> argparse.Ar
     for name, field in Config.model_fields.items():
         default = defaults.get(name, None if field.is_required() else field.get_default())
         shown = "" if default is None or default in ({}, []) or isinstance(default, bool) else f" ({default})"
-        choices = choices_of(name)
+        choices = choices_of(field)
         text = f"{field.description}{': ' + ', '.join(choices) if choices else ''}{shown}".replace("%", "%%")
         flag = f"--{name.replace('_', '-')}"
         if field.annotation is bool:

@@ -35,6 +35,7 @@ def check_predictive(config: Config) -> None:
             f"--precision: got 'bf16' with --backend {config.backend}, whose package would round its sums of products to "
             "two digits too; expected --backend native, float32 or tf32"
         )
+    check_example_weights(config)
     if config.hessian_structure == "lowrank":
         _check_lowrank(config)
     if (config.module_groups or 1) > 1 and (why := no_groups(config)):
@@ -72,6 +73,19 @@ def check_predictive(config: Config) -> None:
     if config.searches_prior and config.prior_structure != "scalar":
         raise SettingsError(
             f"--prior-structure: got {config.prior_structure!r} with --tune-method gridsearch; expected scalar"
+        )
+
+
+def check_example_weights(config: Config) -> None:
+    """Refuse weights of examples where the backend's package sums over a batch by itself.
+
+    Raises:
+        SettingsError: Naming the fields.
+    """
+    if config.example_weights is not None and config.backend != "native":
+        raise SettingsError(
+            f"--example-weights: got {config.example_weights!r} with --backend {config.backend}, whose package sums over a "
+            "batch by itself; expected --backend native, or leave it out"
         )
 
 
@@ -113,6 +127,11 @@ def check_training(config: Config) -> None:
     if config.hessian_structure not in ("kron", "diag", "full"):
         raise SettingsError(
             f"--hessian-structure: got {config.hessian_structure!r}; a training by empirical Bayes expects kron, diag or full"
+        )
+    if config.example_weights is not None:
+        raise SettingsError(
+            f"--example-weights: got {config.example_weights!r}; a training by empirical Bayes counts every example once; "
+            "leave it out"
         )
     if config.window is not None:
         raise SettingsError(f"--window: got {config.window!r}; a training by empirical Bayes is of all its data")

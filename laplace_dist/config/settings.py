@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -14,20 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from laplace_dist.config import chosen_windows, gates
 from laplace_dist.config.import_path import IMPORT_PATH
 from laplace_dist.config.likelihood import likelihood_of
+from laplace_dist.config.refusals import CREDENTIALS, message_of, problems_of
 from laplace_dist.errors import SettingsError
 
 Count = Annotated[int, Field(ge=1)]
-_NOT_SUMS = ("gp", "functional")
-_WORDS = {
-    "Input should be": "expected",
-    "String should have": "expected",
-    "a valid integer": "a whole number",
-    "greater than or equal to": "at least",
-    "a valid dictionary": "a mapping",
-    "a valid ": "a ",
-}
 HF = "hf:"  # before the path of a folder of save_pretrained, as --model
-_CREDENTIALS = re.compile(r"://[^/@]*@")
 
 
 class Config(BaseModel):
@@ -53,6 +42,11 @@ class Config(BaseModel):
     data: str = Field(description="import path module:callable that takes split=, or the path or URL of data in files")
     data_args: dict[str, Any] = Field(
         {}, description="keyword arguments of --data, as JSON or YAML; of data in files: columns, group, index"
+    )
+    example_weights: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="name of the column, Zarr array or attribute of --data's train split with a weight for each example; "
+        "1 each if not given",
     )
     ood: list[str] = Field([], description="names of out-of-distribution splits for the evaluation")
     checkpoint: Annotated[str, Field(min_length=1)] = Field(description="directory or fsspec URL of the run")
@@ -187,13 +181,13 @@ class Config(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            problems = tuple(problems_of(error, values))
+            problems = tuple(problems_of(error, values, type(self).model_fields))
             raise SettingsError(message_of(problems, {}), problems) from None
 
     @field_validator("model", "data", "weights", "checkpoint")
     @classmethod
     def _no_credentials(cls, value: str | None) -> str | None:
-        if value is not None and _CREDENTIALS.search(value):
+        if value is not None and CREDENTIALS.search(value):
             raise ValueError("credentials in a URL would be stored; give them as storage options")
         return value
 
@@ -323,69 +317,3 @@ class Config(BaseModel):
         """Return the settings as a file for `--config`, without the storage options and without `fresh`."""
         values = {name.replace("_", "-"): value for name, value in self.model_dump(exclude={"fresh"}).items()}
         return "# storage-options are left out: give them again\n" + yaml.safe_dump(values, sort_keys=False)
-
-
-def problems_of(error: ValidationError, values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return one `(field, text)` per field that was refused; the text says the value and what is accepted."""
-    found: dict[str, str] = {}
-    for item in error.errors(include_url=False, include_input=False):
-        name = str(item["loc"][0])
-        if name in found:
-            continue
-        if item["type"] == "missing":
-            found[name] = f"is required: {Config.model_fields[name].description}"
-        elif item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(name, Config.model_fields, n=3)
-            found[name] = f"no such setting. {close_matches(close)}".strip()
-        else:
-            found[name] = _refusal(name, values[name], item)
-    return list(found.items())
-
-
-def _refusal(name: str, value: Any, item: Mapping[str, Any]) -> str:
-    """Return the value and what is accepted instead, for one value that was refused."""
-    secret = name.endswith("storage_options") or (isinstance(value, str) and _CREDENTIALS.search(value))
-    got = f"a {type(value).__name__}" if secret else repr(value)
-    choices = choices_of(name)
-    if name == "hessian_structure" and value in _NOT_SUMS:
-        accepted = (
-            "this structure is not a sum over examples, so segments cannot be merged; use kron, diag, full or lowrank"
-        )
-    elif choices:
-        close = difflib.get_close_matches(str(value), choices, n=1)
-        path = ", or an import path module:callable" if str in plain_types(Config.model_fields[name].annotation) else ""
-        accepted = f"expected one of {', '.join(choices)}{path}. {close_matches(close)}".strip()
-    elif item["type"] == "value_error":
-        accepted = f"expected {item['msg'].removeprefix('Value error, ')}"
-        accepted = accepted.removeprefix("expected ") if secret else accepted
-    else:
-        accepted = item["msg"]
-        for theirs, ours in _WORDS.items():
-            accepted = accepted.replace(theirs, ours)
-        optional = type(None) in get_args(Config.model_fields[name].annotation)
-        accepted += ", or null" if optional else ""
-    return f"got {got}; {accepted}"
-
-
-def message_of(problems: Sequence[tuple[str, str]], labels: Mapping[str, str]) -> str:
-    """Join the problems, each under the name by which the user gave the field."""
-    lines = [f"{labels.get(name, f'--{name}'.replace('_', '-'))}: {text}" for name, text in problems]
-    return "\n".join(lines)
-
-
-def choices_of(name: str) -> tuple[str, ...]:
-    """Return the words that a setting takes, whether or not it may be left out."""
-    annotation = Config.model_fields[name].annotation
-    kinds = [kind for kind in (annotation, *get_args(annotation)) if get_origin(kind) is Literal]
-    return get_args(kinds[0]) if kinds else ()
-
-
-def plain_types(annotation: Any) -> set[Any]:
-    """Return every plain type inside an annotation, through unions and `Annotated`."""
-    inner = get_args(annotation)
-    return {t for a in inner for t in plain_types(a)} if inner else {annotation}
-
-
-def close_matches(matches: Sequence[str]) -> str:
-    """Ask for each of several names whether it was meant; nothing where there is none."""
-    return f"Did you mean {' or '.join(dict.fromkeys(matches))}? " if matches else ""

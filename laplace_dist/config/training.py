@@ -5,12 +5,25 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from laplace_dist.config.refusals import message_of, problems_of
 from laplace_dist.errors import SettingsError
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Scheduler = Literal[
+    "ConstantLR",
+    "CosineAnnealingLR",
+    "CosineAnnealingWarmRestarts",
+    "CyclicLR",
+    "ExponentialLR",
+    "LinearLR",
+    "MultiStepLR",
+    "OneCycleLR",
+    "PolynomialLR",
+    "StepLR",
+]
 
 
 class Training(BaseModel):
@@ -27,6 +40,10 @@ class Training(BaseModel):
     optimizer_args: dict[str, Any] = Field(
         {"lr": 1e-3}, description="its arguments, as JSON or YAML, such as '{lr: 0.01, momentum: 0.9}'"
     )
+    scheduler: Scheduler | None = Field(
+        None, description="of the weights' step size, by its name in torch.optim.lr_scheduler; a step after every batch"
+    )
+    scheduler_args: dict[str, Any] = Field({}, description="its arguments, as JSON or YAML, such as '{T_max: 2000}'")
     parts: Count = Field(4, description="parts of a batch, whose gradients workers find and the driver adds in order")
     shuffle: bool = Field(False, description="draw the order of the batches anew in every epoch")
     lr_hyp: Positive = Field(0.1, description="step size of Adam on the hyperparameters")
@@ -42,22 +59,26 @@ class Training(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            found = {}
-            for item in error.errors(include_url=False, include_input=False):
-                name = str(item["loc"][0])
-                text = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-                found.setdefault(name, f"--{name.replace('_', '-')}: got {values.get(name)!r}; {text}")
-            raise SettingsError("\n".join(found.values()), tuple(found.items())) from None
+            problems = tuple(problems_of(error, values, type(self).model_fields))
+            raise SettingsError(message_of(problems, {}), problems) from None
 
-    @field_validator("optimizer_args")
+    @field_validator("optimizer_args", "scheduler_args")
     @classmethod
     def _plain(cls, value: dict[str, Any]) -> dict[str, Any]:
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError):
-            raise ValueError("expected values that JSON can hold, since they are stored with the run") from None
+            raise ValueError("values that JSON can hold, since they are stored with the run") from None
+        return value
+
+    @field_validator("scheduler_args")
+    @classmethod
+    def _heeded(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if value and info.data.get("scheduler", "") is None:
+            raise ValueError("a --scheduler with them, which would heed them")
         return value
 
     def bits(self) -> dict[str, Any]:
         """Return the settings that belong to the plan: all but the number of epochs, since a run may go on."""
-        return self.model_dump(exclude={"n_epochs"})
+        unused = {"scheduler", "scheduler_args"} if self.scheduler is None else set()  # plans of before there were any
+        return self.model_dump(exclude={"n_epochs", *unused})

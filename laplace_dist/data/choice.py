@@ -27,12 +27,20 @@ class Choice:
         targets: Name of the targets.
         pair: Whether an example is a pair; else it is a mapping.
         group: Name of the column that says which group an example is of; None if there is none.
+        weight: Name of the column that says how much an example counts; None if there is none.
     """
 
     names: tuple[str, ...]
     targets: str
     pair: bool
     group: str | None = None
+    weight: str | None = None
+
+    @property
+    def used(self) -> list[str]:
+        """Every column that is read."""
+        others = [name for name in (self.group, self.weight) if name]
+        return [*dict.fromkeys([*self.names, self.targets, *others])]
 
     def example(self, values: Mapping[str, Any]) -> Any:
         """Return the values of one or more rows as an example or a batch; targets that are whole numbers as int64."""
@@ -50,7 +58,7 @@ def choose(config: Config, there: Mapping[str, str], where: str) -> Choice:
     """Return the columns that make an example.
 
     With `columns` under `--data-args`: a mapping of these. With `--dict-key-x`: a pair of that column and `--dict-key-y`'s.
-    With columns `x` and `y`: a pair of these. Else a mapping of all columns but the group's and pandas' index.
+    With columns `x` and `y`: a pair of these. Else a mapping of all columns but the group's, the weights' and pandas' index.
 
     Args:
         config: The settings.
@@ -71,18 +79,22 @@ def choose(config: Config, there: Mapping[str, str], where: str) -> Choice:
             "--data-args: columns takes a list of names, such as '{columns: [input_ids, labels]}', group one name"
         )
     group = given.get("group", "group" if "group" in there else None)
+    weight = config.example_weights if config.example_weights in there else None
+    beside = group, weight
     y, flag_x, flag_y = config.dict_key_y, "--dict-key-x", "--dict-key-y"
     if "columns" in given:
         names, flag_x = tuple(dict.fromkeys(given["columns"])), "--data-args: columns"
-        choice = Choice(names, y, False, group)
+        choice = Choice(names, y, False, *beside)
     elif config.dict_key_x != _DEFAULT_X:
-        choice = Choice(tuple(dict.fromkeys([config.dict_key_x, y])), y, True, group)
+        choice = Choice(tuple(dict.fromkeys([config.dict_key_x, y])), y, True, *beside)
     elif {"x", "y"} <= there.keys():
-        choice = Choice(("x", "y"), "y", True, group)
+        choice = Choice(("x", "y"), "y", True, *beside)
     else:
-        choice = Choice(tuple(name for name in there if name != group and not _OF_PANDAS.match(name)), y, False, group)
+        names = tuple(name for name in there if name not in beside and not _OF_PANDAS.match(name))
+        choice = Choice(names, y, False, *beside)
     wanted = {**dict.fromkeys(choice.names, flag_x), choice.targets: flag_y}
     wanted |= {group: "--data-args: group"} if group else {}
+    wanted |= {weight: "--example-weights"} if weight else {}
     for name, flag in wanted.items():
         if name not in there:
             raise SettingsError(f"{flag}: {where} has no column {name!r}; it has {listed(list(there))}")

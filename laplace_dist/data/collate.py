@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from laplace.data.nested import flat, parts
 from laplace_dist.config.import_path import load_callable
 from laplace_dist.config.settings import Config
-from laplace_dist.data.nested import flat, parts
 from laplace_dist.errors import ExampleError, SettingsError, listed
 
 

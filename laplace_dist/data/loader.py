@@ -49,10 +49,10 @@ def read_batch(dataset: Any, start: int, stop: int, collate: Collate = DEFAULT) 
 
 def _read(dataset: Any, start: int, stop: int, collate: Collate) -> Any:
     if isinstance(dataset, TensorDataset | ZarrSplit | Rows) and collate.path is None:
-        with _naming(start, stop):
+        with naming(start, stop):
             return dataset[start:stop]
     if hasattr(dataset, "__getitems__"):
-        with _naming(start, stop):
+        with naming(start, stop):
             items = dataset.__getitems__(list(range(start, stop)))
     else:
         items = [read_example(dataset, index) for index in range(start, stop)]
@@ -65,12 +65,12 @@ def read_example(dataset: Any, index: int) -> Any:
     Raises:
         ExampleError: The data set raised an error; the message names the example.
     """
-    with _naming(index, index + 1):
+    with naming(index, index + 1):
         return dataset[index]
 
 
 @contextmanager
-def _naming(start: int, stop: int) -> Iterator[None]:
+def naming(start: int, stop: int) -> Iterator[None]:
     """Turn an error of the user's data set, whatever it is, into one that names the examples."""
     try:
         yield

@@ -113,6 +113,20 @@ class Rows(ABC):
         except (OSError, ValueError) as error:
             raise SettingsError(f"--data: {error}") from error
 
+    def column(self, name: str, start: int, stop: int) -> list[Any] | None:
+        """Return the values of the column with the examples' weights in a range of them; None where it is another one.
+
+        Raises:
+            OSError, ValueError: One cannot be read or is null; naming the row.
+        """
+        if name != self.choice.weight:
+            return None
+        found: list[Any] = []
+        for chunk in range(self.chunk_of(start), self.chunk_of(stop - 1) + 1):
+            first = self.start_of(chunk)
+            found += _plain(self._load(chunk, [name])[name])[max(start - first, 0) : stop - first]
+        return found
+
     def _joined(self, name: str, parts: list[Values], start: int) -> Any:
         """Join the parts of a column to one tensor, or to a list where they are no numbers.
 

@@ -14,13 +14,14 @@ from laplace_dist.config.import_path import IMPORT_PATH, call
 from laplace_dist.config.settings import Config
 from laplace_dist.data.arrow_ipc import ArrowFiles
 from laplace_dist.data.choice import ARGUMENTS
+from laplace_dist.data.example_weights import refuse_weighted
 from laplace_dist.data.file_errors import FileError
 from laplace_dist.data.files import Place
 from laplace_dist.data.hugging_face import SavedDataset, is_saved
 from laplace_dist.data.parquet import ParquetFiles
 from laplace_dist.data.tar_shards import TarShards
 from laplace_dist.data.zarr_split import ZarrSplit
-from laplace_dist.errors import SettingsError, StorageError, listed
+from laplace_dist.errors import ExampleError, SettingsError, StorageError, listed
 from laplace_dist.outages import may_pass
 
 _FILES = {"parquet": ParquetFiles, "arrow": ArrowFiles, "tar": TarShards}
@@ -80,7 +81,7 @@ def load_split(config: Config, split: str) -> Any:
         split: `train`, `val`, `test` or one of `config.ood`.
 
     Raises:
-        SettingsError: It cannot be found or called, is not map-style, or is empty.
+        SettingsError: It cannot be found or called, is not map-style, or is empty; or it is not for training and has weights.
     """
     if IMPORT_PATH.fullmatch(config.data):
         dataset = call(config.data, "--data", {"split": split, **config.data_args})
@@ -94,6 +95,11 @@ def load_split(config: Config, split: str) -> Any:
         )
     if len(dataset) == 0:
         raise SettingsError(f"--data: {config.data!r} returned an empty data set for split {split!r}")
+    if config.example_weights is not None and split != "train":
+        try:
+            refuse_weighted(dataset, config.example_weights, split)
+        except ExampleError as error:
+            raise (StorageError if may_pass(error.__cause__) else SettingsError)(str(error)) from error
     return dataset
 
 

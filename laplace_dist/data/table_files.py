@@ -58,8 +58,7 @@ class TableFiles(Rows):
             if not number:
                 first = found.schema
                 choice = choose(config, obstacles(first), f"split {split!r} of {place.url!r}")
-                used = [*dict.fromkeys([*choice.names, choice.targets, *([choice.group] if choice.group else [])])]
-            check_same(first, found.schema, used, (files[0].name, file.name))
+            check_same(first, found.schema, choice.used, (files[0].name, file.name))
             digest.update(f"{file.name} {file.size} ".encode() + found.sha256)
             counts += found.counts
             owners += [number] * len(found.counts)

@@ -76,7 +76,7 @@ class ZarrSplit:
         lengths = [array.shape[0] for array in arrays]
         if lengths[0] != lengths[1]:
             raise SettingsError(f"--data: split {split!r} of {url!r} has {lengths[0]} x but {lengths[1]} y")
-        self._length = lengths[0]
+        self._length, self._split = lengths[0], group[split]
         group_of = group.get(f"{split}/group")
         self.group = group_of[:] if isinstance(group_of, zarr.Array) else None
 
@@ -97,6 +97,19 @@ class ZarrSplit:
         else:
             raise IndexError(f"example {index} of {len(self)}")
         return x, y if y.is_floating_point() else y.long()
+
+    def column(self, name: str, start: int, stop: int) -> np.ndarray | None:
+        """Return a range of rows of another array of the split; None where there is none.
+
+        Raises:
+            ValueError: It has another number of rows than `x`.
+        """
+        array = self._split.get(name)
+        if not isinstance(array, zarr.Array):
+            return None
+        if array.shape[:1] != (len(self),):
+            raise ValueError(f"the array {name!r} has shape {array.shape} beside {len(self)} examples")
+        return np.asarray(array[start:stop])
 
     def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         options = self._arguments[2]

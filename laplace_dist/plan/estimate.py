@@ -80,6 +80,7 @@ class Estimate:
         commit_share: Of its time that goes into commits, if they do not overlap with it.
         reduce_seconds: Of the reduction.
         advice: What limits, and what to change, a sentence each.
+        weights: Number of examples, and what their weights are told by; None where they have none.
     """
 
     parameters: int
@@ -102,6 +103,7 @@ class Estimate:
     commit_share: float
     reduce_seconds: float
     advice: tuple[str, ...]
+    weights: tuple[int, Mapping[str, Any]] | None = None
 
 
 def estimate(
@@ -148,7 +150,8 @@ def estimate(
         "commit_share": trial.commit_seconds / (per_segment + trial.commit_seconds),
         "reduce_seconds": math.ceil(len(plan.parts) / workers) * segments * trial.sum_seconds,
     }
-    return Estimate(**found, advice=tuple(_advice(plan, trial, found)))
+    weights = (plan.n_examples, plan.data["weights"]) if "weights" in plan.data else None
+    return Estimate(**found, advice=tuple(_advice(plan, trial, found)), weights=weights)
 
 
 def expected_bytes(spec: Mapping[str, Any], groups: int, model_bytes: int) -> int:

@@ -123,6 +123,11 @@ class Plan:
         """Return the number of examples that the segments cover."""
         return self.segments[-1].stop
 
+    @property
+    def n_data(self) -> float:
+        """Return the number of examples that the sums are of: the sum of their weights, where they have any."""
+        return self.n_examples if (weights := self.data.get("weights")) is None else weights["sum"]
+
     def to_values(self) -> dict[str, Any]:
         """Return the plan as plain values, those that its format has."""
         absent = {name for name in _OPTIONAL if getattr(self, name) is None}
@@ -158,7 +163,7 @@ def build_plan(
 
     Args:
         settings: `Config.bits()`.
-        data: `fingerprint(dataset)` of the training split.
+        data: `fingerprint(dataset)` of the training split, with `example_weights.facts` as its `weights` if it has any.
         weights: `weights_digest(model)`.
         model: `{"path": config.model, "args": config.model_args}`.
         spec: Plain dictionary of the core library's specification of the sums.
@@ -206,6 +211,7 @@ def differences(stored: Plan, wanted: Plan) -> list[str]:
         found.append(f"--data: the train split's length changed: stored {lengths[0]} examples, now {lengths[1]}")
     else:
         _compare_data(found, stored.data, wanted.data)
+    _compare_example_weights(found, stored.data.get("weights") or {}, wanted.data.get("weights") or {})
     _compare(found, "--weights (values, as sha256)", stored.weights, wanted.weights)
     if not found:
         _compare(found, "factors of the curvature", canonical(stored.spec).decode(), canonical(wanted.spec).decode())
@@ -227,6 +233,13 @@ def _compare_data(found: list[str], stored: Mapping[str, Any], wanted: Mapping[s
         which = different_examples(stored, wanted)
         say = f"--data (contents, as sha256): stored {stored['sha256']!r}, now {wanted['sha256']!r}"
         found.append(f"{say}; {which}" if which else say)
+
+
+def _compare_example_weights(found: list[str], stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Compare the weights of the examples of two data sets; an empty mapping is that there are none."""
+    _compare(found, "--example-weights", stored.get("name"), wanted.get("name"))
+    if stored and wanted:
+        _compare(found, "--example-weights (values, as sha256)", stored["sha256"], wanted["sha256"])
 
 
 def _compare(found: list[str], field: str, stored: Any, wanted: Any) -> None:

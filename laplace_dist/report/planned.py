@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from laplace_dist.plan.estimate import Estimate
 from laplace_dist.report.progress import clock
@@ -20,6 +21,8 @@ def lines(found: Estimate) -> Iterator[str]:
     yield f"factors    {found.factors}, the largest {name} of width {width:,}; {size(found.sums_bytes)} of sums in a worker"
     if found.module_groups > 1:
         yield f"groups     {found.module_groups} module groups, so as many passes over the data; the sums are of the largest"
+    if found.weights is not None:
+        yield f"weights    {weights_line(*found.weights)}"
     yield f"segments   {found.segments:,} with {found.batches:,} batches; {size(found.partial_bytes)} of each is stored"
     yield f"storage    {size(found.stored_bytes)} while the partials are kept"
     yield f"requests   {found.writes:,} writes and {found.reads:,} reads; ${found.dollars:.2f} on S3"
@@ -29,6 +32,12 @@ def lines(found: Estimate) -> Iterator[str]:
         f"{clock(found.reduce_seconds)}; on {workers} as fast as this machine"
     )
     yield from (f"note       {text}" for text in found.advice)
+
+
+def weights_line(n_examples: int, weights: Mapping[str, Any]) -> str:
+    """Return in a line what the weights of the training data are, from what a plan says of them."""
+    zero = f", {weights['zero']:,} of them 0" if weights["zero"] else ""
+    return f"{weights['name']!r} of {n_examples:,} examples: they sum to {weights['sum']:,.10g}{zero}"
 
 
 def size(n_bytes: float) -> str:

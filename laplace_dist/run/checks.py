@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from laplace_dist.data import loader
+from laplace_dist.data import example_weights, loader
 from laplace_dist.data.collate import Collate
-from laplace_dist.errors import ExampleError, MissingObjectError
+from laplace_dist.errors import ExampleError, MissingObjectError, SettingsError
 from laplace_dist.plan.digests import feed
 from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import Plan
@@ -173,6 +173,7 @@ class CheckData:
         key: Of the object that says what was read.
         data_sha256: What was read.
         node: Where.
+        weights: What names the weights of the window's examples; None if they have none.
     """
 
     window: str
@@ -180,6 +181,7 @@ class CheckData:
     key: str
     data_sha256: str
     node: str
+    weights: str | None = None
 
     @property
     def what(self) -> str:
@@ -197,9 +199,11 @@ class CheckData:
             checker.found.problem(self.key, f"segment {segment} of window {self.window}: {text}")
             return
         try:
+            if self.weights is not None:
+                feed(digest, example_weights.read(data, self.weights, segment.start, segment.stop))
             for _, x, y in loader.batches(data, segment.start, segment.stop, plan.settings["batch_size"], collate):
                 feed(digest, (x, y))
-        except ExampleError as error:
+        except (ExampleError, SettingsError) as error:  # the latter of weights alone
             checker.found.problem(self.key, f"segment {segment} of window {self.window}: {error}")
             return
         if digest.hexdigest() != self.data_sha256:

@@ -9,28 +9,30 @@ from typing import Any
 from pydantic import ValidationError
 
 from laplace_dist.plan.digests import digest
-from laplace_dist.run.schemas import (
-    BasisFields,
+from laplace_dist.run.fields import Strict
+from laplace_dist.run.outcome_schemas import (
     CurrentFields,
     DecompositionFields,
     DriftFields,
-    EpochFields,
     EvaluationFields,
     EvaluationShardFields,
+    RecalibrationFields,
+    RecalibrationLeaseFields,
+    TuningFields,
+    TuningShardFields,
+)
+from laplace_dist.run.shown_fields import SpectraFields, StatusFields
+from laplace_dist.run.sum_schemas import (
+    BasisFields,
+    EpochFields,
     LeaseFields,
     PartFields,
     PartialFields,
     PlanFields,
-    RecalibrationFields,
-    RecalibrationLeaseFields,
-    Strict,
-    TuningFields,
-    TuningShardFields,
     VersionFields,
     WeightsIndexFields,
     WindowFields,
 )
-from laplace_dist.run.shown_fields import SpectraFields, StatusFields
 
 PLAN, WEIGHTS, CONFIG, CURRENT = "plan.json", "weights.safetensors", "config.yaml", "CURRENT.json"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"  # of a large model, in the place of the one file

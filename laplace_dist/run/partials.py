@@ -58,7 +58,7 @@ def commit_partial(
     plan: Plan,
     unit: Segment,
     tensors: Mapping[str, torch.Tensor],
-    n_data: int,
+    n_data: float,
     attempt: str,
     *,
     data_sha256: str,
@@ -76,7 +76,7 @@ def commit_partial(
         plan: Plan of the run.
         unit: The segment, and the group of its sums, that was accumulated.
         tensors: Every factor of the group, as far as it is in it, and `loss` (0-d).
-        n_data: Examples in the sums.
+        n_data: Examples in the sums; of data with weights the sum of these.
         attempt: `new_attempt()`.
         data_sha256: Digest of the very batches that were read.
         environment: `provenance.environment(...)`.
@@ -89,7 +89,8 @@ def commit_partial(
     """
     begun = time.perf_counter()
     assert re.fullmatch(r"[\w-]+", attempt), f"attempt id {attempt!r} must be one part of a key"
-    assert n_data == unit.stop - unit.start, f"segment {unit} cannot hold {n_data} examples"
+    weighted = "weights" in plan.data
+    assert weighted or n_data == unit.stop - unit.start, f"segment {unit} cannot hold {n_data} examples"
     group = plan.groups[unit.group]
     vector = Vector(group.places, _arrays(group, unit, tensors))
     prefix = f"partials/{unit.id}/{attempt}"
@@ -106,7 +107,8 @@ def commit_partial(
         "start": unit.start,
         "stop": unit.stop,
         "attempt": attempt,
-        "n_data": n_data,
+        "n_data": unit.stop - unit.start,
+        **({"weight": float(n_data)} if weighted else {}),
         "prefix": prefix,
         "arrays": entries,
         "loss": float(tensors[LOSS]),
@@ -174,6 +176,10 @@ def check_manifest(manifest: dict[str, Any], plan: Plan, unit: Segment) -> dict[
         "n_data": unit.stop - unit.start,
         "prefix": f"partials/{unit.id}/{manifest.get('attempt')}",
     }
+    if "weights" not in plan.data:
+        wanted["weight"] = None
+    elif manifest.get("weight") is None:
+        wanted["weight"] = "the sum of the examples' weights"
     for field, value in wanted.items():
         if manifest.get(field) != value:
             raise (ForeignError if field == "plan" else CheckpointError)(

@@ -10,10 +10,10 @@ from torch import nn
 
 from laplace import Laplace
 from laplace.backends import backend_class
+from laplace.data.calling import adapted
 from laplace.posterior.sketched import SketchedLowRankLaplace
 from laplace.structures.sums import CurvatureSums, SumsSpec
 from laplace_dist.config.likelihood import likelihood_of
-from laplace_dist.data.calling import adapted
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run import bases, decompositions
@@ -43,7 +43,7 @@ def load_posterior(
     Args:
         url: Checkpoint directory or URL.
         model: The network with the weights that the run was fitted at; its device is kept. It is called as the run's workers
-            called it, see `laplace_dist.data.calling`, and left as it was.
+            called it, see `laplace.data.calling`, and left as it was.
         storage_options: For the file system of the URL.
         version: Posterior version; the current one if not given.
         tuned: Take over the tuned prior precision, if there is one for the current version.

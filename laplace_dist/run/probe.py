@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from laplace.capture.evaluation import eval_mode
+from laplace.data.nested import flat, is_flat, nested
 from laplace.linalg.precision import without_autocast
 from laplace_dist.data.device import to_device
-from laplace_dist.data.nested import flat, is_flat, nested
 from laplace_dist.errors import CheckpointError, SettingsError
 
 EXAMPLES = 4

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from laplace.data.calling import adapted
 from laplace_dist.config.settings import Config
-from laplace_dist.data.calling import adapted
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run.layout import PLAN, WEIGHTS, WEIGHTS_INDEX

@@ -37,7 +37,8 @@ def data_of(config: Config, store: Store) -> Config:
         CheckpointError: They were truncated or altered.
     """
     kept = read_config(store)
-    return config.model_copy(update={"data": kept["data"], "data_args": kept["data-args"]})
+    own = {"data": kept["data"], "data_args": kept["data-args"], "example_weights": kept.get("example-weights")}
+    return config.model_copy(update=own)
 
 
 def read_config(store: Store) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from laplace_dist.run.schemas import Finite, Number, Positive, Strict
+from laplace_dist.run.fields import Finite, Number, Positive, Strict
 
 Seconds = Annotated[Finite, Field(ge=0)]
 

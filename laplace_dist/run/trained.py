@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from laplace.data.calling import adapted
 from laplace.empirical_bayes import Hyperparameters
 from laplace.structures.sums import CurvatureSums, SumsSpec
-from laplace_dist.data.calling import adapted
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run import training

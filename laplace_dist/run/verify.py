@@ -66,7 +66,8 @@ def check_run(
     """Read and check a whole run: plan, weights, manifests, arrays, sums, posterior versions, tuning, evaluation.
 
     Every number is read and compared with its digests; where all partials are there, they are summed again and
-    compared with the window's sum, and that with the posterior version, bit for bit. Nothing is repaired.
+    compared with the window's sum, and that with the posterior version, bit for bit. Nothing is repaired. Where something is
+    bad and objects were deleted meanwhile, as a recalibration does beside this, the run is checked again.
 
     Args:
         store: The checkpoint.
@@ -83,19 +84,30 @@ def check_run(
         SettingsError: The URL cannot be read, holds no run, or holds one of a newer version.
         StorageError: The storage does not answer.
     """
-    if not store.exists(layout.PLAN):
-        raise SettingsError(f"--checkpoint: got {store.url!r}, where there is no run (no {layout.PLAN})")
-    times = store.modified()  # before any manifest is read: what is committed after this is not taken for an orphan
-    keys = [key for key in times if TEMP not in key]
-    report = Report(url=store.url, objects=len(keys))
-    checker = Checker(store, report, keys, shallow=shallow)
-    plan = checker.attempt(layout.PLAN, lambda: ownership.read_plan(store))
-    if plan is not None:
-        _Run(checker, report, plan, keys).check(data, pool)
+    for left in reversed(range(TIMES)):
+        if not store.exists(layout.PLAN):
+            raise SettingsError(f"--checkpoint: got {store.url!r}, where there is no run (no {layout.PLAN})")
+        times = store.modified()  # before any manifest is read: what is committed after this is not taken for an orphan
+        keys = [key for key in times if TEMP not in key]
+        report = Report(url=store.url, objects=len(keys))
+        checker = Checker(store, report, keys, shallow=shallow)
+        plan = checker.attempt(layout.PLAN, lambda: ownership.read_plan(store))
+        if plan is not None:
+            _Run(checker, report, plan, keys).check(data, pool)
+        if not (report.problems and left and _were_deleted(store, keys)):
+            break
     _collect(store, report, times, collect_orphans_older_than, plan, now())
     return report
 
 
+def _were_deleted(store: Checkpoint, keys: Iterable[str]) -> bool:
+    """Say whether objects of a run that were listed are gone: a job drops partials or collects versions beside this."""
+    lasting = {key for key in keys if layout.owned(key) and not key.startswith(_SIGNS)}
+    return not lasting <= set(store.list())
+
+
+_SIGNS = ("jobs/", "status/")  # of life, which come and go
+TIMES = 3  # that a run is checked at most, where something is bad and a job beside this has deleted objects meanwhile
 MARGIN = 0.1  # hours by which this machine's clock and the storage's may differ
 TOGETHER = 64  # manifests of tuning and evaluation that one check looks at
 
@@ -159,8 +171,9 @@ class _Run:
             self.report.notes.append((place, f"the data of window {name} were not compared: {why}."))
             return
         known = [(segment, prefix + key, read) for segment, key, read in sums.read() if read.get("data_sha256")]
+        weights = (sums.plan.data.get("weights") or {}).get("name")
         for segment, key, read in known:
-            yield CheckData(name, segment, key, read["data_sha256"], read["environment"]["node"])
+            yield CheckData(name, segment, key, read["data_sha256"], read["environment"]["node"], weights)
         if unknown := (0 if sums.window is None else len(sums.plan.segments)) - len(known):
             text = (
                 f"the data of {unknown} segment(s) of window {name} were not compared: an older version has read them,"

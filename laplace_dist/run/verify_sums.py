@@ -116,10 +116,12 @@ class SumsCheck:
                 self.checker.found.came_from(found)
 
     def _agreement(self) -> None:
-        """Look whether the module groups of every segment are of the same data."""
+        """Look whether the module groups of every segment are of the same data, and the weights of all those of the plan."""
         there = [self.manifests[unit.id] for unit in self.plan.units if unit.id in self.manifests]
         try:
             partials.check_agreement(self.plan, there if len(self.plan.groups) > 1 else [])
+            if (whole := self._all) is not None:
+                windows.check_weight(self.plan, partials.of_first_group(self.plan, whole))
         except RunFailed as error:
             self._problem("partials", str(error))
 

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from laplace.data.calling import adapted
 from laplace_dist.config.import_path import call
 from laplace_dist.config.settings import HF, Config
-from laplace_dist.data.calling import adapted
 from laplace_dist.data.sources import hint, read_file, weights_options
 from laplace_dist.data.weight_files import Shards, shards_of
 from laplace_dist.errors import CheckpointError, SettingsError, listed

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from laplace_dist.errors import CheckpointError, ForeignError, MissingObjectError
+from laplace_dist.errors import CheckpointError, ForeignError, MissingObjectError, RunFailed, listed
 from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run import partials
@@ -25,6 +25,7 @@ from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
 
 SUM = "sum"  # name of a part's array
+SAME_WEIGHT = 1e-9  # by which sums of weights may differ, relative: the order of addition is another one
 
 
 def inputs_digest(manifests: Iterable[Mapping[str, Any]], part: Part) -> str:
@@ -142,13 +143,15 @@ def commit_window(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any
 
     Raises:
         CheckpointError: A part is not committed, bad, or the sum of other partials than these.
+        RunFailed: The weights of the examples that were read are not those of the plan.
     """
     parts = {part.id: read_part_manifest(store, plan, part, inputs_digest(manifests, part)) for part in plan.parts}
     counted = partials.of_first_group(plan, manifests)
+    check_weight(plan, counted)
     manifest = {
         "format_version": FORMAT_VERSION,
         "plan": plan.digest,
-        "n_data": sum(manifest["n_data"] for manifest in counted),
+        "n_data": plan.n_data,
         "loss": total_loss(store, counted),
         "environment": environment("cpu"),
         "parts": {name: {"prefix": found["prefix"], "entry": found["arrays"][SUM]} for name, found in parts.items()},
@@ -156,6 +159,28 @@ def commit_window(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any
     }
     commit(store, plan, WINDOW, manifest)
     return read_window(store, plan)
+
+
+def check_weight(plan: Plan, manifests: Sequence[Mapping[str, Any]]) -> None:
+    """Look whether the weights that were read of all segments sum up to those that the plan was made with.
+
+    Args:
+        plan: Of the window.
+        manifests: Of its partials, of one group of each segment.
+
+    Raises:
+        RunFailed: They do not; no node can be named, since only the sum is known.
+    """
+    if "weights" not in plan.data:
+        return
+    found, wanted = fsum(manifest["weight"] for manifest in manifests), plan.n_data
+    if abs(found - wanted) > SAME_WEIGHT * wanted:
+        nodes = sorted({manifest["environment"]["node"] for manifest in manifests})
+        raise RunFailed(
+            f"the weights of the examples that were read sum up to {found!r}, those that the plan was made with to {wanted!r}: "
+            f"{listed(nodes)} have read others. Every node needs the same data: verify with --data names the segments; delete "
+            "their manifests under partials, and run the same command again."
+        )
 
 
 def total_loss(store: Store, manifests: Iterable[Mapping[str, Any]]) -> float:
@@ -174,7 +199,7 @@ def read_window(store: Store, plan: Plan) -> dict[str, Any]:
     shapes = {name: place["entry"]["shape"] for name, place in manifest["parts"].items()}
     planned = {part.id: [part.stop - part.start] for part in plan.parts}
     said = len(manifest["read"]["made"]) if manifest.get("read") else len(plan.units)
-    wanted = plan.digest, plan.n_examples, planned, len(plan.units)
+    wanted = plan.digest, plan.n_data, planned, len(plan.units)
     if (manifest["plan"], manifest["n_data"], shapes, said) != wanted:
         raise (CheckpointError if manifest["plan"] == plan.digest else ForeignError)(
             f"{WINDOW} does not belong to this run's plan. Delete it and run the same command again: it puts the parts "

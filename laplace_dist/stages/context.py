@@ -14,7 +14,7 @@ from torch import nn
 from laplace.linalg.precision import without_autocast
 from laplace.structures.sums import SumsSpec
 from laplace_dist.config.settings import Config
-from laplace_dist.data import loader, sources
+from laplace_dist.data import example_weights, loader, sources
 from laplace_dist.data.collate import Collate
 from laplace_dist.data.device import to_device
 from laplace_dist.data.read_ahead import ReadAhead
@@ -173,6 +173,8 @@ class Context:
         if name not in self._splits:
             found = sources.load_split(self.config, name)
             check_data(found, wanted, name, self.where, Collate.of(self.config))
+            if "weights" in wanted:
+                example_weights.check_same(found, wanted["weights"], self.where)
             self._splits[name] = found
         return self._splits[name]
 
@@ -196,7 +198,20 @@ class Context:
         digest: Any = None,
         examples: ExampleDigests | None = None,
     ) -> Any:
-        """Yield `(offset, x, y)` for a contiguous range of a split, on the device.
+        """Yield `(offset, x, y)` for a contiguous range of a split, on the device; see `weighted_batches`."""
+        for offset, x, y, _ in self.weighted_batches(split, data, start, stop, digest, examples):
+            yield offset, x, y
+
+    def weighted_batches(
+        self,
+        split: str,
+        data: Mapping[str, Any],
+        start: int,
+        stop: int,
+        digest: Any = None,
+        examples: ExampleDigests | None = None,
+    ) -> Any:
+        """Yield `(offset, x, y, weights)` for a contiguous range of a split, on the device; weights are None if there are none.
 
         Args:
             split: Name of the split.
@@ -206,12 +221,18 @@ class Context:
             digest: A hash of `hashlib` that is to see the very bytes that are handed out.
             examples: What is to see each example of them.
         """
+        named, weights = data.get("weights"), None
+        if named is not None:
+            weights = example_weights.read(self.split(split, data), named["name"], start, stop, split)
+            if digest is not None:
+                feed(digest, weights)
         for offset, x, y in self._reader(split, data).batches(start, stop):
             if digest is not None:
                 feed(digest, (x, y))
             if examples is not None:
                 examples.add(x, y)
-            yield offset, to_device(x, self.device), to_device(y, self.device)
+            own = None if weights is None else weights[offset - start : offset - start + len(y)]
+            yield offset, to_device(x, self.device), to_device(y, self.device), own
 
     def close(self) -> None:
         """End the processes that read ahead."""

@@ -158,7 +158,7 @@ class CompareSpectra:
                 continue
             old = versions.read_factor(store, current, name)
             new = torch.from_numpy(versions.factors_of(terms, [name])[name])
-            one = spectrum(new, window.plan.n_examples, symmetric=factor["symmetric"])
+            one = spectrum(new, window.plan.n_data, symmetric=factor["symmetric"])
             distance = relative_distance(one, spectrum(old, self.n_data, symmetric=factor["symmetric"]))
             found[name] = distance if isfinite(distance) else None
         return {"spectra": {"relative_distance": found, "too_large": large}}

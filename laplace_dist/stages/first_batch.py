@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from laplace.data.batches import length_of, part_of
+from laplace.data.nested import flat, is_flat
+from laplace.errors import CallError
 from laplace_dist.config.compatibility import check_storage_options, ood
 from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.config.settings import Config
 from laplace_dist.data.collate import Collate
 from laplace_dist.data.device import to_device
 from laplace_dist.data.loader import read_batch, read_example
-from laplace_dist.data.nested import flat, is_flat
 from laplace_dist.data.processes import check_sendable
 from laplace_dist.errors import ExampleError, SettingsError, listed
 
@@ -107,8 +108,10 @@ def _outputs(model: nn.Module, x: Any, y: Tensor) -> Tensor:
     few = to_device(part_of(x, slice(0, FEW)), parameter.device)
     try:
         f = model(few)
-    except SettingsError:
-        raise
+    except CallError as error:
+        raise SettingsError(
+            f"--model: {error} What examples hold is the data set's, or --collate's, to say."
+        ) from error
     except Exception as error:  # the user's own code, as where an example is read
         raise SettingsError(_why(error, few, parameter.dtype)) from error
     if not isinstance(f, Tensor):

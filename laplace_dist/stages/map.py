@@ -41,16 +41,19 @@ class MapSegment:
         """Do so; the receipt says who won the commit and how many seconds that took. The commit of small sums may wait."""
         segment, plan = self.segment, context.window_of(self.plan).plan
         sums, digest = context.zero_sums(plan, segment.group), hashlib.sha256()
-        examples = ExampleDigests(limit_of(plan.n_examples))
-        for offset, x, y in context.batches("train", plan.data, segment.start, segment.stop, digest, examples):
-            context.la.accumulate(sums, x, y, offset=offset)
+        examples, seen = ExampleDigests(limit_of(plan.n_examples)), 0
+        read = context.weighted_batches("train", plan.data, segment.start, segment.stop, digest, examples)
+        for offset, x, y, weights in read:
+            context.la.accumulate(sums, x, y, offset=offset, example_weights=weights)
+            seen += len(y)
+        assert seen == segment.stop - segment.start, f"{seen} targets were read of segment {segment}"
         tensors = sums.to_tensors()
         made = {"data_sha256": digest.hexdigest(), "environment": environment(context.device)}
         made["examples"] = None if (found := examples.sketch) is None else found.to_values()
         commit = partial(self._commit, context, tensors, sums.n_data, made)
         return commit if sum(tensor.nbytes for tensor in tensors.values()) <= BESIDE else commit()
 
-    def _commit(self, context: Context, tensors: Mapping[str, Tensor], n_data: int, made: Any) -> dict[str, Any]:
+    def _commit(self, context: Context, tensors: Mapping[str, Tensor], n_data: float, made: Any) -> dict[str, Any]:
         segment, window = self.segment, context.window_of(self.plan)
         receipt = partials.commit_partial(window.store, window.plan, segment, tensors, n_data, new_attempt(), **made)
         count = segment.stop - segment.start

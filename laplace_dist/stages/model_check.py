@@ -10,7 +10,7 @@ from torch import nn
 
 from laplace import Laplace
 from laplace.capture.evaluation import eval_mode
-from laplace_dist.data.calling import adapted
+from laplace.data.calling import adapted
 from laplace_dist.data.device import to_device
 
 

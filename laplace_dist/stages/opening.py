@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from laplace.structures.registry import SECOND_PASSES
-from laplace_dist.config.compatibility import no_groups
+from laplace_dist.config.compatibility import check_example_weights, no_groups
 from laplace_dist.config.settings import Config
-from laplace_dist.data import loader, sources
+from laplace_dist.data import example_weights, loader, sources
 from laplace_dist.data.collate import Collate
 from laplace_dist.errors import ExampleError, SettingsError
 from laplace_dist.plan import identity
@@ -222,6 +222,7 @@ def begin_window(
             f"--window: got {config.window!r}, which is that of the fit itself. Give the new window another name."
         )
     config = as_halved(estimator.given(config, run.settings), run)
+    check_example_weights(config)
     train = sources.load_split(config, "train")
     check_again(config, store, run, {"train": train, **sources.check_splits(config)})
     data = fingerprint(config, train, "train")
@@ -307,13 +308,16 @@ def check_again(config: Config, store: Store, plan: Plan, splits: Mapping[str, A
 
 
 def fingerprint(config: Config, dataset: Any, split: str) -> dict[str, Any]:
-    """Return a split's fingerprint; an example that this process cannot read is refused as a setting is.
+    """Return a split's fingerprint, of the training split with what its weights are told by, if there are any.
 
     Raises:
-        SettingsError: Naming the example.
+        SettingsError: An example cannot be read, or its weight is none; naming the example.
     """
+    name = config.example_weights
     try:
-        return identity.fingerprint(dataset, split, Collate.of(config))
+        found = identity.fingerprint(dataset, split, Collate.of(config))
+        weighted = name is not None and split == "train"
+        return {**found, "weights": example_weights.facts(dataset, name)} if weighted else found
     except ExampleError as error:
         raise SettingsError(str(error)) from error
 

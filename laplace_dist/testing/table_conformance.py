@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from laplace_dist.data import example_weights
 from laplace_dist.data.collate import Collate
 from laplace_dist.data.loader import batches
 from laplace_dist.errors import ExampleError, SettingsError
+from laplace_dist.plan.identity import fingerprint
 from laplace_dist.testing.source_conformance import FileConformance, columns
 
 
@@ -61,6 +63,41 @@ class TableConformance(FileConformance):
             _ = dataset.group
         assert "group" in str(caught.value) and dataset.where(5) in str(caught.value)
         assert self.load(folder, data_args={"group": None}).group is None
+
+    def test_the_weight_of_each_example_is_kept_apart(self, tmp_path: Path) -> None:
+        """It is no input, is read by range, and belongs to the training split."""
+        weights = np.arange(self.n) / 4
+        folder, _ = self._of(tmp_path, w=weights)
+        dataset = self.load(folder, example_weights="w")
+        assert example_weights.read(dataset, "w", 0, self.n).tolist() == weights.tolist()
+        assert example_weights.read(dataset, "w", 5, 17).tolist() == weights[5:17].tolist()
+        found = example_weights.facts(dataset, "w")
+        assert (found["sum"], found["zero"]) == (weights.sum(), 1)
+        example_weights.check_same(self.load(folder, example_weights="w"), found, "node a")
+        assert [len(dataset[0]), fingerprint(dataset)] == [2, fingerprint(self.load(folder))]
+        folder, _ = self._of(tmp_path / "wide", w=weights, x=None, z=weights * 2)
+        assert sorted(self.load(folder, dict_key_y="y", example_weights="w")[0]) == ["y", "z"]
+        with pytest.raises(SettingsError, match="^--example-weights: the split 'train' has no column 'v'; give it one"):
+            example_weights.facts(self.load(folder, dict_key_y="y", example_weights="v"), "v")
+        folder, _ = self._of(tmp_path / "other", w=weights + 1)
+        with pytest.raises(SettingsError, match=r"example 0 .* on node b has the weight 1\.0, the driver's has 0\.0"):
+            example_weights.check_same(self.load(folder, example_weights="w"), found, "node b")
+
+    def test_a_weight_that_is_null_or_no_number_is_refused(self, tmp_path: Path) -> None:
+        """By the row, and by the flag."""
+        folder, _ = self._of(tmp_path, w=[1.0 if i != 5 else None for i in range(self.n)])
+        dataset = self.load(folder, example_weights="w")
+        with pytest.raises(ExampleError) as caught:
+            example_weights.facts(dataset, "w")
+        assert "w" in str(caught.value) and dataset.where(5) in str(caught.value)
+        folder, _ = self._of(tmp_path / "negative", w=np.where(np.arange(self.n) == 9, -1.0, 1.0))
+        dataset = self.load(folder, example_weights="w")
+        with pytest.raises(SettingsError) as refused:
+            example_weights.facts(dataset, "w")
+        assert f"example 9 ({dataset.where(9)}) of the split 'train' has the weight -1.0" in str(refused.value)
+        folder, _ = self._of(tmp_path / "words", w=["much"] * self.n)
+        with pytest.raises(SettingsError, match="^--example-weights: 'w' of the split 'train' holds no numbers"):
+            example_weights.facts(self.load(folder, example_weights="w"), "w")
 
     def test_a_missing_column_is_refused_with_those_that_are_there(self, tmp_path: Path) -> None:
         """By the flag that asks for it."""

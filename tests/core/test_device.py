@@ -159,3 +159,21 @@ def test_a_device_without_float64_is_refused_and_losses_go_to_the_host(monkeypat
         monkeypatch.setattr(type(la), "_device", torch.device("mps"))
         with pytest.raises(ValueError, match="'mps', which has no float64, .* model.cpu\\(\\)"):
             la.initialize(x)
+
+
+@pytest.mark.parametrize(
+    "subset, structure", [("all", "kron"), ("all", "diag"), ("last_layer", "kron"), ("last_layer", "full")]
+)
+@pytest.mark.parametrize("form", [list, torch.as_tensor])
+def test_weights_of_examples_stay_with_the_model(elsewhere, form, subset, structure):
+    """Given as numbers or as a tensor, wherever new tensors land."""
+    x, ((inputs, targets), _) = data("classification")
+    with torch.device("cpu"):
+        weights = form([2.0, 0.0, 1.0, 1.0, 0.5, 3.0, 0.25])
+    la = Laplace(network(), "classification", subset, structure)
+    la.initialize(x)
+    sums = la.zero_sums()
+    la.accumulate(sums, inputs, targets, example_weights=weights)
+    la.set_sums(sums)
+    assert all(value.device.type == "cpu" for value in sums.to_tensors().values())
+    assert sums.n_data == 7.75 and bool(values(la(x)).isfinite().all())

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import laplace_dist
 from laplace import Laplace
-from laplace_dist.data.calling import adapted
+from laplace.data.calling import adapted
 
 from . import naive
 from .test_examples import beside_each_other, load  # noqa: F401

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from laplace.capture import outer_variance
+from laplace.capture.blocks import Basis
 from laplace.capture.outer_variance import add_outer_variance
 
 
@@ -19,9 +20,12 @@ def _naive(a, g, w, diagonal):
     return found.diagonal(dim1=2, dim2=3) if diagonal else found
 
 
-def _added(a, g, w, diagonal):
+_PLAIN = Basis()
+
+
+def _added(a, g, w, diagonal, basis=_PLAIN):
     total = torch.zeros_like(_naive(a, g, w, diagonal)).to(a.dtype)
-    add_outer_variance(total, lambda i, j: a[i:j], g, lambda t: w[t], a.shape[1:], diagonal)
+    add_outer_variance(total, lambda i, j: a[i:j], g, basis, lambda t: w[t], a.shape[1:], diagonal)
     return total
 
 
@@ -66,3 +70,19 @@ def test_few_positions_are_taken_in_pairs_and_many_by_rows(monkeypatch):
     _added(*_case(4, outputs=10), True)
     _added(*_case(40, outputs=10), True)
     assert taken == ["_by_pairs", "_add_rows"]
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("positions, late", [(5, ""), (8, "left"), (16, "right"), (40, "left right")])
+def test_bases_may_turn_the_rows_instead_of_gradients_and_inputs(monkeypatch, positions, late, sides, diagonal):
+    monkeypatch.setattr(outer_variance, "_TRAFFIC", -(10**9))
+    wide = late == "right"  # more inputs than positions
+    a, g, w = _case(positions, outputs=2, out=7 if wide or positions > 16 else 9, width=29 if wide else 7)
+    turn = lambda n: torch.linalg.qr(torch.randn(n, n, dtype=a.dtype, generator=torch.Generator().manual_seed(n)))[0]  # noqa: E731
+    basis = Basis(turn(g.shape[-1]) if sides[0] else None, turn(a.shape[-1]) if sides[1] else None)
+    _, last = outer_variance._split(basis, *g.shape[1:], a.shape[-1])
+    asked = [side for side, there in zip(("left", "right"), sides, strict=True) if there and side in late.split()]
+    assert [side for side in ("left", "right") if getattr(last, side) is not None] == asked
+    turned = [v if q is None else v @ q for v, q in ((a, basis.right), (g, basis.left))]
+    torch.testing.assert_close(_added(a, g, w, diagonal, basis), _naive(*turned, w, diagonal), rtol=1e-11, atol=1e-11)

@@ -101,3 +101,18 @@ def test_weights_of_several_calls_and_of_other_positions():
     assert position_weights(kept, 3, g[:, :3]) is None, "three positions are no two tokens"
     g[0, 1, 2] = 1e-30
     assert position_weights(kept, 4, g) is None
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_weights_of_examples_and_of_positions_go_together(approx):
+    """An example of weight 2 is that example twice, however many of its positions are tokens."""
+    model, data = Pooled(), batch()
+    la = Laplace(model, "classification", "all", "kron", backend_kwargs={"kfac_approx": approx})
+    la.initialize(data)
+    found = []
+    for times, weights in ((torch.arange(3), torch.tensor([2.0, 0.0, 1.0])), (torch.tensor([0, 0, 2]), None)):
+        sums, part = la.zero_sums(), {name: value[times] for name, value in data.items()}
+        la.accumulate(sums, part, part["labels"], example_weights=weights)
+        found.append(sums.tensors)
+    for name, value in found[1].items():
+        assert naive.relative_error(found[0][name], value) < 1e-12, name

@@ -154,11 +154,11 @@ class Worker(Context):
             self._plan = ownership.read_plan(self.store)
         return self._plan
 
-    def batches(self, split, data, start, stop, digest=None, examples=None):
+    def weighted_batches(self, split, data, start, stop, digest=None, examples=None):
         digest.update(b"%d" % start)
-        yield start, None, None
+        yield start, None, [None] * (stop - start), None
 
-    def _accumulate(self, sums, x, y, offset):
+    def _accumulate(self, sums, x, y, offset, example_weights):
         sums.tensors, sums.n_data = batch(kind_of(self.plan), offset, sums.basis), 4
 
     def posterior(self, version, tuning=None):

@@ -10,8 +10,9 @@ import pytest
 import ray  # here, since it reads the environment when it is imported, which a fixture takes away
 
 from laplace_dist.errors import SettingsError
-from laplace_dist.execution import ray_cluster
-from laplace_dist.execution.ray_cluster import Cluster, find_address
+from laplace_dist.execution import ray_access, ray_cluster
+from laplace_dist.execution.ray_access import find_address
+from laplace_dist.execution.ray_cluster import Cluster
 
 
 @pytest.fixture
@@ -28,8 +29,8 @@ def clean(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.setattr(ray_cluster, "_process_token", None)
-    monkeypatch.setattr(ray_cluster, "_reread_authentication", lambda: None)
+    monkeypatch.setattr(ray_access, "_process_token", None)
+    monkeypatch.setattr(ray_access, "_reread_authentication", lambda: None)
     return tmp_path
 
 
@@ -74,14 +75,14 @@ def test_the_address_of_another_service_is_refused_with_the_way_to_submit(clean,
 
 
 def test_a_process_connected_through_rays_client_is_refused(clean, monkeypatch):
-    monkeypatch.setattr(ray_cluster, "_connected", lambda: True)
+    monkeypatch.setattr(ray_cluster, "is_connected", lambda: True)
     monkeypatch.setattr(ray.util.client.ray, "is_connected", lambda: True)
     with pytest.raises(SettingsError, match="through Ray's client; .*ray job submit"):
         Cluster(dist_cases.config(clean), say=lambda text: None).connect()
 
 
 def inside(local):
-    with ray_cluster._authentication(local):
+    with ray_access.authentication(local):
         return {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
 
 
@@ -119,6 +120,6 @@ def test_a_cluster_that_cannot_be_joined_is_refused_as_a_setting(clean, monkeypa
         raise error
 
     monkeypatch.setattr(ray, "init", refuse)
-    monkeypatch.setattr(ray_cluster, "_connected", lambda: False)
+    monkeypatch.setattr(ray_cluster, "is_connected", lambda: False)
     with pytest.raises(SettingsError, match=f"--ray-address: cannot connect to '{listening}'.*{error}"):
         Cluster(dist_cases.config(clean, ray_address=listening), say=lambda text: None).connect()

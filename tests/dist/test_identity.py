@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import laplace_dist
+from laplace.data.calling import adapted
+from laplace.data.nested import parts
 from laplace_dist import load_posterior
-from laplace_dist.data.calling import adapted
-from laplace_dist.data.nested import parts
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
 from laplace_dist.job import evaluate_posterior, tune_posterior
 from laplace_dist.plan.identity import SAMPLE, check_data, fingerprint

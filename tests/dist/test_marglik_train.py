@@ -57,6 +57,7 @@ def run(whole, tmp_path):
              "optimizer_args": {"lr": 1e-2, "momentum": 0.9}},
         ),
         ("digits", {"hessian_structure": "kron"}, {"n_epochs": 3, "n_hypersteps": 5, "parts": 4}),
+        ("sine", {"hessian_structure": "diag"}, {"n_epochs": 4, "scheduler": "CosineAnnealingLR", "scheduler_args": {"T_max": 12}}),
     ],
 )  # fmt: skip
 def test_evidences_and_losses_are_those_of_one_process(tmp_path, case, changes, own):
@@ -153,6 +154,47 @@ def test_files_of_old_epochs_go(run):
     assert len(list((run / "training/files").iterdir())) <= 4
 
 
+SCHEDULES = {
+    "OneCycleLR": {"max_lr": 0.1, "total_steps": 12},
+    "MultiStepLR": {"milestones": [3, 7], "gamma": 0.5},
+    "CosineAnnealingWarmRestarts": {"T_0": 5},
+    "CyclicLR": {"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 3, "cycle_momentum": False},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_of_step_sizes_is_the_same_when_it_goes_on(tmp_path, name):
+    own = {
+        "scheduler": name,
+        "scheduler_args": SCHEDULES[name],
+        "optimizer": "sgd",
+        "optimizer_args": {"lr": 1e-2, "momentum": 0.9},
+    }
+    at_once = marglik_train(small(tmp_path / "at once"), settings(n_epochs=5, **own), Inline)
+    for n_epochs in (1, 3, 5):
+        found = marglik_train(small(tmp_path / "in parts"), settings(n_epochs=n_epochs, **own), Inline)
+    assert found.losses == at_once.losses and epochs_of(tmp_path / "in parts") == epochs_of(tmp_path / "at once")
+    constant = marglik_train(
+        small(tmp_path / "constant"), settings(n_epochs=5, **{**own, "scheduler": None, "scheduler_args": {}}), Inline
+    )
+    assert constant.losses != at_once.losses
+
+
+@pytest.mark.parametrize(
+    "own, words",
+    [
+        ({"scheduler": "OneCycleLR", "scheduler_args": {"max_lr": 1.0, "total_steps": 5}}, "6 steps; .*total steps is 5"),
+        ({"scheduler": "StepLR", "scheduler_args": {"gamma": 0.5}}, "StepLR .*step_size"),
+        ({"scheduler": "StepLR", "scheduler_args": {"step_size": 1, "gamma": -2.0}}, "the step size is -.* after 1"),
+        ({"scheduler": "CosineAnnealingLR", "scheduler_args": {"T_max": 0}}, "for CosineAnnealingLR .*zero"),
+    ],
+)  # fmt: skip
+def test_a_schedule_that_cannot_be_kept_is_refused_before_anything_begins(tmp_path, own, words):
+    with pytest.raises(SettingsError, match=f"--scheduler-args: got .*(?:{words})"):
+        marglik_train(small(tmp_path / "run"), settings(**own), Inline)
+    assert not (tmp_path / "run").exists()
+
+
 def test_batches_in_a_drawn_order_are_the_same_when_it_goes_on(tmp_path):
     chosen = small(tmp_path / "at once", batch_size=5)
     shuffled = marglik_train(chosen, settings(shuffle=True, optimizer="sgd"), Inline)
@@ -220,8 +262,17 @@ def test_a_training_goes_on_with_its_own_settings_alone(run, whole, changes, own
 
 
 def test_settings_are_checked_by_name():
-    with pytest.raises(SettingsError, match=r"--n-epochs: got 0; .*\n--optimizer: got 'lbfgs'; expected 'adam'"):
+    with pytest.raises(
+        SettingsError, match=r"--n-epochs: got 0; .* at least 1\n--optimizer: got 'lbfgs'; expected one of adam"
+    ):
         Training(n_epochs=0, optimizer="lbfgs")
+    with pytest.raises(
+        SettingsError, match="--scheduler: got 'ReduceLROnPlateau'; expected one of ConstantLR, .*StepLR"
+    ):
+        Training(scheduler="ReduceLROnPlateau")
+    with pytest.raises(SettingsError, match="--scheduler-args: .*; expected a --scheduler with them"):
+        Training(scheduler_args={"T_max": 3})
+    assert "scheduler" not in Training().bits(), "so that trainings of before go on"
     with pytest.raises(SettingsError, match="--optimizer-args: got {'lr': nan}; expected values that JSON can hold"):
         Training(optimizer_args={"lr": float("nan")})
 
@@ -275,3 +326,22 @@ def test_from_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli_training.marglik_main(["--help"], hessian_structure="diag", checkpoint="runs/x")
     assert "--n-hypersteps" in capsys.readouterr().out
+
+
+def test_a_file_holds_the_settings_of_the_training_too(tmp_path, capsys):
+    path = tmp_path / "train.yaml"
+    path.write_text(
+        "model: training_cases:drawn\ndata: training_cases:few\nlikelihood: regression\nhessian-structure: diag\n"
+        f"checkpoint: {tmp_path / 'run'}\nray-address: inline\nbatch_size: 12\ngpus-per-worker: 0\n"
+        "n-epochs: 2\noptimizer_args: {lr: 0.01}\nlr-hyp: 1\nscheduler: StepLR\nscheduler-args: {step_size: 1}\n"
+    )
+    assert cli_training.marglik_main(["--config", str(path), "--n-epochs", "1"]) == 0, "flags win"
+    assert "train: 1/1 epochs" in capsys.readouterr().out
+    stored = read_plan(Checkpoint(str(tmp_path / "run"))).settings
+    assert (stored["lr_hyp"], stored["scheduler"], stored["scheduler_args"]) == (1.0, "StepLR", {"step_size": 1})
+    path.write_text(path.read_text().replace("n-epochs: 2", "n-epochs: none\nn_epochs: 2"))
+    assert cli_training.marglik_main(["--config", str(path)]) == 2
+    assert "n_epochs in" in (said := capsys.readouterr().err) and "given twice" in said
+    path.write_text("model: m:f\nn-epoch: 2\n")
+    assert cli_training.marglik_main(["--config", str(path)]) == 2
+    assert "no such setting" in capsys.readouterr().err

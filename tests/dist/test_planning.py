@@ -164,7 +164,7 @@ def test_memory_that_is_not_known_refuses_nothing_and_what_is_committed_needs_no
 def test_workers_of_a_private_cluster_share_what_is_free_here(tmp_path, monkeypatch):
     monkeypatch.setattr("laplace_dist.execution.ray_cluster.free_bytes", lambda device: 900)
     monkeypatch.setattr(
-        "laplace_dist.execution.ray_cluster._connected", lambda: False
+        "laplace_dist.execution.ray_cluster.is_connected", lambda: False
     )  # as other tests leave this process
     for workers, share in ((None, 900), (3, 300)):
         chosen = dist_cases.config(tmp_path, ray_address="local", num_workers=workers)

@@ -25,6 +25,7 @@ from transformers import (
 
 import laplace_dist
 from laplace import Laplace
+from laplace.data.calling import adapted
 from laplace.likelihoods import WeightedCategorical
 from laplace_dist.cli import _loading
 from laplace_dist.errors import SettingsError
@@ -104,7 +105,7 @@ def config(checkpoint, folder, task="sequence-classification", **changes):
 def test_a_saved_classifier_is_fitted_as_in_one_process(folders, tmp_path, name):
     dist_cases.run_inline(config(tmp_path, folders / name))
     ours = laplace_dist.load_posterior(str(tmp_path), bert().eval())
-    model = laplace_dist.data.calling.adapted(bert().eval())
+    model = adapted(bert().eval())
     alone = Laplace(model, "classification", "all", "kron")
     alone.fit(DataLoader(texts("train"), batch_size=4))
     for factor, value in alone.sums.to_tensors().items():
@@ -119,7 +120,7 @@ def test_a_saved_language_model_is_fitted_with_the_next_words_as_labels(folders,
     dist_cases.run_inline(chosen)
     ours = laplace_dist.load_posterior(str(tmp_path), gpt2().eval())
     assert ours.model.transformer.wte.weight is ours.model.lm_head.weight, "tied, and stored once"
-    alone = Laplace(laplace_dist.data.calling.adapted(gpt2().eval()), IGNORED, "all", "diag")
+    alone = Laplace(adapted(gpt2().eval()), IGNORED, "all", "diag")
     alone.fit(DataLoader(texts("train", True), batch_size=4))
     assert torch.allclose(ours.H, alone.H, rtol=1e-4, atol=1e-8)
     assert ours.n_data == 10

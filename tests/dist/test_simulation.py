@@ -40,7 +40,7 @@ def overwriting(self, key, data):
     return True
 
 
-def kept(self, sums, x, y, offset):
+def kept(self, sums, x, y, offset, example_weights):
     """Add a little of what this worker has seen before, as a worker does that does not begin from zero."""
     sums.tensors, sums.n_data = batch(self.plan.settings["seed"], offset), 4
     sums.tensors = {name: value + getattr(self, "before", 0.0) for name, value in sums.tensors.items()}

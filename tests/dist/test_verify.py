@@ -14,9 +14,11 @@ import pytest
 import laplace_dist
 from laplace_dist.cli import verify_main
 from laplace_dist.errors import SettingsError
-from laplace_dist.run import pointer
+from laplace_dist.run import pointer, windows
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.layout import CURRENT, METRICS
+from laplace_dist.run.ownership import read_plan
+from laplace_dist.run.verify_sums import SumsCheck
 from laplace_dist.run.weights import dump_weights
 from laplace_dist.storage.sealed_json import seal_json
 
@@ -199,6 +201,34 @@ def test_a_job_that_finishes_while_verifying_raises_no_alarm(finished, tmp_path,
             report = laplace_dist.verify(str(run))
         assert (report.problems, report.orphans) == ([], {}), unlisted
         assert laplace_dist.verify(str(run)).versions
+
+
+@pytest.mark.parametrize("shallow", [False, True])
+def test_partials_that_a_recalibration_drops_while_verifying_raise_no_alarm(run, monkeypatch, shallow):
+    """They were listed, the window said that they are there, and they are gone when they are to be read."""
+    store, agreement = Checkpoint(str(run)), SumsCheck._agreement
+    plan = read_plan(store)
+
+    def drop_first(self):
+        windows.drop_partials(store, plan)
+        agreement(self)
+
+    monkeypatch.setattr(SumsCheck, "_agreement", drop_first)
+    report = laplace_dist.verify(str(run), shallow=shallow)
+    assert report.problems == [] and report.versions and not store.list("partials")
+
+
+def test_what_is_lost_while_verifying_is_found_though_it_is_checked_again(run, monkeypatch):
+    modified, listed = Checkpoint.modified, []
+
+    def then_lose(self):
+        listed.append(modified(self))
+        shutil.rmtree(run / "partials" / "000001", ignore_errors=True)
+        return listed[-1]
+
+    monkeypatch.setattr(Checkpoint, "modified", then_lose)
+    report = laplace_dist.verify(str(run))
+    assert len(listed) == 2 and any(key.startswith("partials/000001/") for key in keys_named(report))
 
 
 def test_an_evaluation_that_ends_while_verifying_is_no_alteration(run, monkeypatch):

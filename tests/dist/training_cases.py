@@ -85,6 +85,8 @@ def in_one_process(chosen: Config, own: Training, case: str):
         chosen.hessian_structure,
         optimizer_cls=optimizers[own.optimizer],
         optimizer_kwargs=own.optimizer_args,
+        scheduler_cls=None if own.scheduler is None else getattr(torch.optim.lr_scheduler, own.scheduler),
+        scheduler_kwargs=own.scheduler_args,
         prior_structure=chosen.prior_structure,
         **{name: getattr(own, name) for name in same},
     )

@@ -40,7 +40,7 @@ def fitted(store: Store, plan: Plan, version: str | None) -> dict[str, Any]:
         "settings": {**settings},
         "examples": manifest.get("n_data", plan.n_examples),
         "segments": len(plan.segments),
-        "data": {"length": plan.data["length"], "sha256": plan.data["sha256"]},
+        "data": {"length": plan.data["length"], "sha256": plan.data["sha256"], **_weights(plan)},
         "weights_sha256": plan.weights,
         "outputs": plan.spec.get("n_outputs"),
         "version": version,
@@ -53,6 +53,12 @@ def fitted(store: Store, plan: Plan, version: str | None) -> dict[str, Any]:
         },
         **_command(store, plan),
     }
+
+
+def _weights(plan: Plan) -> dict[str, Any]:
+    """Return how much the examples of the first window count, where they have weights."""
+    weights = plan.data.get("weights")
+    return {"weights": None if weights is None else {name: weights[name] for name in ("name", "sum", "zero")}}
 
 
 def _estimator(settings: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run.checkpoint import open_json
-from laplace_dist.run.combination import windows_of
+from laplace_dist.run.combination import Window, windows_of
 from laplace_dist.run.layout import RECALIBRATIONS
 from laplace_dist.storage.store import Store
 
@@ -43,12 +43,19 @@ def history(store: Store, plan: Plan, current: Mapping[str, Any], found: list[di
     """
     names = ("window", "at", "promoted", "why", "metrics", "differences")
     return {
-        "windows": [{"window": w.name, "examples": w.plan.n_examples} for w in windows_of(store, plan)],
+        "windows": [_window(window) for window in windows_of(store, plan)],
         "recalibrations": [
             {**{name: decision[name] for name in names}, "drift": _drift(decision.get("drift"))} for decision in found
         ],
         "current": list(current.get("history") or []),
     }
+
+
+def _window(window: Window) -> dict[str, Any]:
+    """Return its name and number of examples, and the sum of their weights where they have any."""
+    plan = window.plan
+    weights = {"sum_of_weights": plan.n_data} if "weights" in plan.data else {}
+    return {"window": window.name, "examples": plan.n_examples, **weights}
 
 
 def _drift(record: Mapping[str, Any] | None) -> dict[str, Any] | None:

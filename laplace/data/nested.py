@@ -1,7 +1,7 @@
 """Inputs of several parts as one flat mapping, which the core library can cut into examples, and back.
 
 The core library takes a tensor, or a mapping whose values are tensors. A batch may be nested deeper, or be a list. It then
-travels as a mapping from paths to tensors, such as `{("image",): …, ("size", 0): …}`, and is put together again where the
+travels as a mapping from paths to tensors, such as ``{("image",): …, ("size", 0): …}``, and is put together again where the
 model is called.
 """
 
@@ -20,7 +20,7 @@ def flat(x: Any) -> Any:
         x: A tensor, or mappings, lists and tuples of tensors, nested in any way. Lists of strings or numbers are leaves.
 
     Returns:
-        `x` itself where it is a tensor, a mapping of leaves, or a leaf of another kind; else a mapping from paths, which are
+        ``x`` itself where it is a tensor, a mapping of leaves, or a leaf of another kind; else a mapping from paths, which are
         tuples of keys and places in lists.
     """
     if not _is_container(x):
@@ -52,12 +52,12 @@ def _is_container(value: Any) -> bool:
 
 
 def is_flat(x: Any) -> bool:
-    """Say whether this is what `parts` returned."""
+    """Say whether this is what ``parts`` returned."""
     return isinstance(x, Mapping) and bool(x) and all(isinstance(key, tuple) for key in x)
 
 
 def nested(leaves: Mapping[tuple, Any]) -> Any:
-    """Return what `parts` was given; tuples come back as lists, as they do from a `DataLoader`."""
+    """Return what ``parts`` was given; tuples come back as lists, as they do from a ``DataLoader``."""
     groups: dict[Any, dict[tuple, Any]] = {}
     for path, leaf in leaves.items():
         groups.setdefault(path[0], {})[path[1:]] = leaf

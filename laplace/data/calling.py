@@ -1,8 +1,8 @@
 """How a batch of inputs reaches a model: as one argument, as its keyword arguments, or as several arguments in order.
 
-The core library calls `model(x)` with one batch and takes the tensor that it answers. Hugging Face's models want keyword
-arguments and answer with a `ModelOutput`; networks with two inputs want two arguments. `adapted` makes the one of the other,
-for driver, workers and whoever loads a posterior alike.
+Everything here calls ``model(x)`` with one batch and takes the tensor that it answers. Hugging Face's models want keyword
+arguments and answer with a ``ModelOutput``; networks with two inputs want two arguments. :func:``adapted`` makes the one of the
+other.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_dist.data.nested import is_flat, nested
-from laplace_dist.errors import SettingsError, listed
+from laplace.data.nested import is_flat, nested
+from laplace.errors import CallError
 
 _HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
 
 
 class _Spread:
-    """The hook that turns one batch into what `forward` takes.
+    """The hook that turns one batch into what ``forward`` takes.
 
     Args:
         key_y: Key of the targets in dict-like batches.
@@ -45,7 +45,7 @@ def adapted(model: nn.Module, key_y: str = "labels") -> nn.Module:
 
     Args:
         model: The network; one that is adapted already is returned itself.
-        key_y: Key of the targets in dict-like batches, which are not handed to a `forward` that can do without.
+        key_y: Key of the targets in dict-like batches, which are not handed to a ``forward`` that can do without.
     """
     if isinstance(model, torch.jit.ScriptModule) or any(
         isinstance(h, _Spread) for h in model._forward_pre_hooks.values()
@@ -59,8 +59,14 @@ def adapted(model: nn.Module, key_y: str = "labels") -> nn.Module:
     return twin
 
 
+def called_by_batch(model: nn.Module, key_y: str = "labels") -> nn.Module:
+    """Return a model of Hugging Face's packages :func:`adapted`, any other one as it is: that is called with one batch."""
+    packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    return adapted(model, key_y) if packages & {"transformers", "peft"} else model
+
+
 def _logits(module: nn.Module, args: tuple, output: Any) -> Tensor | None:
-    """The hook that takes the logits out of a `ModelOutput`, or of a mapping."""
+    """The hook that takes the logits out of a ``ModelOutput``, or of a mapping."""
     if isinstance(output, Tensor):
         return None
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
@@ -68,13 +74,13 @@ def _logits(module: nn.Module, args: tuple, output: Any) -> Tensor | None:
 
 
 def arguments(forward: Callable, x: Mapping, key_y: str) -> tuple[tuple, dict[str, Any]]:
-    """Return the arguments by which a model's `forward` is called with a dict-like batch.
+    """Return the arguments by which a model's ``forward`` is called with a dict-like batch.
 
-    A mapping goes as keyword arguments where `forward` takes all of its keys, with or without the targets', else as one
-    argument. What was a list of several inputs goes as so many arguments where `forward` takes that many, else as one list.
+    A mapping goes as keyword arguments where ``forward`` takes all of its keys, with or without the targets', else as one
+    argument. What was a list of several inputs goes as so many arguments where ``forward`` takes that many, else as one list.
 
     Raises:
-        SettingsError: `forward` takes some of the keys by name, but not all: neither way could be meant.
+        CallError: ``forward`` takes some of the keys by name, but not all: neither way could be meant.
     """
     signature = inspect.signature(forward)
     whole = nested(x) if is_flat(x) else x
@@ -86,7 +92,7 @@ def arguments(forward: Callable, x: Mapping, key_y: str) -> tuple[tuple, dict[st
             return (), keywords
     known = [key for key in named if key in signature.parameters]
     if known:
-        raise SettingsError(_mismatch(signature, known, list(map(str, named))))
+        raise CallError(_mismatch(signature, known, list(map(str, named))))
     return (whole,), {}
 
 
@@ -107,9 +113,9 @@ def _mismatch(signature: inspect.Signature, known: list[str], keys: list[str]) -
         and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         and name not in keys
     ]
-    said = f"; it does not take {listed(extra)}" if extra else ""
-    said += f"; it needs {listed(needed)} too" if needed else ""
+    said = f"; it does not take {', '.join(extra)}" if extra else ""
+    said += f"; it needs {', '.join(needed)} too" if needed else ""
     return (
-        f"--model: its forward takes {listed(known)} of the batch by name{said}. Leave out of the examples what it does not "
-        "take, in the data set or with --collate, and give what it needs; or let forward take one mapping."
+        f"its forward takes {', '.join(known)} of the batch by name{said}. Leave out of the examples what it does not take, "
+        "and give what it needs; or let forward take one mapping."
     )
