@@ -4,8 +4,9 @@
     python benchmarks/families.py --family swiftformer levit
     python benchmarks/families.py --largest 10        # leaves out models of more than 10 million parameters
 
-Of timm the smallest model of a family is taken, with three outputs and small images where it takes them. Ends with status 1 if
-a model is wrong, or fails in other words than the library's.
+Of timm the smallest model of a family is taken, with three outputs and small images where it takes them; where that is too
+large, one with fewer blocks and narrower ones, if its constructor takes such. Ends with status 1 if a model is wrong, or fails
+in other words than the library's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -26,6 +28,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.core.families import OUTPUTS, TOLERANCE, TORCHVISION, compare, prepared, small  # noqa: E402
 
 SIZES = (32, 64, 128, 224, 256)
+_WIDTHS = (
+    {"embed_dim": 48, "num_heads": 3}, {"embed_dim": (16, 32, 48, 64)}, {"embed_dims": (16, 32, 48, 64)},
+    {"embed_dim": (32, 48, 64)}, {"embed_dims": (32, 48, 64)}, {"embed_dim": 32, "num_heads": (1, 2, 4, 8)}, {"embed_dim": 32},
+    {"embed_dims": (16, 32, 48, 64), "num_heads": (1, 2, 3, 4)}, {"embed_dims": (16, 32, 64), "num_heads": (1, 2, 4)},
+    {"dims": (16, 32, 48, 64)}, {"dim": 48}, {"base_width": 16}, {},
+)  # fmt: skip
+_DEPTHS = (
+    {"depth": 2}, {"depths": (1, 1, 1, 1)}, {"depths": (1, 1, 1)}, {"layers": (1, 1, 1, 1)}, {"num_blocks": 2},
+    {"stages": (1, 1, 1, 1)},
+)  # fmt: skip
 
 
 def smallest(family: str, largest: int) -> str | None:
@@ -43,13 +55,28 @@ def smallest(family: str, largest: int) -> str | None:
     return name if name is not None and sizes[name] <= largest else None
 
 
-def of_timm(name: str) -> tuple[nn.Module, torch.Tensor]:
+def reduced(family: str, largest: int) -> tuple[str, dict] | None:
+    """A model of a family of timm, and options with which it has fewer parameters; None if there are no such options."""
+    names = [name for name in timm.list_models(module=family) if "in21k" not in name and not name.startswith("test_")]
+    for name in sorted(names, key=len)[:2]:
+        for options in ({**depth, **width} for width in _WIDTHS for depth in _DEPTHS):
+            try:
+                with torch.device("meta"):
+                    model = timm.create_model(name, num_classes=OUTPUTS, **options)
+            except Exception:  # noqa: BLE001 - each constructor has its own way to refuse an option
+                continue
+            if sum(p.numel() for p in model.parameters()) <= largest:
+                return name, options
+    return None
+
+
+def of_timm(name: str, **changes: Any) -> tuple[nn.Module, torch.Tensor]:
     """A model of timm and two images of the smallest size that it takes."""
     failures = []
     for size in SIZES:
         for options in ({"img_size": size}, {}):
             try:
-                model = prepared(timm.create_model(name, num_classes=OUTPUTS, **options))
+                model = prepared(timm.create_model(name, num_classes=OUTPUTS, **options, **changes))
                 x = torch.randn(2, 3, size, size)
                 with torch.no_grad():
                     model(x)
@@ -88,12 +115,16 @@ def main() -> int:
             kinds[examine(f"torchvision {family}", lambda f=family: small(f))] += 1
     for family in timm.list_modules():
         if not arguments.family or family in arguments.family:
-            name = smallest(family, int(arguments.largest * 1e6))
-            if name is None:
+            largest = int(arguments.largest * 1e6)
+            name = smallest(family, largest)
+            found = (name, {}) if name is not None else reduced(family, largest)
+            if found is None:
                 print(f"timm {family}: no model of at most {arguments.largest:g} million parameters", flush=True)
                 kinds["left out"] += 1
             else:
-                kinds[examine(f"timm {name}", lambda n=name: of_timm(n))] += 1
+                name, options = found
+                what = f"timm {name}" + (f", {', '.join(options)} reduced" if options else "")
+                kinds[examine(what, lambda n=name, o=options: of_timm(n, **o))] += 1
     print(dict(kinds))
     return 1 if kinds["wrong"] or kinds["failed"] else 0
 
