@@ -34,7 +34,7 @@ class _Spread:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if len(args) != 1 or kwargs or not isinstance(args[0], Mapping):
             return None
-        return arguments(module.forward, args[0], self.key_y)
+        return arguments(_base(module).forward, args[0], self.key_y)
 
 
 def adapted(model: nn.Module, key_y: str = "labels") -> nn.Module:
@@ -60,9 +60,14 @@ def adapted(model: nn.Module, key_y: str = "labels") -> nn.Module:
 
 
 def called_by_batch(model: nn.Module, key_y: str = "labels") -> nn.Module:
-    """Return a model of Hugging Face's packages :func:`adapted`, any other one as it is: that is called with one batch."""
-    packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
-    return adapted(model, key_y) if packages & {"transformers", "peft"} else model
+    """Return a model of transformers, with peft's adapters or without, :func:`adapted`; any other one is called with one batch."""
+    packages = {cls.__module__.partition(".")[0] for cls in type(_base(model)).__mro__}
+    return adapted(model, key_y) if "transformers" in packages else model
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """The model whose ``forward`` says what is taken: peft's own hands everything on."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _logits(module: nn.Module, args: tuple, output: Any) -> Tensor | None:

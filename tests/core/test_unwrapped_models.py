@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from laplace import KronLaplace, Laplace, marglik_training
+from laplace.data.calling import adapted
 from laplace.utils import LastLayerSubnetMask
 
 TIME, CLASSES = 6, 3
@@ -89,6 +90,17 @@ def test_adapters_alone():
     names = [block.parameter for block in la.backend.spec.blocks]
     assert all("lora" in name or "classifier" in name for name in names) and any("lora" in name for name in names)
     assert la(next(iter(loader))).shape == (4, CLASSES)
+
+
+def test_adapters_on_a_model_that_takes_the_mapping_itself():
+    """Peft's own ``forward`` takes whatever there is, and hands it on."""
+    model = get_peft_model(Wrapped(bert()), LoraConfig(r=2, target_modules=["query", "value"])).eval()
+    loader = DataLoader(sentences(), batch_size=4)
+    batch = next(iter(loader))
+    la = Laplace(model, "classification", "all", "diag")
+    la.fit(loader)
+    torch.testing.assert_close(la(batch), la(batch))
+    assert torch.equal(adapted(model)(batch), model(batch))
 
 
 def test_a_language_model_takes_its_indices_alone():
