@@ -62,7 +62,8 @@ def reduced(family: str, largest: int) -> tuple[str, dict] | None:
         for options in ({**depth, **width} for width in _WIDTHS for depth in _DEPTHS):
             try:
                 with torch.device("meta"):
-                    model = timm.create_model(name, num_classes=OUTPUTS, **options)
+                    model = timm.create_model(name, num_classes=OUTPUTS, **options).eval()
+                    model(torch.empty(2, *model.pretrained_cfg["input_size"]))  # widths may not fit one another
             except Exception:  # noqa: BLE001 - each constructor has its own way to refuse an option
                 continue
             if sum(p.numel() for p in model.parameters()) <= largest:
