@@ -60,7 +60,7 @@ def adapted(model: nn.Module, key_y: str = "labels") -> nn.Module:
 
 
 def called_by_batch(model: nn.Module, key_y: str = "labels") -> nn.Module:
-    """Return a model of transformers, with peft's adapters or without, :func:`adapted`; any other one is called with one batch."""
+    """Return a model of transformers, with peft's adapters or without, :func:`adapted`; any other one as it is."""
     packages = {cls.__module__.partition(".")[0] for cls in type(_base(model)).__mro__}
     return adapted(model, key_y) if "transformers" in packages else model
 
