@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -72,17 +72,7 @@ class SketchedLowRankLaplace(LowRankLaplace):
         sums.basis = {"test": self._matrix[1]}
         return sums
 
-    @outside_inference_mode()
-    def accumulate(
-        self,
-        sums: CurvatureSums,
-        x: Any,
-        y: Tensor,
-        offset: int = 0,
-        example_weights: Sequence[float] | Tensor | None = None,
-    ) -> None:
-        """Add one batch to the raw sums of either pass in place; see :class:`laplace.posterior.summed.SummedLaplace`."""
-        SummedLaplace.accumulate(self, sums, x, y, offset, example_weights)
+    accumulate = SummedLaplace.accumulate  # as its base is no sum, that refuses
 
     def set_second_sums(self, sums: CurvatureSums, basis: Mapping[str, Tensor]) -> None:
         """Finalise the raw sums of the second pass: the eigenpairs of the ``rank`` largest eigenvalues."""

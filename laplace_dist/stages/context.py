@@ -189,17 +189,9 @@ class Context:
             self._unchecked = window, sources.load_split(config, "train")
         return self._unchecked[1]
 
-    def batches(
-        self,
-        split: str,
-        data: Mapping[str, Any],
-        start: int,
-        stop: int,
-        digest: Any = None,
-        examples: ExampleDigests | None = None,
-    ) -> Any:
+    def batches(self, split: str, data: Mapping[str, Any], start: int, stop: int, digest: Any = None) -> Any:
         """Yield `(offset, x, y)` for a contiguous range of a split, on the device; see `weighted_batches`."""
-        for offset, x, y, _ in self.weighted_batches(split, data, start, stop, digest, examples):
+        for offset, x, y, _ in self.weighted_batches(split, data, start, stop, digest):
             yield offset, x, y
 
     def weighted_batches(
