@@ -84,9 +84,9 @@ def commit_seconds(url: str, options: dict, segments: int) -> tuple[float, float
     with Job(config, say=lambda text: None) as job:
         job.open()
         context, plan = Context(job.config), job.plan
-        MapSegment(plan.digest, plan.segments[0]).run(context)  # loads the model, and every library once
+        MapSegment(plan.digest, plan.segments[0]).run(context)()  # loads the model, and every library once
         tasks = [MapSegment(plan.digest, segment) for segment in plan.segments[1 : 1 + segments]]
-        total, receipts = timed(lambda: [task.run(context) for task in tasks])
+        total, receipts = timed(lambda: [task.run(context)() for task in tasks])
         return sum(receipt["seconds"] for receipt in receipts), total, plan.segments[0].stop
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from harness import Row, Target
 
 HERE = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(HERE))
+sys.path.append(str(HERE))  # whose last_layer.py is not that of the rows
 os.environ["PYTHONPATH"] = f"{HERE}:{HERE.parent}"  # of workers
 
 
