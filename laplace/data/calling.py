@@ -1,7 +1,7 @@
 """How a batch of inputs reaches a model: as one argument, as its keyword arguments, or as several arguments in order.
 
 Everything here calls ``model(x)`` with one batch and takes the tensor that it answers. Hugging Face's models want keyword
-arguments and answer with a ``ModelOutput``; networks with two inputs want two arguments. :func:``adapted`` makes the one of the
+arguments and answer with a ``ModelOutput``; networks with two inputs want two arguments. :func:`adapted` makes the one of the
 other.
 """
 
@@ -121,6 +121,6 @@ def _mismatch(signature: inspect.Signature, known: list[str], keys: list[str]) -
     said = f"; it does not take {', '.join(extra)}" if extra else ""
     said += f"; it needs {', '.join(needed)} too" if needed else ""
     return (
-        f"its forward takes {', '.join(known)} of the batch by name{said}. Leave out of the examples what it does not take, "
-        "and give what it needs; or let forward take one mapping."
+        f"The model's forward takes {', '.join(known)} of the batch by name{said}. Leave out of the examples what it does not "
+        "take, and give what it needs; or let forward take one mapping."
     )

@@ -99,7 +99,7 @@ def test_adapters_on_a_model_that_takes_the_mapping_itself():
     batch = next(iter(loader))
     la = Laplace(model, "classification", "all", "diag")
     la.fit(loader)
-    torch.testing.assert_close(la(batch), la(batch))
+    assert la.n_data == 12 and la(batch).shape == (4, CLASSES) and la.model is model
     assert torch.equal(adapted(model)(batch), model(batch))
 
 

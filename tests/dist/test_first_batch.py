@@ -188,7 +188,9 @@ def test_an_error_of_the_model_is_one_line_with_its_type(tmp_path):
 def test_a_mapping_of_which_the_model_takes_a_part_is_refused_in_one_line(tmp_path):
     config = dist_cases.config(tmp_path, model="calling_cases:model")
     rows = Rows(lambda a, b, y: {"a": a, "b": b, "weight": 1.0, "labels": y})
-    with pytest.raises(first_batch.SettingsError, match="--model: its forward takes a, b .* does not take weight"):
+    with pytest.raises(
+        first_batch.SettingsError, match="--model: The model's forward takes a, b .* does not take weight"
+    ):
         first_batch.check(config, load_model(config), {"train": rows})
 
 
