@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # Every one of some hundred processes would compile this package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: fit demo-recalibrate test browser lint bench bench-gpu clean
+.PHONY: fit demo-recalibrate test test-gpu browser lint bench bench-gpu clean
 
 fit: $(VENV)/.installed
 	$(BIN)/python jobs/fit_kron.py
@@ -27,6 +27,10 @@ demo-recalibrate: $(VENV)/.installed
 
 test: $(VENV)/.installed-test browser
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# What needs a CUDA device, and fails without one.
+test-gpu: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests/gpu --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 # The report is tested in a browser: Debian's, if there is none and this user may install it; else its test says what is missing.
 browser:

@@ -2,6 +2,7 @@
 
     python benchmarks/random_models.py                       # 5,000 models, what is wrong and a count
     python benchmarks/random_models.py --start 5000 --models 20000
+    python benchmarks/random_models.py --device cuda         # the library on a GPU, the reference on the CPU
     python benchmarks/random_models.py --seed 123            # one model: its description, module, errors
     python benchmarks/random_models.py --not-yet             # those that the suite leaves out, by the reason
 

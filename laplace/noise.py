@@ -42,7 +42,7 @@ def uniform(seed: int, examples: Tensor, draws: int) -> Tensor:
     Returns:
         ``(batch, draws)`` float64; row ``i`` depends on ``seed`` and ``examples[i]`` alone.
     """
-    origin = _mix(torch.tensor(seed % (1 << 62), dtype=torch.int64, device=examples.device) + _GOLDEN)
+    origin = int(_mix(torch.tensor(seed % (1 << 62), dtype=torch.int64, device="cpu") + _GOLDEN))
     rows = _mix(examples.to(torch.int64) * _GOLDEN + origin)
     columns = torch.arange(1, draws + 1, dtype=torch.int64, device=examples.device) * _GOLDEN
     bits = _shift_right(_mix(rows[:, None] + columns[None, :]), 12)

@@ -6,28 +6,39 @@ images on an A100.
 
 from __future__ import annotations
 
+import copy
+import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from harness import Prepare, Row, Target, seconds
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
-DEVICE = "cuda"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+import efficientnet  # noqa: E402
+
+DEVICE, OUTPUTS = "cuda", "outputs"
 IMAGES, BATCHES, READERS = 64, 8, 8
 TOKENS, SEQUENCES = 256, 8
 
 
-def resnet50() -> nn.Module:
-    """ResNet-50 with random weights."""
+def resnet50(norms: bool = True) -> nn.Module:
+    """ResNet-50 with random weights; without ``norms``, of convolutions and the linear layer alone, as peers have it."""
     from torchvision.models import resnet50
 
     torch.manual_seed(0)
-    return resnet50().eval()
+    model = resnet50().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(norms)
+    return model
 
 
 def gpt2() -> nn.Module:
@@ -67,11 +78,7 @@ def _step(model: nn.Module, x: Tensor, y: Tensor) -> None:
 
 def _sums(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Iterable[tuple[Tensor, Tensor]]], None]:
     """Return what adds the sums of batches, with the model's checks done."""
-    from laplace import Laplace
-    from laplace.curvature import backend_class
-
-    cls, kwargs = backend_class("native", "mc")
-    la = Laplace(model, "classification", "all", "kron", backend=cls, backend_kwargs=kwargs)
+    la = _posterior(model)
     la.initialize(x)
     sums = la.zero_sums()
 
@@ -82,14 +89,88 @@ def _sums(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Iterable[tuple[Te
     return add
 
 
+def _posterior(model: nn.Module, estimator: str = "mc") -> Any:
+    from laplace import Laplace
+    from laplace.curvature import backend_class
+
+    cls, kwargs = backend_class("native", estimator)
+    return Laplace(model, "classification", "all", "kron", backend=cls, backend_kwargs=kwargs)
+
+
 def _kron(
-    make: Callable[[], nn.Module], data: tuple[Tensor, Tensor], device: str = DEVICE
+    make: Callable[[], nn.Module], data: tuple[Tensor, Tensor], device: str = DEVICE, peers: bool = False
 ) -> Mapping[str, Prepare | float]:
     model, (x, y) = make().to(device), (t.to(device) for t in data)
     add = _sums(model, x, y)
-    ours = seconds(lambda: lambda: _synchronised(lambda: add([(x, y)]), device), 5)
-    step = seconds(lambda: lambda: _synchronised(lambda: _step(model, x, y), device), 5)
-    return {"ours": ours, "gradient step": step, "s for 100,000 examples": 1e5 * ours / len(x)}
+    ours = _seconds(lambda: add([(x, y)]), device)
+    found = {"ours": ours, "gradient step": _seconds(lambda: _step(model, x, y), device)}
+    if peers:
+        found["curvlinops"] = _seconds(_curvlinops(model, x, y), device)
+        found["kronfluence"] = _kronfluence(model, x, y, device)
+    return {**found, "s for 100,000 examples": 1e5 * ours / len(x)}
+
+
+def _seconds(call: Callable[[], object], device: str) -> float:
+    return seconds(lambda: lambda: _synchronised(call, device), 5)
+
+
+def _curvlinops(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:
+    """Return what computes the same factors with curvlinops."""
+    from curvlinops import KFACLinearOperator
+
+    params = [p for p in model.parameters() if p.requires_grad]
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    return lambda: KFACLinearOperator(
+        model, loss, params, [(x, y)], check_deterministic=False
+    ).compute_kronecker_factors()
+
+
+def _kronfluence(model: nn.Module, x: Tensor, y: Tensor, device: str) -> float:
+    """Return the seconds of kronfluence for one batch, out of a fit of several."""
+    from kron import covariances
+
+    again = 4
+    data = TensorDataset(x.cpu().repeat(again, 1, 1, 1), y.cpu().repeat(again))
+    return seconds(lambda: covariances(copy.deepcopy(model), data, len(x), cpu=device == "cpu"), 1) / again
+
+
+def _rounded(precision: str, device: str = DEVICE) -> Mapping[str, float]:
+    """Time a batch of a real model, and compare outputs and factors with those in float32.
+
+    The factors are of the empirical Fisher, of which nothing is drawn: where outputs are rounded, other labels are.
+    """
+    from laplace.linalg.precision import products_in
+
+    model, (x, y) = efficientnet.network().to(device), (t.to(device) for t in efficientnet.crops("train").tensors)
+    with products_in("ieee"):
+        exact = _outputs_and_sums(model, x, y)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+    with products_in("tf32" if precision == "tf32" else "ieee"), autocast:
+        found = _outputs_and_sums(model, x, y)
+        add = _sums(model, x, y)
+        ours = _seconds(lambda: add([(x, y)]), device)
+    errors = {name: _relative(found[name], value) for name, value in exact.items()}
+    outputs, (*_, largest) = errors.pop(OUTPUTS), sorted(errors.values())
+    return {
+        "ours": ours,
+        "gradient step": _seconds(lambda: _step(model, x, y), device),
+        "error of the outputs": outputs,
+        "median error of a factor": statistics.median(errors.values()),
+        "largest error of a factor": largest,
+    }
+
+
+def _relative(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth.double()).norm() / truth.double().norm())
+
+
+def _outputs_and_sums(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    la = _posterior(model, "ef")
+    la.initialize(x)
+    sums = la.zero_sums()
+    la.accumulate(sums, x, y)
+    with torch.no_grad():
+        return {**sums.tensors, OUTPUTS: model(x)}
 
 
 class Photographs(Dataset):
@@ -120,7 +201,7 @@ def _busy(
     x, y = (t.to(device) for t in images(batch, size))
     add = _sums(model, x, y)
     alone = seconds(lambda: lambda: _synchronised(lambda: add([(x, y)] * BATCHES), device), 2)
-    ahead = ReadAhead(data, batch, workers=readers)
+    ahead = ReadAhead(data, batch, workers=readers, pin=device == "cuda")
     try:
         add((inputs, targets) for _, inputs, targets in ahead.batches(0, n))  # starts the readers
         start = time.perf_counter()
@@ -130,12 +211,43 @@ def _busy(
         ahead.close()
 
 
+def _rounded_row(precision: str, bound: float) -> Row:
+    """Return a row of a precision, whose targets are what a user would want to know before choosing it."""
+    return Row(
+        f"Kron MC, EfficientNet-Lite0, --precision {precision} ({IMAGES})",
+        partial(_rounded, precision),
+        (
+            Target("gradient step", 1.8),
+            Target("error of the outputs", bound, "value"),
+            Target("median error of a factor", bound, "value"),
+            Target("largest error of a factor", 10 * bound, "value"),
+        ),
+    )
+
+
 ROWS = {
+    "float32": Row(
+        f"Kron MC, EfficientNet-Lite0 ({IMAGES})",
+        lambda: _kron(efficientnet.network, efficientnet.crops("train").tensors),
+        (Target("gradient step", 1.8),),
+    ),
     "resnet50": Row(
+        f"Kron MC, ResNet-50 without norms, 224 × 224 ({IMAGES})",
+        lambda: _kron(partial(resnet50, norms=False), images(), peers=True),
+        (
+            Target("gradient step", 1.8),
+            Target("s for 100,000 examples", 454, "value"),
+            Target("curvlinops", 1.7, "faster"),
+            Target("kronfluence", 1.7, "faster"),
+        ),
+    ),
+    "resnet50-norms": Row(
         f"Kron MC, ResNet-50, 224 × 224 ({IMAGES})",
         lambda: _kron(resnet50, images()),
-        (Target("gradient step", 1.8), Target("s for 100,000 examples", 454, "value")),
+        (Target("gradient step", 1.8),),
     ),
+    "tf32": _rounded_row("tf32", 0.01),
+    "bf16": _rounded_row("bf16", 0.1),
     "gpt2": Row(
         f"Kron MC, GPT-2 small, {TOKENS} tokens ({SEQUENCES})",
         lambda: _kron(gpt2, tokens()),

@@ -13,6 +13,7 @@ from operations import kron_gflop
 from problems import cnn, epoch, mlp, problem
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 Sizes = tuple[Callable[[], nn.Module], int, int]
 
@@ -52,6 +53,11 @@ def _mc_peers(size: Sizes) -> Mapping[str, Prepare]:
 
 
 def _covariances(size: Sizes) -> Callable[[], object]:
+    model, loader = problem(*size)
+    return covariances(model, loader.dataset, size[2])
+
+
+def covariances(model: nn.Module, data: Dataset, batch_size: int, cpu: bool = True) -> Callable[[], object]:
     """Return what has kronfluence fit its covariance matrices, which are the Kronecker factors of a sampled Fisher."""
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments
@@ -68,14 +74,13 @@ def _covariances(size: Sizes) -> Callable[[], object]:
         def compute_measurement(self, batch: Any, model: nn.Module) -> torch.Tensor:
             return self.compute_train_loss(batch, model)
 
-    model, loader = problem(*size)
     task = Classification()
     folder = tempfile.mkdtemp()
-    analyzer = Analyzer("bench", prepare_model(model, task), task, cpu=True, output_dir=folder, disable_tqdm=True)
+    analyzer = Analyzer("bench", prepare_model(model, task), task, cpu=cpu, output_dir=folder, disable_tqdm=True)
     return lambda: analyzer.fit_covariance_matrices(
         "factors",
-        loader.dataset,
-        per_device_batch_size=size[2],
+        data,
+        per_device_batch_size=batch_size,
         factor_args=FactorArguments(covariance_max_examples=None),
         overwrite_output_dir=True,
     )

@@ -28,6 +28,7 @@ from laplace.data.mistakes import check_outputs
 from laplace.enums import Likelihood
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.named import NamedLikelihood
+from laplace.linalg.memory import at_once
 from laplace.structures.registry import sums_spec, warn_of_diagonal_blocks
 from laplace.structures.subnetwork import check_subnetwork_indices, split_indices
 from laplace.structures.sums import SumsSpec
@@ -203,7 +204,10 @@ class CapturedModel:
         if others:
             names = ", ".join(block.parameter for block in others)
             require_jacobians(1, outputs, size, self.spec.torch_dtype, self.params[0].device, f" ({names})")
-        found = [slice(start, stop) for start, stop in ranges(n, outputs * (size + inner), _HELD)]
+        found = [
+            slice(start, stop)
+            for start, stop in ranges(n, outputs * (size + inner), at_once(_HELD, self.params[0].device))
+        ]
         return [(part, part_of(x, part)) for part in found] if len(found) > 1 else [(slice(0, n), x)]
 
     def _size_of_example(self, x: Any) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from laplace.backends.optional import import_optional
 from laplace.backends.options import honours
 from laplace.capture.evaluation import eval_mode
 from laplace.linalg.kronecker import Kron
+from laplace.linalg.precision import coarsest
 from laplace.noise import fixed_directions, fresh_seed
 from laplace.structures import lowrank
 from laplace.structures.sums import CurvatureSums, SumsSpec
@@ -251,7 +252,7 @@ class CurvlinopsHessian(HessianInterface, CurvlinopsInterface):
             product = operator @ torch.cat([vectors, probe], 1).to(self.params[0].dtype)
         product = product.to(vectors.dtype) * self._scale
         truth = lowrank.hessian_product(self, x, y, probe, offset)[1]
-        relative = min(1e3 * torch.finfo(self.params[0].dtype).eps, 0.05)
+        relative = min(1e3 * coarsest(self.params[0]), 0.05)
         if not float((product[:, -1:] - truth).norm()) <= relative * float(truth.norm()):
             raise ValueError(
                 "curvlinops' Hessian of this model, by forward-mode differentiation, is not that of reverse mode; in torch "

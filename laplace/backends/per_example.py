@@ -15,6 +15,7 @@ from laplace.backends.options import honours
 from laplace.capture.contractions import output_directions
 from laplace.capture.evaluation import eval_mode
 from laplace.linalg.gram import add_gram_, mirror_
+from laplace.linalg.precision import coarsest
 from laplace.structures.sums import CurvatureSums
 
 Gradients = Callable[[Tensor], tuple[list[Tensor], list[Tensor]]]
@@ -139,7 +140,7 @@ class PerExampleInterface(CurvatureInterface):
             self._check(name, row.double(), total.double().flatten(), row.double().abs())
 
     def _check(self, name: str, ours: Tensor, truth: Tensor, scale: Tensor) -> None:
-        relative = min(1e3 * torch.finfo(self.params[0].dtype).eps, 0.05)
+        relative = min(1e3 * coarsest(self.params[0]), 0.05)
         error = float((ours - truth).norm())
         if not error <= relative * float(torch.maximum(scale, truth.abs()).norm()):
             raise self._refusal(name)

@@ -28,7 +28,8 @@ from laplace.capture.products import calls_of, product
 from laplace.capture.pullback import pullback
 from laplace.capture.rules import gradients_by_position, inputs_by_position, widths
 from laplace.capture.uses import Uses, numbers_of_uses
-from laplace.linalg.precision import without_autocast
+from laplace.linalg.memory import at_once
+from laplace.linalg.precision import spacing_of_products, without_autocast
 
 _KEPT = 1 << 22  # elements of a layer's inputs up to which they are kept from one direction to the next
 
@@ -119,7 +120,7 @@ class Capture:
         They are kept for the next direction, unless those of the batch are many: patches of convolutions are then made anew.
         """
         stop = len(self.f) if stop is None else stop
-        few = layer in self._inputs or self._input_size(layer) * len(self.f) <= _KEPT
+        few = layer in self._inputs or self._input_size(layer) * len(self.f) <= self._kept
         if few and layer not in self._inputs:
             self._inputs[layer] = self._make_inputs(layer, 0, len(self.f))
         kept = self._inputs.get(layer)
@@ -135,9 +136,13 @@ class Capture:
         if layer not in self._sizes:
             first = self._make_inputs(layer, 0, 1)
             self._sizes[layer] = first.numel()
-            if len(self.f) == 1 and first.numel() <= _KEPT:
+            if len(self.f) == 1 and first.numel() <= self._kept:
                 self._inputs[layer] = first
         return self._sizes[layer]
+
+    @property
+    def _kept(self) -> int:
+        return at_once(_KEPT, self.f.device)
 
     def _make_inputs(self, layer: str, start: int, stop: int) -> Tensor:
         if layer not in self.called:  # in this batch
@@ -269,8 +274,8 @@ class Capture:
     def coarsest(self) -> float:
         """Spacing of the coarsest numbers that a layer was given or gave: those of autocast, or of TF32."""
         types = {kind for call in self._calls for kind in (call.value.dtype, call.dtype) if kind.is_floating_point}
-        tf32 = self.f.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
-        return max([2.0**-10 if tf32 else 0.0, *(torch.finfo(kind).eps for kind in {*types, self._output.dtype})])
+        spacings = (torch.finfo(kind).eps for kind in {*types, self._output.dtype})
+        return max(spacing_of_products(self.f.device), *spacings)
 
 
 def _dead(layer: str) -> ValueError:

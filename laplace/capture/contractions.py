@@ -15,7 +15,7 @@ from laplace.capture.blocks import Block, row_key
 from laplace.capture.capture import ranges
 from laplace.capture.rules import is_outer, is_transposed, weight_rows
 from laplace.linalg import memory
-from laplace.linalg.precision import without_autocast
+from laplace.linalg.precision import in_full_precision
 
 _CHUNK = 1 << 22  # elements of a temporary of per-example rows
 
@@ -32,7 +32,7 @@ def is_outer_weight(block: Block, capture) -> bool:
     return block.layer is not None and not is_bias(block) and is_outer(capture.modules[block.layer])
 
 
-@without_autocast()
+@in_full_precision()
 def row_of_block(
     block: Block, gradients: dict[str, Tensor], capture, v: Tensor, start: int = 0, stop: int | None = None
 ) -> Tensor:
@@ -54,7 +54,7 @@ def jacobian_rows(capture, blocks: tuple[Block, ...], v: Tensor) -> Tensor:
     return torch.cat(parts, 1)
 
 
-@without_autocast()
+@in_full_precision()
 def row_of_layer(block: Block, module: torch.nn.Module, a: Tensor | None, g: Tensor) -> Tensor:
     """Per-example gradients of a covered layer's parameter, ``(batch, kept entries)``.
 
@@ -93,7 +93,7 @@ def jacobian_chunks(capture, blocks: tuple[Block, ...]) -> Iterator[Tensor]:
     """Dense Jacobians ``(examples, outputs, parameters)`` of a few examples at a time, in order."""
     directions = list(output_directions(capture.f))
     gradients = [capture.gradients(v) for v in directions]
-    for start, stop in chunks(len(capture.f), len(directions) * sum(block.size for block in blocks)):
+    for start, stop in chunks(len(capture.f), len(directions) * sum(block.size for block in blocks), capture.f.device):
         rows = [
             torch.cat([row_of_block(block, g, capture, v, start, stop) for block in blocks], 1)
             for g, v in zip(gradients, directions, strict=True)
@@ -114,6 +114,6 @@ def require_jacobians(
     )
 
 
-def chunks(n: int, width: int) -> Iterator[tuple[int, int]]:
+def chunks(n: int, width: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Ranges of examples whose per-example rows of ``width`` elements stay within the chunk size."""
-    return ranges(n, width, _CHUNK)
+    return ranges(n, width, memory.at_once(_CHUNK, device))

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from laplace.capture.caches import kept_attributes
 from laplace.data.batches import length_of, part_of
-from laplace.linalg.precision import without_autocast
+from laplace.linalg.precision import coarsest, without_autocast
 from laplace.noise import fixed_directions
 
 _NORMS = (  # normalisations by running statistics are linear, and right under torch.func; their outputs 1 and 2 are empty
@@ -153,7 +153,7 @@ def _sums_agree(model: nn.Module, x: Any, found: dict[str, Tensor]) -> bool:
         rows = v.detach().reshape(-1, 1).to(js.dtype) * js.detach().reshape(v.numel(), -1)
         expected = dense(g, js[(0,) * f.ndim]).flatten()
         scale = torch.maximum(rows.abs().sum(0), expected.abs()).norm()
-        spacing = max(torch.finfo(t.dtype).eps for t in (f, expected))
+        spacing = coarsest(f, expected)
         if not (rows.sum(0) - expected).norm() <= min(1e3 * spacing, 0.05) * scale:
             return False
     return True

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from laplace.capture.calls import is_batched
 from laplace.capture.soundness import run, tensor_output
 from laplace.enums import parse
+from laplace.linalg.precision import coarsest
 
 
 class FeatureReduction(StrEnum):
@@ -216,8 +217,7 @@ def _is_layer(name: str, module: nn.Module) -> bool:
 
 def _same(rebuilt: Tensor, out: Tensor) -> bool:
     """Whether two outputs are equal but for rounding, which is small next to the largest values of either."""
-    coarsest = max(torch.finfo(t.dtype).eps for t in (rebuilt, out))
     scale = torch.maximum(rebuilt.abs().amax(), out.abs().amax()).double()
     difference = (rebuilt.double() - out.double()).abs().amax()
     finite = bool(torch.isfinite(scale))  # what is not finite is refused elsewhere, with the examples' numbers
-    return not finite or bool(difference <= min(max(1e-3, 1e3 * coarsest), 0.05) * scale)
+    return not finite or bool(difference <= min(max(1e-3, 1e3 * coarsest(rebuilt, out)), 0.05) * scale)

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from laplace.capture.contractions import is_bias
+from laplace.linalg.precision import in_full_precision
 
 _Weights = Sequence[Callable[[int], Tensor]]
 
 
+@in_full_precision()
 def last_layer_variance(
     capture, blocks: Sequence, bases: Sequence, weights: _Weights, n_priors: int, diagonal: bool
 ) -> Tensor:

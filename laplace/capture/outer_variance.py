@@ -21,6 +21,7 @@ from torch import Tensor
 
 from laplace.capture.blocks import Basis
 from laplace.capture.capture import ranges
+from laplace.linalg.memory import at_once
 
 Inputs = Callable[[int, int], Tensor]
 Weight = Callable[[int], Tensor]
@@ -53,7 +54,7 @@ def add_outer_variance(
     cheap = by_pairs <= by_rows
     step = pairs * max(width, outputs * out) if cheap else positions * width
     first, last = (basis, Basis()) if cheap else _split(basis, outputs, positions, out, width)
-    for start, stop in ranges(len(g), step, _PAIRS):
+    for start, stop in ranges(len(g), step, at_once(_PAIRS, g.device)):
         a, part, area = (
             project(inputs(start, stop), first.right),
             project(g[start:stop], first.left),
@@ -116,12 +117,13 @@ def _dot(squares: Tensor, scale: Tensor) -> Tensor:
 def _add_rows(total: Tensor, a: Tensor, g: Tensor, basis: Basis, weight: Weight, diagonal: bool) -> None:
     (_, outputs, _, out), width = g.shape, a.shape[2]
     g = g.transpose(2, 3)  # (batch, outputs, out, positions)
-    tile = out * width if basis.left is not None else _TILE // 8
-    for first, last in ranges(len(total), out * width, _WEIGHTS):
+    held = at_once(_TILE, g.device)
+    tile = out * width if basis.left is not None else held // 8
+    for first, last in ranges(len(total), out * width, at_once(_WEIGHTS, g.device)):
         weights = torch.stack([weight(t).to(g.dtype) for t in range(first, last)])  # (priors, out, in)
         for o, p in ranges(out, width, tile):
             columns = weights[:, o:p].flatten(1)
-            for start, stop in ranges(len(g), outputs * columns.shape[1], _TILE):
+            for start, stop in ranges(len(g), outputs * columns.shape[1], held):
                 part = g[start:stop, :, o:p].flatten(1, 2)
                 rows = project(torch.bmm(part, a[start:stop]), basis.right).view(stop - start, outputs, p - o, width)
                 rows = rows if basis.left is None else project(rows.mT, basis.left).mT

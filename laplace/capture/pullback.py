@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from laplace.capture.caches import kept_attributes
 from laplace.capture.fallback import dense, has_own_weight_lists, input_tensors, rebuild_inputs, refusal
 from laplace.data.batches import length_of, part_of
-from laplace.linalg.precision import without_autocast
+from laplace.linalg.precision import coarsest, without_autocast
 from laplace.noise import fixed_directions
 
 Pullback = Callable[[Tensor], dict[str, Tensor]]
@@ -99,7 +99,7 @@ def _agrees(model: nn.Module, x: Any, pull: Pullback) -> bool:
     truth = _rows(f, [known[name] for name in found], v)
     for rows, expected in zip(found.values(), truth, strict=True):
         scale = torch.maximum(rows.abs().sum(0), expected.abs()).norm()
-        spacing = max(torch.finfo(t.dtype).eps for t in (f, expected))
+        spacing = coarsest(f, expected)
         if not (rows.sum(0) - expected).norm() <= min(1e3 * spacing, 0.05) * scale:
             return False
     return True

@@ -18,7 +18,7 @@ from laplace.capture.admission import named
 from laplace.capture.calls import is_batched
 from laplace.data.batches import is_divisible, length_of, part_of
 from laplace.data.mistakes import check_outputs
-from laplace.linalg.precision import without_autocast
+from laplace.linalg.precision import spacing_of_products, without_autocast
 from laplace.noise import fixed_directions
 
 _SINGLES = 4  # examples that are run by themselves
@@ -236,8 +236,8 @@ def _tolerance(record: Record, times: float) -> float:
     """Relative difference that rounding may make: that of the coarsest numbers, as autocast and TF32 have them."""
     values = [f for _, _, f in record if f is not None and f.is_floating_point()]
     spacing = max((torch.finfo(f.dtype).eps for f in values), default=0.0)
-    if any(f.is_cuda for f in values) and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
-        spacing = max(spacing, 2.0**-10)
+    for device in {f.device for f in values}:
+        spacing = max(spacing, spacing_of_products(device))
     return min(max(times * spacing, 1e-6), 0.1)
 
 

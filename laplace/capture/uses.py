@@ -24,7 +24,7 @@ from laplace.capture.attribution import example_weights
 from laplace.capture.calls import nodes
 from laplace.capture.fallback import dense
 from laplace.capture.use_rules import LAYOUTS, RULES, VIEWS, Layout
-from laplace.linalg.precision import without_autocast
+from laplace.linalg.precision import coarsest, in_full_precision, without_autocast
 from laplace.noise import fixed_directions
 
 
@@ -105,7 +105,7 @@ class Uses:
         at = dict(zip(self._nodes, gradients, strict=True))
         return {name: self._row(uses, at) for name, uses in self.by_name.items()}
 
-    @without_autocast()
+    @in_full_precision()
     def _row(self, uses: list[Use], at: dict[Any, Tensor | None]) -> Tensor:
         parts = []
         for use in uses:
@@ -150,7 +150,7 @@ class Uses:
             return False
         truth = truth.flatten()
         scale = torch.maximum(rows.abs().sum(0), truth.abs()).norm()
-        spacing = max(torch.finfo(t.dtype).eps for t in (rows, truth, *(at[use.node] for use in known)))
+        spacing = coarsest(rows, truth, *(at[use.node] for use in known))
         return bool((rows.sum(0) - truth).norm() <= min(1e3 * spacing, 0.05) * scale)
 
 

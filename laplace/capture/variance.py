@@ -22,7 +22,7 @@ from laplace.capture.last_layer import LastLayerCapture
 from laplace.capture.last_layer_variance import last_layer_variance
 from laplace.capture.outer_variance import add_outer_variance, project
 from laplace.capture.rules import is_outer, is_transposed, touched_words, weight_rows
-from laplace.linalg.precision import without_autocast
+from laplace.linalg.precision import in_full_precision, without_autocast
 
 
 @without_autocast()
@@ -68,6 +68,7 @@ def block_variance(
     return total
 
 
+@in_full_precision()
 def _add_layer(total, capture, g: Tensor, block: Block, basis: Basis, weight, diagonal: bool) -> None:
     module = capture.modules[block.layer]
     if is_bias(block):
@@ -92,7 +93,7 @@ def _add_row_layer(total, capture, g: Tensor, block: Block, weight, diagonal: bo
     if isinstance(module, nn.Embedding):
         _add_table(total, module, capture.inputs(block.layer), g, weight, diagonal)
         return
-    for start, stop in chunks(g.shape[0], g.shape[1] * max(torch.Size(block.shape).numel(), g[0, 0].numel())):
+    for start, stop in chunks(g.shape[0], g.shape[1] * max(torch.Size(block.shape).numel(), g[0, 0].numel()), g.device):
         rows = weight_rows(module, capture.inputs(block.layer, start, stop), g[start:stop])
         _add_rows(total[:, start:stop], rows, weight, diagonal)
 
@@ -113,12 +114,12 @@ def _add_rows(total: Tensor, rows: Tensor, weight, diagonal: bool) -> None:
             total[t] += torch.bmm(rows * weight(t).to(rows.dtype).flatten(), rows.transpose(1, 2))
         return
     squared = rows.square()
-    for start, stop in chunks(total.shape[0], rows.shape[-1]):  # several priors share one product
+    for start, stop in chunks(total.shape[0], rows.shape[-1], rows.device):  # several priors share one product
         weights = torch.stack([weight(t).to(rows.dtype).flatten() for t in range(start, stop)], 1)
         total[start:stop] += (squared @ weights).permute(2, 0, 1)
 
 
-@without_autocast()
+@in_full_precision()
 def dense_variance(rows: Tensor, basis: Tensor, weights: Sequence[Tensor], diagonal: bool) -> Tensor:
     """Predictive variances from dense Jacobians ``(batch, outputs, parameters)`` and one basis over all parameters.
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy
 
 from laplace import noise
 from laplace.data.example_weights import along
@@ -18,7 +18,7 @@ from laplace.likelihoods.base import Prediction
 from laplace.likelihoods.checks import first_wrong
 from laplace.likelihoods.links import log_mean, softmax_link
 from laplace.likelihoods.mistakes import check_classes, warn_of_layout
-from laplace.likelihoods.probabilities import ClassProbabilities
+from laplace.likelihoods.probabilities import ClassProbabilities, one_at
 from laplace.likelihoods.scores import log_probability_scores
 from laplace.linalg.gram import add_gram_, mirror_
 from laplace.linalg.precision import double
@@ -28,6 +28,12 @@ class Categorical(ClassProbabilities):
     """Classification by a softmax over the last dimension; a prediction is log-probabilities."""
 
     word: Likelihood | None = Likelihood.CLASSIFICATION
+
+    def are_right(self, f: Tensor, y: Tensor) -> bool:
+        """See :meth:`BaseLikelihood.are_right`."""
+        if y.shape != f.shape[:-1] or f.shape[-1] == 1 or y.is_floating_point() or y.dtype is torch.bool:
+            return False
+        return bool(torch.isfinite(f.sum()) & ((y >= 0) & (y < f.shape[-1])).all())
 
     def check_shapes(self, f: Tensor, y: Tensor, offset: int = 0) -> None:
         """Refuse labels that are not integers, not one per position, or out of range."""
@@ -72,7 +78,7 @@ class Categorical(ClassProbabilities):
 
     def gradient(self, f: Tensor, y: Tensor) -> Tensor:
         """Probabilities minus the one at the label."""
-        return f.softmax(-1) - one_hot(y.long(), f.shape[-1]).to(f.dtype)
+        return f.softmax(-1) - one_at(y, f)
 
     def root_columns(self, f: Tensor, y: Tensor) -> Iterator[Tensor]:
         r"""Columns of a root of :math:`\mathrm{diag}(p) - pp^\top`, which has rank :math:`C - 1`.
@@ -128,7 +134,7 @@ class Categorical(ClassProbabilities):
         probabilities, cumulative = f.softmax(-1), f.double().softmax(-1).cumsum(-1)
         for u in draws.reshape(len(f), num_samples, *f.shape[1:-1]).unbind(1):
             label = _label(cumulative, u)
-            yield (probabilities - one_hot(label, f.shape[-1]).to(f.dtype)) * num_samples**-0.5
+            yield (probabilities - one_at(label, f)) * num_samples**-0.5
 
     def mean(self, f: Tensor) -> Tensor:
         """Class probabilities."""

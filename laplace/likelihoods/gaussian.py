@@ -25,6 +25,10 @@ class Gaussian(BaseLikelihood):
     predicts_outputs = True
     grid_needs_variance = False  # the mean of the linearised network does not depend on the prior
 
+    def are_right(self, f: Tensor, y: Tensor) -> bool:
+        """See :meth:`BaseLikelihood.are_right`."""
+        return y.shape == f.shape and bool(torch.isfinite(f.sum() + y.sum()))
+
     def check_shapes(self, f: Tensor, y: Tensor, offset: int = 0) -> None:
         """Refuse targets that are not one finite value per output."""
         if y.shape != f.shape:

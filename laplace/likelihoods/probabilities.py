@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from laplace.likelihoods.base import BaseLikelihood, Prediction
 from laplace.likelihoods.scores import summarize_classification
+
+
+def one_at(label: Tensor, like: Tensor) -> Tensor:
+    """Ones at the labels and zeros elsewhere, of the type of outputs ``(batch, …, classes)``; no value is looked at."""
+    return (label[..., None] == torch.arange(like.shape[-1], device=like.device)).to(like.dtype)
 
 
 class ClassProbabilities(BaseLikelihood):

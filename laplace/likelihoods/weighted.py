@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from laplace.enums import Likelihood
 from laplace.likelihoods.base import BaseLikelihood, Prediction
 from laplace.likelihoods.categorical import Categorical
 from laplace.likelihoods.checks import check_finite
+from laplace.likelihoods.probabilities import one_at
 from laplace.likelihoods.scores import log_probability_scores
 
 _TOLERANCE = 1e-3  # of the sum of a distribution, as rounding in half precision may leave it
@@ -73,6 +73,11 @@ class WeightedCategorical(Categorical):
             f"ignore_index={self.ignore_index}, soft_targets={self.soft_targets})"
         )
 
+    def are_right(self, f: Tensor, y: Tensor) -> bool:
+        """See :meth:`BaseLikelihood.are_right`."""
+        known = self.class_weights is None or len(self.class_weights) == f.shape[-1]
+        return known and not self.soft_targets and super().are_right(f, self._counted(y))
+
     def check_shapes(self, f: Tensor, y: Tensor, offset: int = 0) -> None:
         """Refuse labels or distributions that do not fit the outputs."""
         if self.class_weights is not None and len(self.class_weights) != f.shape[-1]:
@@ -99,8 +104,8 @@ class WeightedCategorical(Categorical):
     def targets(self, f: Tensor, y: Tensor) -> Tensor:
         """The targets :math:`t`, shaped like ``f``."""
         classes, smoothing = f.shape[-1], self.label_smoothing
-        hard = y if self.soft_targets else one_hot(self._counted(y).long(), classes)
-        t = (1 - smoothing) * hard.to(f.dtype) + smoothing / classes
+        hard = y.to(f.dtype) if self.soft_targets else one_at(self._counted(y), f)
+        t = (1 - smoothing) * hard + smoothing / classes
         if self.class_weights is not None:
             t = t * torch.tensor(self.class_weights, dtype=f.dtype, device=f.device)
         return t if self.ignore_index is None else t * (y != self.ignore_index)[..., None]
@@ -146,7 +151,7 @@ class WeightedCategorical(Categorical):
     def draw(self, f: Tensor, u: Tensor) -> Tensor:
         """Labels from the softmax, as distributions if ``soft_targets``."""
         label = super().draw(f, u)
-        return one_hot(label, f.shape[-1]).to(f.dtype) if self.soft_targets else label
+        return one_at(label, f) if self.soft_targets else label
 
     def scores(self, prediction: Prediction, y: Tensor, sigma_noise: float = 1.0) -> dict[str, Tensor]:
         """Scores of a plain classification; under a distribution for target, their mean, and ``correct`` by its mode."""

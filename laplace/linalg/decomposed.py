@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from laplace.linalg.eigen import shifted
+from laplace.linalg.precision import in_full_precision
 
 
 class KronSpectrum:
@@ -116,6 +117,7 @@ class KronDecomposed(KronSpectrum):
         values = [[v.detach() for v in ls] for ls in self.eigenvalues]
         return KronDecomposed(vectors, values, self.deltas.detach(), self.damping)
 
+    @in_full_precision()
     def bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
         """Rows of ``W`` times the matrix raised to ``exponent``.
 

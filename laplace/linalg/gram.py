@@ -19,6 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from laplace.linalg import gram_gpu
+from laplace.linalg.precision import in_full_precision
+
 _RUN = 128  # rows that one product adds up
 _RUNS = 32  # results of products that are added up before they go into the running sum
 _SHORT_RUN = 32  # rows that one product adds up for a small sum, where products are cheap
@@ -28,6 +31,7 @@ _SCRATCH = 1 << 19  # elements of the products of short runs that are held at on
 _POSITIONS = 64  # width up to which per-example Gram matrices are cheaper than a transposed copy
 
 
+@in_full_precision()
 def add_gram_(total: Tensor, rows: Sequence[Tensor], scale: float = 1.0, exact: bool = False) -> None:
     """Add ``scale · Σ rowsᵀ rows`` to a symmetric float64 sum; beyond one block, only on and left of the block diagonal.
 
@@ -37,6 +41,9 @@ def add_gram_(total: Tensor, rows: Sequence[Tensor], scale: float = 1.0, exact: 
         scale: Factor of all of them.
         exact: Multiply in float64: the sum then has the rank of the rows, where rounded products have full rank.
     """
+    if total.is_cuda:
+        gram_gpu.add_gram_(total, rows, scale, exact)
+        return
     if is_small(total):
         for r in rows:
             r = r.double() if exact else r
@@ -68,8 +75,12 @@ def sum_of_squares(rows: Iterable[Tensor]) -> Tensor:
     return total.to(r.dtype)
 
 
+@in_full_precision()
 def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add ``leftᵀ right`` to a float64 sum ``(a, b)``, of rows ``(n, a)`` and ``(n, b)``."""
+    if total.is_cuda:
+        gram_gpu.add_product_(total, left, right)
+        return
     if total.numel() <= _SMALL:
         _add_to_small_(total, left, right)
         return
@@ -110,6 +121,7 @@ def complete_blocks_(total: Tensor) -> None:
         block.copy_(block.tril() + block.tril(-1).mT)
 
 
+@in_full_precision()
 def add_gram_of_positions_(total: Tensor, values: Sequence[Tensor], scale: float = 1.0) -> None:
     """Add the Gram matrices of tensors ``(batch, positions, width)``, as :func:`add_gram_` does.
 
@@ -118,7 +130,7 @@ def add_gram_of_positions_(total: Tensor, values: Sequence[Tensor], scale: float
     rows = []
     for value in values:
         width = value.shape[2]
-        if value.stride(2) == 1:
+        if value.stride(2) == 1 or value.is_cuda:
             rows.append(value.reshape(-1, width))
         elif width <= _POSITIONS:
             for part in value.split(_RUN, 1):

@@ -10,6 +10,7 @@ from laplace.errors import NotEnoughMemoryError
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_ON_GPU = 1 << 26  # elements
 
 
 def free_bytes(device: torch.device | str) -> int | None:
@@ -37,6 +38,14 @@ def _left_in_container() -> int | None:
         return None
     caches = dict(line.split() for line in details.read_text().splitlines()) if details.exists() else {}
     return int(limit.read_text()) - int(used.read_text()) + int(caches.get("inactive_file", 0))
+
+
+def at_once(elements: int, device: torch.device) -> int:
+    """How many elements of a temporary are held at once: as many as suit a processor's caches, or on a GPU some 256 MB.
+
+    On GPUs it is the number of kernels that costs, and small ones leave most of the chip idle.
+    """
+    return max(elements, _ON_GPU) if device.type == "cuda" else elements
 
 
 def tensor_bytes(*shape: int, dtype: torch.dtype = torch.float64) -> int:

@@ -1,12 +1,24 @@
-"""The precision of the library's own algebra: float64 wherever a tensor lives, and no rounding by ``torch.autocast``."""
+"""The precision of the library's own algebra: float64 wherever a tensor lives, and no rounding by autocast or TF32.
+
+Products of float32 matrices are not always of float32. ``torch.autocast`` makes others of them, and so do torch's switches of
+TF32 and bfloat16 products, which round what is multiplied to 10 or 7 bits. Models run as their users have set these; what is
+contracted from what was captured does not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
+
+_SPACING = {"tf32": 2.0**-10, "bf16": 2.0**-7}
+_OF_DEVICE = {"cuda": ("cuda.matmul", "cudnn.conv", "cudnn.rnn"), "cpu": ("mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")}
+KINDS = (*_OF_DEVICE["cuda"], *_OF_DEVICE["cpu"])  # of products, as torch.backends calls them
+_CONTRACTED = {"cuda": ("cuda.matmul", "cudnn.conv"), "cpu": ("mkldnn.matmul", "mkldnn.conv")}
 
 
 def double(values: Tensor) -> Tensor:
@@ -27,3 +39,105 @@ def without_autocast() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+@contextmanager
+def in_full_precision() -> Iterator[None]:
+    """Switch autocast off inside the block, or the function that this decorates, and products of rounded numbers."""
+    kinds = _CONTRACTED["cpu"] + (_CONTRACTED["cuda"] if torch.cuda.is_initialized() else ())
+    rounded = {kind: found for kind, found in float32_products(kinds).items() if found in _SPACING}
+    with without_autocast():
+        if not rounded:
+            yield
+            return
+        _set(dict.fromkeys(rounded, "ieee"))
+        try:
+            yield
+        finally:
+            _set(rounded)
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Compute all products of float32 tensors inside the block in ``'ieee'`` or ``'tf32'``."""
+    before = float32_products()
+    use_products_in(precision)
+    try:
+        yield
+    finally:
+        _set_as_before_2_9(before)
+        _set(before)
+
+
+def use_products_in(precision: str) -> None:
+    """The same from now on."""
+    wanted = dict.fromkeys(KINDS, precision)
+    _set_as_before_2_9(wanted)
+    _set(wanted)
+
+
+def float32_products(kinds: Iterable[str] = KINDS) -> dict[str, str]:
+    """Return in what products of float32 tensors are computed.
+
+    Args:
+        kinds: Of products, by library.
+
+    Returns:
+        ``'ieee'`` or ``'none'`` for float32 itself, ``'tf32'`` or ``'bf16'``, by kind.
+    """
+    if _is_set_by_kind():
+        return {kind: _place(kind).fp32_precision for kind in kinds}
+    cudnn = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    found = {
+        **dict.fromkeys(KINDS, "ieee"),
+        "cuda.matmul": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "cudnn.conv": cudnn,
+        "cudnn.rnn": cudnn,
+        "mkldnn.matmul": "bf16" if torch.get_float32_matmul_precision() == "medium" else "ieee",
+    }
+    return {kind: found[kind] for kind in kinds}
+
+
+def matmul_precision(products: Mapping[str, str]) -> str:
+    """The word of ``torch.get_float32_matmul_precision`` for what :func:`float32_products` has found."""
+    if products["mkldnn.matmul"] == "bf16":
+        return "medium"
+    return "high" if products["cuda.matmul"] in _SPACING else "highest"
+
+
+def spacing_of_products(device: torch.device) -> float:
+    """Spacing of the numbers near 1 to which products of float32 tensors on a device round what they multiply, if they do."""
+    precisions = float32_products(_OF_DEVICE.get(device.type, ()))
+    return max((_SPACING.get(precision, 0.0) for precision in precisions.values()), default=0.0)
+
+
+def coarsest(*tensors: Tensor) -> float:
+    """Spacing near 1 of the coarsest numbers that tensors come from: by their types, and by products where they are."""
+    spacings = [torch.finfo(kind).eps for kind in {t.dtype for t in tensors}]
+    return max(*spacings, *(spacing_of_products(device) for device in {t.device for t in tensors}))
+
+
+def _is_set_by_kind() -> bool:
+    """Whether this torch knows kinds of products, as it does from 2.9 on; they then are what counts.
+
+    The older switches refuse to be read where they differ from the kinds, so that both are set.
+    """
+    return hasattr(torch.backends.cudnn, "conv")
+
+
+def _set(wanted: Mapping[str, str]) -> None:
+    if _is_set_by_kind():
+        for kind, precision in wanted.items():
+            _place(kind).fp32_precision = precision
+    elif "cuda.matmul" in wanted:
+        torch.backends.cuda.matmul.allow_tf32 = wanted["cuda.matmul"] == "tf32"
+
+
+def _set_as_before_2_9(wanted: Mapping[str, str]) -> None:
+    torch.set_float32_matmul_precision(matmul_precision(wanted))
+    torch.backends.cudnn.allow_tf32 = wanted["cudnn.conv"] == "tf32"
+
+
+def _place(kind: str) -> Any:
+    """What of torch.backends holds the precision of a kind of products."""
+    return attrgetter(kind)(torch.backends)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from laplace.capture.blocks import Basis, Block
 from laplace.capture.variance import block_variance
-from laplace.linalg.precision import widened
+from laplace.linalg.precision import in_full_precision, widened
 from laplace.noise import check_samples
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.prior import spread
@@ -69,11 +69,13 @@ class DiagLaplace(ParametricLaplace):
         delta = value - self._mean_inferred
         return (delta.square() * self.posterior_precision).sum(-1)
 
+    @in_full_precision()
     def functional_variance(self, Js: Tensor) -> Tensor:
         r""":math:`J P^{-1} J^\top`, ``(batch, outputs, outputs)``."""
         Js = widened(Js)
         return (Js * self.posterior_variance) @ Js.transpose(-1, -2)
 
+    @in_full_precision()
     def functional_covariance(self, Js: Tensor) -> Tensor:
         r""":math:`J P^{-1} J^\top` jointly, ``(batch · outputs, batch · outputs)``."""
         Js = widened(Js)

@@ -230,7 +230,7 @@ class LowRankLaplace(NotASum, ParametricLaplace):
             gradients = capture.gradients(v)
             total = torch.zeros(len(v), matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
             for block, place in zip(blocks, places, strict=True):
-                for start, stop in contractions.chunks(len(v), block.size):
+                for start, stop in contractions.chunks(len(v), block.size, v.device):
                     rows = contractions.row_of_block(block, gradients, capture, v, start, stop)
                     total[start:stop] += rows.double() @ place
             projected.append(total)

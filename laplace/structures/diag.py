@@ -15,6 +15,7 @@ from laplace.capture.blocks import Block
 from laplace.capture.contractions import chunks, is_bias, is_outer_weight, row_of_block
 from laplace.capture.rules import is_outer, is_transposed, touched_words
 from laplace.linalg.gram import add_product_
+from laplace.linalg.precision import in_full_precision
 from laplace.structures.sums import CurvatureSums, Factor
 
 
@@ -69,12 +70,13 @@ def _add_chosen_diag(sums: CurvatureSums, capture, directions: Iterator[Tensor])
         sums.running(block.factors[0]).add_(kept)
 
 
+@in_full_precision()
 def _add_squared_rows(total: Tensor, capture, layer: str, g: Tensor) -> None:
     """Add the squares of ``Σᵣ gᵣ aᵣᵀ`` of a few examples at a time, whose inputs are made as they are needed."""
     turned = is_transposed(capture.modules[layer])
     first = capture.inputs(layer, 0, 1)
     total = total.view(first.shape[-1] if turned else g.shape[-1], -1)
-    for start, stop in chunks(len(g), max(total.numel(), first.numel())):
+    for start, stop in chunks(len(g), max(total.numel(), first.numel()), g.device):
         a, part = capture.inputs(layer, start, stop), g[start:stop]
         left, right = (a, part) if turned else (part, a)
         total += torch.bmm(left.transpose(1, 2), right).square_().sum(0)
@@ -88,7 +90,7 @@ def add_square_of_row_(sums: CurvatureSums, block: Block, gradients: dict[str, T
         _, words, rows = touched_words(table, capture.inputs(block.layer), gradients[block.layer])
         total.index_add_(0, words, rows.square().double())
         return
-    for start, stop in chunks(v.shape[0], block.size):
+    for start, stop in chunks(v.shape[0], block.size, v.device):
         row = row_of_block(block, gradients, capture, v, start, stop)
         total += row.square().sum(0).view(block.shape)
 

@@ -32,6 +32,7 @@ from laplace.capture.contractions import chunks
 from laplace.capture.rules import is_transposed
 from laplace.linalg.gram import add_product_
 from laplace.linalg.kronecker import Kron
+from laplace.linalg.precision import in_full_precision
 from laplace.structures import kron
 from laplace.structures.decomposition import decompose, widths
 from laplace.structures.diag import add_square_of_row_
@@ -129,7 +130,7 @@ def add_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:
         gradients = capture.gradients(v)
         for layer, vectors in outputs.items():
             if gradients[layer].shape[1] == 1:
-                square = (gradients[layer][:, 0] @ vectors).square()
+                square = _turned(gradients[layer][:, 0], vectors).square()
                 squared[layer] = squared[layer].add_(square) if layer in squared else square.double()
         for block in blocks:
             if not block.basis:
@@ -158,6 +159,7 @@ def _output_side(block: Block, sides: list[Tensor], capture) -> Tensor:
     return sides[1] if len(sides) == 2 and is_transposed(capture.modules[block.layer]) else sides[0]
 
 
+@in_full_precision()
 def _add_single(total: Tensor, block: Block, sides: list[Tensor], capture, squared: Tensor) -> None:
     """Add the second moments of a layer with one position per example, from its squared output gradients in the basis."""
     if len(sides) == 1:
@@ -170,6 +172,7 @@ def _add_single(total: Tensor, block: Block, sides: list[Tensor], capture, squar
     add_product_(total.view(_table(block)), left, right)
 
 
+@in_full_precision()
 def _add_shared(total: Tensor, block: Block, sides: list[Tensor], capture, g: Tensor) -> None:
     """Add the second moments of a layer with several positions per example along one direction, a few examples at a time."""
     if len(sides) == 1:
@@ -177,10 +180,15 @@ def _add_shared(total: Tensor, block: Block, sides: list[Tensor], capture, g: Te
         return
     turned = is_transposed(capture.modules[block.layer])
     first = capture.inputs(block.layer, 0, 1)
-    for start, stop in chunks(len(g), max(total.numel(), first.numel())):
+    for start, stop in chunks(len(g), max(total.numel(), first.numel()), g.device):
         a, part = capture.inputs(block.layer, start, stop), g[start:stop]
         left, right = (a, part) if turned else (part, a)
         total.view(_table(block)).add_(_rows(left, right, *sides).square_().sum(0))
+
+
+@in_full_precision()
+def _turned(g: Tensor, vectors: Tensor) -> Tensor:
+    return g @ vectors
 
 
 def _rows(left: Tensor, right: Tensor, left_basis: Tensor, right_basis: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from laplace.capture.padding import position_weights
 from laplace.data.example_weights import along
 from laplace.linalg.gram import add_gram_of_positions_
 from laplace.linalg.kronecker import weight_shape_2d
+from laplace.linalg.memory import at_once
 from laplace.structures.diag import add_square_of_row_
 from laplace.structures.sums import CurvatureSums, Factor
 
@@ -100,7 +101,7 @@ def _add_inputs(
     for name, layer in inputs.items():
         start, g = 0, gradients.get(layer)
         weights = None if g is None else position_weights(capture.kept_tokens, g.shape[1], g)
-        for a in capture.input_chunks(layer, _PATCHES):
+        for a in capture.input_chunks(layer, at_once(_PATCHES, capture.f.device)):
             w = None if weights is None else weights[start : start + len(a), :, None].to(a.dtype)
             if example_weights is not None:
                 a = along(example_weights[start : start + len(a)].sqrt(), a) * a

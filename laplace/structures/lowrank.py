@@ -106,7 +106,9 @@ def _outputs(backend: Any, x: Any) -> Iterator[tuple[Tensor, list[Tensor]]]:
         leaves = {name.removeprefix(prefix): widened(p.detach()).requires_grad_() for name, p in named.items()}
         try:
             yield _run(module, leaves, x, autocast), list(leaves.values())
-        except NotImplementedError as error:  # torch's word for a gradient without a derivative
+        except RuntimeError as error:
+            if "not implemented" not in str(error):  # torch's words for a gradient without a derivative
+                raise
             raise ValueError(
                 "hessian_structure='lowrank' differentiates gradients once more, which an operation of the model "
                 f"({type(module).__name__}) has no formula for: {error} Use 'kron', 'diag' or 'full'."

@@ -75,7 +75,7 @@ def add_sketch_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> N
         gradients = capture.gradients(v)
         image = _image(sums, capture, gradients, v, sums.basis["test"])
         for block, place in _places(sums.spec, total):
-            for start, stop in chunks(len(v), block.size):
+            for start, stop in chunks(len(v), block.size, v.device):
                 rows = row_of_block(block, gradients, capture, v, start, stop)
                 place.addmm_(rows.double().T, image[start:stop])
 
@@ -91,7 +91,7 @@ def _image(sums: CurvatureSums, capture, gradients: dict[str, Tensor], v: Tensor
     """Rows of one batch along a direction times a thin matrix, ``(batch, columns)`` float64."""
     image = torch.zeros(len(v), matrix.shape[1], dtype=torch.float64, device=matrix.device)
     for block, place in _places(sums.spec, matrix):
-        for start, stop in chunks(len(v), block.size):
+        for start, stop in chunks(len(v), block.size, v.device):
             rows = row_of_block(block, gradients, capture, v, start, stop)
             image[start:stop].addmm_(rows.double(), place)
     return image

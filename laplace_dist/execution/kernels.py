@@ -8,6 +8,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from laplace.linalg.precision import products_in, use_products_in
+
+_PRODUCTS = {"float32": "ieee", "tf32": "tf32", "bf16": "ieee"}  # of float32 tensors, by --precision
+
 
 def use_deterministic_kernels() -> None:
     """Ask CUDA for deterministic kernels, from now on; an operation that has none warns, and does as it likes."""
@@ -41,20 +45,12 @@ def use_precision(wanted: str) -> None:
     Args:
         wanted: `float32`, `tf32`, or `bf16`, which leaves them alone.
     """
-    torch.set_float32_matmul_precision("high" if wanted == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = wanted == "tf32"
+    use_products_in(_PRODUCTS[wanted])
 
 
-@contextmanager
-def precision(wanted: str) -> Iterator[None]:
+def precision(wanted: str) -> AbstractContextManager[None]:
     """Set the precision of products in float32, for a while."""
-    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    use_precision(wanted)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = cudnn
+    return products_in(_PRODUCTS[wanted])
 
 
 def passes(wanted: str, device_type: str) -> AbstractContextManager[None]:

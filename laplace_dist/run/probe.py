@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from laplace.capture.evaluation import eval_mode
 from laplace.data.nested import flat, is_flat, nested
-from laplace.linalg.precision import without_autocast
+from laplace.linalg.precision import spacing_of_products, without_autocast
 from laplace_dist.data.device import to_device
 from laplace_dist.errors import CheckpointError, SettingsError
 
@@ -101,8 +101,7 @@ def _refusal(who: str, what: str) -> str:
 
 def _tolerance(outputs: Tensor) -> float:
     name = str(outputs.dtype).removeprefix("torch.")
-    tf32 = outputs.is_cuda and torch.backends.cudnn.allow_tf32
-    return COARSE if tf32 else TOLERANCE.get(name, COARSE)
+    return COARSE if spacing_of_products(outputs.device) else TOLERANCE.get(name, COARSE)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from laplace.linalg.precision import float32_products, matmul_precision
 from laplace_dist import __version__
 
 
@@ -40,10 +41,11 @@ def node() -> str:
 def precision(device_type: str) -> dict[str, Any]:
     """Return the flags that change the precision of this thread's products."""
     autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else ""
+    products = float32_products()
     return {
         "autocast": str(autocast).removeprefix("torch."),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+        "float32_matmul_precision": matmul_precision(products),
+        "cudnn_allow_tf32": products["cudnn.conv"] == "tf32",
         "mkl_cbwr": os.environ.get("MKL_CBWR", ""),
     }
 

@@ -11,6 +11,7 @@ from torch import nn
 from laplace import Laplace
 from laplace.capture.evaluation import eval_mode
 from laplace.data.calling import adapted
+from laplace.linalg.precision import products_in
 from laplace_dist.data.device import to_device
 
 
@@ -73,12 +74,8 @@ def _changes(model: nn.Module, x: Any, f: torch.Tensor) -> dict[str, float]:
     found = {}
     with eval_mode(model):
         if f.is_cuda:
-            before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-            torch.set_float32_matmul_precision("high")
-            torch.backends.cudnn.allow_tf32 = True
-            found["tf32"] = _relative(model(x), f)
-            torch.set_float32_matmul_precision(before[0])
-            torch.backends.cudnn.allow_tf32 = before[1]
+            with products_in("tf32"):
+                found["tf32"] = _relative(model(x), f)
         with torch.autocast(f.device.type, torch.bfloat16, cache_enabled=False):
             found["bf16"] = _relative(model(x), f)
     return found

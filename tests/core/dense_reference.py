@@ -311,15 +311,22 @@ class _Bare(nn.Module):
 # --- the library against it -------------------------------------------------------------------------------------------
 
 
-def examine(plan: Plan) -> Verdict:
-    """Fit one model with the library and compare."""
+def examine(plan: Plan, device: str = "cpu") -> Verdict:
+    """Fit one model with the library, on a device, and compare; the reference is computed on the CPU.
+
+    A model that holds tensors of its own does not run on another device: of it there is nothing to judge.
+    """
     case = plan.build()
+    if device != "cpu":
+        case = case.to(device)
+        if not _runs(case):
+            return Verdict("left out", f"does not run on {device}")
     before = _state(case.model)
     torch.manual_seed(plan.seed)
     try:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            la, prediction = _fit(plan, case)
+            la, prediction = _fit(plan, case, device)
     except Exception as error:  # noqa: BLE001
         if "no positive eigenvalue" in str(error) and not Reference(plan, plan.build()).ggn.any():
             return Verdict("refused", str(error)[:160])  # there is no curvature at all
@@ -368,18 +375,27 @@ def _in_order(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         output.register_hook(lambda gradient: gradient.contiguous())
 
 
-def _precision(plan: Plan) -> Any:
-    return torch.autocast("cpu", torch.bfloat16) if plan.precision == "bfloat16" else nullcontext()
+def _runs(case: Case) -> bool:
+    try:
+        with torch.no_grad():
+            outputs(case.model, _clone(case.x))
+    except RuntimeError as error:
+        return "on the same device" not in str(error) and "different from other tensors" not in str(error)
+    return True
 
 
-def _fit(plan: Plan, case: Case) -> tuple[Any, torch.Tensor | tuple]:
+def _precision(plan: Plan, device: str = "cpu") -> Any:
+    return torch.autocast(device, torch.bfloat16) if plan.precision == "bfloat16" else nullcontext()
+
+
+def _fit(plan: Plan, case: Case, device: str) -> tuple[Any, torch.Tensor | tuple]:
     options = {"prior_precision": PRIOR}
     if plan.likelihood == "regression":
         options["sigma_noise"] = NOISE
     if plan.subset == "subnetwork":
         options["subnetwork_indices"] = chosen_indices(plan, sum(_sizes(case.model)))
     around = {CONTEXTS[0]: torch.no_grad, CONTEXTS[1]: torch.inference_mode}.get(plan.context, nullcontext)
-    with _precision(plan):
+    with _precision(plan, device):
         if plan.structure == "lowrank":
             options |= {"backend": NativeGGN, "backend_kwargs": {"low_rank": 12 * len(case.y)}}
         if plan.backend:
@@ -441,6 +457,10 @@ def _raised_in(error: Exception) -> str:
 
 
 def _dense(la: Any) -> torch.Tensor:
+    return _dense_there(la).cpu()
+
+
+def _dense_there(la: Any) -> torch.Tensor:
     if la.structure == "blockdiag":
         return torch.block_diag(*[block.double() for block in la.H])
     if la.structure == "ekfac":
@@ -482,7 +502,7 @@ def _compare(plan: Plan, la: Any, prediction: Any, ref: Reference, warned: list[
     precision = temper * truth + PRIOR * torch.eye(len(truth), dtype=torch.float64)
     covariance = naive.glm_covariance(ref.js[..., chosen], precision)
     errors |= _prediction_errors(plan, prediction, ref, covariance)
-    js = ref.js[..., chosen].to(la.params[0].dtype)
+    js = ref.js[..., chosen].to(la.params[0])
     errors["functional variance"] = _relative(la.functional_variance(js), covariance)
     what = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
     if not errors[what] <= tolerance:
@@ -519,7 +539,7 @@ def _corrected(la: Any, ref: Reference) -> torch.Tensor:
     blocks, start = [], 0
     for p, vectors in zip(ref.params, la.H.eigenvectors, strict=True):
         sizes = (p.numel(),) if len(vectors) == 1 else (p.shape[0], p.numel() // p.shape[0])
-        dense = [torch.eye(n) if q is None else q for q, n in zip(vectors, sizes, strict=True)]
+        dense = [torch.eye(n) if q is None else q.cpu() for q, n in zip(vectors, sizes, strict=True)]
         q = dense[0].double() if len(dense) == 1 else torch.kron(*(d.double().contiguous() for d in dense))
         rows = slice(start, start + p.numel())
         start += p.numel()
@@ -537,7 +557,7 @@ def _by_layer(ref: Reference) -> torch.Tensor:
 def _prediction_errors(plan: Plan, prediction: Any, ref: Reference, covariance: torch.Tensor) -> dict[str, float]:
     f = ref.f if ref.f.ndim > 1 else ref.f[:, None]
     if plan.likelihood != "classification":
-        mean, variance = prediction
+        mean, variance = (part.cpu() for part in prediction)
         return {
             "mean": _relative(mean.flatten(), f.flatten()),
             "variance": _relative(variance.flatten(), covariance.flatten()),
@@ -547,7 +567,7 @@ def _prediction_errors(plan: Plan, prediction: Any, ref: Reference, covariance: 
     if prediction.shape != moved.shape:
         return {"probabilities": float("inf")}
     effect = (moved - f.softmax(-1)).norm().clamp(min=0.05)  # what the variance makes of them
-    return {"probabilities": float((prediction.double() - moved).norm() / effect)}
+    return {"probabilities": float((prediction.cpu().double() - moved).norm() / effect)}
 
 
 def _scalar(value: float) -> torch.Tensor:
@@ -557,5 +577,5 @@ def _scalar(value: float) -> torch.Tensor:
 def _relative(value: torch.Tensor, truth: torch.Tensor) -> float:
     if value.shape != truth.shape:
         return float("inf")
-    value, truth = value.detach().double(), truth.double()
+    value, truth = value.detach().cpu().double(), truth.double()
     return float((value - truth).norm() / truth.norm().clamp(min=1e-3))

@@ -150,6 +150,9 @@ class Plan:
             self.backend
             or (self.structure == "lowrank" and bag)
             or (self.structure == "lowrank" and "autocast_inside" in self.layers)
+            or (
+                self.structure == "lowrank" and "sampled_on_a_grid" in self.layers
+            )  # without second derivative before 2.14
         ):
             return EITHER  # packages refuse layers; a search among products of few digits may find nothing
         if self.precision == "bfloat16" and "bilinear" in self.layers:
@@ -199,6 +202,11 @@ class Case:
     x: Any
     y: torch.Tensor
     head: str
+
+    def to(self, device: str) -> Case:
+        """The same elsewhere; parameters stay the same objects."""
+        x = torch.utils._pytree.tree_map_only(torch.Tensor, lambda value: value.to(device), self.x)
+        return Case(self.model.to(device), x, self.y.to(device), self.head)
 
     def batches(self, size: int) -> list:
         """What a data loader would give, in copies."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import dist_cases
 import pytest
 import torch
@@ -59,3 +63,25 @@ def test_an_error_is_sorted_as_it_is_for_a_worker_of_rays(tmp_path, error, again
         pool.submit(Broken(job.plan.digest, Segment("0", 0, 1)))
         (event,) = pool.wait(1, None)
     assert event.failure.startswith("OSError: the disk is gone (") if again else repr(event.refusal) == repr(error)
+
+
+WITH_TF32 = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+torch.backends.fp32_precision = "tf32"
+import dist_cases, laplace_dist
+laplace_dist.fit(dist_cases.config(sys.argv[1]), executor=laplace_dist.Inline)
+assert torch.backends.cudnn.conv.fp32_precision == "tf32", "the process is left as it was"
+"""
+
+
+def test_a_process_that_has_set_tf32_by_torchs_newer_switches_gives_the_bits_of_any_other(tmp_path):
+    """In a process of its own, in which the older switches then cannot be read."""
+    here = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_TF32, str(tmp_path / "tf32"), here], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-1500:]
+    laplace_dist.fit(dist_cases.config(tmp_path / "plain"), executor=laplace_dist.Inline)
+    one, two = dist_cases.load_sums(tmp_path / "tf32"), dist_cases.load_sums(tmp_path / "plain")
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
