@@ -20,7 +20,18 @@ from laplace_dist.plan.groups import plan_groups
 from laplace_dist.plan.plan import Plan
 from laplace_dist.report.planned import weights_line
 from laplace_dist.report.progress import Progress
-from laplace_dist.run import bases, coverage, layout, lifecycle, ownership, partials, place, pointer, versions, windows
+from laplace_dist.run import (
+    bases,
+    coverage,
+    layout,
+    lifecycle,
+    ownership,
+    partial_manifests,
+    place,
+    pointer,
+    versions,
+    windows,
+)
 from laplace_dist.run.checkpoint import open_store
 from laplace_dist.run.combination import Term, Window, alone, terms_of
 from laplace_dist.run.journal import Journal
@@ -257,7 +268,7 @@ class FitStages:
         store, plan = window.store, window.plan
         if (done := windows.find_window(store, plan)) is not None:
             return done
-        manifests = list(partials.manifests(store, plan))
+        manifests = list(partial_manifests.manifests(store, plan))
         tasks = reduce.part_tasks(store, plan, manifests)
         self._run(tasks, Progress("reduce", "parts", len(plan.parts), len(plan.parts) - len(tasks)))
         return windows.commit_window(store, plan, manifests)

@@ -21,7 +21,7 @@ from laplace_dist.data.device import to_device
 from laplace_dist.plan.estimate import Trial
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
-from laplace_dist.run import partials, windows
+from laplace_dist.run import partial_manifests, partials, windows
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.provenance import environment
@@ -133,7 +133,7 @@ def _objects(folder: Path) -> set[Path]:
 def _sum_seconds(store: Store, plan: Plan, unit: Segment) -> float:
     """Return the seconds that one part of the partial takes to be read and added."""
     part = next(part for part in plan.parts if plan.groups[unit.group].overlap(part) is not None)
-    manifests = [partials.of_part(partials.read_manifest(store, plan, unit), part)]
+    manifests = [partial_manifests.of_part(partial_manifests.read_manifest(store, plan, unit), part)]
     begun = _clock()
     windows.sum_part(store, plan, manifests, part)
     return _clock() - begun

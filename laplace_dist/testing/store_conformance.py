@@ -26,7 +26,8 @@ from laplace_dist.config.secrets import leaves
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan, build_plan
 from laplace_dist.run.layout import PLAN, partial_key
-from laplace_dist.run.partials import commit_partial, read_factors, read_manifest
+from laplace_dist.run.partial_manifests import read_manifest
+from laplace_dist.run.partials import commit_partial, read_factors
 from laplace_dist.run.provenance import environment
 from laplace_dist.storage import arrays
 from laplace_dist.storage.sealed_json import seal_json
