@@ -20,7 +20,8 @@ from laplace.posterior import weights
 from laplace.posterior.arguments import by_name
 from laplace.posterior.base import BaseLaplace
 from laplace.structures.registry import SECOND_PASSES, CoverageReport, coverage_report
-from laplace.structures.sums import CurvatureSums, Rows, SumsSpec, check_same_estimator
+from laplace.structures.specification import Rows, SumsSpec
+from laplace.structures.sums import CurvatureSums, check_same_estimator
 
 
 class SummedLaplace(BaseLaplace):
