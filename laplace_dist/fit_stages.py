@@ -36,7 +36,7 @@ from laplace_dist.run.checkpoint import open_store
 from laplace_dist.run.combination import Term, Window, alone, terms_of
 from laplace_dist.run.journal import Journal
 from laplace_dist.run.second_pass import open_second, place_of_second
-from laplace_dist.stages import basis, map, opening, reduce
+from laplace_dist.stages import basis, follow_on, map, opening, reduce, resolving
 from laplace_dist.stages.context import plain
 from laplace_dist.stages.smaller import as_halved, smaller
 from laplace_dist.storage.store import Store
@@ -109,7 +109,7 @@ class FitStages:
         except MissingObjectError as error:
             ownership.refuse_no_run(self.store)
             raise SettingsError(f"--checkpoint: got {self.given.checkpoint!r}; {error}") from error
-        opening.refuse_other_settings(self.config, self.store, self.plan, self.kind)
+        follow_on.refuse_other_settings(self.config, self.store, self.plan, self.kind)
         self.config = self.config.model_copy(update={"hessian_structure": self.plan.settings.get("hessian_structure")})
         self.store.check_writable()
         return version
@@ -121,7 +121,7 @@ class FitStages:
         compatibility.check_predictive(self.config)
         place.check_place(self.store)
         there = self.store.exists(layout.PLAN) and not self.config.fresh
-        resolved = opening.resolve(self.config, self.plan.settings if there else None)
+        resolved = resolving.resolve(self.config, self.plan.settings if there else None)
         self.config = config = resolved.config
         self._checked = True
         self.store.check_writable()  # before a cluster may be asked for its devices
@@ -149,7 +149,7 @@ class FitStages:
         if "weights" in plan.data:
             self.say(f"example weights: {weights_line(plan.n_examples, plan.data['weights'])}")
 
-    def _groups(self, resolved: opening.Resolved, stored: Plan | None) -> int:
+    def _groups(self, resolved: resolving.Resolved, stored: Plan | None) -> int:
         """Return the number of module groups; refuse sums that no worker has the memory for, before the run is begun.
 
         A run that is there goes on with its own: its partials are divided so, and another number would leave them unused.
@@ -163,7 +163,7 @@ class FitStages:
                     "partials. The result is the same, bit for bit: leave it out to go on, or begin anew with --fresh."
                 )
             return there
-        return opening.module_groups(self.config, resolved, self.session.executor.memory(self.device_type), self.say)
+        return resolving.module_groups(self.config, resolved, self.session.executor.memory(self.device_type), self.say)
 
     def map(self) -> None:
         """Accumulate the segments of the window that have no committed partial, in the first pass over its data.

@@ -21,7 +21,7 @@ from laplace_dist.report.html.task import WriteReport
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import decompositions, evaluations, layout, ownership, pointer, tunings
 from laplace_dist.run.checkpoint import open_json
-from laplace_dist.stages import decompose, evaluate, opening, tune, words
+from laplace_dist.stages import decompose, evaluate, follow_on, resolving, tune, words
 from laplace_dist.stages.search import Search
 
 
@@ -172,7 +172,7 @@ class Job(FitStages):
         """Say why there is no validation split that can be scored; empty where there is one, which is then loaded."""
         try:
             splits = {"val": self._loaded.get("val") or sources.load_split(self.config, "val")}
-            opening.check_again(self.config, self.store, self.plan, splits)
+            follow_on.check_again(self.config, self.store, self.plan, splits)
         except StorageError:
             raise
         except Exception as error:  # of the user's own code, which need not know of a split that nobody has asked for
@@ -256,12 +256,12 @@ class Job(FitStages):
         """Return splits, each loaded once; those of a follow-on job are looked at before anything starts, as a fit's are."""
         new = {name: sources.load_split(self.config, name) for name in names if name not in self._loaded}
         if new and not self._checked:
-            opening.check_again(self.config, self.store, self.plan, new)
+            follow_on.check_again(self.config, self.store, self.plan, new)
         self._loaded |= new
         return {name: self._loaded[name] for name in names}
 
     def _fingerprint(self, split: str) -> dict[str, Any]:
         """Return the fingerprint of a split, which is taken once."""
         if split not in self._prints:
-            self._prints[split] = opening.fingerprint(self.config, self._splits(split)[split], split)
+            self._prints[split] = resolving.fingerprint(self.config, self._splits(split)[split], split)
         return self._prints[split]

@@ -245,7 +245,7 @@ def test_examples_are_the_same_whatever_their_weights():
     """What a window shares with another one is told by examples, so weights do not hide it."""
     one, two = (weighted("train", kind) for kind in ("real", "whole"))
     chosen = config("unused")
-    prints = [laplace_dist.stages.opening.fingerprint(chosen, split, "train") for split in (one, two)]
+    prints = [laplace_dist.stages.resolving.fingerprint(chosen, split, "train") for split in (one, two)]
     assert prints[0]["weights"] != prints[1]["weights"]
     assert [found["sha256"] for found in prints] == [prints[0]["sha256"]] * 2
     assert laplace_dist.plan.identity.shared_examples(*prints, 0.01) == "all of them are the same"
