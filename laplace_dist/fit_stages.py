@@ -20,21 +20,11 @@ from laplace_dist.plan.groups import plan_groups
 from laplace_dist.plan.plan import Plan
 from laplace_dist.report.planned import weights_line
 from laplace_dist.report.progress import Progress
-from laplace_dist.run import (
-    bases,
-    coverage,
-    layout,
-    lifecycle,
-    ownership,
-    partial_manifests,
-    place,
-    pointer,
-    versions,
-    windows,
-)
+from laplace_dist.run import bases, coverage, layout, lifecycle, ownership, place, pointer, versions, windows
 from laplace_dist.run.checkpoint import open_store
 from laplace_dist.run.combination import Term, Window, alone, terms_of
 from laplace_dist.run.journal import Journal
+from laplace_dist.run.partial_manifests import manifests
 from laplace_dist.run.second_pass import open_second, place_of_second
 from laplace_dist.stages import basis, follow_on, map, opening, reduce, resolving
 from laplace_dist.stages.context import plain
@@ -268,10 +258,10 @@ class FitStages:
         store, plan = window.store, window.plan
         if (done := windows.find_window(store, plan)) is not None:
             return done
-        manifests = list(partial_manifests.manifests(store, plan))
-        tasks = reduce.part_tasks(store, plan, manifests)
+        committed = list(manifests(store, plan))
+        tasks = reduce.part_tasks(store, plan, committed)
         self._run(tasks, Progress("reduce", "parts", len(plan.parts), len(plan.parts) - len(tasks)))
-        return windows.commit_window(store, plan, manifests)
+        return windows.commit_window(store, plan, committed)
 
     def combine(self, terms: Sequence[Term]) -> str:
         """Commit the posterior version that windows make, if that is not done yet; returns its name."""
