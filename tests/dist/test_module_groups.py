@@ -7,8 +7,8 @@ import json
 import dist_cases
 import group_cases
 import pytest
-import test_windows
 import torch
+import window_cases
 
 import laplace_dist
 from laplace.structures.sums import CurvatureSums
@@ -268,8 +268,8 @@ def test_a_window_follows_the_runs_groups_and_its_partials_are_dropped(tmp_path)
     runs = {}
     for count in (1, 3):
         place = tmp_path / str(count)
-        laplace_dist.fit(test_windows.config(place, window="monday", module_groups=count), executor=laplace_dist.Inline)
-        runs[count] = test_windows.add(place, "tuesday").version
+        laplace_dist.fit(window_cases.config(place, window="monday", module_groups=count), executor=laplace_dist.Inline)
+        runs[count] = window_cases.add(place, "tuesday").version
         window = place / "windows" / "tuesday"
         assert json.loads((window / "plan.json").read_text()).get("module_groups", 1) == count
         assert not (window / "partials").exists() or not [*(window / "partials").rglob("*.json")]

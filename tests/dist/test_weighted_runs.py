@@ -14,9 +14,9 @@ import torch
 import zarr
 from source_cases import write
 from test_runs import distance
-from test_windows import factors, fit_inline, same
 from torch import nn
 from torch.utils.data import TensorDataset
+from window_cases import factors, fit_inline, same
 
 import laplace_dist
 from laplace_dist import cli
