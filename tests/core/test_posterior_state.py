@@ -13,7 +13,7 @@ from laplace.tuning import score_grid
 
 from . import naive
 from .models import CASES, loader, mlp
-from .test_posterior import SIX, close, dense_curvature, dense_precision, fitted, prior_of
+from .posteriors import SIX, close, dense_curvature, dense_precision, fitted, prior_of
 
 
 @pytest.mark.parametrize("subset, structure", SIX)
