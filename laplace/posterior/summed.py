@@ -111,7 +111,7 @@ class SummedLaplace(BaseLaplace):
         return self.structure
 
     def zero_sums(self, rows: Rows | None = None) -> CurvatureSums:
-        """Raw sums over no example; with ``rows`` the part that holds some rows of some factors, see :func:`row_cuts`."""
+        """Raw sums over no example; with ``rows`` the part that holds these, see :mod:`laplace.structures.specification`."""
         sums = CurvatureSums.zero(self.sums_spec(), self._device, rows)
         sums.estimator = self.backend.estimator
         return sums

@@ -41,7 +41,8 @@ class CurvatureSums:
 
     Attributes:
         spec: What the sums are called and how they are shaped.
-        rows: Which rows of which factors there are, see :func:`row_cuts`; all unless the sum was begun as a part.
+        rows: Which rows of which factors there are; see :func:`laplace.structures.specification.row_cuts`. All
+            unless the sum was begun as a part.
         loss: Summed negative log likelihood, a float64 scalar.
         n_data: Number of examples added so far; of a weighted sum the sum of their weights.
         estimator: What the backend estimates, such as ``'ggn'`` or ``'ef'``; None where it is not known.
