@@ -30,7 +30,7 @@ from laplace_dist.config.settings import Config  # noqa: E402
 from laplace_dist.job import Job  # noqa: E402
 from laplace_dist.plan.plan import Plan, build_plan  # noqa: E402
 from laplace_dist.plan.segments import Segment  # noqa: E402
-from laplace_dist.run import attempts, layout, lifecycle, partials  # noqa: E402
+from laplace_dist.run import attempts, layout, lifecycle, partial_manifests, partials  # noqa: E402
 from laplace_dist.run.checkpoint import Checkpoint  # noqa: E402
 from laplace_dist.run.provenance import environment  # noqa: E402
 from laplace_dist.stages import reduce  # noqa: E402
@@ -127,7 +127,7 @@ def resuming(places: dict[str, tuple[str, dict]]) -> None:
             with Job(config, say=lambda text: None) as job:  # noqa: B023
                 job.open()
                 assert not lifecycle.remaining(job.plan, lifecycle.committed(job.store, job.plan, arrays=False))
-                return reduce.part_tasks(job.store, job.plan, list(partials.manifests(job.store, job.plan)))
+                return reduce.part_tasks(job.store, job.plan, list(partial_manifests.manifests(job.store, job.plan)))
 
         seconds, tasks = timed(until_the_first_task)
         context, task = Context(config), tasks[0]

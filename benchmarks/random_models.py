@@ -22,9 +22,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.core.dense_reference import Reference, examine  # noqa: E402
+from tests.core.dense_reference import Reference  # noqa: E402
 from tests.core.not_yet import CHECKS, NOT_YET, missing  # noqa: E402
 from tests.core.random_models import plan  # noqa: E402
+from tests.core.verdicts import examine  # noqa: E402
 
 
 def one(seed: int) -> int:

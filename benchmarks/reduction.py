@@ -27,7 +27,7 @@ from numcodecs.blosc import Blosc
 
 from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import Plan, build_plan
-from laplace_dist.run import attempts, layout, partials
+from laplace_dist.run import attempts, layout, partial_manifests, partials
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.combination import Window
 from laplace_dist.run.layout import partial_key
@@ -148,7 +148,7 @@ class Found:
 
 def rates(store: Checkpoint, plan: Plan, parts: list[Part]) -> Iterator[Found]:
     """Yield the rate of the disk and that of the tasks, cold: one worker per CPU, as jobs have them, then one."""
-    manifests = list(partials.manifests(store, plan))
+    manifests = list(partial_manifests.manifests(store, plan))
     tasks = [SumPart(plan.digest, part, inputs_digest(manifests, part)) for part in parts]
     paths = [path for part in parts for path in files_of(store, part)]
     size, workers = sum(path.stat().st_size for path in paths), min(len(os.sched_getaffinity(0)), len(tasks))

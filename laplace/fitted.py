@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from laplace.backends.interface import CurvatureInterface
 from laplace.enums import PredType, PriorStructure
 from laplace.likelihoods.base import BaseLikelihood
-from laplace.structures.sums import SumsSpec
+from laplace.structures.specification import SumsSpec
 
 
 class Fitted(Protocol):

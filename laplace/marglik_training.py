@@ -99,18 +99,7 @@ def marglik_training(
         ValueError: On unknown or impossible arguments, an empty loader, or when the evidence becomes NaN or Inf.
     """
     law = likelihood_of(likelihood)
-    if law.fitted is not law:
-        raise ValueError(f"marglik_training takes likelihood='classification' or 'regression', not {law.identity!r}.")
-    structure = parse(HessianStructure, hessian_structure, "hessian_structure")
-    if structure.value not in ("kron", "diag", "full"):
-        raise ValueError(f"marglik_training takes hessian_structure='kron', 'diag' or 'full', not {structure.value!r}.")
-    for name, value in (
-        ("n_epochs", n_epochs),
-        ("marglik_frequency", marglik_frequency),
-        ("n_hypersteps", n_hypersteps),
-    ):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
+    _check(law, hessian_structure, n_epochs=n_epochs, marglik_frequency=marglik_frequency, n_hypersteps=n_hypersteps)
     la = Laplace(
         model,
         law,
@@ -146,6 +135,18 @@ def marglik_training(
     else:
         best.restore(la)
     return la, model, margliks, losses
+
+
+def _check(law: BaseLikelihood, hessian_structure: HessianStructure | str, **counts: int) -> None:
+    """Refuse what cannot be trained like this."""
+    if law.fitted is not law:
+        raise ValueError(f"marglik_training takes likelihood='classification' or 'regression', not {law.identity!r}.")
+    structure = parse(HessianStructure, hessian_structure, "hessian_structure")
+    if structure.value not in ("kron", "diag", "full"):
+        raise ValueError(f"marglik_training takes hessian_structure='kron', 'diag' or 'full', not {structure.value!r}.")
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
 
 
 @dataclass

@@ -15,7 +15,7 @@ from laplace.capture.evaluation import eval_mode
 from laplace.enums import LinkApprox, PredType, parse
 from laplace.fitted import Fitted
 from laplace.interpolation import interpolated, nodes_for
-from laplace.likelihoods.base import Prediction
+from laplace.likelihoods.base import BaseLikelihood, Prediction
 from laplace.linalg.precision import widened
 from laplace.search import vertex
 
@@ -81,41 +81,78 @@ def score_candidates(
     """
     la._check_weights()
     law, noise = la.likelihood_object.fitted, la.sigma_noise
-    free = open_noise
     precisions = [la.prior_precision] if priors is None else torch.tensor(priors, dtype=torch.float64)
-    columns = 2 if free else len(temperatures)
-    totals = torch.zeros(len(precisions), columns, dtype=torch.float64)
-    map_totals, n, offset = torch.zeros(columns, dtype=torch.float64), 0, 0
-    rows: dict[str, list[list[Tensor]]] = {}
-    wanted = [1.0] if free else list(dict.fromkeys((*temperatures, 1.0)))
-    if free:
+    tally = _Tally(law, None if open_noise else float(noise), len(precisions), temperatures, keep)
+    if open_noise:
         la.sigma_noise = 1.0
     try:
         for x, y in parts(la, loader, progress_bar):
-            first, found = True, {}
-            for index, t, prediction in sweep(la, x, precisions, link_approx, pred_type, n_samples, seed, wanted):
-                if first:
-                    law.check_scored(prediction, y, offset)
-                    first = False
-                counts = free or t < len(temperatures)
-                row = map_totals if index is MAP else totals[index]
-                terms = law.free_noise_terms(prediction, y) if free else {}
-                if free:
-                    row += torch.stack([terms[name].sum().cpu() for name in ("spread", "error")])
-                elif counts:
-                    row[t] += law.tuning_loss(prediction, y, float(noise))
-                if keep and (counts if index is not MAP else wanted[t] == 1):
-                    scores = {k: v.mean(1) for k, v in terms.items()} or law.scores(prediction, y, float(noise))
-                    found[(math.inf if index is MAP else index, t)] = scores
-            for name in next(iter(found.values())) if found else ():
-                rows.setdefault(name, []).append([found[key][name].cpu() for key in sorted(found)])
-            n, offset = n + y.numel(), offset + len(y)
+            found = sweep(la, x, precisions, link_approx, pred_type, n_samples, seed, tally.temperatures)
+            tally.add(found, y)
     finally:
         la.sigma_noise = noise
-    if n == 0:
-        raise ValueError("The validation data is empty.")
-    examples = {name: torch.cat([torch.stack(part) for part in batches], 1) for name, batches in rows.items()}
-    return Scores(totals, map_totals, n, examples)
+    return tally.scores()
+
+
+class _Tally:
+    """Running totals of candidates, and the scores of every term if they are kept.
+
+    Args:
+        law: The likelihood.
+        noise: Observation noise; None leaves it open.
+        priors: How many there are.
+        temperatures: Those whose losses are added up.
+        keep: Keep the scores of every term.
+
+    Attributes:
+        temperatures: Those that predictions are needed at, 1 among them, at which the MAP's scores are kept.
+    """
+
+    def __init__(
+        self, law: BaseLikelihood, noise: float | None, priors: int, temperatures: Sequence[float], keep: bool
+    ) -> None:
+        self.law, self.noise, self.keep = law, noise, keep
+        self.temperatures = [1.0] if noise is None else list(dict.fromkeys((*temperatures, 1.0)))
+        self.columns = 2 if noise is None else len(temperatures)
+        self.totals = torch.zeros(priors, self.columns, dtype=torch.float64)
+        self.map_totals = torch.zeros(self.columns, dtype=torch.float64)
+        self.n = self.examples = 0
+        self.rows: dict[str, list[list[Tensor]]] = {}
+
+    def add(self, predictions: Iterable[tuple[int | None, int, Prediction]], y: Tensor) -> None:
+        """Add a batch, of which the predictions are as :func:`sweep` gives them."""
+        found: dict[tuple[float, int], dict[str, Tensor]] = {}
+        for number, (index, t, prediction) in enumerate(predictions):
+            if number == 0:
+                self.law.check_scored(prediction, y, self.examples)
+            scores = self._add_one(index, t, prediction, y)
+            if scores is not None:
+                found[(math.inf if index is MAP else index, t)] = scores
+        for name in next(iter(found.values())) if found else ():
+            self.rows.setdefault(name, []).append([found[key][name].cpu() for key in sorted(found)])
+        self.n, self.examples = self.n + y.numel(), self.examples + len(y)
+
+    def _add_one(self, index: int | None, t: int, prediction: Prediction, y: Tensor) -> dict[str, Tensor] | None:
+        """Add one prediction; returns its scores where they are kept."""
+        row = self.map_totals if index is MAP else self.totals[index]
+        if self.noise is None:
+            terms = self.law.free_noise_terms(prediction, y)
+            row += torch.stack([terms[name].sum().cpu() for name in ("spread", "error")])
+            return {name: values.mean(1) for name, values in terms.items()} if self.keep else None
+        counts = t < self.columns
+        if counts:
+            row[t] += self.law.tuning_loss(prediction, y, self.noise)
+        kept = self.keep and (counts if index is not MAP else self.temperatures[t] == 1)
+        return self.law.scores(prediction, y, self.noise) if kept else None
+
+    def scores(self) -> Scores:
+        """What was added up, or a refusal of no data."""
+        if self.n == 0:
+            raise ValueError("The validation data is empty.")
+        examples = {
+            name: torch.cat([torch.stack(batch) for batch in batches], 1) for name, batches in self.rows.items()
+        }
+        return Scores(self.totals, self.map_totals, self.n, examples)
 
 
 def profile_noise(totals: Tensor, n: int) -> tuple[Tensor, Tensor]:

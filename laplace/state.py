@@ -10,7 +10,7 @@ import torch
 
 from laplace.fitted import Fitted
 from laplace.linalg.dense import parameter_vector
-from laplace.structures.sums import SumsSpec
+from laplace.structures.specification import SumsSpec
 
 SCHEMA_VERSION = 3
 _READABLE = (1, 2, 3)  # 1 lacks the estimator and settings of structure and subset, 2 the temperature of the logits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -93,28 +93,24 @@ def optimize_prior_precision(
     else:
         if val_loader is None:
             raise ValueError("method='gridsearch' needs val_loader; without validation data use method='marglik'.")
-        grid = prior_precision_grid(log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base)
+        ends = log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base
+        how = {"link_approx": link_approx, "pred_type": pred_type, "n_samples": n_samples, "progress_bar": progress_bar}
+        grid = prior_precision_grid(*ends)
         if tune_noise or extend:
-            ends = log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base
-            how = {
-                "link_approx": link_approx,
-                "pred_type": pred_type,
-                "n_samples": n_samples,
-                "progress_bar": progress_bar,
-            }
-            la.prior_precision, la.sigma_noise = search_prior(
-                la, val_loader, Lattice(*ends, extends=extend), tune_noise, **how
-            )
-            scores = None
-        elif loss is None:
-            total, n = score_grid(la, val_loader, grid, link_approx, pred_type, n_samples, progress_bar=progress_bar)
-            scores = total / n
+            lattice = Lattice(*ends, extends=extend)
+            la.prior_precision, la.sigma_noise = search_prior(la, val_loader, lattice, tune_noise, **how)
         else:
-            scores = _score_with(la, val_loader, grid, loss, link_approx, pred_type, n_samples, progress_bar)
-        if scores is not None:
-            la.prior_precision = select_prior_precision(grid, scores)
+            la.prior_precision = select_prior_precision(grid, _grid_scores(la, val_loader, grid, loss, how))
     if verbose:
         print(f"Optimized prior precision is {la.prior_precision}.")
+
+
+def _grid_scores(la: Fitted, loader: Iterable, grid: Tensor, loss: Any, how: Mapping[str, Any]) -> Tensor:
+    """Scores of the values of a grid: mean negative log likelihoods, or those of a user's loss."""
+    if loss is not None:
+        return _score_with(la, loader, grid, loss, **how)
+    total, n = score_grid(la, loader, grid, **how)
+    return total / n
 
 
 def _check_options(la: Fitted, method: TuningMethod, pred_type: Any, loss: Any, tune_noise: bool, extend: bool) -> None:

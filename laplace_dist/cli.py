@@ -1,57 +1,34 @@
-"""A job from the command line: which settings, which exit status, what is printed at the end."""
+"""A job from the command line: its arguments, its exit status, what is printed at the end."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
+from laplace_dist import cli_settings
 from laplace_dist.config.command_line import load_config
-from laplace_dist.config.settings import HF, Config
+from laplace_dist.config.settings import Config
 from laplace_dist.data.sources import load_split
-from laplace_dist.errors import CheckpointError, Interrupted, MissingObjectError, RunFailed, SettingsError
+from laplace_dist.errors import CheckpointError, Interrupted, RunFailed, SettingsError
 from laplace_dist.execution import signals
-from laplace_dist.job import Result, evaluate_posterior, fit, tune_posterior
+from laplace_dist.job import evaluate_posterior, fit, tune_posterior
 from laplace_dist.planning import estimate
 from laplace_dist.recalibration import recalibrate, rollback
 from laplace_dist.report import planned
 from laplace_dist.report.console import printed
+from laplace_dist.report.loading import loading_lines
 from laplace_dist.report.metrics import show_recalibration, show_result
 from laplace_dist.report.verification import lines, verify
-from laplace_dist.run import layout, settings_file
+from laplace_dist.run import settings_file
 from laplace_dist.run.checkpoint import open_store
 from laplace_dist.run.combination import place_of
 from laplace_dist.run.ownership import read_plan
-from laplace_dist.run.pretrained import AUTO_CLASSES
 
 JOBS = {"fit": fit, "tune": tune_posterior, "evaluate": evaluate_posterior}
-NOTES = {  # of `--help`
-    "fit": "The defaults, in parentheses, are those with a --model of your own. Without --model the bundled demo is fitted, "
-    "whose settings are in laplace_dist/demo.",
-    "follow-on": "Without --model and --config every setting that is not given is the run's own; with them the defaults, in "
-    "parentheses, hold.",
-}
-
-
-_OF_RECALIBRATIONS = [
-    "windows",
-    "decay",
-    "keep-partials",
-    "shared-examples",
-    "margin-nll",
-    "margin-ece",
-    "level",
-    "draws",
-    "gate",
-    "keep-versions",
-    "alert-cmd",
-]  # which do nothing in other jobs
-_OF_SUMS = ["module-groups"]  # which do nothing in jobs that add nothing up
-_OF_FITS = ["skip-evaluate", *_OF_SUMS]  # which do nothing in a recalibration, or follow what the run has
 
 
 def main(job: str, argv: Sequence[str] | None = None, **defaults: Any) -> int:
@@ -68,13 +45,13 @@ def main(job: str, argv: Sequence[str] | None = None, **defaults: Any) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
 
     def carry_out() -> int:
-        _refuse_idle(argv, _OF_RECALIBRATIONS, "jobs/recalibrate.py")
+        cli_settings.refuse_idle(argv, cli_settings.OF_RECALIBRATIONS, "jobs/recalibrate.py")
         if job != "fit":
-            _refuse_idle(argv, _OF_SUMS, "the fit's job")
-        config = _settings(job, argv, defaults)
-        _say_idle(argv, config, _OF_RECALIBRATIONS, "jobs/recalibrate.py")
+            cli_settings.refuse_idle(argv, cli_settings.OF_SUMS, "the fit's job")
+        config = cli_settings.settings_of_job(job, argv, defaults)
+        cli_settings.say_idle(argv, config, cli_settings.OF_RECALIBRATIONS, "jobs/recalibrate.py")
         result = JOBS[job](config)
-        show_result(result, _loading(config, result))
+        show_result(result, loading_lines(config, result.checkpoint))
         return 0
 
     return exit_status(carry_out, "Everything committed so far is kept: run the same command again to go on.")
@@ -105,9 +82,9 @@ def recalibrate_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
             raise SettingsError(
                 f"--rollback: given with {other}, which it would not heed; give one of them. Nothing was changed"
             )
-        _refuse_idle(rest, _OF_FITS, "the fit's job")
-        config = _settings("recalibrate", rest, defaults)
-        _say_idle(rest, config, _OF_FITS, "the fit's job")
+        cli_settings.refuse_idle(rest, cli_settings.OF_FITS, "the fit's job")
+        config = cli_settings.settings_of_job("recalibrate", rest, defaults)
+        cli_settings.say_idle(rest, config, cli_settings.OF_FITS, "the fit's job")
         if given.rollback is not None:
             rollback(config.checkpoint, given.rollback, storage_options=config.storage_options)
             print(f"{config.checkpoint}: version {given.rollback} is current again")
@@ -133,7 +110,7 @@ def plan_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
 
     def carry_out() -> int:
-        print("\n".join(planned.lines(estimate(_settings("fit", argv, defaults)))))
+        print("\n".join(planned.lines(estimate(cli_settings.settings_of_job("fit", argv, defaults)))))
         return 0
 
     return exit_status(carry_out, "Nothing was changed.")
@@ -172,7 +149,7 @@ def verify_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
         if hours is not None and not 0 <= hours < float("inf"):
             raise SettingsError(f"--collect-orphans-older-than: got {hours}; expected hours, at least 0")
         pool = "ray_address" in config.model_fields_set and not shallow
-        of_run = _settings_for_data(config) if data else config
+        of_run = cli_settings.settings_for_data(config) if data else config
         report = verify(
             config.checkpoint,
             config.storage_options,
@@ -222,102 +199,3 @@ def _opener(config: Config) -> Callable[[str], Any]:
         return load_split(config if place is store else settings_file.data_of(config, place), "train")
 
     return opened
-
-
-def _settings_for_data(config: Config) -> Config:
-    """Return the settings with which a run's data are read again: its own, and those of the workers as given now."""
-    names = (
-        "storage_options",
-        "data_storage_options",
-        "ray_address",
-        "num_workers",
-        "cpus_per_worker",
-        "segment_timeout",
-    )
-    return Config(**{**_settings_of_run(config), **{name: getattr(config, name) for name in names}})
-
-
-def _settings(job: str, argv: Sequence[str], defaults: Mapping[str, Any]) -> Config:
-    """Return the settings: of the bundled demo if no model is given, and for a follow-on job those of the run.
-
-    What `--help` shows as defaults is what holds with a model of one's own, not what the demo sets.
-    """
-    if "--help" in argv or "-h" in argv:
-        return load_config(["--help"], defaults=defaults, note=NOTES["fit" if job == "fit" else "follow-on"])
-    if _given(argv, "--model") or _given(argv, "--config"):
-        return load_config(argv, defaults=defaults)
-    from laplace_dist import demo
-
-    config = load_config(argv, defaults={**demo.settings(), **defaults})
-    if job != "fit":
-        return load_config(argv, defaults={**defaults, **_settings_of_run(config)})
-    if config.weights is None:
-        config = config.model_copy(update={"weights": demo.train()})
-    return config
-
-
-def _refuse_idle(argv: Sequence[str], names: Sequence[str], where: str) -> None:
-    """Refuse flags that do nothing in a job.
-
-    Args:
-        argv: Arguments of the job.
-        names: Of the flags, without dashes before them.
-        where: Which job heeds them.
-    """
-    if idle := [f"--{name}" for name in names if _given(argv, f"--{name}") or _given(argv, f"--no-{name}")]:
-        raise SettingsError(f"{', '.join(idle)}: does nothing in this job, but in {where}. Leave it out")
-
-
-def _say_idle(argv: Sequence[str], config: Config, names: Sequence[str], where: str) -> None:
-    """Say which settings of a file, other than the defaults, do nothing in a job: a fit and its recalibrations may share it."""
-    fields = {name: name.replace("-", "_") for name in names}
-    set_ = [name for name, field in fields.items() if field in config.model_fields_set]
-    idle = [name for name in set_ if getattr(config, fields[name]) != Config.model_fields[fields[name]].get_default()]
-    if _given(argv, "--config") and idle:
-        print(f"note: {', '.join(idle)} in --config does nothing in this job, but in {where}", file=sys.stderr)
-
-
-def _given(argv: Sequence[str], flag: str) -> bool:
-    return any(argument == flag or argument.startswith(f"{flag}=") for argument in argv)
-
-
-def _settings_of_run(config: Config) -> dict[str, Any]:
-    """Return the settings that a run keeps under its checkpoint, by field name."""
-    try:
-        values = settings_file.read_config(open_store(config))
-    except MissingObjectError as error:
-        raise SettingsError(
-            f"--checkpoint: got {config.checkpoint!r}, where there is no run; expected one that a fit job has started"
-        ) from error
-    kept = {name.replace("-", "_"): value for name, value in values.items()}
-    return {**kept, "weights": None, "checkpoint": config.checkpoint, "window": None}
-
-
-def _loading(config: Config, result: Result) -> str:
-    """Return the Python lines that load the posterior."""
-    arguments = ", ".join(f"{name}={value!r}" for name, value in config.model_args.items())
-    options = ", storage_options=storage_options" if "://" in result.checkpoint and config.storage_options else ""
-    if config.model.startswith(HF):
-        return (
-            f"from transformers import {AUTO_CLASSES[config.task or '']}\n"
-            "from laplace_dist import load_posterior\n"
-            f"model = {AUTO_CLASSES[config.task or '']}.from_pretrained({config.model.removeprefix(HF)!r}"
-            f"{', ' + arguments if arguments else ''}).float()\n"
-            f"la = load_posterior({result.checkpoint!r}, model.eval(), load_weights=True{options})"
-        )
-    module, _, attribute = config.model.partition(":")
-    if "://" in result.checkpoint or not os.path.exists(f"{result.checkpoint}/{layout.WEIGHTS}"):
-        return (
-            f"from {module} import {attribute}\n"
-            "from laplace_dist import load_posterior\n"
-            f"model = {attribute}({arguments})\n"
-            f"la = load_posterior({result.checkpoint!r}, model.eval(), load_weights=True{options})"
-        )
-    return (
-        f"from {module} import {attribute}\n"
-        "from laplace_dist import load_posterior\n"
-        "from safetensors.torch import load_file\n"
-        f"model = {attribute}({arguments})\n"
-        f"model.load_state_dict(load_file({result.checkpoint + '/' + layout.WEIGHTS!r}))\n"
-        f"la = load_posterior({result.checkpoint!r}, model.eval())"
-    )

@@ -20,12 +20,13 @@ from laplace_dist.plan.groups import plan_groups
 from laplace_dist.plan.plan import Plan
 from laplace_dist.report.planned import weights_line
 from laplace_dist.report.progress import Progress
-from laplace_dist.run import bases, coverage, layout, lifecycle, ownership, partials, place, pointer, versions, windows
+from laplace_dist.run import bases, coverage, layout, lifecycle, ownership, place, pointer, versions, windows
 from laplace_dist.run.checkpoint import open_store
 from laplace_dist.run.combination import Term, Window, alone, terms_of
 from laplace_dist.run.journal import Journal
+from laplace_dist.run.partial_manifests import manifests
 from laplace_dist.run.second_pass import open_second, place_of_second
-from laplace_dist.stages import basis, map, opening, reduce
+from laplace_dist.stages import basis, follow_on, map, opening, reduce, resolving
 from laplace_dist.stages.context import plain
 from laplace_dist.stages.smaller import as_halved, smaller
 from laplace_dist.storage.store import Store
@@ -98,7 +99,7 @@ class FitStages:
         except MissingObjectError as error:
             ownership.refuse_no_run(self.store)
             raise SettingsError(f"--checkpoint: got {self.given.checkpoint!r}; {error}") from error
-        opening.refuse_other_settings(self.config, self.store, self.plan, self.kind)
+        follow_on.refuse_other_settings(self.config, self.store, self.plan, self.kind)
         self.config = self.config.model_copy(update={"hessian_structure": self.plan.settings.get("hessian_structure")})
         self.store.check_writable()
         return version
@@ -110,7 +111,7 @@ class FitStages:
         compatibility.check_predictive(self.config)
         place.check_place(self.store)
         there = self.store.exists(layout.PLAN) and not self.config.fresh
-        resolved = opening.resolve(self.config, self.plan.settings if there else None)
+        resolved = resolving.resolve(self.config, self.plan.settings if there else None)
         self.config = config = resolved.config
         self._checked = True
         self.store.check_writable()  # before a cluster may be asked for its devices
@@ -138,7 +139,7 @@ class FitStages:
         if "weights" in plan.data:
             self.say(f"example weights: {weights_line(plan.n_examples, plan.data['weights'])}")
 
-    def _groups(self, resolved: opening.Resolved, stored: Plan | None) -> int:
+    def _groups(self, resolved: resolving.Resolved, stored: Plan | None) -> int:
         """Return the number of module groups; refuse sums that no worker has the memory for, before the run is begun.
 
         A run that is there goes on with its own: its partials are divided so, and another number would leave them unused.
@@ -152,7 +153,7 @@ class FitStages:
                     "partials. The result is the same, bit for bit: leave it out to go on, or begin anew with --fresh."
                 )
             return there
-        return opening.module_groups(self.config, resolved, self.session.executor.memory(self.device_type), self.say)
+        return resolving.module_groups(self.config, resolved, self.session.executor.memory(self.device_type), self.say)
 
     def map(self) -> None:
         """Accumulate the segments of the window that have no committed partial, in the first pass over its data.
@@ -257,10 +258,10 @@ class FitStages:
         store, plan = window.store, window.plan
         if (done := windows.find_window(store, plan)) is not None:
             return done
-        manifests = list(partials.manifests(store, plan))
-        tasks = reduce.part_tasks(store, plan, manifests)
+        committed = list(manifests(store, plan))
+        tasks = reduce.part_tasks(store, plan, committed)
         self._run(tasks, Progress("reduce", "parts", len(plan.parts), len(plan.parts) - len(tasks)))
-        return windows.commit_window(store, plan, manifests)
+        return windows.commit_window(store, plan, committed)
 
     def combine(self, terms: Sequence[Term]) -> str:
         """Commit the posterior version that windows make, if that is not done yet; returns its name."""

@@ -21,7 +21,8 @@ from laplace_dist.report.html.task import WriteReport
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import decompositions, evaluations, layout, ownership, pointer, tunings
 from laplace_dist.run.checkpoint import open_json
-from laplace_dist.stages import decompose, evaluate, opening, tune, words
+from laplace_dist.stages import decompose, evaluate, follow_on, resolving, tune, words
+from laplace_dist.stages.rounds import Rounds
 from laplace_dist.stages.search import Search
 
 
@@ -133,7 +134,8 @@ class Job(FitStages):
         """
         config = self.config
         compatibility.check_predictive(config)
-        splits = self._splits("val") if config.searches else {}
+        if config.searches:
+            self._splits("val")  # refused, if it cannot be had, before anything is tuned
         if not config.searches_prior and config.recalibrate != "temperature":
             self._choose(
                 version, None, start := layout.tuning_key(version, tune.settings(config, None, self.device_type))
@@ -144,10 +146,7 @@ class Job(FitStages):
         start = None if config.searches_prior else tunings.start_of(self.store, start or pointer.tuning_of(self.store))
         chosen = tune.settings(config, found, self.device_type, start)
         key = layout.tuning_key(version, chosen)
-        shards = plan_shards(len(splits["val"]), config.batch_size)
-        self._choose(
-            version, Search(self.store, self.plan, version, key, chosen, config, shards, start, self._tune), key
-        )
+        self._choose(version, self._search(version, key, chosen, config, start), key)
         return key
 
     def _against_map(self, version: str, evidence: str) -> str:
@@ -160,19 +159,23 @@ class Job(FitStages):
             return evidence
         chosen = tune.settings_of_comparison(config, self._fingerprint("val"), self.device_type, evidence)
         key = layout.tuning_key(version, chosen)
-        shards = plan_shards(len(self._splits("val")["val"]), config.batch_size)
         given = config.model_copy(
             update={"tune_method": "gridsearch", "prior_structure": "scalar", "recalibrate": "prior"}
         )
-        search = Search(self.store, self.plan, version, key, chosen, given, shards, evidence, self._tune)
+        search = self._search(version, key, chosen, given, evidence)
         self._choose(version, search, key, search.compare)
         return key
+
+    def _search(self, version: str, key: str, chosen: dict[str, Any], config: Config, start: str | None) -> Search:
+        """Return a search on the validation split that has scored nothing yet; see `Rounds` for what it is given."""
+        shards = plan_shards(len(self._splits("val")["val"]), config.batch_size)
+        return Search(Rounds(self.store, self.plan, version, key, chosen, config, shards, start, self._tune))
 
     def _why_no_validation(self) -> str:
         """Say why there is no validation split that can be scored; empty where there is one, which is then loaded."""
         try:
             splits = {"val": self._loaded.get("val") or sources.load_split(self.config, "val")}
-            opening.check_again(self.config, self.store, self.plan, splits)
+            follow_on.check_again(self.config, self.store, self.plan, splits)
         except StorageError:
             raise
         except Exception as error:  # of the user's own code, which need not know of a split that nobody has asked for
@@ -256,12 +259,12 @@ class Job(FitStages):
         """Return splits, each loaded once; those of a follow-on job are looked at before anything starts, as a fit's are."""
         new = {name: sources.load_split(self.config, name) for name in names if name not in self._loaded}
         if new and not self._checked:
-            opening.check_again(self.config, self.store, self.plan, new)
+            follow_on.check_again(self.config, self.store, self.plan, new)
         self._loaded |= new
         return {name: self._loaded[name] for name in names}
 
     def _fingerprint(self, split: str) -> dict[str, Any]:
         """Return the fingerprint of a split, which is taken once."""
         if split not in self._prints:
-            self._prints[split] = opening.fingerprint(self.config, self._splits(split)[split], split)
+            self._prints[split] = resolving.fingerprint(self.config, self._splits(split)[split], split)
         return self._prints[split]

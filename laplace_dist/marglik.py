@@ -25,7 +25,7 @@ from laplace_dist.fit_stages import FitStages
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import layout, place, trained, training, weights
 from laplace_dist.run.training import Epoch
-from laplace_dist.stages import opening
+from laplace_dist.stages import opening, resolving
 from laplace_dist.stages.train import Curvature, Gradient, bytes_of
 from laplace_dist.stages.weights_steps import check_schedule, optimizer_of, schedule_of
 
@@ -90,7 +90,7 @@ class MarglikJob(FitStages):
         with torch.random.fork_rng():
             # a model that draws its first weights draws the same ones when it goes on
             torch.manual_seed(self.config.seed)
-            resolved = opening.resolve(self.config, stored)
+            resolved = resolving.resolve(self.config, stored)
         self.config = config = resolved.config
         self.la, self._train = resolved.la, resolved.train
         self._check(resolved.model)

@@ -12,7 +12,7 @@ from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.execution.inline import computing_as_a_worker
 from laplace_dist.plan.estimate import Estimate
 from laplace_dist.plan.estimate import estimate as worked_out
-from laplace_dist.stages import opening, trial
+from laplace_dist.stages import resolving, trial
 
 
 def estimate(config: Config) -> Estimate:
@@ -29,7 +29,7 @@ def estimate(config: Config) -> Estimate:
         RunFailed: The sums do not fit into the free memory of this machine; says what would.
     """
     compatibility.check_predictive(config)
-    resolved = opening.resolve(config)
+    resolved = resolving.resolve(config)
     try:
         with computing_as_a_worker(config, torch.device("cpu")):
             plan, found = trial.run(resolved.config, resolved, _groups(config, resolved))
@@ -38,10 +38,10 @@ def estimate(config: Config) -> Estimate:
     return worked_out(plan, found, resolved.la.coverage, config.num_workers or 1, resolved.cost)
 
 
-def _groups(config: Config, resolved: opening.Resolved) -> int:
+def _groups(config: Config, resolved: resolving.Resolved) -> int:
     """Return the number of module groups; where the sums do not fit here at all, that is found out when they are begun."""
     free = free_bytes("cpu")
     try:
-        return opening.module_groups(config, resolved, None if free is None else free // (config.num_workers or 1))
+        return resolving.module_groups(config, resolved, None if free is None else free // (config.num_workers or 1))
     except SettingsError:
         return 1

@@ -167,18 +167,34 @@ class RecalibrationJob(WindowStages):
         self, name: str, terms: Sequence[Term], version: str, tuning: str | None, *, dry_run: bool
     ) -> dict[str, Any]:
         """Compare the candidate with the current posterior on fresh data, and promote it if it is shown to be no worse."""
-        current = self._current
+        compared, better = self._compared(version, tuning)
+        found = {"windows": stage.weights_of(terms), "passed_over": self._passed_over, **compared}
+        found["drift"] = self.watch(name, found["current"], dry_run=dry_run)
+        if better and dry_run:
+            found["why"] += "; not promoted, since this is a dry run"
+        if dry_run:
+            return found
+        if better:
+            recalibrations.write_decision(self.store, self.plan, name, {**found, "pending": True})
+            self._promote(name, found)
+            found["promoted"] = True
+        self.conclude(name, found)
+        return found
+
+    def _compared(self, version: str, tuning: str | None) -> tuple[dict[str, Any], bool]:
+        """Return what a comparison of the candidate with the current posterior found, and whether it may take its place."""
+        config, current = self.config, self._current
         sides = {
             side: {"version": v, "tuning": t, "evaluation": self.score(v, t)}
             for side, v, t in (("candidate", version, tuning), ("current", current["version"], current["tuning"]))
         }
-        config, splits = self.config, self._splits("test")
-        shards = tuple(shard.id for shard in plan_shards(len(splits["test"]), config.batch_size))
-        keys = [sides[name]["evaluation"] for name in ("candidate", "current")]
+        n = len(self._splits("test")["test"])
+        shards = tuple(shard.id for shard in plan_shards(n, config.batch_size))
+        keys = [side["evaluation"] for side in sides.values()]
         task = stage.Compare(self.plan.digest, *keys, shards, config.draws, config.level, config.seed)
         (receipt,) = self._run([task], Progress("recalibrate", "comparisons", 1), keep=True)
         margins = {"nll": config.margin_nll, "ece": config.margin_ece}
-        better, why = stage.decide(receipt["differences"], margins, len(splits["test"]), config.level)
+        better, why = stage.decide(receipt["differences"], margins, n, config.level)
         metrics = stage.metrics_of(self.store, sides)
         passed = gates.check(config.gate, metrics["candidate"], metrics["current"])
         if better and (failed := gates.why_not(passed)):
@@ -188,28 +204,16 @@ class RecalibrationJob(WindowStages):
                 f"; window {self.dropping} stays in, in the next candidates too. To drop it whatever the figures say: the same "
                 "command with a --margin-nll and --margin-ece that allow it, and without --gate"
             )
-        watched = self.watch(name, sides["current"], dry_run=dry_run)
-        found = {
-            "windows": stage.weights_of(terms),
-            "passed_over": self._passed_over,
+        return {
             **sides,
             "settings": stage.settings(config),
             "differences": {name: {**d, "margin": margins[name]} for name, d in receipt["differences"].items()},
             "metrics": metrics,
             "gates": passed,
-            "drift": watched,
             "promoted": False,
-            "why": f"{why}; not promoted, since this is a dry run" if better and dry_run else why,
+            "why": why,
             "environment": receipt["environment"],
-        }
-        if dry_run:
-            return found
-        if better:
-            recalibrations.write_decision(self.store, self.plan, name, {**found, "pending": True})
-            self._promote(name, found)
-            found["promoted"] = True
-        self.conclude(name, found)
-        return found
+        }, better
 
     def conclude(self, name: str, found: Mapping[str, Any]) -> None:
         """Say to whom it concerns what was decided, and record it last: until then the same command does this again."""

@@ -18,6 +18,8 @@ LONGEST = (
     "test_integrity",
     "test_s3_faults",
     "test_windows",
+    "test_window_refusals",
+    "test_window_jobs",
     "test_job_submission",
     "test_retention",
     "test_soak",

@@ -16,7 +16,7 @@ from laplace.backends.options import honours
 from laplace.backends.per_example import Gradients, PerExampleInterface
 from laplace.linalg.kronecker import Kron
 from laplace.noise import fresh_seed
-from laplace.structures.sums import SumsSpec
+from laplace.structures.specification import SumsSpec
 
 bp = import_optional("backpack", "backpack-for-pytorch", "backpack")
 extensions = import_optional("backpack.extensions", "backpack-for-pytorch", "backpack")

@@ -30,8 +30,8 @@ from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.named import NamedLikelihood
 from laplace.linalg.memory import at_once
 from laplace.structures.registry import sums_spec, warn_of_diagonal_blocks
+from laplace.structures.specification import SumsSpec
 from laplace.structures.subnetwork import check_subnetwork_indices, split_indices
-from laplace.structures.sums import SumsSpec
 
 _HELD = 1 << 24  # elements of rows and gradients that are held at once, beyond those of one backward pass
 

@@ -30,7 +30,8 @@ from laplace.backends.interface import CurvatureInterface
 from laplace.laplace import Laplace
 from laplace.likelihoods.named import likelihood_of
 from laplace.posterior.parametric import ParametricLaplace
-from laplace.structures.sums import CurvatureSums, SumsSpec
+from laplace.structures.specification import SumsSpec
+from laplace.structures.sums import CurvatureSums
 
 _SETTINGS = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
 

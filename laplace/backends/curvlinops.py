@@ -20,7 +20,8 @@ from laplace.linalg.kronecker import Kron
 from laplace.linalg.precision import coarsest
 from laplace.noise import fixed_directions, fresh_seed
 from laplace.structures import lowrank
-from laplace.structures.sums import CurvatureSums, SumsSpec
+from laplace.structures.specification import SumsSpec
+from laplace.structures.sums import CurvatureSums
 
 curvlinops = import_optional("curvlinops", "curvlinops-for-pytorch", "curvlinops")
 

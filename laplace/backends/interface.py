@@ -23,8 +23,9 @@ from laplace.enums import Likelihood
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.linalg.kronecker import Kron
 from laplace.structures import lowrank
+from laplace.structures.specification import SumsSpec
 from laplace.structures.subnetwork import given_order
-from laplace.structures.sums import CurvatureSums, SumsSpec
+from laplace.structures.sums import CurvatureSums
 
 # Rows that other code than ours may add up in float32 before the sums take the result. Added one after the other to one large
 # row, each of 63 others may vanish if it is just below half a unit in the last place of the sum, 2^-25: 63 · 2^-25 = 1.9e-6.

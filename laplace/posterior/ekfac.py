@@ -17,7 +17,8 @@ from laplace.posterior.refusals import check_structure
 from laplace.structures import ekfac, passes
 from laplace.structures.ekfac import Eigenbasis
 from laplace.structures.registry import SECOND_PASSES
-from laplace.structures.sums import CurvatureSums, Rows, SumsSpec
+from laplace.structures.specification import Rows, SumsSpec
+from laplace.structures.sums import CurvatureSums
 
 
 class EKFACLaplace(DecomposedLaplace):

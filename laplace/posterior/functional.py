@@ -25,7 +25,7 @@ from laplace.posterior.arguments import before, by_name
 from laplace.posterior.base import BaseLaplace
 from laplace.posterior.process import ConditionedProcess
 from laplace.structures import gp
-from laplace.structures.sums import SumsSpec
+from laplace.structures.specification import SumsSpec
 
 OWN_ARGUMENTS = ("independent_outputs", "seed")
 

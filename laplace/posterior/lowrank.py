@@ -30,7 +30,8 @@ from laplace.posterior.parametric import ParametricLaplace
 from laplace.posterior.refusals import NotASum
 from laplace.prior import spread
 from laplace.structures import passes
-from laplace.structures.sums import CurvatureSums, Factor, SumsSpec
+from laplace.structures.specification import Factor, SumsSpec
+from laplace.structures.sums import CurvatureSums
 
 
 class LowRankLaplace(NotASum, ParametricLaplace):

@@ -11,7 +11,8 @@ from torch import Tensor
 from laplace import evidence, predictive, state
 from laplace.enums import PredType
 from laplace.posterior.summed import SummedLaplace
-from laplace.structures.sums import CurvatureSums, SumsSpec
+from laplace.structures.specification import SumsSpec
+from laplace.structures.sums import CurvatureSums
 
 
 class ParametricLaplace(SummedLaplace):

@@ -15,7 +15,8 @@ from laplace.posterior.lowrank import LowRankLaplace
 from laplace.posterior.summed import SummedLaplace
 from laplace.structures import sketch
 from laplace.structures.registry import SECOND_PASSES
-from laplace.structures.sums import CurvatureSums, SumsSpec
+from laplace.structures.specification import SumsSpec
+from laplace.structures.sums import CurvatureSums
 
 
 class SketchedLowRankLaplace(LowRankLaplace):

@@ -20,7 +20,8 @@ from laplace.posterior import weights
 from laplace.posterior.arguments import by_name
 from laplace.posterior.base import BaseLaplace
 from laplace.structures.registry import SECOND_PASSES, CoverageReport, coverage_report
-from laplace.structures.sums import CurvatureSums, Rows, SumsSpec, check_same_estimator
+from laplace.structures.specification import Rows, SumsSpec
+from laplace.structures.sums import CurvatureSums, check_same_estimator
 
 
 class SummedLaplace(BaseLaplace):
@@ -110,7 +111,7 @@ class SummedLaplace(BaseLaplace):
         return self.structure
 
     def zero_sums(self, rows: Rows | None = None) -> CurvatureSums:
-        """Raw sums over no example; with ``rows`` the part that holds some rows of some factors, see :func:`row_cuts`."""
+        """Raw sums over no example; with ``rows`` the part that holds these, see :mod:`laplace.structures.specification`."""
         sums = CurvatureSums.zero(self.sums_spec(), self._device, rows)
         sums.estimator = self.backend.estimator
         return sums

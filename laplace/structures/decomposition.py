@@ -6,7 +6,7 @@ from torch import Tensor
 
 from laplace.linalg.eigen import eigh, eigh_double
 from laplace.linalg.kronecker import rounded_factor
-from laplace.structures.sums import SumsSpec
+from laplace.structures.specification import SumsSpec
 
 
 def widths(spec: SumsSpec) -> dict[str, int]:

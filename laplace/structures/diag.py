@@ -16,7 +16,8 @@ from laplace.capture.contractions import chunks, is_bias, is_outer_weight, row_o
 from laplace.capture.rules import is_outer, is_transposed, touched_words
 from laplace.linalg.gram import add_product_
 from laplace.linalg.precision import in_full_precision
-from laplace.structures.sums import CurvatureSums, Factor
+from laplace.structures.specification import Factor
+from laplace.structures.sums import CurvatureSums
 
 
 def blocks_of(shapes, found):

@@ -37,7 +37,8 @@ from laplace.structures import kron
 from laplace.structures.decomposition import decompose, widths
 from laplace.structures.diag import add_square_of_row_
 from laplace.structures.second_pass import BasisPart, SecondPass
-from laplace.structures.sums import CurvatureSums, Factor, SumsSpec
+from laplace.structures.specification import Factor, SumsSpec
+from laplace.structures.sums import CurvatureSums
 
 
 @dataclass(frozen=True)

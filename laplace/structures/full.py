@@ -10,7 +10,8 @@ from torch import Tensor
 from laplace.capture.blocks import Block
 from laplace.capture.contractions import jacobian_rows
 from laplace.linalg.gram import add_gram_
-from laplace.structures.sums import CurvatureSums, Factor
+from laplace.structures.specification import Factor
+from laplace.structures.sums import CurvatureSums
 
 _ROWS = 4096  # rows of several directions that are added together: large sums are read and written less often
 

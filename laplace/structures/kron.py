@@ -20,7 +20,8 @@ from laplace.linalg.gram import add_gram_of_positions_
 from laplace.linalg.kronecker import weight_shape_2d
 from laplace.linalg.memory import at_once
 from laplace.structures.diag import add_square_of_row_
-from laplace.structures.sums import CurvatureSums, Factor
+from laplace.structures.specification import Factor
+from laplace.structures.sums import CurvatureSums
 
 _PATCHES = 1 << 20  # elements of a chunk of layer inputs: small enough to stay in a cache
 _ROWS = 4096  # rows of several directions that are added together: large sums are read and written less often

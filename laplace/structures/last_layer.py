@@ -26,7 +26,8 @@ from laplace.linalg.gram import (
     mirror_weighted_,
     weighted_gram,
 )
-from laplace.structures.sums import CurvatureSums, SumsSpec
+from laplace.structures.specification import SumsSpec
+from laplace.structures.sums import CurvatureSums
 
 _ROOTS = 1 << 22  # elements of the roots of output Hessians that are held at once
 

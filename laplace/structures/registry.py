@@ -14,7 +14,8 @@ from laplace.capture.verify import UNSHOWN, Source
 from laplace.linalg.precision import without_autocast
 from laplace.structures import blockdiag, diag, ekfac, full, kron, sketch, subnetwork
 from laplace.structures.second_pass import SecondPass
-from laplace.structures.sums import CurvatureSums, SumsSpec
+from laplace.structures.specification import SumsSpec
+from laplace.structures.sums import CurvatureSums
 
 _STRUCTURES = {"full": full, "diag": diag, "kron": kron, "ekfac": ekfac, "blockdiag": blockdiag}
 _ADD = {

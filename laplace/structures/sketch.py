@@ -26,7 +26,8 @@ from laplace.capture.contractions import chunks, row_of_block
 from laplace.linalg import memory
 from laplace.linalg.gram import add_gram_
 from laplace.structures.second_pass import BasisPart, SecondPass
-from laplace.structures.sums import CurvatureSums, Factor, SumsSpec
+from laplace.structures.specification import Factor, SumsSpec
+from laplace.structures.sums import CurvatureSums
 
 SKETCH, CORE = "lowrank-sketch", "lowrank-core"  # the structures of the two passes
 _STREAM = 0x5CE7C4  # keeps the test matrix apart from labels that are drawn with the same seed

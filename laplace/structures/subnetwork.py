@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from laplace.capture.blocks import Block
-from laplace.structures.sums import Factor
+from laplace.structures.specification import Factor
 
 
 def check_subnetwork_indices(indices: Any, n_params: int) -> Tensor:

@@ -8,23 +8,22 @@ segments and whole data sets combine by addition alone, in any partition.
 Sums are kept in float64, whatever the type of the model and of one batch's contribution: in float32, what one batch adds
 to the sum over millions of examples would vanish. Posteriors round the finished sum once.
 
-A sum may hold some of the factors alone, and of symmetric ones some of the rows: what does not fit into one memory is added up
-in several passes over the data, or by several processes. Each entry has the bits that it has in the whole sum.
+Which factors there are, and which rows of them a sum may hold, is in :mod:`laplace.structures.specification`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace import _clash as _clash  # says so where laplace-torch has replaced laplace/__init__.py
 from laplace.capture.blocks import Block
 from laplace.linalg import memory
-from laplace.linalg.gram import BLOCK, mirror_
+from laplace.linalg.gram import mirror_
+from laplace.structures.specification import Factor as Factor  # pickled posteriors look for it here
+from laplace.structures.specification import Rows, SumsSpec, all_rows, held_shape, spec_differences
 
 _SMALLER = {
     "full": "Use hessian_structure='kron', 'diag' or 'gp', subset_of_weights='last_layer', or a smaller subnetwork.",
@@ -35,75 +34,6 @@ _SMALLER = {
 }
 
 
-@dataclass(frozen=True)
-class Factor:
-    """Shape of one named sum; ``symmetric`` sums may be stored as one triangle."""
-
-    shape: tuple[int, ...]
-    symmetric: bool = False
-
-
-Rows = Mapping[str, tuple[int, int]]
-"""The factors that a sum holds by name, each with its first row and one past its last; see :func:`row_cuts`."""
-
-
-def row_cuts(factor: Factor) -> list[int]:
-    """Rows at which a factor may be cut, so that sums may hold what lies between: its first, others, one past its last.
-
-    Symmetric ones may be cut at blocks of rows that are added to at once; of others all rows are held, or none.
-    """
-    length = _length(factor)
-    return [*range(0, length, BLOCK), length] if _is_cut(factor) else [0, length]
-
-
-@dataclass(frozen=True)
-class SumsSpec:
-    """Names, shapes and precision of the sums of one structure for one model.
-
-    Attributes:
-        structure: ``'full'``, ``'kron'``, ``'ekfac'``, ``'diag'`` or ``'blockdiag'``.
-        blocks: One per parameter, in the order of the parameter vector.
-        factors: Shape of every sum by name.
-        dtype: Name of the floating-point type of one batch's contribution and of the posterior, such as ``'float32'``. The
-            running sums themselves are of float64 always.
-        n_outputs: Number of outputs (classes or regression targets) of the model.
-        basis: Digest of the eigenbasis that the sums are taken in, see :mod:`laplace.structures.ekfac`; None for all others.
-    """
-
-    structure: str
-    blocks: tuple[Block, ...]
-    factors: Mapping[str, Factor]
-    dtype: str
-    n_outputs: int
-    basis: str | None = None
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The floating-point type of one batch's contribution and of the posterior."""
-        return getattr(torch, self.dtype)
-
-    def to_json(self) -> dict:
-        """A plain dictionary that :meth:`from_json` turns back into an equal specification."""
-        return {
-            **({} if self.basis is None else {"basis": self.basis}),
-            "structure": self.structure,
-            "dtype": self.dtype,
-            "n_outputs": self.n_outputs,
-            "blocks": [_block_to_json(block) for block in self.blocks],
-            "factors": {
-                name: {"shape": list(factor.shape), "symmetric": factor.symmetric}
-                for name, factor in self.factors.items()
-            },
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping) -> SumsSpec:
-        """Inverse of :meth:`to_json`."""
-        blocks = tuple(_block_from_json(block) for block in data["blocks"])
-        factors = {k: Factor(tuple(v["shape"]), bool(v["symmetric"])) for k, v in data["factors"].items()}
-        return cls(data["structure"], blocks, factors, data["dtype"], int(data["n_outputs"]), data.get("basis"))
-
-
 class CurvatureSums:
     """The state of an accumulation: factors, summed loss, number of examples.
 
@@ -111,7 +41,8 @@ class CurvatureSums:
 
     Attributes:
         spec: What the sums are called and how they are shaped.
-        rows: Which rows of which factors there are, see :func:`row_cuts`; all unless the sum was begun as a part.
+        rows: Which rows of which factors there are; see :func:`laplace.structures.specification.row_cuts`. All
+            unless the sum was begun as a part.
         loss: Summed negative log likelihood, a float64 scalar.
         n_data: Number of examples added so far; of a weighted sum the sum of their weights.
         estimator: What the backend estimates, such as ``'ggn'`` or ``'ef'``; None where it is not known.
@@ -127,7 +58,7 @@ class CurvatureSums:
     ):
         """Wrap existing tensors; use :meth:`zero` or :meth:`from_tensors` instead."""
         self.spec = spec
-        self.rows = _all_rows(spec) if rows is None else dict(rows)
+        self.rows = all_rows(spec) if rows is None else dict(rows)
         self._tensors = tensors
         self._halves: dict[str, Callable[[Tensor], None]] = {}
         self.loss = loss
@@ -145,7 +76,7 @@ class CurvatureSums:
         Raises:
             NotEnoughMemoryError: If it is larger than the free memory; says what to use instead.
         """
-        shapes = {name: held_shape(spec.factors[name], *own) for name, own in (rows or _all_rows(spec)).items()}
+        shapes = {name: held_shape(spec.factors[name], *own) for name, own in (rows or all_rows(spec)).items()}
         memory.require(
             sum(memory.tensor_bytes(*shape, dtype=torch.float64) for shape in shapes.values()),
             device,
@@ -205,7 +136,7 @@ class CurvatureSums:
         if self.spec != other.spec:
             raise ValueError(
                 "These sums belong to different models, structures or precisions and cannot be added: "
-                + "; ".join(_spec_differences(self.spec, other.spec))
+                + "; ".join(spec_differences(self.spec, other.spec))
             )
         check_same_estimator(self.estimator, other.estimator)
         self.estimator = self.estimator or other.estimator
@@ -242,23 +173,6 @@ class CurvatureSums:
     def non_finite(self) -> list[str]:
         """Names of the factors that hold NaN or Inf."""
         return [name for name, value in self.to_tensors().items() if not is_finite(value)]
-
-
-def held_shape(factor: Factor, start: int, stop: int) -> tuple[int, ...]:
-    """Shape in which the rows ``start`` to ``stop`` of a factor are held."""
-    return (stop - start, stop) if _is_cut(factor) else factor.shape
-
-
-def _is_cut(factor: Factor) -> bool:
-    return factor.symmetric and len(factor.shape) == 2
-
-
-def _length(factor: Factor) -> int:
-    return factor.shape[0] if factor.shape else 1
-
-
-def _all_rows(spec: SumsSpec) -> dict[str, tuple[int, int]]:
-    return {name: (0, _length(factor)) for name, factor in spec.factors.items()}
 
 
 def check_same_estimator(one: str | None, other: str | None) -> None:
@@ -312,30 +226,3 @@ def weighted_sum_in_order(tensors: Iterable[Tensor], weights: Iterable[float]) -
     """
     weighted = (tensor.double() * weight for tensor, weight in zip(tensors, weights, strict=True))
     return sum_in_order(weighted)
-
-
-def _block_to_json(block: Block) -> dict:
-    data = {**asdict(block), "shape": list(block.shape), "factors": list(block.factors)}
-    chosen, basis = data.pop("chosen"), data.pop("basis")
-    data |= {} if chosen is None else {"chosen": list(chosen)}
-    return {**data, "basis": list(basis)} if basis else data
-
-
-def _block_from_json(data: Mapping) -> Block:
-    chosen = tuple(data["chosen"]) if "chosen" in data else None
-    place = (data["parameter"], tuple(data["shape"]), data["layer"], tuple(data["factors"]), data["reason"])
-    return Block(*place, chosen, tuple(data.get("basis", ())))
-
-
-def _spec_differences(one: SumsSpec, two: SumsSpec) -> list[str]:
-    rows = [
-        f"{field} {getattr(one, field)!r} against {getattr(two, field)!r}"
-        for field in ("structure", "dtype", "n_outputs", "basis")
-        if getattr(one, field) != getattr(two, field)
-    ]
-    names = {block.parameter: block for block in one.blocks}
-    others = {block.parameter: block for block in two.blocks}
-    for name in sorted(names.keys() | others.keys()):
-        if names.get(name) != others.get(name):
-            rows.append(f"parameter {name!r} differs")
-    return rows[:8]

@@ -20,7 +20,7 @@ from laplace.posterior.functional import OWN_ARGUMENTS, FunctionalLaplace
 from laplace.posterior.kron import KronLaplace
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.predictive import glm_distribution
-from laplace.structures.sums import SumsSpec
+from laplace.structures.specification import SumsSpec
 
 _ORDER = before(before(ParametricLaplace.order, "dict_key_x", "feature_reduction"), "backend_kwargs", "last_layer_name")
 

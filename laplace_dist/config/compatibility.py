@@ -24,6 +24,18 @@ def check_predictive(config: Config) -> None:
     Raises:
         SettingsError: Naming the fields.
     """
+    _check_machine(config)
+    _check_curvature(config)
+    if (config.task is None) == config.model.startswith(HF):
+        raise SettingsError(
+            f"--task: got {config.task!r} with --model {config.model!r}; a task belongs to {HF}PATH, and that needs one: "
+            "sequence-classification or causal-lm"
+        )
+    _check_predictions(config)
+    _check_prior_structure(config)
+
+
+def _check_machine(config: Config) -> None:
     if config.device == "cpu" and config.gpus_per_worker:
         raise SettingsError(
             f"--gpus-per-worker: got {config.gpus_per_worker:g} with --device cpu; leave one of them out"
@@ -35,6 +47,9 @@ def check_predictive(config: Config) -> None:
             f"--precision: got 'bf16' with --backend {config.backend}, whose package would round its sums of products to "
             "two digits too; expected --backend native, float32 or tf32"
         )
+
+
+def _check_curvature(config: Config) -> None:
     check_example_weights(config)
     if config.hessian_structure == "lowrank":
         _check_lowrank(config)
@@ -49,11 +64,9 @@ def check_predictive(config: Config) -> None:
         raise SettingsError(
             f"--kfac-approx: got {config.kfac_approx!r} with --backend {config.backend}; expected --backend native, or expand"
         )
-    if (config.task is None) == config.model.startswith(HF):
-        raise SettingsError(
-            f"--task: got {config.task!r} with --model {config.model!r}; a task belongs to {HF}PATH, and that needs one: "
-            "sequence-classification or causal-lm"
-        )
+
+
+def _check_predictions(config: Config) -> None:
     likelihood = likelihood_of(config.likelihood)
     if config.pred_type == "nn" and not likelihood.predicts_outputs and config.link_approx != "mc":
         raise SettingsError(
@@ -64,6 +77,9 @@ def check_predictive(config: Config) -> None:
             f"--recalibrate: got {config.recalibrate!r} for {likelihood.identity}, whose outputs are no logits that a "
             "temperature could divide; expected prior"
         )
+
+
+def _check_prior_structure(config: Config) -> None:
     if config.prior_structure == "diag" and config.hessian_structure in ("kron", "ekfac"):
         which = "a kron" if config.hessian_structure == "kron" else "an ekfac"
         raise SettingsError(

@@ -2,54 +2,63 @@
 
 from __future__ import annotations
 
-import json
-import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field
 
-from laplace_dist.config import chosen_windows, gates
 from laplace_dist.config.import_path import IMPORT_PATH
+from laplace_dist.config.kinds import (
+    Arguments,
+    Checked,
+    Count,
+    Gates,
+    Location,
+    Name,
+    NewSplit,
+    NewSplits,
+    Outputs,
+    PriorRange,
+    RunLocation,
+    WindowName,
+    Windows,
+)
 from laplace_dist.config.likelihood import likelihood_of
-from laplace_dist.config.refusals import CREDENTIALS, message_of, problems_of
-from laplace_dist.errors import SettingsError
 
-Count = Annotated[int, Field(ge=1)]
 HF = "hf:"  # before the path of a folder of save_pretrained, as --model
 
 
-class Config(BaseModel):
+class Config(Checked):
     """Every setting of a run, checked and immutable.
 
     Raises:
         SettingsError: Naming each field that is refused, its value, and what is accepted.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
-
-    model: str = Field(
+    model: Location = Field(
         description="import path module:callable that returns an nn.Module, or hf: and a folder of save_pretrained"
     )
     task: Literal["sequence-classification", "causal-lm"] | None = Field(None, description="of --model hf:PATH")
-    model_args: dict[str, Any] = Field(
+    model_args: Arguments = Field(
         {}, description="keyword arguments of --model, as JSON or YAML; of hf:PATH fields of its configuration"
     )
-    weights: str | None = Field(
+    weights: Location | None = Field(
         None,
         description="URL or path of a state dict: .safetensors, torch.save's format, or a folder or index of safetensors",
     )
-    data: str = Field(description="import path module:callable that takes split=, or the path or URL of data in files")
-    data_args: dict[str, Any] = Field(
+    data: Location = Field(
+        description="import path module:callable that takes split=, or the path or URL of data in files"
+    )
+    data_args: Arguments = Field(
         {}, description="keyword arguments of --data, as JSON or YAML; of data in files: columns, group, index"
     )
-    example_weights: Annotated[str, Field(min_length=1)] | None = Field(
+    example_weights: Name | None = Field(
         None,
         description="name of the column, Zarr array or attribute of --data's train split with a weight for each example; "
         "1 each if not given",
     )
-    ood: list[str] = Field([], description="names of out-of-distribution splits for the evaluation")
-    checkpoint: Annotated[str, Field(min_length=1)] = Field(description="directory or fsspec URL of the run")
+    ood: NewSplits = Field([], description="names of out-of-distribution splits for the evaluation")
+    checkpoint: RunLocation = Field(description="directory or fsspec URL of the run")
     storage_options: dict[str, Any] = Field(
         {},
         repr=False,
@@ -66,8 +75,8 @@ class Config(BaseModel):
     loader_workers: Annotated[int, Field(ge=0)] = Field(
         0, description="processes that read ahead for one worker; 0 reads in the worker itself"
     )
-    dict_key_x: Annotated[str, Field(min_length=1)] = Field("input_ids", description="inputs of a dict-like batch")
-    dict_key_y: Annotated[str, Field(min_length=1)] = Field("labels", description="targets of a dict-like batch")
+    dict_key_x: Name = Field("input_ids", description="inputs of a dict-like batch")
+    dict_key_y: Name = Field("labels", description="targets of a dict-like batch")
     likelihood: Literal["classification", "regression"] | Annotated[str, Field(pattern=IMPORT_PATH.pattern + "$")] = (
         Field("classification", description="of the model, or an import path module:callable that returns one")
     )
@@ -90,7 +99,7 @@ class Config(BaseModel):
     mc_samples: Count | None = Field(
         None, description="labels drawn for each example by --estimator mc; 1 if not given"
     )
-    outputs: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
+    outputs: Outputs | None = Field(
         None, description="indices of some outputs, whose exact GGN is taken, the others held constant"
     )
     kfac_approx: Literal["expand", "reduce"] = Field(
@@ -108,9 +117,7 @@ class Config(BaseModel):
     gpus_per_worker: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         None, description="1 where there are GPUs, else 0"
     )
-    ray_address: Annotated[str, Field(min_length=1)] = Field(
-        "auto", description="auto, local, inline (this process, without Ray), or an address"
-    )
+    ray_address: Name = Field("auto", description="auto, local, inline (this process, without Ray), or an address")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where workers compute; auto is cuda where the cluster has GPUs when the run begins"
     )
@@ -126,7 +133,7 @@ class Config(BaseModel):
         "prior", description="what is tuned; a temperature of the logits needs a val split"
     )
     prior_structure: Literal["scalar", "layerwise", "diag"] = Field("scalar", description="of the prior precision")
-    prior_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
+    prior_range: PriorRange | None = Field(
         None, description="the grid search stays between these prior precisions; begins with 1e-4 to 1e4 if not given"
     )
     grid_size: Annotated[int, Field(ge=2)] = Field(41, description="values in the range of the grid search")
@@ -135,10 +142,10 @@ class Config(BaseModel):
     segment_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="seconds before a segment, or any other task, is given to another worker"
     )
-    window: str | None = Field(
+    window: WindowName | None = Field(
         None, description="name of the window of training data; of a new one today's date if not given"
     )
-    windows: Annotated[str, Field(min_length=1)] = Field(
+    windows: Windows = Field(
         "all", description="which windows the posterior is made of: all, last:K, or names with commas between them"
     )
     decay: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
@@ -159,92 +166,23 @@ class Config(BaseModel):
     )
     level: Annotated[float, Field(gt=0.5, lt=1)] = Field(0.95, description="one-sided level of the comparison")
     draws: Annotated[int, Field(ge=100)] = Field(2000, description="of the bootstrap of the comparison")
-    gate: list[str] = Field(
+    gate: Gates = Field(
         [], description="a threshold that a candidate has to meet too, such as nll<=0.005; may be given several times"
     )
     keep_versions: Count | None = Field(
         None,
         description="keep the versions that were current last, so many with this one, and delete what only older ones need",
     )
-    unlabelled: Annotated[str, Field(min_length=1)] | None = Field(
+    unlabelled: NewSplit | None = Field(
         None, description="name of a split of fresh examples without labels, which are watched for drift"
     )
-    alert_cmd: Annotated[str, Field(min_length=1)] | None = Field(
+    alert_cmd: Name | None = Field(
         None, repr=False, exclude=True, description="command that is given the record of a recalibration with drift"
     )
     skip_tune: bool = Field(False, description="do not tune the prior precision")
     skip_evaluate: bool = Field(False, description="do not evaluate the predictive")
     skip_report: bool = Field(False, description="do not write the report")
     fresh: bool = Field(False, description="delete the run at --checkpoint first")
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            problems = tuple(problems_of(error, values, type(self).model_fields))
-            raise SettingsError(message_of(problems, {}), problems) from None
-
-    @field_validator("model", "data", "weights", "checkpoint")
-    @classmethod
-    def _no_credentials(cls, value: str | None) -> str | None:
-        if value is not None and CREDENTIALS.search(value):
-            raise ValueError("credentials in a URL would be stored; give them as storage options")
-        return value
-
-    @field_validator("model_args", "data_args")
-    @classmethod
-    def _json(cls, value: dict[str, Any]) -> dict[str, Any]:
-        try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError):
-            raise ValueError("values that JSON can hold, since they are stored with the run") from None
-        return value
-
-    @field_validator("ood")
-    @classmethod
-    def _new_splits(cls, value: list[str]) -> list[str]:
-        for name in value:
-            if name in ("train", "val", "test") or not re.fullmatch(r"[\w.-]+", name) or value.count(name) > 1:
-                raise ValueError("distinct names of letters, digits, '_', '-' or '.', other than train, val and test")
-        return value
-
-    @field_validator("window")
-    @classmethod
-    def _window_name(cls, value: str | None) -> str | None:
-        return None if value is None else chosen_windows.checked_name(value)
-
-    @field_validator("windows")
-    @classmethod
-    def _chosen_windows(cls, value: str) -> str:
-        return chosen_windows.checked(value)
-
-    @field_validator("outputs")
-    @classmethod
-    def _distinct(cls, value: list[int] | None) -> list[int] | None:
-        if value is not None and len(set(value)) < len(value):
-            raise ValueError("distinct indices of outputs")
-        return None if value is None else sorted(value)
-
-    @field_validator("prior_range")
-    @classmethod
-    def _range(cls, value: list[float] | None) -> list[float] | None:
-        if value is not None and not 0 < value[0] < value[1] < float("inf"):
-            raise ValueError("two positive numbers, the lower one first")
-        return value
-
-    @field_validator("unlabelled")
-    @classmethod
-    def _new_split(cls, value: str | None) -> str | None:
-        if value is not None and (value in ("train", "val", "test") or not re.fullmatch(r"[\w.-]+", value)):
-            raise ValueError("a name of letters, digits, '_', '-' or '.', other than train, val and test")
-        return value
-
-    @field_validator("gate")
-    @classmethod
-    def _gates(cls, value: list[str]) -> list[str]:
-        for text in value:
-            gates.parse(text)
-        return value
 
     @property
     def threads_per_worker(self) -> int:

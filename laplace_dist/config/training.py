@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from laplace_dist.config.refusals import message_of, problems_of
-from laplace_dist.errors import SettingsError
+from laplace_dist.config.kinds import Arguments, Checked, Count
 
-Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Scheduler = Literal[
     "ConstantLR",
@@ -26,24 +23,22 @@ Scheduler = Literal[
 ]
 
 
-class Training(BaseModel):
+class Training(Checked):
     """How weights and hyperparameters are trained together; every name is that of `laplace.marglik_training`, where it has one.
 
     Raises:
         SettingsError: Naming each field that is refused, its value, and what is accepted.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
-
     n_epochs: Count = Field(100, description="epochs of training; a finished run goes on if given more")
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="of the weights: adam, adamw or sgd")
-    optimizer_args: dict[str, Any] = Field(
+    optimizer_args: Arguments = Field(
         {"lr": 1e-3}, description="its arguments, as JSON or YAML, such as '{lr: 0.01, momentum: 0.9}'"
     )
     scheduler: Scheduler | None = Field(
         None, description="of the weights' step size, by its name in torch.optim.lr_scheduler; a step after every batch"
     )
-    scheduler_args: dict[str, Any] = Field({}, description="its arguments, as JSON or YAML, such as '{T_max: 2000}'")
+    scheduler_args: Arguments = Field({}, description="its arguments, as JSON or YAML, such as '{T_max: 2000}'")
     parts: Count = Field(4, description="parts of a batch, whose gradients workers find and the driver adds in order")
     shuffle: bool = Field(False, description="draw the order of the batches anew in every epoch")
     lr_hyp: Positive = Field(0.1, description="step size of Adam on the hyperparameters")
@@ -54,22 +49,6 @@ class Training(BaseModel):
     sigma_noise_init: Positive = Field(1.0, description="initial observation noise of a regression")
     temperature: Positive = Field(1.0, description="of the likelihood")
     fix_sigma_noise: bool = Field(False, description="keep the initial observation noise")
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            problems = tuple(problems_of(error, values, type(self).model_fields))
-            raise SettingsError(message_of(problems, {}), problems) from None
-
-    @field_validator("optimizer_args", "scheduler_args")
-    @classmethod
-    def _plain(cls, value: dict[str, Any]) -> dict[str, Any]:
-        try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError):
-            raise ValueError("values that JSON can hold, since they are stored with the run") from None
-        return value
 
     @field_validator("scheduler_args")
     @classmethod

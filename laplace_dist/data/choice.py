@@ -68,20 +68,12 @@ def choose(config: Config, there: Mapping[str, str], where: str) -> Choice:
     Raises:
         SettingsError: A column is not there, or cannot become a tensor and there is no `--collate`.
     """
+    _check_arguments(config)
     given = config.data_args
-    if wrong := [name for name in given if name not in ARGUMENTS]:
-        raise SettingsError(
-            f"--data-args: {listed(wrong)} given, but {config.data!r} is no callable; for files there are "
-            f"{listed(list(ARGUMENTS))}"
-        )
-    if not _names(given.get("columns", ["x"])) or not isinstance(given.get("group"), str | None):
-        raise SettingsError(
-            "--data-args: columns takes a list of names, such as '{columns: [input_ids, labels]}', group one name"
-        )
     group = given.get("group", "group" if "group" in there else None)
     weight = config.example_weights if config.example_weights in there else None
     beside = group, weight
-    y, flag_x, flag_y = config.dict_key_y, "--dict-key-x", "--dict-key-y"
+    y, flag_x = config.dict_key_y, "--dict-key-x"
     if "columns" in given:
         names, flag_x = tuple(dict.fromkeys(given["columns"])), "--data-args: columns"
         choice = Choice(names, y, False, *beside)
@@ -92,19 +84,38 @@ def choose(config: Config, there: Mapping[str, str], where: str) -> Choice:
     else:
         names = tuple(name for name in there if name not in beside and not _OF_PANDAS.match(name))
         choice = Choice(names, y, False, *beside)
-    wanted = {**dict.fromkeys(choice.names, flag_x), choice.targets: flag_y}
-    wanted |= {group: "--data-args: group"} if group else {}
-    wanted |= {weight: "--example-weights"} if weight else {}
-    for name, flag in wanted.items():
-        if name not in there:
-            raise SettingsError(f"{flag}: {where} has no column {name!r}; it has {listed(list(there))}")
-        if there[name] == TWICE:
-            raise SettingsError(f"{flag}: {where} has two columns {name!r}; rename one")
+    _check_there(choice, there, where, flag_x)
     if choice.targets not in choice.names:
         raise SettingsError(f"--data-args: columns lacks that of the targets, {y!r} (--dict-key-y); add it")
     if config.collate is None:
         _check_joinable(choice, there, where)
     return choice
+
+
+def _check_arguments(config: Config) -> None:
+    """Refuse arguments that files have no use for."""
+    given = config.data_args
+    if wrong := [name for name in given if name not in ARGUMENTS]:
+        raise SettingsError(
+            f"--data-args: {listed(wrong)} given, but {config.data!r} is no callable; for files there are "
+            f"{listed(list(ARGUMENTS))}"
+        )
+    if not _names(given.get("columns", ["x"])) or not isinstance(given.get("group"), str | None):
+        raise SettingsError(
+            "--data-args: columns takes a list of names, such as '{columns: [input_ids, labels]}', group one name"
+        )
+
+
+def _check_there(choice: Choice, there: Mapping[str, str], where: str, flag_x: str) -> None:
+    """Refuse columns that are not there, or twice, by the flags that name them."""
+    wanted = {**dict.fromkeys(choice.names, flag_x), choice.targets: "--dict-key-y"}
+    wanted |= {choice.group: "--data-args: group"} if choice.group else {}
+    wanted |= {choice.weight: "--example-weights"} if choice.weight else {}
+    for name, flag in wanted.items():
+        if name not in there:
+            raise SettingsError(f"{flag}: {where} has no column {name!r}; it has {listed(list(there))}")
+        if there[name] == TWICE:
+            raise SettingsError(f"{flag}: {where} has two columns {name!r}; rename one")
 
 
 def _names(value: Any) -> bool:

@@ -14,17 +14,9 @@ import fsspec
 
 from laplace_dist.config.compatibility import is_url
 from laplace_dist.data.file_errors import FileError, naming, outages_alone
+from laplace_dist.data.file_names import is_hidden, kind_of, split_of
 from laplace_dist.errors import SettingsError, listed
 
-KINDS = {
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".ipc": "arrow",
-    ".tar": "tar",
-}
-_PART = re.compile(r"-(?:[0-9]+|part|shard)")  # what follows the split in train-00000-of-00012.parquet
 # By file system; a listing and a look at one file have to agree on it, which they do not on times of objects.
 _VERSIONS = ("ETag", "etag", "generation", "mtime")
 _AT_ONCE = 64  # files whose ends are in memory together
@@ -98,14 +90,14 @@ class Place:
         """
         with outages_alone(self.url, self.options):
             fs, root = self._opened
-            return _kind(root) is not None and fs.info(root)["type"] == "file"
+            return kind_of(root) is not None and fs.info(root)["type"] == "file"
         return False
 
     @property
     def splits(self) -> list[str]:
         """Names of the splits for which there are folders or files of a known kind."""
-        found = {name if kind == "directory" else _split_of(name) for name, kind in self.top.items()}
-        return sorted(name for name in found if name and not _hidden(name))
+        found = {name if kind == "directory" else split_of(name) for name, kind in self.top.items()}
+        return sorted(name for name in found if name and not is_hidden(name))
 
     @property
     def holds_files(self) -> bool:
@@ -114,10 +106,10 @@ class Place:
         Raises:
             FileError: A folder cannot be listed.
         """
-        if any(_split_of(name) for name, kind in self.top.items() if kind != "directory"):
+        if any(split_of(name) for name, kind in self.top.items() if kind != "directory"):
             return True
         return any(
-            _kind(name) for folder, kind in self.top.items() if kind == "directory" for name in self.names(folder)
+            kind_of(name) for folder, kind in self.top.items() if kind == "directory" for name in self.names(folder)
         )
 
     def names(self, folder: str) -> list[str]:
@@ -142,38 +134,38 @@ class Place:
             FileError: They cannot be listed.
         """
         inside = self._inside(split) if self.top.get(split) == "directory" else []
-        names = [name for name, kind in self.top.items() if kind != "directory" and _split_of(name) == split]
-        ways = [[info for info in inside if _kind(info["name"])], [self._info(name) for name in names]]
+        names = [name for name, kind in self.top.items() if kind != "directory" and split_of(name) == split]
+        ways = [[info for info in inside if kind_of(info["name"])], [self._info(name) for name in names]]
         if all(ways) or (len(names) > 1 and any(name.rpartition(".")[0] == split for name in names)):
             some = [self._name(info["name"]) for way in ways for info in way[:2]]
             raise SettingsError(
                 f"--data: {self.url!r} has split {split!r} twice ({listed(sorted(some))}); keep one folder {split}/, or one "
                 f"file {split}.parquet, or files {split}-00000-of-00012.parquet"
             )
-        found = sorted(
-            map(self._file, [*ways[0], *ways[1]]),
-            key=lambda file: file.name,
-        )
-        kinds = sorted({str(_kind(file.name)) for file in found})
+        found = sorted(map(self._file, [*ways[0], *ways[1]]), key=lambda file: file.name)
         if not found:
-            there = f"it has {listed(self.splits)}" if self.splits else "nothing lies there"
-            packed = [
-                info["name"] for info in inside if re.search(r"\.(tar\.|tgz$|tbz|parquet\.|csv|jsonl?$)", info["name"])
-            ]
-            said = f" with files of a known kind ({self._name(packed[0])} is of none)" if packed else ""
-            raise SettingsError(f"--data: {self.url!r} has no split {split!r}{said}; {there}")
+            raise self._no_split(split, inside)
+        kinds = sorted({str(kind_of(file.name)) for file in found})
         if len(kinds) > 1:
             raise SettingsError(
                 f"--data: split {split!r} of {self.url!r} has files of several kinds ({listed(kinds)}); keep one"
             )
         return kinds[0], found
 
+    def _no_split(self, split: str, inside: Sequence[Mapping[str, Any]]) -> SettingsError:
+        """Return what is said where a split has no file of a known kind, among those in its folder."""
+        there = f"it has {listed(self.splits)}" if self.splits else "nothing lies there"
+        names = [info["name"] for info in inside]
+        packed = [name for name in names if re.search(r"\.(tar\.|tgz$|tbz|parquet\.|csv|jsonl?$)", name)]
+        said = f" with files of a known kind ({self._name(packed[0])} is of none)" if packed else ""
+        return SettingsError(f"--data: {self.url!r} has no split {split!r}{said}; {there}")
+
     def _inside(self, split: str) -> list[Mapping[str, Any]]:
         """Return what is known of the files in a split's folder and below that are not hidden."""
         fs, root = self._opened
         with naming(split, self.options, "cannot be listed"):
             found = fs.find(f"{root}/{split}", detail=True).values()
-        return [info for info in found if not _hidden(self._name(info["name"]))]
+        return [info for info in found if not is_hidden(self._name(info["name"]))]
 
     def _info(self, name: str) -> Mapping[str, Any]:
         fs, root = self._opened
@@ -282,23 +274,6 @@ def _check_length(file: File, content: bytes, start: int, stop: int) -> None:
         raise FileError(
             f"{file.name}: {len(content)} bytes came for bytes {start} to {stop}; give a URL whose server sends parts of files"
         )
-
-
-def _split_of(name: str) -> str | None:
-    """Return the split that a file directly under the URL is of, by its name."""
-    if not _kind(name):
-        return None
-    stem = name.rpartition(".")[0]
-    part = _PART.search(stem)
-    return stem[: part.start()] if part else stem
-
-
-def _kind(name: str) -> str | None:
-    return KINDS.get("." + name.rpartition(".")[2].lower()) if "." in name else None
-
-
-def _hidden(name: str) -> bool:
-    return any(part.startswith((".", "_")) for part in name.split("/"))
 
 
 def _version(info: Mapping[str, Any]) -> str:

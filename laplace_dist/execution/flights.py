@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from laplace_dist.execution.tasks import Task
+from laplace_dist.execution.tasks import Event, Task
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,12 @@ class Hired:
     node: str
     commits: Committing | None = None
     since: float = 0.0
+
+    @property
+    def commit_lost(self) -> Event | None:
+        """That its commit was lost with it, which says nothing of the task: the worker was at another one."""
+        why = "its worker was lost before it was committed"
+        return None if self.commits is None else Event(self.commits.task, failure=why, lost=True)
 
 
 @dataclass(frozen=True)

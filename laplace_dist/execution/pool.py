@@ -227,7 +227,7 @@ class Pool:
         """Return what became of the task whose commit went on during the call."""
         before = flight.hired.commits
         if before is None or answer.before is None:
-            return _commit_lost(flight.hired)
+            return flight.hired.commit_lost
         return self._outcome(flight, before.task, answer.before, before.seconds)
 
     def _own(self, flight: Flight, answer: Answer) -> Event | None:
@@ -252,7 +252,7 @@ class Pool:
         if flight.task is None:
             return [None if lost else self._not_started(flight, why, memory=short_of_memory(error))]
         at = "" if lost else self._failed(node, flight.task)
-        return [_commit_lost(flight.hired), Event(flight.task, failure=why, lost=lost, node=at)]
+        return [flight.hired.commit_lost, Event(flight.task, failure=why, lost=lost, node=at)]
 
     def _overdue(self, now: float, limit: Limit) -> list[Event | None]:
         late = [
@@ -266,7 +266,7 @@ class Pool:
             self._end(flight.hired)
             why = f"its worker seems to hang: it took longer than {limit}"
             at = self._failed(flight.hired.node, flight.task)
-            events += [_commit_lost(flight.hired), Event(flight.task, failure=why, node=at)]
+            events += [flight.hired.commit_lost, Event(flight.task, failure=why, node=at)]
         return events
 
     def _leave(self, now: float) -> list[Event | None]:
@@ -276,7 +276,7 @@ class Pool:
         for hired in spare:
             self._end(hired)
         self._idle = [hired for hired in self._idle if hired not in gone and hired not in spare]
-        return [_commit_lost(hired) for hired in gone]
+        return [hired.commit_lost for hired in gone]
 
     def _is_spare(self, hired: Hired, now: float) -> bool:
         return self._placement.elastic and hired.commits is None and now - hired.since > SPARE_SECONDS
@@ -296,9 +296,3 @@ class Pool:
             self._hint_at = now + HINT_SECONDS
             under_way = f"{len(self._flight)} worker(s) to start" if self._flight else "room for a worker"
             self._say(f"waiting for {under_way}: {self._placement.describe()}")
-
-
-def _commit_lost(hired: Hired) -> Event | None:
-    """Return that a commit was lost with its worker, which says nothing of the task: the worker was at another one."""
-    why = "its worker was lost before it was committed"
-    return None if hired.commits is None else Event(hired.commits.task, failure=why, lost=True)

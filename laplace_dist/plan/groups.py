@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from laplace.structures.sums import Factor, held_shape, row_cuts
+from laplace.structures.specification import Factor, held_shape, row_cuts
 from laplace_dist.plan.parts import Part, Place, places, triangle
 from laplace_dist.plan.segments import Segment
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from laplace.structures.registry import SECOND_PASSES
 from laplace.structures.second_pass import BasisPart, SecondPass
-from laplace.structures.sums import SumsSpec
+from laplace.structures.specification import SumsSpec
 from laplace_dist.errors import CheckpointError, ForeignError
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run.checkpoint import open_json

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from laplace_dist.plan.parts import Part
-from laplace_dist.run import layout, partials, versions, windows
+from laplace_dist.run import layout, partial_manifests, partials, versions, windows
 from laplace_dist.run.checks import Manifest, Place
 from laplace_dist.run.findings import Checker
 from laplace_dist.run.vector import Vector, overlaps
@@ -40,7 +40,7 @@ class CheckPart:
 
     def run(self, checker: Checker, place: Place) -> None:
         """Do so."""
-        units = partials.units_of(place.plan, self.part)
+        units = partial_manifests.units_of(place.plan, self.part)
         manifests = place.partials(checker, [unit for unit in units if unit.id not in self.without], self.part)
         whole = len(manifests) == len(units)
         total = self._sum(checker, place, manifests)

@@ -19,7 +19,7 @@ from laplace_dist.plan.digests import feed
 from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
-from laplace_dist.run import layout, partials, tunings
+from laplace_dist.run import layout, partial_manifests, partials, tunings
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.findings import Checker, Findings
 from laplace_dist.storage.store import Store
@@ -60,11 +60,11 @@ class Place:
         read: dict[str, Manifest | None] = {}
         try:
             for unit, (key, data) in zip(left, self.store.read_many(keys), strict=True):
-                found = checker.attempt(key, lambda d=data, u=unit: partials.parse_manifest(d, self.plan, u))
-                read[unit.id] = found if found is None or part is None else partials.of_part(found, part)
+                found = checker.attempt(key, lambda d=data, u=unit: partial_manifests.parse_manifest(d, self.plan, u))
+                read[unit.id] = found if found is None or part is None else partial_manifests.of_part(found, part)
         except MissingObjectError:  # was deleted after it was listed
             for unit in left[len(read) :]:
-                call = partial(partials.read_manifest, self.store, self.plan, unit)
+                call = partial(partial_manifests.read_manifest, self.store, self.plan, unit)
                 read[unit.id] = checker.attempt(layout.partial_key(unit.id), call)
         found = (self.manifests.get(unit.id) or read[unit.id] for unit in units)
         return [manifest for manifest in found if manifest is not None]

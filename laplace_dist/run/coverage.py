@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from laplace.structures.registry import coverage_report
-from laplace.structures.sums import SumsSpec
+from laplace.structures.specification import SumsSpec
 from laplace_dist.errors import CheckpointError, MissingObjectError
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run.layout import COVERAGE, remedy

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from laplace.structures.decomposition import widths
-from laplace.structures.sums import SumsSpec
+from laplace.structures.specification import SumsSpec
 from laplace_dist.errors import CheckpointError, MissingObjectError
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run.attempts import new_attempt

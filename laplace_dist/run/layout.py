@@ -256,7 +256,7 @@ def problem(key: str, values: Mapping[str, Any]) -> str | None:
 def _foreign_prefix(own: str, values: Mapping[str, Any]) -> str | None:
     """Say which prefix in an object is not directly under its own key."""
     if own.startswith("partials/"):
-        return None  # compared with the attempt's id by `partials.parse_manifest`
+        return None  # compared with the attempt's id by `partial_manifests.parse_manifest`
     parts = [(f"parts/{name}", place) for name, place in values.get("parts", {}).items()]
     for owner, place in [(own, values), *((own, place) for place in values.get("factors", {}).values()), *parts]:
         prefix = place.get("prefix")

@@ -14,7 +14,7 @@ from laplace_dist.plan.segments import Segment
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.layout import CONFIG, CURRENT, PLAN, TRAINING, WINDOW, partial_key, probe_key
 from laplace_dist.run.ownership import confirm, of_another, read_plan
-from laplace_dist.run.partials import check_manifest
+from laplace_dist.run.partial_manifests import check_manifest
 from laplace_dist.run.place import check_place, clear
 from laplace_dist.run.probe import check_probe, probe_digest
 from laplace_dist.run.run_weights import RunWeights, are_there

@@ -8,10 +8,10 @@ from datetime import UTC, datetime, timedelta
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run import layout
-from laplace_dist.run.checkpoint import open_json
+from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.layout import ATTEMPT, MANIFEST
 from laplace_dist.run.leases import GONE
-from laplace_dist.run.ownership import of_another
+from laplace_dist.run.ownership import of_another, read_plan
 from laplace_dist.storage.local import TEMP
 from laplace_dist.storage.store import Store
 
@@ -24,9 +24,11 @@ def wall_clock() -> datetime:
 
 
 def find(
-    store: Store, times: Mapping[str, datetime], plan: Plan | None, now: datetime
+    store: Checkpoint, times: Mapping[str, datetime], plan: Plan | None, now: datetime
 ) -> tuple[dict[str, float], bool]:
     """Return the hours since the last write of every attempt that no manifest names, and whether all could be read.
+
+    Those in windows, which are laid out like checkpoints of their own, are among them.
 
     Args:
         store: The checkpoint.
@@ -35,6 +37,28 @@ def find(
         plan: Of the run: what a manifest of another one names counts as not named. None if it cannot be read.
         now: The time.
     """
+    found, readable = _in_one(store, times, plan, now)
+    for prefix in sorted({match[1] for key in times if (match := layout.WITHIN.match(key))}):
+        place = store.under(prefix)
+        own = {key.removeprefix(f"{prefix}/"): time for key, time in times.items() if key.startswith(f"{prefix}/")}
+        ages, whole = _in_one(place, own, _plan_of(place), now)
+        found |= {f"{prefix}/{key}": age for key, age in ages.items()}
+        readable = readable and whole
+    return found, readable
+
+
+def _plan_of(place: Checkpoint) -> Plan | None:
+    """Return a window's plan; None where it was deleted and has left orphans, or is bad, which is named elsewhere."""
+    try:
+        return read_plan(place)
+    except CheckpointError:
+        return None
+
+
+def _in_one(
+    store: Store, times: Mapping[str, datetime], plan: Plan | None, now: datetime
+) -> tuple[dict[str, float], bool]:
+    """Return the same of what is laid out as one checkpoint."""
     newest: dict[str, datetime] = {}
     for key, time in times.items():
         match = ATTEMPT.fullmatch(key)

@@ -12,7 +12,8 @@ from laplace import Laplace
 from laplace.backends import backend_class
 from laplace.data.calling import adapted
 from laplace.posterior.sketched import SketchedLowRankLaplace
-from laplace.structures.sums import CurvatureSums, SumsSpec
+from laplace.structures.specification import SumsSpec
+from laplace.structures.sums import CurvatureSums
 from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan

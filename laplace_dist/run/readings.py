@@ -7,7 +7,7 @@ from typing import Any
 
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.sketch import merged
-from laplace_dist.run import partials
+from laplace_dist.run import partial_manifests
 
 Manifest = Mapping[str, Any]
 
@@ -31,7 +31,7 @@ def readings(plan: Plan, manifests: Sequence[Manifest]) -> dict[str, Any]:
             environments.append(own)
         made.append(environments.index(own))
     digests = [manifest.get("data_sha256") for manifest in manifests]
-    sketch = merged(manifest.get("examples") for manifest in partials.of_first_group(plan, manifests))
+    sketch = merged(manifest.get("examples") for manifest in partial_manifests.of_first_group(plan, manifests))
     read = {"environments": environments, "made": made, "data_sha256": digests}
     return {"read": read, "examples": None if sketch is None else sketch.to_values()}
 

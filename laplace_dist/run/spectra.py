@@ -15,7 +15,7 @@ from torch import Tensor
 
 from laplace.linalg.eigen import eigenvalues
 from laplace.linalg.kronecker import rounded_factor
-from laplace.structures.sums import SumsSpec
+from laplace.structures.specification import SumsSpec
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run import decompositions

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from laplace.data.calling import adapted
 from laplace.empirical_bayes import Hyperparameters
-from laplace.structures.sums import CurvatureSums, SumsSpec
+from laplace.structures.specification import SumsSpec
+from laplace.structures.sums import CurvatureSums
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run import training

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from laplace_dist.errors import CheckpointError, SettingsError
+from laplace_dist.errors import SettingsError
 from laplace_dist.plan.plan import Plan
-from laplace_dist.run import layout, leases, orphans, ownership, settings_file, versions
+from laplace_dist.run import layout, leases, orphans, ownership, settings_file
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.checks import CarryOut, Check, CheckData, CheckFollowOns, Place
-from laplace_dist.run.combination import alone
 from laplace_dist.run.coverage import check_coverage
 from laplace_dist.run.findings import Checker, Findings
-from laplace_dist.run.pointer import read_current
 from laplace_dist.run.probe import open_probe
 from laplace_dist.run.run_weights import check_run_weights
+from laplace_dist.run.verify_pointers import check_pointers
 from laplace_dist.run.verify_sums import SumsCheck
 from laplace_dist.run.verify_training import check_training
 from laplace_dist.run.verify_windows import check_windows
@@ -119,6 +116,26 @@ class _Run:
         self.checker, self.report, self.plan, self.keys, self.store = checker, report, plan, keys, checker.store
 
     def check(self, data: Any, pool: CarryOut | None) -> None:
+        self._check_small_objects()
+        plan, carry_out = self.plan, pool or self._here
+        self._place = Place(self.store, plan, self._opener(data), self.checker.keys, self.checker.shallow)
+        sums = SumsCheck(self.checker, plan, self.keys, carry_out)
+        self._place = replace(self._place, manifests=sums.manifests)
+        sums.run()
+        self.report.segments, self.report.committed = len(plan.segments), sums.committed
+        self.report.versions = sums.versions
+        follows = [key for key in self.keys if self._follows(key) and self._of_this_run(key)]
+        some = [tuple(follows[start : start + TOGETHER]) for start in range(0, len(follows), TOGETHER)]
+        self._add(carry_out("tunings and evaluations", [CheckFollowOns(keys) for keys in some]))
+        there = check_windows(self.checker, plan, self.keys, self.report.versions, sums)
+        check_training(self.checker, plan)
+        check_pointers(self.checker, plan, self.report.versions, sums)
+        if data is not None:
+            checks = [check for name in there for check in self._comparisons(data, name, *there[name])]
+            self._add(carry_out("segments compared with the data", checks))
+
+    def _check_small_objects(self) -> None:
+        """Check what the run was begun with, weights, settings and probe, and what is said of it."""
         store, plan, keys, attempt = self.store, self.plan, self.checker.keys, self.checker.attempt
         begun = any(key.startswith("partials/") for key in keys)
         stored = layout.WEIGHTS_INDEX if layout.WEIGHTS_INDEX in keys else layout.WEIGHTS
@@ -133,23 +150,6 @@ class _Run:
             attempt(layout.COVERAGE, lambda: check_coverage(store))
         for key in (key for key in keys if key.startswith((f"{layout.STATUS}/", "report/spectra-"))):
             attempt(key, lambda key=key: open_json(store.read(key), key))
-        carry_out = pool or self._here
-        self._place = Place(store, plan, self._opener(data), keys, self.checker.shallow)
-        sums = SumsCheck(self.checker, plan, self.keys, carry_out)
-        self._place = replace(self._place, manifests=sums.manifests)
-        sums.run()
-        self.report.segments, self.report.committed = len(plan.segments), sums.committed
-        self.report.versions = sums.versions
-        follows = [key for key in self.keys if self._follows(key) and self._of_this_run(key)]
-        some = [tuple(follows[start : start + TOGETHER]) for start in range(0, len(follows), TOGETHER)]
-        self._add(carry_out("tunings and evaluations", [CheckFollowOns(keys) for keys in some]))
-        there = check_windows(self.checker, plan, self.keys, self.report.versions, sums)
-        check_training(self.checker, plan)
-        self._pointers(sums)
-        self._unmerged()
-        if data is not None:
-            checks = [check for name in there for check in self._comparisons(data, name, *there[name])]
-            self._add(carry_out("segments compared with the data", checks))
 
     def _opener(self, data: Any) -> Callable[[str], Any]:
         """Return what opens the training split of a window."""
@@ -202,85 +202,6 @@ class _Run:
         self.report.notes.append((key, f"{text} may leave that; delete it."))
         return False
 
-    def _pointers(self, sums: SumsCheck) -> None:
-        """Check what says which version, tuning and metrics are in force."""
-        problems, keys, plan = self.report.problems, self.checker.keys, self.plan
-        if self.report.versions or layout.CURRENT in keys:
-            missing = [layout.partial_key(unit.id) for unit in plan.units]
-            problems += [
-                (
-                    key,
-                    f"{key} is missing, though the run has a posterior. Run the fit job again: it recomputes that segment.",
-                )
-                for key in missing
-                if not sums.dropped and self.checker.missing(key)
-            ]
-        if layout.CURRENT in keys:
-            current = self.checker.attempt(layout.CURRENT, lambda: read_current(self.store))
-            named = [] if current is None else [f"posteriors/{current['version']}.json", current["tuning"]]
-            problems += [
-                (key, f"{key} is missing, and {layout.CURRENT} names it. Run the fit job again.")
-                for key in named
-                if key is not None and self.checker.missing(key)
-            ]
-            if current is not None and sums.window is not None and not current.get("history") and plan.further is None:
-                wanted = versions.version_of(alone(self.store, plan, sums.window))
-                if wanted != current["version"]:
-                    text = f"it names version {current['version']}, but the window's sum makes {wanted}"
-                    problems.append((layout.CURRENT, f"{layout.CURRENT}: {text}. Run the fit job again."))
-        elif self.store.exists(layout.CURRENT):
-            pass  # a job that runs beside this has just written it
-        elif self.report.versions and any(key.startswith(("tuning/", "evaluation/")) for key in keys):
-            text = (
-                f"{layout.CURRENT} is missing, though its posterior was used. Run the fit job again: it writes it anew."
-            )
-            problems.append((layout.CURRENT, text))
-        elif self.report.versions:
-            text = (
-                f"{layout.CURRENT} is missing: the posterior is committed and not yet in force. Run the fit job again."
-            )
-            self.report.notes.append((layout.CURRENT, text))
-        if layout.METRICS in keys:
-            self.checker.attempt(layout.METRICS, self._metrics)
-        elif any(re.fullmatch(r"evaluation/[^/]+\.json", key) for key in keys):
-            text = f"{layout.METRICS} is missing: the evaluation is committed and not yet shown. Run its job again."
-            self.report.notes.append((layout.METRICS, text))
-
-    def _unmerged(self) -> None:
-        """Note shards of tuning and evaluation that no manifest was made of: a crash before, or a deletion after."""
-        shards = [re.fullmatch(r"((?:tuning|evaluation)/[^/]+)/[^/]+\.json", key) for key in self.keys]
-        for stem in sorted({match[1] for match in shards if match}):
-            if (key := f"{stem}.json") not in self.checker.keys:
-                text = f"{key} is missing: its shards are committed and not yet merged. Run its job again."
-                self.report.notes.append((key, text))
-
-    def _metrics(self) -> None:
-        """Check that `evaluation/metrics.json`, which carries no digest, repeats a sealed evaluation."""
-        shown = json.loads(self.store.read(layout.METRICS))
-        version = shown.pop("version")
-        tuning = shown.pop("tuning")
-        pattern = re.compile(rf"evaluation/{re.escape(str(version))}-[^/]+\.json")
-        for key in filter(pattern.fullmatch, self.store.list("evaluation", recursive=False)):
-            sealed = self.checker.attempt(key, lambda k=key: open_json(self.store.read(k), k))
-            if sealed and sealed["metrics"] == shown and sealed["settings"]["tuning"] == tuning:
-                return
-        raise CheckpointError(
-            f"{layout.METRICS} repeats no evaluation of this run: it was altered. Run the evaluate job again."
-        )
-
-
-def _of_window(
-    place: Checkpoint, prefix: str, times: Mapping[str, datetime], now: datetime
-) -> tuple[dict[str, float], bool]:
-    """Return the orphans of a window, which is laid out like a checkpoint of its own, by their keys in the run."""
-    own = {key.removeprefix(f"{prefix}/"): time for key, time in times.items() if key.startswith(f"{prefix}/")}
-    try:
-        plan = ownership.read_plan(place)
-    except CheckpointError:  # a window that was deleted has left them, or its plan is bad, which is named elsewhere
-        plan = None
-    found, whole = orphans.find(place, own, plan, now)
-    return {f"{prefix}/{key}": age for key, age in found.items()}, whole
-
 
 def _collect(
     store: Checkpoint,
@@ -292,10 +213,6 @@ def _collect(
 ) -> None:
     """Find what no manifest names, and delete what is old enough unless a manifest cannot be read."""
     report.orphans, readable = orphans.find(store, times, plan, now)
-    for prefix in sorted({match[1] for key in times if (match := layout.WITHIN.match(key))}):
-        found, whole = _of_window(store.under(prefix), prefix, times, now)
-        report.orphans |= found
-        readable = readable and whole
     if older_than is None:
         return
     if not readable or any(layout.MANIFEST.fullmatch(key) for key, _ in report.problems):

@@ -9,7 +9,7 @@ from typing import Any
 from laplace_dist.errors import RunFailed
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
-from laplace_dist.run import layout, partials, readings, versions, windows
+from laplace_dist.run import layout, partial_manifests, readings, versions, windows
 from laplace_dist.run.check_part import CheckPart
 from laplace_dist.run.checks import CarryOut, CheckArrays, CheckPartials
 from laplace_dist.run.combination import alone
@@ -110,7 +110,9 @@ class SumsCheck:
                 self._unplanned(key, content)
                 continue
             unit = planned[key]
-            found = self.checker.attempt(key, lambda c=content, u=unit: partials.parse_manifest(c, self.plan, u))
+            found = self.checker.attempt(
+                key, lambda c=content, u=unit: partial_manifests.parse_manifest(c, self.plan, u)
+            )
             if found is not None:
                 self.manifests[unit.id] = found
                 self.checker.found.came_from(found)
@@ -119,9 +121,9 @@ class SumsCheck:
         """Look whether the module groups of every segment are of the same data, and the weights of all those of the plan."""
         there = [self.manifests[unit.id] for unit in self.plan.units if unit.id in self.manifests]
         try:
-            partials.check_agreement(self.plan, there if len(self.plan.groups) > 1 else [])
+            partial_manifests.check_agreement(self.plan, there if len(self.plan.groups) > 1 else [])
             if (whole := self._all) is not None:
-                windows.check_weight(self.plan, partials.of_first_group(self.plan, whole))
+                windows.check_weight(self.plan, partial_manifests.of_first_group(self.plan, whole))
         except RunFailed as error:
             self._problem("partials", str(error))
 
@@ -184,7 +186,7 @@ class SumsCheck:
                 self._problem(layout.WINDOW, text)
             return
         if self._all is not None and not self.checker.shallow:
-            total = windows.total_loss(self.store, partials.of_first_group(self.plan, self._all))
+            total = windows.total_loss(self.store, partial_manifests.of_first_group(self.plan, self._all))
             known = readings.readings(self.plan, self._all)
             wrong = "its loss is not the sum of the partials'" if total != self.window["loss"] else None
             if self.window.get("read") and {name: self.window.get(name) for name in known} != known:

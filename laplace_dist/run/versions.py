@@ -19,7 +19,7 @@ from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.combination import Term
 from laplace_dist.run.layout import LOSS, version_key
 from laplace_dist.run.ownership import commit, has
-from laplace_dist.run.partials import refuse_emptied
+from laplace_dist.run.partial_manifests import refuse_emptied
 from laplace_dist.run.provenance import environment
 from laplace_dist.run.vector import complete, overlaps, write
 from laplace_dist.run.windows import SUM

@@ -13,7 +13,7 @@ import numpy as np
 from laplace_dist.errors import CheckpointError, ForeignError, MissingObjectError, RunFailed, listed
 from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
-from laplace_dist.run import partials
+from laplace_dist.run import partial_manifests, partials
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.layout import WINDOW, owned, part_key, partial_key
@@ -31,8 +31,8 @@ SAME_WEIGHT = 1e-9  # by which sums of weights may differ, relative: the order o
 def inputs_digest(manifests: Iterable[Mapping[str, Any]], part: Part) -> str:
     """Return what a part was summed from: the committed partials that hold any of it in plan order, by their bytes."""
     digest = hashlib.sha256()
-    for manifest in partials.with_part(manifests, part):
-        entry = partials.entries_of(manifest, part)
+    for manifest in partial_manifests.with_part(manifests, part):
+        entry = partial_manifests.entries_of(manifest, part)
         digest.update(json.dumps([manifest["segment"], entry]).encode())
     return digest.hexdigest()
 
@@ -48,7 +48,7 @@ def sum_part(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any]], p
         CheckpointError: An array is missing, truncated or altered.
     """
     total = np.full(part.stop - part.start, -0.0)  # which any number is added to without a change, -0.0 too
-    for pieces in partials.read_parts(store, plan, partials.with_part(manifests, part), part):
+    for pieces in partials.read_parts(store, plan, partial_manifests.with_part(manifests, part), part):
         partials.add(total, pieces)
     return total
 
@@ -116,7 +116,7 @@ def missing_parts(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any
     Raises:
         RunFailed: The module groups of a segment are of other data.
     """
-    partials.check_agreement(plan, manifests)
+    partial_manifests.check_agreement(plan, manifests)
     there, missing = set(store.list("parts", recursive=False)), []
     for part in plan.parts:
         of = inputs_digest(manifests, part)
@@ -146,7 +146,7 @@ def commit_window(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any
         RunFailed: The weights of the examples that were read are not those of the plan.
     """
     parts = {part.id: read_part_manifest(store, plan, part, inputs_digest(manifests, part)) for part in plan.parts}
-    counted = partials.of_first_group(plan, manifests)
+    counted = partial_manifests.of_first_group(plan, manifests)
     check_weight(plan, counted)
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -251,7 +251,7 @@ def _known(store: Store, plan: Plan) -> dict[str, Any]:
     wanted = {partial_key(unit.id) for unit in plan.units}
     if not wanted <= set(store.list("partials", recursive=False)):
         return {}
-    return readings(plan, list(partials.manifests(store, plan)))
+    return readings(plan, list(partial_manifests.manifests(store, plan)))
 
 
 def is_dropped(store: Store, plan: Plan) -> bool:

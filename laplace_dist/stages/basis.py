@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from laplace.structures.sums import SumsSpec
+from laplace.structures.specification import SumsSpec
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run import bases, versions
 from laplace_dist.run.attempts import new_attempt

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from laplace.linalg.precision import without_autocast
-from laplace.structures.sums import SumsSpec
+from laplace.structures.specification import SumsSpec
 from laplace_dist.config.settings import Config
 from laplace_dist.data import example_weights, loader, sources
 from laplace_dist.data.collate import Collate

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from laplace.structures.decomposition import decompose
-from laplace.structures.sums import SumsSpec
+from laplace.structures.specification import SumsSpec
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run import decompositions
 from laplace_dist.run.provenance import environment

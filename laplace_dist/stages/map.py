@@ -14,7 +14,7 @@ from laplace_dist.plan.estimate import BESIDE
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
 from laplace_dist.plan.sketch import ExampleDigests, limit_of
-from laplace_dist.run import lifecycle, partials
+from laplace_dist.run import lifecycle, partial_manifests, partials
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.provenance import environment, node
 from laplace_dist.stages.context import Context
@@ -86,8 +86,8 @@ class CompareData:
         segment, digest, window = self.segment, hashlib.sha256(), context.window_of(self.plan)
         for _ in context.batches("train", window.plan.data, segment.start, segment.stop, digest):
             pass
-        manifest = partials.read_manifest(window.store, window.plan, segment)
-        partials.check_same_data(manifest, digest.hexdigest(), node())
+        manifest = partial_manifests.read_manifest(window.store, window.plan, segment)
+        partial_manifests.check_same_data(manifest, digest.hexdigest(), node())
         return {}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from laplace_dist.errors import CheckpointError, listed
 from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import Plan
-from laplace_dist.run import partials, versions, windows
+from laplace_dist.run import partial_manifests, versions, windows
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.combination import Term, terms_of, windows_of
 from laplace_dist.run.provenance import environment
@@ -43,7 +43,7 @@ class SumPart:
         """Do so."""
         window = context.window_of(self.plan)
         store, plan = window.store, window.plan
-        manifests = list(partials.manifests(store, plan, self.part))
+        manifests = list(partial_manifests.manifests(store, plan, self.part))
         total = windows.sum_part(store, plan, manifests, self.part)
         windows.commit_part(store, plan, self.part, total, self.of, environment(context.device))
         return {}

@@ -21,18 +21,18 @@ from laplace_dist.data.device import to_device
 from laplace_dist.plan.estimate import Trial
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
-from laplace_dist.run import partials, windows
+from laplace_dist.run import partial_manifests, partials, windows
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.provenance import environment
-from laplace_dist.stages import opening
+from laplace_dist.stages import opening, resolving
 from laplace_dist.stages.map import BESIDE
 from laplace_dist.storage.store import Store
 
 BATCHES = 4  # the first of which is not timed
 
 
-def run(config: Config, resolved: opening.Resolved, module_groups: int = 1) -> tuple[Plan, Trial]:
+def run(config: Config, resolved: resolving.Resolved, module_groups: int = 1) -> tuple[Plan, Trial]:
     """Carry out a trial of a fit in this process; returns the fit's plan and what the trial took.
 
     Args:
@@ -73,7 +73,7 @@ def run(config: Config, resolved: opening.Resolved, module_groups: int = 1) -> t
 
 
 def _batches(
-    config: Config, resolved: opening.Resolved, rows: Mapping[str, tuple[int, int]] | None, count: int = BATCHES
+    config: Config, resolved: resolving.Resolved, rows: Mapping[str, tuple[int, int]] | None, count: int = BATCHES
 ) -> tuple[Any, float]:
     """Accumulate a few batches; returns the sums and the median seconds of one."""
     la, size = resolved.la, config.batch_size
@@ -97,7 +97,7 @@ def _alone(commit: Commit, *_: Any) -> tuple[partials.Receipt, float]:
 
 
 def _beside(
-    commit: Commit, config: Config, resolved: opening.Resolved, rows: Mapping[str, tuple[int, int]] | None
+    commit: Commit, config: Config, resolved: resolving.Resolved, rows: Mapping[str, tuple[int, int]] | None
 ) -> tuple[partials.Receipt, float]:
     """Commit beside a batch of the next segment, as a worker does, so that the peak is that of both.
 
@@ -133,7 +133,7 @@ def _objects(folder: Path) -> set[Path]:
 def _sum_seconds(store: Store, plan: Plan, unit: Segment) -> float:
     """Return the seconds that one part of the partial takes to be read and added."""
     part = next(part for part in plan.parts if plan.groups[unit.group].overlap(part) is not None)
-    manifests = [partials.of_part(partials.read_manifest(store, plan, unit), part)]
+    manifests = [partial_manifests.of_part(partial_manifests.read_manifest(store, plan, unit), part)]
     begun = _clock()
     windows.sum_part(store, plan, manifests, part)
     return _clock() - begun

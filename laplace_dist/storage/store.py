@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -14,15 +13,14 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from laplace_dist import outages
-from laplace_dist.errors import CheckpointError, MissingObjectError, RunFailed, SettingsError, StorageError
+from laplace_dist.errors import SettingsError
 from laplace_dist.storage import local, object_store
 from laplace_dist.storage.arrays import Arrays
 from laplace_dist.storage.keys import check_key, check_url
+from laplace_dist.storage.messages import Messages
 
-_RERUN = "Run the same command again: it continues from what is committed."
 
-
-class Store(Arrays):
+class Store(Arrays, Messages):
     """Objects under one URL: a local directory, or anything that fsspec opens and that can create without overwriting.
 
     It opens its file system on first use and pickles as its arguments, so that every process opens its own.
@@ -287,61 +285,6 @@ class Store(Arrays):
         if self.is_local:
             with self._reporting(prefix, "write"):
                 local.sync_tree(self._path(prefix), self._root)
-
-    # -------------------------------------------------------------- messages
-
-    def remedy(self, key: str) -> str:
-        """Say what to do about a bad object; whoever knows what lies under the keys overrides this."""
-        return "Restore it from a copy."
-
-    @contextmanager
-    def _reporting(self, key: str, verb: str) -> Iterator[None]:
-        """Turn the file system's errors into ones that name the object and the remedy."""
-        try:
-            yield
-        except outages.failures() as error:
-            raise self._explain(error, key, verb) from (error if self.is_local else None)
-
-    def _explain(self, error: Exception, key: str, verb: str) -> Exception:
-        reason = self._scrub(f"{type(error).__name__}: {error}")
-        number = getattr(error, "errno", None)
-        if isinstance(error, local.NoHardLinks):
-            return SettingsError(
-                f"--checkpoint {self.url!r}: the file system there has no hard links, which commits need: use another "
-                f"directory or an object store ({reason})"
-            )
-        if verb == "write":
-            if number in (errno.ENOSPC, errno.EDQUOT):
-                return RunFailed(
-                    f"{self._where(key)}: no space left on the device while writing it; nothing of it is committed. "
-                    f"Free some space. {_RERUN}"
-                )
-            refused = PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError
-            if isinstance(error, refused) or number in (errno.EROFS, errno.EPERM, errno.ENOTSUP):
-                return SettingsError(
-                    f"--checkpoint {self.url!r}: cannot write {key!r} there ({reason}). "
-                    "Give a directory, or a URL with its --storage-options, that this process may write to."
-                )
-        if outages.refuses(error):
-            return SettingsError(
-                f"--checkpoint {self.url!r}: may not {verb} {key!r} there ({reason}). Check that the bucket or directory "
-                "exists and that --storage-options hold credentials that may read, write and list it."
-            )
-        if verb != "write" and isinstance(error, FileNotFoundError | NotADirectoryError):
-            return self._missing(key)
-        return StorageError(f"{self._where(key)}: could not {verb} it ({reason}). Check the storage. {_RERUN}")
-
-    def _missing(self, key: str) -> MissingObjectError:
-        return MissingObjectError(f"{self._where(key)} is missing. {self.remedy(key)}")
-
-    def _altered(self, key: str, why: str) -> CheckpointError:
-        return CheckpointError(f"{self._where(key)} is truncated or altered: {why}. {self.remedy(key)}")
-
-    def _where(self, key: str) -> str:
-        return f"{self.url.rstrip('/')}/{key}"
-
-    def _scrub(self, text: str) -> str:
-        return object_store.scrub(text, self._options)
 
 
 def _time(info: Mapping[str, Any]) -> datetime:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import random_kinds  # noqa: F401 - its layers are in the tables
 from .random_features import ACTIVATIONS, EITHER, INPUTS, LAYERS, OUTER, REFUSE, RIGHT, VOCABULARY, WRAPPERS, Block
 from .random_laws import LAWS, outputs_of
 
@@ -45,6 +45,8 @@ SHAPES = {
     "volume": (1, 3, 3, 3),
     "tokens": (4,),
 }
+for _place in ("vectors", "sequences", "spatial", "tokens", "kinds", "surroundings"):
+    import_module(f"{__package__}.random_{_place}")  # fills the tables, in an order that what is drawn depends on
 TABLES = (LAYERS, WRAPPERS, OUTER, INPUTS)
 FEATURES = tuple(name for table in TABLES for name in table)
 USUAL = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

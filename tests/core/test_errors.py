@@ -13,7 +13,7 @@ from laplace.curvature import backend_class, backend_names
 from laplace.curvature.curvature import GGNInterface
 
 from .models import CASES, loader, mlp
-from .test_posterior import SIX, fitted
+from .posteriors import SIX, fitted
 
 NAN = float("nan")
 

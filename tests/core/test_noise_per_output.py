@@ -17,7 +17,7 @@ from laplace.tuning import score_grid
 from laplace.utils import residual_noise
 
 from .models import loader
-from .test_posterior import SIX, close
+from .posteriors import SIX, close
 
 NOISE = torch.tensor([0.2, 3.0], dtype=torch.float64)
 

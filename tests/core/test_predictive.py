@@ -17,8 +17,8 @@ from laplace.predictive import glm_distribution
 
 from . import naive
 from .models import CASES, loader
+from .posteriors import COMBINATIONS, SIX, STRUCTURES, close, dense_precision, fitted, prior_of
 from .test_curvature import last_layer_of
-from .test_posterior import COMBINATIONS, SIX, STRUCTURES, close, dense_precision, fitted, prior_of
 
 
 def reference(la, model, x, subset="all"):

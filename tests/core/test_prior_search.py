@@ -15,7 +15,7 @@ from laplace import Laplace
 from laplace.tuning import prior_precision_grid, score_grid
 
 from .models import loader
-from .test_posterior import SIX, fitted
+from .posteriors import SIX, fitted
 from .test_temperature import classifier
 
 

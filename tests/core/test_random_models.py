@@ -16,10 +16,11 @@ from laplace import likelihoods
 from laplace.likelihoods import BaseLikelihood, Categorical, Gaussian, GaussianPerOutput, Preference
 from laplace.utils.enums import Likelihood
 
-from .dense_reference import Reference, Verdict, examine, judge
+from .dense_reference import Reference
 from .not_yet import CHECKS, NOT_YET, missing
 from .random_laws import LAWS
 from .random_models import FEATURES, LIKELIHOODS, NAMES, Plan, plan
+from .verdicts import Verdict, examine, judge
 
 MODELS, PARTS = 810, 30  # as many as draw every kind three times
 PLANS = list(itertools.islice((p for p in map(plan, itertools.count()) if not missing(p.names)), MODELS))

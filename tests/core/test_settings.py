@@ -13,7 +13,7 @@ from laplace.curvature import NativeEF, NativeGGN
 from laplace.enums import Likelihood
 
 from .models import CASES, loader, mlp
-from .test_posterior import SIX
+from .posteriors import SIX
 
 NAN, INF = float("nan"), float("inf")
 

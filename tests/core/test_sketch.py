@@ -14,7 +14,8 @@ from laplace import Laplace, LowRankLaplace, SketchedLowRankLaplace
 from laplace.curvature import NativeEF, NativeGGN, NativeHessian
 from laplace.structures import sketch
 from laplace.structures.registry import SECOND_PASSES
-from laplace.structures.sums import CurvatureSums, SumsSpec
+from laplace.structures.specification import SumsSpec
+from laplace.structures.sums import CurvatureSums
 
 from . import naive
 from .models import CASES, loader

@@ -23,7 +23,7 @@ from laplace.curvature import (
     backend_class,
 )
 from laplace.curvature.conformance import SumsConformance
-from laplace.structures.sums import SumsSpec
+from laplace.structures.specification import SumsSpec
 from tests.core import naive
 from tests.core.models import CASES, loader, mlp
 

@@ -11,7 +11,7 @@ from laplace.backends.gauss_newton import GGNInterface
 from laplace.backends.native import NativeEF, NativeGGN
 from laplace.linalg import gram
 from laplace.structures.ekfac import Eigenbasis
-from laplace.structures.sums import row_cuts
+from laplace.structures.specification import row_cuts
 
 N = 37
 

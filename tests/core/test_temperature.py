@@ -12,7 +12,7 @@ from laplace.likelihoods import Bernoulli
 from laplace.scoring import score_candidates
 
 from .models import loader
-from .test_posterior import SIX, close
+from .posteriors import SIX, close
 
 LINKS = ("probit", "mc", "bridge", "bridge_norm")
 

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from laplace import Laplace
 
-from .dense_reference import examine
 from .planned import planned
 from .random_models import Case
 from .torch_layers import LAYERS, LAZY, VOCABULARY, Around, Layer, classes, is_known
+from .verdicts import examine
 
 CASES = {
     f"{name} {variant}".strip(): case

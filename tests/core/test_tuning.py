@@ -16,7 +16,7 @@ from laplace.utils import validate
 from laplace.utils.metrics import classification_scores
 
 from .models import CASES, loader, mlp
-from .test_posterior import COMBINATIONS, SIX, close, fitted, prior_of
+from .posteriors import COMBINATIONS, SIX, close, fitted, prior_of
 
 GRID = torch.tensor([0.01, 0.3, 1.0, 7.0, 200.0], dtype=torch.float64)
 LINKS = ("probit", "mc", "bridge", "bridge_norm")

@@ -11,7 +11,7 @@ from laplace.curvature.curvature import GGNInterface
 
 from . import naive
 from .models import CASES, loader
-from .test_posterior import SIX
+from .posteriors import SIX
 
 
 def weak_prior(dtype, prior, backend=None):

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from laplace import Laplace
 from laplace.likelihoods import Bernoulli
 
-from .dense_reference import examine
 from .planned import planned
 from .random_features import EITHER, Block
 from .random_models import CONTEXTS, Case
+from .verdicts import examine
 
 STRUCTURES = ["full", "diag", "kron"]
 

@@ -11,7 +11,17 @@ from given_weights import Given
 from torch import nn
 
 from laplace_dist.plan.plan import Plan, build_plan
-from laplace_dist.run import attempts, layout, lifecycle, ownership, partials, pointer, versions, windows
+from laplace_dist.run import (
+    attempts,
+    layout,
+    lifecycle,
+    ownership,
+    partial_manifests,
+    partials,
+    pointer,
+    versions,
+    windows,
+)
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.combination import Window, alone
 from laplace_dist.run.provenance import environment
@@ -124,7 +134,7 @@ def finish(store: Checkpoint, plan: Plan) -> str:
     context = SimpleNamespace(store=store, plan=plan, window_of=lambda digest: Window(store, plan), device="cpu")
     window = windows.find_window(store, plan)
     if window is None:
-        manifests = list(partials.manifests(store, plan))
+        manifests = list(partial_manifests.manifests(store, plan))
         for task in reduce.part_tasks(store, plan, manifests):
             task.run(context)
         window = windows.commit_window(store, plan, manifests)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import test_windows
+import dist_cases
 import torch
-from test_windows import config, fit_inline
 from torch.utils.data import TensorDataset
+from window_cases import config, fit_inline
 
 import laplace_dist
 from laplace_dist.recalibration import recalibrate
@@ -25,7 +25,7 @@ def fresh(split: str, day: int, shift: float = 0.0, share: float = 1 / 3, change
     y = (x.mean((1, 2, 3)) * 8 + 1.5).long().clamp(0, 2)
     if change:
         with torch.no_grad():  # what the model thinks least likely
-            y = test_windows.dist_cases.convnet()(x).argmin(1)
+            y = dist_cases.convnet()(x).argmin(1)
     if share != 1 / 3:
         kept = torch.multinomial(torch.where(y == 0, share, (1 - share) / 2), n, replacement=True, generator=generator)
         x, y = x[kept], y[kept]

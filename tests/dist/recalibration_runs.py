@@ -19,6 +19,7 @@ from laplace_dist.run import (
     leases,
     lifecycle,
     ownership,
+    partial_manifests,
     partials,
     pointer,
     tunings,
@@ -107,7 +108,7 @@ def sum_window(store, plan):
     for segment in lifecycle.remaining(plan, lifecycle.committed(store, plan)):
         sums, attempt = sums_of(plan.window_name), attempts.new_attempt()
         partials.commit_partial(store, plan, segment, sums, 4, attempt, **ORIGIN)
-    manifests = list(partials.manifests(store, plan))
+    manifests = list(partial_manifests.manifests(store, plan))
     context = SimpleNamespace(store=store, plan=plan, window_of=lambda digest: Window(store, plan), device="cpu")
     for task in reduce.part_tasks(store, plan, manifests):
         task.run(context)

@@ -17,7 +17,7 @@ from torch import nn
 from laplace.capture.blocks import Block
 from laplace.likelihoods.categorical import Categorical
 from laplace.structures.registry import SECOND_PASSES
-from laplace.structures.sums import Factor, SumsSpec
+from laplace.structures.specification import Factor, SumsSpec
 from laplace_dist.config.settings import Config
 from laplace_dist.execution.failures import event_of
 from laplace_dist.execution.raised import Raised, outcome_of

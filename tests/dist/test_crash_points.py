@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import laplace_dist
-from laplace_dist.run import attempts, layout, lifecycle, partials, place
+from laplace_dist.run import attempts, layout, lifecycle, partial_manifests, partials, place
 from laplace_dist.run.checkpoint import Checkpoint
 
 PLAN = make_plan()
@@ -153,7 +153,7 @@ class Interleavings(RuleBasedStateMachine):
                 return super().create(key, data)
 
         receipt = partials.commit_partial(Late(url), PLAN, first, sums_of(first), 4, attempts.new_attempt(), **ORIGIN)
-        assert receipt.attempt == partials.read_manifest(self.store, PLAN, first)["attempt"]
+        assert receipt.attempt == partial_manifests.read_manifest(self.store, PLAN, first)["attempt"]
         assert not (receipt.won and first == second)
 
     @precondition(lambda self: self.started and len(self.committed) == len(PLAN.segments))

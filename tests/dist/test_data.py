@@ -1,4 +1,4 @@
-"""Import paths, weights files and data sets: what is refused and how, digests, and the batches of a segment."""
+"""Import paths, weights files and data sets: what is refused and how, weights' digests, and the batches of a segment."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from item_cases import Items, pairs
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from laplace_dist.config.import_path import load_callable
 from laplace_dist.config.settings import Config
-from laplace_dist.data.collate import Collate
 from laplace_dist.data.loader import batches
 from laplace_dist.data.sources import load_split
 from laplace_dist.data.zarr_split import ZarrSplit
 from laplace_dist.errors import ExampleError, SettingsError
-from laplace_dist.plan.identity import check_data, fingerprint
 from laplace_dist.run.weights import dump_weights, load_model, load_weights, weights_digest
 
 MODULE = """
@@ -92,6 +91,12 @@ def test_bad_import_paths(user, path, words):
         load_callable(path, "--model")
     for word in ["--model", *words]:
         assert word in str(caught.value)
+
+
+def test_the_current_directory_is_put_on_the_path_once(user):
+    load_callable("user_code:model")
+    load_callable("user_code:data")
+    assert sys.path.count(os.getcwd()) == 1
 
 
 # ------------------------------------------------------------------ model and weights
@@ -323,30 +328,10 @@ def test_zarr_data_of_the_other_byte_order_are_read(tmp_path):
 # ------------------------------------------------------------------ batches
 
 
-class Items(Dataset):
-    """A data set of arbitrary items, which counts how it is read."""
-
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        item = self.items[index]
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-
 class Batched(Items):
     def __getitems__(self, indices):
         self.asked = indices
         return [self[i] for i in indices]
-
-
-def pairs(n):
-    return [(torch.full((2,), float(i)), i) for i in range(n)]
 
 
 @pytest.mark.parametrize(
@@ -437,92 +422,3 @@ def test_examples_of_different_shapes_are_named():
         ExampleError, match=r"examples 2 and 3 cannot be stacked .* x is of shape \(2,\) in the one and of shape \(5,\)"
     ):
         list(batches(Items(items), 0, 4, 2))
-
-
-# ------------------------------------------------------------------ fingerprints
-
-
-def test_the_fingerprint_sees_length_and_sampled_contents():
-    base = fingerprint(Items(pairs(500)))
-    assert base["length"] == 500
-    assert fingerprint(Items(pairs(500))) == base
-    assert fingerprint(Items(pairs(499)))["length"] == 499
-    assert fingerprint(Items(pairs(499)))["sha256"] != base["sha256"]
-    for index in (0, 499):
-        changed = pairs(500)
-        changed[index] = (changed[index][0] + 1e-3, changed[index][1])
-        assert fingerprint(Items(changed))["sha256"] != base["sha256"]
-    assert fingerprint(Items([(x + 1, y) for x, y in pairs(500)]))["sha256"] != base["sha256"]
-
-
-VALUES = [1, 1.0, True, "1", b"1", None, [1], [[1]], {"a": 1}, {"b": 1}, np.ones(1), torch.ones(1), torch.ones(1, 1)]
-
-
-def test_the_fingerprint_tells_types_and_nesting_apart():
-    digests = [fingerprint(Items([value]))["sha256"] for value in VALUES]
-    assert len(set(digests)) == len(VALUES)
-
-
-def test_the_fingerprint_reads_a_sample_only():
-    class Counting(Items):
-        reads = 0
-
-        def __getitem__(self, index):
-            self.reads += 1
-            return self.items[index]
-
-    dataset = Counting(pairs(5000))
-    fingerprint(dataset)
-    assert dataset.reads == 2 * 64, "each of them twice"
-
-
-def test_random_augmentation_is_refused():
-    class Noisy(Items):
-        def __getitem__(self, index):
-            return torch.randn(2), 0
-
-    with pytest.raises(SettingsError, match=r"--data: example 0 .* differs between two readings.*augmentation off"):
-        fingerprint(Noisy([None] * 4))
-
-
-def test_examples_of_unknown_types_are_refused():
-    with pytest.raises(SettingsError, match=r"--data: example 0 holds a builtins.object; expected tensors"):
-        fingerprint(Items([(object(), 1)]))
-
-
-class Picture:
-    """What only the user's collate knows."""
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-
-def collate_pictures(items):
-    return torch.tensor([[picture.value] for picture, _ in items]), torch.tensor([label for _, label in items])
-
-
-def collate_to_pictures(items):
-    return [picture for picture, _ in items], torch.tensor([label for _, label in items])
-
-
-def test_what_collate_makes_of_an_example_of_another_type_stands_for_it():
-    collate = Collate("test_data:collate_pictures")
-    splits = [Items([(Picture(value + i), 0) for i in range(3)]) for value in (0.5, 0.5, 1.5)]
-    one, same, other = (fingerprint(split, "train", collate) for split in splits)
-    assert one == same and len({*one["examples"].values()}) == 3
-    check_data(splits[0], same, "train", "node a", collate)
-    with pytest.raises(SettingsError, match="other contents than the driver's: 3 of 3 sampled examples differ"):
-        check_data(splits[0], other, "train", "node a", collate)
-    with pytest.raises(SettingsError, match="--collate: the batch of example 0 holds a test_data.Picture"):
-        fingerprint(splits[0], "train", Collate("test_data:collate_to_pictures"))
-
-
-def test_an_example_that_cannot_be_read_is_named_by_the_fingerprint():
-    with pytest.raises(ExampleError, match="example 1 cannot be read"):
-        fingerprint(Items([(1, 2), OSError("gone")]))
-
-
-def test_the_current_directory_is_put_on_the_path_once(user):
-    load_callable("user_code:model")
-    load_callable("user_code:data")
-    assert sys.path.count(os.getcwd()) == 1

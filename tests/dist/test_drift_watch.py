@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from recalibration_cases import SIZES, begin, day, decision
-from test_windows import config, fit_inline
+from window_cases import config, fit_inline
 
 import laplace_dist
 from laplace_dist.errors import SettingsError

@@ -22,7 +22,7 @@ from laplace_dist.execution.ray_cluster import Cluster
 from laplace_dist.execution.scaling import FIRST_WORKERS
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.ownership import read_plan
-from laplace_dist.run.partials import read_manifest
+from laplace_dist.run.partial_manifests import read_manifest
 from laplace_dist.run.versions import read_version
 
 ROOT = Path(__file__).resolve().parents[2]

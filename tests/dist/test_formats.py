@@ -17,7 +17,7 @@ import torch
 import laplace_dist
 from laplace import Laplace
 from laplace_dist.errors import CheckpointError, SettingsError
-from laplace_dist.run import lifecycle, partials
+from laplace_dist.run import lifecycle, partial_manifests
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.storage.sealed_json import seal_json
 
@@ -92,7 +92,7 @@ def test_what_0_1_emptied_is_refused(old):
     with pytest.raises(
         CheckpointError, match=r"written by laplace_dist 0.1, which stored every symmetric.*: one\. Start"
     ):
-        partials.refuse_emptied({"one": emptied}, 1, key, "Start again with --fresh.")
-    partials.refuse_emptied({"one": emptied}, 2, key, "")
-    partials.refuse_emptied(manifest["arrays"], 1, key, "")
-    assert seal_json(manifest) and partials.read_manifest(store, plan, plan.segments[0])["format_version"] == 1
+        partial_manifests.refuse_emptied({"one": emptied}, 1, key, "Start again with --fresh.")
+    partial_manifests.refuse_emptied({"one": emptied}, 2, key, "")
+    partial_manifests.refuse_emptied(manifest["arrays"], 1, key, "")
+    assert seal_json(manifest) and partial_manifests.read_manifest(store, plan, plan.segments[0])["format_version"] == 1

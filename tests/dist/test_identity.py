@@ -20,7 +20,7 @@ from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
 from laplace_dist.job import evaluate_posterior, tune_posterior
 from laplace_dist.plan.identity import SAMPLE, check_data, fingerprint
 from laplace_dist.plan.plan import Plan
-from laplace_dist.run import layout, lifecycle, partials
+from laplace_dist.run import layout, lifecycle, partial_manifests
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.probe import check_probe, make_probe, probe_digest
 from laplace_dist.stages.context import Context
@@ -145,7 +145,7 @@ def test_two_attempts_that_have_read_other_data_stop_the_run_and_name_both_nodes
             RunFailed, match=r"segment 000003 \(examples 192 to 255\): node .*has read other data than node"
         ):
             Context(chosen).carry_out(task)
-    manifest = partials.read_manifest(Checkpoint(str(tmp_path)), job.plan, job.plan.segments[3])
+    manifest = partial_manifests.read_manifest(Checkpoint(str(tmp_path)), job.plan, job.plan.segments[3])
     assert manifest["environment"]["torch"] == torch.__version__ and manifest["environment"]["threads"] == 1
 
 

@@ -78,7 +78,7 @@ def test_a_folder_imports_only_from_those_before_it(folder):
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
-def test_every_folder_has_its_place_and_the_top_holds_twelve_modules():
+def test_every_folder_has_its_place_and_the_top_holds_thirteen_modules():
     inside = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert inside == set(FOLDERS)
     assert {path.stem for path in PACKAGE.glob("*.py")} == {
@@ -89,6 +89,7 @@ def test_every_folder_has_its_place_and_the_top_holds_twelve_modules():
         "recalibration_windows",
         "planning",
         "cli",
+        "cli_settings",
         "cli_readers",
         "cli_training",
         "marglik",

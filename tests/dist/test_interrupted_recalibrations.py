@@ -7,7 +7,7 @@ import shutil
 import signal
 
 import pytest
-import test_windows
+import window_cases
 
 from laplace_dist import cli
 from laplace_dist.execution.inline import InlinePool
@@ -22,7 +22,7 @@ GO_ON = "Everything committed so far is kept: run the same command again to go o
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
     place = tmp_path_factory.mktemp("interrupted") / "run"
-    test_windows.fit_inline(test_windows.config(place, window="monday"))
+    window_cases.fit_inline(window_cases.config(place, window="monday"))
     return place
 
 
@@ -33,7 +33,7 @@ def run(fitted, tmp_path):
 
 def command(place):
     given = ["--checkpoint", str(place), "--window=tuesday", "--data-args={day: tuesday}", "--ray-address=inline"]
-    given += ["--model=dist_cases:convnet", "--data=test_windows:days", "--batch-size=4", "--segment-size=8"]
+    given += ["--model=dist_cases:convnet", "--data=window_cases:days", "--batch-size=4", "--segment-size=8"]
     return [*given, "--gpus-per-worker=0", "--grid-size=5", "--prior-range", "1e-4", "1e4", "--margin-nll=10"]
 
 

@@ -6,8 +6,8 @@ import shutil
 
 import dist_cases
 import pytest
-import test_windows
 import torch
+import window_cases
 
 import laplace_dist
 from laplace import Laplace, LowRankLaplace, SketchedLowRankLaplace
@@ -236,7 +236,7 @@ def test_a_later_window_adds_in_the_same_basis_and_takes_one_pass(tmp_path):
     def chosen(day, **changes):
         given = {**lowrank, "data_args": {"day": day, **double}, "data": "test_lowrank_runs:days"}
         few = {"level": 0.6}  # there are few fresh examples here
-        return test_windows.config(run, day, **{**given, **(few if day == "tuesday" else {}), **changes})
+        return window_cases.config(run, day, **{**given, **(few if day == "tuesday" else {}), **changes})
 
     laplace_dist.fit(chosen("monday", window="monday"), executor=laplace_dist.Inline)
     found = laplace_dist.recalibrate(chosen("tuesday", window="tuesday"), executor=laplace_dist.Inline)
@@ -260,7 +260,7 @@ def test_a_later_window_adds_in_the_same_basis_and_takes_one_pass(tmp_path):
 
 def days(split, day, kind):
     if split == "train":
-        return test_windows.days(split, day, kind)
+        return window_cases.days(split, day, kind)
     return dist_cases.blobs(split, kind)
 
 

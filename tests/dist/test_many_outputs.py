@@ -7,9 +7,9 @@ import json
 import dist_cases
 import pytest
 import torch
-from test_windows import add
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from window_cases import add
 
 import laplace_dist
 from laplace import Laplace
@@ -191,8 +191,8 @@ def test_the_report_and_the_plan_say_the_samples(tmp_path, capsys):
 
 @pytest.mark.parametrize("first", [{"mc_samples": 2}, {"outputs": [0, 2]}, {"estimator": "ef"}])
 def test_a_new_window_is_of_the_runs_estimator(tmp_path, first):
-    from test_windows import config as of_days
-    from test_windows import fit_inline
+    from window_cases import config as of_days
+    from window_cases import fit_inline
 
     fit_inline(of_days(tmp_path, window="monday", **first))
     assert add(tmp_path, "tuesday").promoted

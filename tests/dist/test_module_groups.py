@@ -7,15 +7,15 @@ import json
 import dist_cases
 import group_cases
 import pytest
-import test_windows
 import torch
+import window_cases
 
 import laplace_dist
 from laplace.structures.sums import CurvatureSums
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
 from laplace_dist.execution.inline import Inline
 from laplace_dist.report.status import lines
-from laplace_dist.run import lifecycle, partials, versions, windows
+from laplace_dist.run import lifecycle, partial_manifests, partials, versions, windows
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.storage.sealed_json import seal_json
@@ -72,7 +72,7 @@ def test_a_run_of_several_groups_is_that_of_one_bit_for_bit(structure, tmp_path)
         plan = read_plan(store)
         assert (plan.module_groups, len(plan.groups)) == (count, count)
         assert plan.content == read_plan(Checkpoint(str(tmp_path / "whole"))).content
-        assert len([*partials.manifests(store, plan)]) == count * len(plan.segments)
+        assert len([*partial_manifests.manifests(store, plan)]) == count * len(plan.segments)
         assert windows.read_window(store, plan)["n_data"] == dist_cases.N
         report = laplace_dist.verify(str(place), data=dist_cases.blobs("train"))
         assert report.problems == [] and report.committed == report.segments == len(plan.segments)
@@ -268,8 +268,8 @@ def test_a_window_follows_the_runs_groups_and_its_partials_are_dropped(tmp_path)
     runs = {}
     for count in (1, 3):
         place = tmp_path / str(count)
-        laplace_dist.fit(test_windows.config(place, window="monday", module_groups=count), executor=laplace_dist.Inline)
-        runs[count] = test_windows.add(place, "tuesday").version
+        laplace_dist.fit(window_cases.config(place, window="monday", module_groups=count), executor=laplace_dist.Inline)
+        runs[count] = window_cases.add(place, "tuesday").version
         window = place / "windows" / "tuesday"
         assert json.loads((window / "plan.json").read_text()).get("module_groups", 1) == count
         assert not (window / "partials").exists() or not [*(window / "partials").rglob("*.json")]

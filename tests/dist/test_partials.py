@@ -17,7 +17,8 @@ from laplace_dist.run import layout, lifecycle
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.layout import partial_key
-from laplace_dist.run.partials import commit_partial, read_factors, read_manifest
+from laplace_dist.run.partial_manifests import read_manifest
+from laplace_dist.run.partials import commit_partial, read_factors
 from laplace_dist.run.provenance import environment
 from laplace_dist.storage.sealed_json import seal_json
 

@@ -15,7 +15,7 @@ from laplace import Laplace
 from laplace_dist.errors import SettingsError
 from laplace_dist.execution.tasks import Answer
 from laplace_dist.execution.worker import Worker
-from laplace_dist.run import layout, partials
+from laplace_dist.run import layout, partial_manifests
 from laplace_dist.stages.map import MapSegment
 
 
@@ -87,7 +87,7 @@ def test_where_numbers_were_made_says_so_though_the_commit_is_another_threads(tm
             assert worker.finish().outcome["won"]
         finally:
             torch.set_num_threads(threads)
-        manifest = partials.read_manifest(job.store, job.plan, job.plan.segments[0])
+        manifest = partial_manifests.read_manifest(job.store, job.plan, job.plan.segments[0])
     assert manifest["environment"]["precision"]["autocast"] == "bfloat16"
     assert not torch.is_autocast_enabled("cpu")
 

@@ -27,9 +27,8 @@ import laplace_dist
 from laplace import Laplace
 from laplace.data.calling import adapted
 from laplace.likelihoods import WeightedCategorical
-from laplace_dist.cli import _loading
 from laplace_dist.errors import SettingsError
-from laplace_dist.job import Result
+from laplace_dist.report.loading import loading_lines
 from laplace_dist.run.weights import load_model, weights_digest
 
 WORDS = 12
@@ -161,7 +160,7 @@ def test_the_lines_that_load_the_posterior_do(folders, tmp_path):
     chosen = config(tmp_path / "run", folders / "bert", hessian_structure="diag")
     dist_cases.run_inline(chosen)
     names: dict = {}
-    exec(_loading(chosen, Result(str(tmp_path / "run"))), names)
+    exec(loading_lines(chosen, str(tmp_path / "run")), names)
     assert names["la"].n_data == 10
 
 

@@ -19,7 +19,17 @@ from laplace_dist.config.command_line import load_config, parse_yaml
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
 from laplace_dist.plan.plan import Plan
-from laplace_dist.run import evaluations, layout, lifecycle, partials, pointer, settings_file, tunings, versions
+from laplace_dist.run import (
+    evaluations,
+    layout,
+    lifecycle,
+    partial_manifests,
+    partials,
+    pointer,
+    settings_file,
+    tunings,
+    versions,
+)
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.storage.sealed_json import seal_json
 
@@ -122,7 +132,7 @@ def version(run, key):
 
 def partial(run, key):
     plan = the_plan(run)
-    found = partials.read_manifest(run, plan, plan.segments[0])
+    found = partial_manifests.read_manifest(run, plan, plan.segments[0])
     return {name: value.tolist() for name, value in partials.read_factors(run, plan, found).items()}
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import dist_cases
 import pytest
-import test_windows
+import window_cases
 from recalibration_cases import SIZES, begin, day, decision
-from test_windows import config
+from window_cases import config
 
 import laplace_dist
 from laplace_dist import cli
@@ -135,7 +136,7 @@ def test_only_what_kept_versions_need_stays(run):
     report = laplace_dist.verify(str(run))
     assert (report.problems, report.orphans) == ([], {}) and sorted(report.versions) == sorted(last)
     rollback(str(run), last[0])
-    assert laplace_dist.load_posterior(str(run), test_windows.dist_cases.convnet()).n_data == 48
+    assert laplace_dist.load_posterior(str(run), dist_cases.convnet()).n_data == 48
     day(run, 6, keep_versions=1, windows="last:2", gate=["nll<=-10"])
     assert not store.exists(layout.METRICS), "it repeated the evaluation of a version that is gone"
     report = laplace_dist.verify(str(run))
@@ -153,7 +154,7 @@ def test_decompositions_go_with_their_version(run, monkeypatch):
 
 def test_a_candidate_that_was_kept_can_be_looked_at_until_the_next_recalibration(run):
     found = day(run, 2, gate=["nll<=-10"], keep_versions=1)
-    model = test_windows.dist_cases.convnet()
+    model = dist_cases.convnet()
     assert laplace_dist.load_posterior(str(run), model, version=found.version).n_data == 72
     day(run, 3, gate=["nll<=-10"], keep_versions=1, windows="day-0,day-3")
     with pytest.raises(CheckpointError, match=found.version):
@@ -169,7 +170,7 @@ def test_a_version_that_was_collected_is_refused_by_name(run):
     with pytest.raises(SettingsError, match=rf"--rollback: got '{first}', which was collected \(--keep-versions\)"):
         rollback(str(run), first)
     with pytest.raises(CheckpointError, match=rf"version {first} of .* was collected \(--keep-versions\)"):
-        laplace_dist.load_posterior(str(run), test_windows.dist_cases.convnet(), version=first)
+        laplace_dist.load_posterior(str(run), dist_cases.convnet(), version=first)
     assert store.read(layout.CURRENT) == before
 
 
@@ -256,7 +257,7 @@ def test_a_damaged_version_that_is_to_stay_stops_the_collection(run):
     store = Checkpoint(str(run))
     version = pointer.read_current(store)["history"][-2]["version"]
     before = set(store.list("posteriors"))
-    test_windows.damaged(store, layout.version_key(version))
+    window_cases.damaged(store, layout.version_key(version))
     with pytest.raises(CheckpointError, match=version):
         day(run, 2, keep_versions=3)
     assert before <= set(store.list("posteriors"))
@@ -267,7 +268,7 @@ def test_partials_go_once_the_sum_was_read(run, monkeypatch):
 
     def harmed(place, plan, manifests):
         found = real(place, plan, manifests)
-        test_windows.damaged(place, next(key for key in place.list("parts") if key.endswith("c/0")))
+        window_cases.damaged(place, next(key for key in place.list("parts") if key.endswith("c/0")))
         return found
 
     real = laplace_dist.run.windows.commit_window
@@ -325,7 +326,7 @@ def test_a_fit_job_that_runs_again_after_promotions_changes_nothing(run, capsys)
         key: store.read(key) for key in store.list() if key.split("/")[0] not in ("jobs", "status", "config.yaml")
     }
     given = {"data": "recalibration_cases:fresh", "data_args": {"day": 0}, "window": "day-0", **SIZES}
-    found = test_windows.fit_inline(config(run, **{**given, "skip_tune": False}))
+    found = window_cases.fit_inline(config(run, **{**given, "skip_tune": False}))
     assert {key: store.read(key) for key in before} == before
     assert {key for key in store.list() if key.split("/")[0] not in ("jobs", "status", "config.yaml")} == before.keys()
     current = pointer.read_current(store)

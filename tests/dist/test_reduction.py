@@ -20,7 +20,7 @@ import laplace_dist
 from laplace.structures.sums import sum_in_order
 from laplace_dist.errors import CheckpointError
 from laplace_dist.plan.parts import PART_ENTRIES, Place, places, plan_parts
-from laplace_dist.run import layout, partials, windows
+from laplace_dist.run import layout, partial_manifests, partials, windows
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.combination import Window
 from laplace_dist.run.leases import Lease
@@ -99,13 +99,13 @@ def test_a_part_of_partials_that_were_computed_again_is_summed_again(tmp_path):
     for segment in plan.segments:
         work(store, plan, segment)
     context = SimpleNamespace(store=store, plan=plan, window_of=lambda digest: Window(store, plan), device="cpu")
-    (task,) = reduce.part_tasks(store, plan, list(partials.manifests(store, plan)))
+    (task,) = reduce.part_tasks(store, plan, list(partial_manifests.manifests(store, plan)))
     task.run(context)
-    assert reduce.part_tasks(store, plan, list(partials.manifests(store, plan))) == []
+    assert reduce.part_tasks(store, plan, list(partial_manifests.manifests(store, plan))) == []
     store.delete_tree(layout.partial_key("000001"))
     sums = {name: 2 * value for name, value in crash_store.sums_of(plan.segments[1]).items()}
     partials.commit_partial(store, plan, plan.segments[1], sums, 4, "again", **crash_store.ORIGIN)
-    manifests = list(partials.manifests(store, plan))
+    manifests = list(partial_manifests.manifests(store, plan))
     with pytest.raises(CheckpointError, match=r"parts/00000.json is the sum of other partials"):
         windows.commit_window(store, plan, manifests)
     (task,) = reduce.part_tasks(store, plan, manifests)
@@ -224,7 +224,7 @@ def committed_run(tmp_path, monkeypatch, entries, segments=4, chunk=2**13):
 def test_adding_piece_by_piece_gives_the_bits_of_adding_whole_parts(tmp_path, monkeypatch):
     """Signs of zeros too: the sum of negative zeros is one."""
     store, plan, sums = committed_run(tmp_path, monkeypatch, 5000)
-    manifests = list(partials.manifests(store, plan))
+    manifests = list(partial_manifests.manifests(store, plan))
     (part,) = plan.parts
     assert len(store.list(f"{manifests[0]['prefix']}/{part.id}/c")) == 5
     wanted = sum_in_order(sums).numpy()
@@ -236,7 +236,7 @@ def test_adding_piece_by_piece_gives_the_bits_of_adding_whole_parts(tmp_path, mo
 @pytest.mark.parametrize("bad", ["c/3", "c/0", "zarr.json"])
 def test_a_bad_part_ends_the_sum_and_is_named_and_verify_names_each(tmp_path, monkeypatch, bad):
     store, plan, _ = committed_run(tmp_path, monkeypatch, 5000)
-    manifests = list(partials.manifests(store, plan))
+    manifests = list(partial_manifests.manifests(store, plan))
     (part,) = plan.parts
     keys = [f"{manifests[number]['prefix']}/{part.id}/{bad}" for number in (1, 3)]
     for key in keys:
@@ -250,7 +250,7 @@ def test_a_bad_part_ends_the_sum_and_is_named_and_verify_names_each(tmp_path, mo
 def test_numbers_that_were_exchanged_between_partials_are_no_sum(tmp_path, monkeypatch):
     """Every chunk is whole by its own crc32c; the sha256 over all of them says that they are another's."""
     store, plan, _ = committed_run(tmp_path, monkeypatch, 5000)
-    manifests = list(partials.manifests(store, plan))
+    manifests = list(partial_manifests.manifests(store, plan))
     (part,) = plan.parts
     one, other = (f"{manifests[number]['prefix']}/{part.id}/c/4" for number in (0, 2))
     store.replace(one, store.read(other))
@@ -261,7 +261,7 @@ def test_numbers_that_were_exchanged_between_partials_are_no_sum(tmp_path, monke
 def test_memory_of_a_sum_is_the_part_and_a_few_chunks_however_many_partials_there_are(tmp_path, monkeypatch):
     chunk = 2**18
     store, plan, sums = committed_run(tmp_path, monkeypatch, 8 * chunk // 8, segments=12, chunk=chunk)
-    manifests = list(partials.manifests(store, plan))
+    manifests = list(partial_manifests.manifests(store, plan))
     (part,) = plan.parts
     windows.sum_part(store, plan, manifests, part)
     for ahead, chunks in ((store.ahead, 3), (arrays.Ahead(32, 32, 3 * chunk), 7)):

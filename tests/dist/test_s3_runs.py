@@ -14,9 +14,9 @@ from storage_cases import recorded_run
 
 import laplace_dist
 from laplace_dist import load_posterior
-from laplace_dist.cli import _loading
 from laplace_dist.errors import SettingsError
-from laplace_dist.job import Result, evaluate_posterior, fit
+from laplace_dist.job import evaluate_posterior, fit
+from laplace_dist.report.loading import loading_lines
 from laplace_dist.run import lifecycle, versions
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.stages.context import Context
@@ -138,7 +138,7 @@ def test_the_lines_that_load_a_run_on_s3_work_and_hold_no_secret(s3):
     url = s3.url()
     config = dist_cases.config(url, storage_options=s3.options, segment_size=44)
     version, _ = dist_cases.run_inline(config)
-    code = _loading(config, Result(url, version))
+    code = loading_lines(config, url)
     assert_no_secret(s3, {"code": code})
     names = {"storage_options": s3.options}
     exec(code, names)  # noqa: S102 - what the job tells its user to type

@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from storage_cases import SMALL, recorded_run
 
 import laplace_dist
-from laplace_dist import cli, load_posterior
+from laplace_dist import cli, cli_settings, load_posterior
 from laplace_dist.config.command_line import load_config
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
 from laplace_dist.job import fit
@@ -81,7 +81,7 @@ def uses(url):
     yield silently(load_posterior, str(url), dist_cases.convnet(), load_weights=True)
     yield problems
     yield silently(laplace_dist.status, str(url))
-    yield silently(cli._settings_of_run, dist_cases.config(url))
+    yield silently(cli_settings.settings_of_run, dist_cases.config(url))
 
 
 def test_a_pickle_in_any_file_of_a_run_is_never_loaded(finished, tmp_path):
@@ -146,7 +146,7 @@ def test_yaml_runs_nothing(run, tmp_path, text):
             load_config([flag, f"{{a: {text}}}", "--model=m:f", "--data=d:f", "--checkpoint=c"])
     Checkpoint(str(run)).replace("config.yaml", seal_yaml(f"seed: {text}\n"))
     with pytest.raises(CheckpointError, match="config.yaml was altered"):
-        cli._settings_of_run(dist_cases.config(run))
+        cli_settings.settings_of_run(dist_cases.config(run))
     assert "config.yaml" in dict(laplace_dist.verify(str(run)).problems)
     assert not marker.exists()
 

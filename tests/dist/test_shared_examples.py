@@ -7,10 +7,10 @@ import time
 
 import numpy as np
 import pytest
-import test_windows
 import torch
-from test_windows import fit_inline
+import window_cases
 from torch.utils.data import TensorDataset
+from window_cases import fit_inline
 
 import laplace_dist
 from laplace.drift.duplicates import common
@@ -176,14 +176,14 @@ def test_the_cost_of_an_example_is_that_of_its_bytes():
 def rows(split: str, first: int, n: int, offset: float = 0.0) -> TensorDataset:
     """Return a contiguous part of one stream of examples; what is fresh is the same for every window."""
     if split != "train":
-        return test_windows.days(split, "monday")
+        return window_cases.days(split, "monday")
     generator = torch.Generator().manual_seed(9)
     x = torch.randn(1000, 1, 6, 6, generator=generator)[first : first + n] + offset
     return TensorDataset(x, (x.mean((1, 2, 3)) * 8 + 1.5).long().clamp(0, 2))
 
 
 def given(place, window, first, n, **changes):
-    return test_windows.config(
+    return window_cases.config(
         place,
         data="test_shared_examples:rows",
         data_args={"first": first, "n": n},
@@ -245,7 +245,7 @@ def test_a_window_of_before_is_said_by_name_and_counts(run, capsys):
 def few_kinds(split: str, first: int, n: int) -> TensorDataset:
     """Return examples of 30 kinds, drawn anew for every window."""
     if split != "train":
-        return test_windows.days(split, "monday")
+        return window_cases.days(split, "monday")
     kinds = rows("train", 0, 30).tensors
     chosen = torch.randint(30, (n,), generator=torch.Generator().manual_seed(first))
     return TensorDataset(*(tensor[chosen] for tensor in kinds))

@@ -27,8 +27,7 @@ from laplace_dist.recalibration import recalibrate
 from laplace_dist.report.metrics import show_result
 from laplace_dist.run import tunings
 from laplace_dist.run.checkpoint import Checkpoint
-from laplace_dist.stages import search
-from laplace_dist.stages.search import some
+from laplace_dist.stages.rounds import some
 
 STEP = 10**0.2  # of the default lattice
 
@@ -431,7 +430,7 @@ def test_much_data_are_searched_from_coarse_to_fine_and_few_in_one_pass_with_the
     _, manifest, _ = tuned(chosen)
     (scored,) = manifest["search"]["rounds"]
     assert len(scored["priors"]) == 41 == len(tunings.curve(manifest)) and not scored["coarse"]
-    monkeypatch.setattr(search, "ENOUGH", 150)
+    monkeypatch.setattr("laplace_dist.stages.rounds.ENOUGH", 150)
     _, again, _ = tuned(chosen.model_copy(update={"checkpoint": str(tmp_path / "rounds")}))
     rounds = again["search"]["rounds"]
     assert [scored["coarse"] for scored in rounds] == [True, False]

@@ -14,9 +14,9 @@ import torch
 import zarr
 from source_cases import write
 from test_runs import distance
-from test_windows import factors, fit_inline, same
 from torch import nn
 from torch.utils.data import TensorDataset
+from window_cases import factors, fit_inline, same
 
 import laplace_dist
 from laplace_dist import cli
@@ -27,7 +27,7 @@ from laplace_dist.data.zarr_split import ZarrSplit
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
 from laplace_dist.marglik import marglik_train
 from laplace_dist.recalibration import recalibrate
-from laplace_dist.run import layout, partials, pointer, windows
+from laplace_dist.run import layout, partial_manifests, pointer, windows
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.combination import windows_of
 from laplace_dist.run.ownership import read_plan
@@ -233,7 +233,7 @@ def test_manifests_say_the_weights(run):
     plan = read_plan(store)
     assert plan.data["weights"]["sum"] == plan.n_data == pytest.approx(float(REAL.sum()))
     assert plan.data["weights"]["zero"] == 11 and plan.n_examples == N
-    found = list(partials.manifests(store, plan))
+    found = list(partial_manifests.manifests(store, plan))
     assert [m["n_data"] for m in found] == [8, 8, 8, 8, 8, 4]
     for manifest in found:
         part = REAL[manifest["start"] : manifest["stop"]]
@@ -245,7 +245,7 @@ def test_examples_are_the_same_whatever_their_weights():
     """What a window shares with another one is told by examples, so weights do not hide it."""
     one, two = (weighted("train", kind) for kind in ("real", "whole"))
     chosen = config("unused")
-    prints = [laplace_dist.stages.opening.fingerprint(chosen, split, "train") for split in (one, two)]
+    prints = [laplace_dist.stages.resolving.fingerprint(chosen, split, "train") for split in (one, two)]
     assert prints[0]["weights"] != prints[1]["weights"]
     assert [found["sha256"] for found in prints] == [prints[0]["sha256"]] * 2
     assert laplace_dist.plan.identity.shared_examples(*prints, 0.01) == "all of them are the same"
@@ -299,7 +299,7 @@ def test_a_worker_with_other_weights_is_refused(tmp_path):
         with pytest.raises(SettingsError, match=r"example 5 .* on node b has the weight .*, the driver's has 7\.0"):
             example_weights.check_same(weighted("train"), wanted, "node b")
         job.map()
-        found = list(partials.manifests(job.store, plan))
+        found = list(partial_manifests.manifests(job.store, plan))
         windows.check_weight(plan, found)
         key = layout.partial_key("000002")
         job.store.replace(key, seal_json({**found[2], "weight": found[2]["weight"] + 1e-3}))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 
 import pytest
-import test_windows
 import torch
-from test_windows import add, config, fit_inline
+import window_cases
 from torch.utils.data import TensorDataset
+from window_cases import add, config, fit_inline
 
 import laplace_dist
 from laplace_dist.cli import verify_main
@@ -101,7 +101,7 @@ def test_a_sum_that_does_not_speak_of_every_segment_is_refused(run):
 
 def test_the_data_of_every_window_are_compared_whether_its_partials_are_there_or_not(run, capsys, monkeypatch):
     assert verify_main([f"--checkpoint={run}", "--data"]) == 0 and "not compared" not in capsys.readouterr().out
-    monkeypatch.setattr(test_windows, "days", lambda split, day, real=test_windows.days: altered(real, split, day))
+    monkeypatch.setattr(window_cases, "days", lambda split, day, real=window_cases.days: altered(real, split, day))
     assert verify_main([f"--checkpoint={run}", "--data"]) == 1
     bad = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bad")]
     assert [line.split(":")[0].split()[1] for line in bad] == [
@@ -123,8 +123,8 @@ def altered(real, split, day):
 def test_a_pool_and_a_mapping_give_the_same(run, monkeypatch):
     workers = config(run)
     assert laplace_dist.verify(str(run), executor=laplace_dist.Inline, workers=workers, data=True).notes == []
-    real = test_windows.days
-    monkeypatch.setattr(test_windows, "days", lambda split, day: altered(real, split, day))
+    real = window_cases.days
+    monkeypatch.setattr(window_cases, "days", lambda split, day: altered(real, split, day))
     pooled = laplace_dist.verify(str(run), executor=laplace_dist.Inline, workers=workers, data=True)
     mapped = laplace_dist.verify(
         str(run), data={day: altered(real, "train", day) for day in ("monday", "tuesday", "wednesday")}
@@ -133,13 +133,13 @@ def test_a_pool_and_a_mapping_give_the_same(run, monkeypatch):
 
 
 def test_what_is_not_compared_is_said_by_name(run):
-    report = laplace_dist.verify(str(run), data=test_windows.days("train", "monday"))
+    report = laplace_dist.verify(str(run), data=window_cases.days("train", "monday"))
     assert report.ok and [key for key, _ in report.notes] == ["windows/tuesday", "windows/wednesday"]
     assert "only those of the first window were given" in report.notes[0][1]
 
 
 def test_a_split_that_is_shorter_now_is_named(run):
-    short = {"monday": torch.utils.data.Subset(test_windows.days("train", "monday"), range(40))}
+    short = {"monday": torch.utils.data.Subset(window_cases.days("train", "monday"), range(40))}
     report = laplace_dist.verify(str(run), data=short)
     assert [text for _, text in report.problems] == [
         "segment 000005 (examples 40 to 43) of window monday: the training split has 40 examples now"
@@ -155,7 +155,7 @@ def test_a_window_of_an_older_version_is_a_note_and_no_error(run, capsys):
     assert "does not say where its partials were made" in report.notes[0][1]
     assert verify_main([f"--checkpoint={run}", "--data"]) == 0
     assert "the data of window tuesday were not compared: windows/tuesday/config.yaml is not" in capsys.readouterr().out
-    given = {day: test_windows.days("train", day) for day in ("monday", "tuesday", "wednesday")}
+    given = {day: window_cases.days("train", day) for day in ("monday", "tuesday", "wednesday")}
     notes = [text for _, text in laplace_dist.verify(str(run), data=given).notes]
     assert any("the data of 3 segment(s) of window tuesday were not compared: an older" in text for text in notes)
     assert add(run, "thursday", skip_tune=True).promoted
@@ -237,13 +237,13 @@ def test_partials_stay_beside_another_job_in_a_dry_run_and_if_they_are_to(tmp_pa
 def test_both_passes_of_a_fit_are_dropped_and_their_basis_still_serves(tmp_path):
     place = tmp_path / "run"
     fit_inline(config(place, window="monday", hessian_structure="ekfac", skip_tune=True))
-    whole = test_windows.factors(place)
+    whole = window_cases.factors(place)
     assert add(place, "tuesday", hessian_structure="ekfac", skip_tune=True).promoted
     store = Checkpoint(str(place))
     assert not [key for key in store.list() if "partials/" in key]
-    given = {day: test_windows.days("train", day) for day in ("monday", "tuesday")}
+    given = {day: window_cases.days("train", day) for day in ("monday", "tuesday")}
     report = laplace_dist.verify(str(place), data=given)
     assert (report.problems, report.notes) == ([], []) and laplace_dist.status(str(place))["complete"]
     fit_inline(config(place, window="monday", hessian_structure="ekfac", skip_tune=True))
     found = add(place, "tuesday", hessian_structure="ekfac", drop_window="tuesday", skip_tune=True)
-    assert found.promoted and test_windows.same(whole, test_windows.factors(place))
+    assert found.promoted and window_cases.same(whole, window_cases.factors(place))

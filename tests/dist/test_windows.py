@@ -1,107 +1,36 @@
-"""Windows of data: their weighted sums, what a recalibration promotes and keeps, and what it refuses."""
+"""Windows of data: their weighted sums, what a recalibration promotes and keeps, and how a run of several is verified."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import dist_cases
 import numpy as np
 import pytest
 import torch
-import yaml
-from safetensors.torch import save_file
-from torch.utils.data import TensorDataset
+from window_cases import add, config, damaged, factors, fit_inline, names_of, same, two_windows
 
 import laplace_dist
-from laplace_dist import cli
-from laplace_dist.demo import digits
 from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.execution.inline import InlinePool
-from laplace_dist.job import Job, evaluate_posterior, fit, tune_posterior
-from laplace_dist.recalibration import RecalibrationJob, recalibrate, rollback
+from laplace_dist.recalibration import RecalibrationJob, rollback
 from laplace_dist.run import layout, pointer, recalibrations, versions
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.combination import choose, windows_of
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.storage.sealed_json import seal_json
 
-SIZES = {"monday": 44, "tuesday": 20, "wednesday": 27, "thursday": 21, "friday": 22}
-
-
-def days(split: str, day: str, kind: str = "float32") -> TensorDataset:
-    """Return one day's data; what is fresh is the same every day, and enough. `a+b` is two days."""
-    if split != "train":
-        parts = [dist_cases.tensors(name) for name in (split, "train", "val", "test")]
-        return TensorDataset(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-    parts = []
-    for name in day.split("+"):
-        if name == "none":
-            return TensorDataset(torch.zeros(0, 1, 6, 6), torch.zeros(0, dtype=torch.int64))
-        generator = torch.Generator().manual_seed(100 + list(SIZES).index(name))
-        x = torch.randn(SIZES[name], 1, 6, 6, generator=generator, dtype=torch.float64)
-        parts.append((x.to(getattr(torch, kind)), (x.mean((1, 2, 3)) * 8 + 1.5).long().clamp(0, 2)))
-    return TensorDataset(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-
-
-def config(checkpoint, day="monday", **changes):
-    given = {
-        "data": "test_windows:days",
-        "data_args": {"day": day},
-        "margin_nll": 10.0,
-        "margin_ece": 1.0,
-        "grid_size": 5,
-        "prior_range": [1e-4, 1e4],
-    }
-    return dist_cases.config(checkpoint, **{**given, "skip_tune": False, "skip_evaluate": False, **changes})
-
-
-def fit_inline(chosen):
-    return fit(chosen, executor=laplace_dist.Inline)
-
-
-def add(checkpoint, day, **changes):
-    extra = {name: changes.pop(name) for name in ("dry_run", "drop_window") if name in changes}
-    chosen = config(checkpoint, day, **{"window": day, **changes})
-    return recalibrate(chosen, laplace_dist.Inline, **extra)
-
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
     """A run with two windows; tests copy it."""
-    place = tmp_path_factory.mktemp("windows") / "run"
-    fit_inline(config(place, window="monday"))
-    add(place, "tuesday")
-    return place
+    return two_windows(tmp_path_factory.mktemp("windows") / "run")
 
 
 @pytest.fixture
 def run(kept, tmp_path):
     shutil.copytree(kept, tmp_path / "run")
     return tmp_path / "run"
-
-
-def factors(place, version=None):
-    store = Checkpoint(str(place))
-    version = version or pointer.read_current(store)["version"]
-    manifest = versions.read_version(store, read_plan(store), version)
-    found = {n: store.read_array(p["prefix"], n, p["entry"]) for n, p in manifest["factors"].items()}
-    return {**found, "loss": manifest["loss"], "n": manifest["n_data"]}
-
-
-def names_of(place, version):
-    store = Checkpoint(str(place))
-    return versions.windows_in(store, read_plan(store), version)
-
-
-def same(one, other):
-    return all(np.asarray(one[name]).tobytes() == np.asarray(other[name]).tobytes() for name in one)
 
 
 # ------------------------------------------------------------------ sums
@@ -303,12 +232,6 @@ def test_a_run_of_several_windows_is_whole(run):
     assert (report.problems, report.orphans) == ([], {}) and len(report.versions) == 3
 
 
-def damaged(store, key):
-    content = bytearray(store.read(key))
-    content[len(content) // 2] ^= 1
-    store.replace(key, bytes(content))
-
-
 @pytest.mark.parametrize("pattern", ["windows/tuesday/parts/*/*/sum/c/0", "windows/tuesday/window.json", "windows/tuesday/plan.json",
                                      "recalibration/tuesday/decision.json"])  # fmt: skip
 def test_damage_in_a_window_is_named(run, pattern):
@@ -349,348 +272,3 @@ def test_a_version_that_is_not_the_sum_of_its_windows_is_named(run):
     assert key in {
         key for key, text in laplace_dist.verify(str(run)).problems if "not the weighted sum of its windows" in text
     }
-
-
-# ------------------------------------------------------------------ two jobs, and what dies
-
-
-def passing(store, job, *, lives):
-    """Return what lets time pass without passing any: another job renews its sign of life meanwhile, or is silent for long."""
-
-    def wait(seconds):
-        path = Path(store.url, layout.lease_key(job))
-        when = path.stat().st_mtime + (seconds if lives else -recalibrations.SILENT_SECONDS)
-        os.utime(path, (when, when))
-
-    return staticmethod(wait)
-
-
-def test_of_two_at_once_one_works_and_the_other_says_so(run, capsys, monkeypatch):
-    with RecalibrationJob(config(run, "wednesday", window="wednesday"), laplace_dist.Inline) as job:
-        assert job.take()
-        monkeypatch.setattr(RecalibrationJob, "wait", passing(job.store, job.session.lease.job, lives=True))
-        assert add(run, "wednesday") is None
-        said = capsys.readouterr().out
-        assert "has begun and not ended; waiting up to 600 s" in said and "another recalibration of" in said
-    assert add(run, "wednesday").promoted
-
-
-def test_a_job_that_gave_no_sign_of_life_is_taken_over_from_and_promotes_nothing(run, monkeypatch):
-    store = Checkpoint(str(run))
-    job = RecalibrationJob(config(run, "wednesday", window="wednesday"), laplace_dist.Inline)
-    assert job.take()
-    monkeypatch.setattr(RecalibrationJob, "wait", passing(store, job.session.lease.job, lives=False))
-    assert add(run, "wednesday").promoted
-    before = store.read(layout.CURRENT)
-    with pytest.raises(SettingsError, match="another recalibration of .* has taken over.*Nothing was promoted"):
-        job._promote("late", {"candidate": {"version": "0" * 16, "tuning": None, "evaluation": None}, "why": "late"})
-    assert store.read(layout.CURRENT) == before
-    job.session.close()
-
-
-KILLED = """
-import os, signal, sys
-import test_windows
-from laplace_dist.recalibration import RecalibrationJob
-
-RecalibrationJob.sum_window = lambda self: os.kill(os.getpid(), signal.SIGKILL)
-test_windows.add(sys.argv[1], "wednesday")
-"""
-
-
-def test_a_recalibration_that_was_killed_is_continued_by_the_same_command(run, monkeypatch, capsys):
-    """At once: the sign of life of the dead one is as young as that of one that lives."""
-    ended = subprocess.run(
-        [sys.executable, "-c", KILLED, str(run)], env={**os.environ, "PYTHONPATH": ":".join(sys.path)}
-    )
-    assert ended.returncode == -signal.SIGKILL
-    store = Checkpoint(str(run))
-    job = open_json(store.read(layout.RECALIBRATION_LEASE), layout.RECALIBRATION_LEASE)["job"]
-    assert store.exists(layout.lease_key(job))
-    monkeypatch.setattr(RecalibrationJob, "wait", passing(store, job, lives=False))
-    assert add(run, "wednesday").promoted
-    assert "continuing window wednesday" in capsys.readouterr().out
-
-
-def test_what_is_current_counts_from_the_lease_on(run, monkeypatch):
-    """A promotion by the job before, which ends at that moment, is no reason to refuse after all the work."""
-    first, real = pointer.read_current(Checkpoint(str(run)))["history"][0]["version"], recalibrations.take
-
-    def meanwhile(*given):
-        rollback(str(run), first)
-        return real(*given)
-
-    monkeypatch.setattr(recalibrations, "take", meanwhile)
-    assert add(run, "wednesday", windows="monday,tuesday,wednesday").promoted
-
-
-def test_what_another_has_made_current_meanwhile_is_not_overwritten(run, monkeypatch):
-    store, real = Checkpoint(str(run)), RecalibrationJob.score
-    history = pointer.read_current(store)["history"]
-
-    def meanwhile(self, version, tuning):
-        if pointer.read_current(store)["history"] == history:
-            rollback(str(run), history[0]["version"])
-        return real(self, version, tuning)
-
-    monkeypatch.setattr(RecalibrationJob, "score", meanwhile)
-    with pytest.raises(SettingsError, match=f"another job has made version {history[0]['version']} current"):
-        add(run, "wednesday")
-    assert pointer.read_current(store)["version"] == history[0]["version"]
-    assert add(run, "wednesday").promoted
-
-
-def test_killed_after_any_task_the_same_command_goes_on(run, kept, tmp_path, monkeypatch):
-    submitted, real = [], InlinePool.submit
-    monkeypatch.setattr(InlinePool, "submit", lambda self, task: submitted.append(task.what) or real(self, task))
-    wanted = add(run, "wednesday")
-    again, total, left = tmp_path / "again", len(submitted), [0]
-    shutil.copytree(kept, again)
-
-    def deadly(self, task):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        real(self, task)
-
-    monkeypatch.setattr(InlinePool, "submit", deadly)
-    found, deaths = None, 0
-    while found is None:
-        left[0] = deaths  # so many tasks are carried out, the next one kills
-        try:
-            found = add(again, "wednesday")
-        except KeyboardInterrupt:
-            deaths += 1
-    assert 5 < deaths < total and found == replace(wanted, checkpoint=str(again))
-    assert same(factors(run), factors(again))
-
-
-# ------------------------------------------------------------------ refusals
-
-REFUSED = {
-    "the window of the fit": ({"window": "monday"}, "--window: got 'monday', which is that of the fit itself"),
-    "shared data": ({"window": "copy", "day": "tuesday"}, "window copy shares examples with window tuesday"),
-    "partly shared data": ({"window": "copy", "day": "tuesday+wednesday"}, "copy shares examples with window tuesday"),
-    "other data under a name": ({"window": "tuesday"}, r"--window tuesday: it was begun with other data"),
-    "no data": ({"day": "none"}, "--data"),
-    "unknown windows": (
-        {"windows": "monday,sunday"},
-        "--windows: got 'monday,sunday', but the run has no window sunday",
-    ),
-    "nonsense": ({"windows": "last:0"}, "--windows: got 'last:0'; expected all, last:K"),
-    "no name": ({"windows": "a,,b"}, "--windows: got 'a,,b'; expected all, last:K"),
-    "a rule among names": ({"windows": "all,monday"}, "--windows: got 'all,monday'"),
-    "a name twice": ({"windows": "monday,monday"}, "--windows: got 'monday,monday'"),
-    "a window called all": ({"window": "all"}, "--window: got 'all'; expected a name of letters"),
-    "a window called as a rule": ({"window": "last:3"}, "--window: got 'last:3'; expected a name of letters"),
-    "a window called as a drop": ({"window": "without-monday"}, "--window: got 'without-monday'"),
-    "a window in a folder": ({"window": "a/b"}, "--window: got 'a/b'; expected a name of letters"),
-    "another backend": ({"backend": "curvlinops"}, "--backend: stored 'native', now 'curvlinops'"),
-    "another batch size": ({"batch_size": 5}, "--batch-size: stored 4, now 5"),
-    "another model": ({"model": "dist_cases:tiny", "model_args": {"name": "one unit"}}, "--model|weights"),
-    "fresh": ({"fresh": True}, "--fresh"),
-    "another drop": ({"drop_window": "sunday"}, "--drop-window: got 'sunday'; expected one of several windows"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_refusal_leaves_the_current_posterior_as_it_is(run, case):
-    changes, message = REFUSED[case]
-    store = Checkpoint(str(run))
-    before = everything(store)
-    with pytest.raises((SettingsError, RunFailed), match=message):
-        add(run, changes.get("day", "wednesday"), **{k: v for k, v in changes.items() if k != "day"})
-    after = everything(store)
-    assert after[layout.CURRENT] == before[layout.CURRENT]
-    assert after == before or add(run, "wednesday", window="after").promoted, "what was begun is in nobody's way"
-
-
-def everything(store):
-    """Return all objects of a run but the records of its jobs."""
-    return {key: store.read(key) for key in store.list() if not key.startswith(("jobs/", "status/"))}
-
-
-JOBS = {
-    "recalibrate": lambda place, **given: add(place, "wednesday", **given),
-    "drop": lambda place, **given: add(place, "tuesday", drop_window="tuesday", **given),
-    "tune": lambda place, **given: tune_posterior(config(place, **given), laplace_dist.Inline),
-    "evaluate": lambda place, **given: evaluate_posterior(config(place, **given), laplace_dist.Inline),
-}
-OTHERS = {
-    "weights": ({"weights": "other"}, r"--weights .*other.safetensors \(values, as sha256\): stored '.*', now '"),
-    "missing weights": ({"weights": "none"}, "--weights: .*none.safetensors"),
-    "structure": ({"hessian_structure": "diag"}, "--hessian-structure: stored 'kron', now 'diag'"),
-    "subset": ({"subset_of_weights": "last_layer"}, "--subset-of-weights: stored 'all', now 'last_layer'"),
-    "estimator": ({"estimator": "ef"}, "--estimator: stored 'ggn', now 'ef'"),
-    "backend": ({"backend": "curvlinops"}, "--backend: stored 'native', now 'curvlinops'"),
-    "model": ({"model": "dist_cases:tiny", "model_args": {"name": "one unit"}}, "--model: stored 'dist_cases:convnet'"),
-}
-
-
-@pytest.mark.parametrize("case", OTHERS)
-@pytest.mark.parametrize("job", JOBS)
-def test_what_a_follow_on_job_is_given_is_the_runs_or_refused_by_name(run, job, case, tmp_path):
-    """Also where it would not be used: who gives other weights believes that these are being looked at."""
-    given, message = OTHERS[case]
-    state = {name: value + 1.0 for name, value in dist_cases.convnet().state_dict().items()}
-    save_file(state, tmp_path / "other.safetensors")
-    if "weights" in given:
-        given = {"weights": str(tmp_path / f"{given['weights']}.safetensors")}
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.parts[-2] not in ("jobs", "status")}
-    with pytest.raises(SettingsError, match=message):
-        JOBS[job](run, **given)
-    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.parts[-2] not in ("jobs", "status")}
-    assert {path for path in after if path.is_file()} == {path for path in before if path.is_file()}
-    assert all(after[path] == time for path, time in before.items() if path.is_file())
-
-
-def test_the_runs_own_weights_may_be_given(run, tmp_path):
-    save_file(dist_cases.convnet().state_dict(), tmp_path / "own.safetensors")
-    given = {"weights": str(tmp_path / "own.safetensors"), "hessian_structure": "kron"}
-    assert add(run, "wednesday", **given).promoted and add(run, "tuesday", drop_window="tuesday", **given).promoted
-
-
-def test_a_drop_adds_no_sums_but_has_the_settings_of_the_runs(run):
-    with pytest.raises(SettingsError, match="--batch-size: stored 4, now 7"):
-        add(run, "tuesday", drop_window="tuesday", batch_size=7)
-
-
-def test_a_run_without_a_posterior_is_refused(tmp_path):
-    with pytest.raises(SettingsError, match="this run has no posterior yet|where there is no run"):
-        add(tmp_path / "nothing", "monday")
-
-
-def test_a_fit_under_another_name_is_refused(run):
-    with pytest.raises(SettingsError, match="--window: got 'sunday', but the fit at .* is that of window 'monday'"):
-        fit_inline(config(run, window="sunday"))
-
-
-def test_fresh_deletes_the_windows_too(run):
-    with Job(config(run, fresh=True), laplace_dist.Inline, say=lambda text: None) as job:
-        job.open()
-    assert Checkpoint(str(run)).list("windows") == []
-
-
-def test_a_window_that_a_deleted_run_has_left_does_not_count(run):
-    store = Checkpoint(str(run))
-    left = store.read("windows/tuesday/plan.json")
-    with Job(config(run, fresh=True), laplace_dist.Inline, say=lambda text: None) as job:
-        job.open()
-        store.create("windows/tuesday/plan.json", left)
-        assert [window.name for window in windows_of(store, job.plan)] == [job.plan.window_name]
-
-
-# ------------------------------------------------------------------ command line
-
-
-def test_the_command_line_says_what_was_decided_and_by_which_figure(run, capsys):
-    given = [
-        "--checkpoint",
-        str(run),
-        "--ray-address",
-        "inline",
-        "--window",
-        "wednesday",
-        "--data-args",
-        "{day: wednesday}",
-    ]
-    given += ["--model", "dist_cases:convnet", "--data", "test_windows:days", "--batch-size=4", "--segment-size=8"]
-    given += ["--gpus-per-worker=0", "--grid-size=5"]
-    assert cli.recalibrate_main([*given, "--margin-nll=0", "--margin-ece=0", "--windows=wednesday"]) == 3
-    assert capsys.readouterr().out.splitlines()[-1].startswith("kept the current posterior: ")
-    assert cli.recalibrate_main([*given, "--margin-nll=10", "--margin-ece=1"]) == 0
-    out = capsys.readouterr().out
-    assert out.splitlines()[-1].startswith("promoted: ") and all(
-        name in out for name in ("MAP", "current", "candidate")
-    )
-    version = open_json(Checkpoint(str(run)).read(layout.CURRENT), layout.CURRENT)["history"][0]["version"]
-    assert cli.recalibrate_main([*given, "--rollback", version]) == 0
-    before = Checkpoint(str(run)).read(layout.CURRENT)
-    for other in (["--dry-run"], ["--drop-window", "tuesday"]):
-        assert cli.recalibrate_main([*given, "--rollback", version, *other]) == 2
-        assert f"--rollback: given with {other[0]}" in capsys.readouterr().err
-    assert Checkpoint(str(run)).read(layout.CURRENT) == before
-    assert cli.recalibrate_main([*given, "--windows", "x"]) == 2
-    assert "error: --windows: got 'x'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("job", ["fit", "tune", "evaluate"])
-@pytest.mark.parametrize(
-    "flag", ["--windows=x", "--decay=0.3", "--gate=nll<=0.1", "--margin-nll=1", "--keep-versions=2"]
-)
-def test_a_flag_that_does_nothing_in_a_job_is_refused_by_name(run, job, flag, capsys):
-    before = Checkpoint(str(run)).read(layout.CURRENT)
-    assert cli.main(job, ["--checkpoint", str(run), flag]) == 2
-    assert f"{flag.partition('=')[0]}: does nothing in this job" in capsys.readouterr().err
-    assert Checkpoint(str(run)).read(layout.CURRENT) == before
-
-
-def test_the_weeks_of_the_demo_are_its_training_split():
-    weeks = [digits("train", week=week).tensors for week in (1, 2, 3, 4)]
-    for whole, parts in zip(digits("train").tensors, zip(*weeks, strict=True), strict=True):
-        assert torch.equal(torch.cat(parts), whole)
-    assert torch.equal(digits("val", week=2).tensors[0], digits("val").tensors[0])
-    with pytest.raises(ValueError, match="week=5 is unknown"):
-        digits("train", week=5)
-
-
-# ------------------------------------------------------------------ passed over, forgetting, idle settings
-
-
-def test_windows_that_are_passed_over_stand_in_the_decision(run, monkeypatch):
-    """With why: one that did not finish, one that a dry run has added, one that was dropped."""
-    with monkeypatch.context() as patch:
-        patch.setattr(RecalibrationJob, "sum_window", lambda self: (_ for _ in ()).throw(RunFailed("poisoned")))
-        with pytest.raises(RunFailed, match="poisoned"):
-            add(run, "wednesday", skip_tune=True)
-    add(run, "thursday", dry_run=True, skip_tune=True)
-    add(run, "tuesday", drop_window="tuesday", skip_tune=True)
-    add(run, "friday", skip_tune=True)
-    store = Checkpoint(str(run))
-
-    def passed_over(name):
-        found = recalibrations.read_decision(store, read_plan(store), name)["passed_over"]
-        return {one["window"]: one["why"] for one in found}
-
-    unfinished = {"wednesday": "unfinished", "thursday": "undecided"}
-    assert passed_over("without-tuesday") == unfinished
-    assert passed_over("friday") == {"tuesday": "left out", **unfinished}
-    assert add(run, "thursday", windows="monday,thursday", skip_tune=True).promoted
-    assert passed_over("thursday") == {}, "whoever names windows has passed over none"
-
-
-def test_forgetting_goes_by_position_whatever_the_names_say():
-    """Dates with a gap of a year between them are neighbours; so is what was begun later than its name says."""
-    names = ["2026-03-01", "2025-01-01", "2026-03-02"]  # in the order in which they were begun
-    there = [SimpleNamespace(name=name) for name in names]
-    assert [(w.name, x) for w, x in choose(there, "all", 0.5)] == list(zip(names, [0.25, 0.5, 1.0], strict=True))
-    assert [x for _, x in choose(there, "2026-03-02,2026-03-01", 0.5)] == [0.5, 1.0]
-
-
-def shared_file(tmp_path, run):
-    given = {"window": "monday", "windows": "last:4", "decay": 0.5, "gate": ["nll<=1"], "skip-evaluate": True}
-    given |= {"model": "dist_cases:convnet", "data": "test_windows:days", "data-args": {"day": "monday"}}
-    given |= {"checkpoint": str(run), "ray-address": "inline", "batch-size": 4, "segment-size": 8, "skip-tune": True}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**given, "gpus-per-worker": 0.0, "margin-nll": 10.0}))
-    return ["--config", str(tmp_path / "run.yaml")]
-
-
-def test_one_file_serves_a_fit_and_its_recalibrations_and_says_what_each_does_not_heed(run, tmp_path, capsys):
-    file = shared_file(tmp_path, run)
-    assert cli.main("fit", file) == 0
-    error = capsys.readouterr().err
-    assert (
-        error
-        == "note: windows, decay, margin-nll, gate in --config does nothing in this job, but in jobs/recalibrate.py\n"
-    )
-    wednesday = [*file, "--window=wednesday", "--data-args={day: wednesday}", "--margin-ece=1"]
-    assert cli.recalibrate_main(wednesday) == 0
-    assert capsys.readouterr().err == "note: skip-evaluate in --config does nothing in this job, but in the fit's job\n"
-
-
-@pytest.mark.parametrize("flag", ["--skip-evaluate", "--no-skip-evaluate"])
-def test_a_flag_that_does_nothing_in_a_recalibration_is_refused_by_name(run, flag, capsys):
-    before = Checkpoint(str(run)).read(layout.CURRENT)
-    assert cli.recalibrate_main(["--checkpoint", str(run), flag]) == 2
-    assert "--skip-evaluate: does nothing in this job, but in the fit's job" in capsys.readouterr().err
-    assert Checkpoint(str(run)).read(layout.CURRENT) == before

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
-from core.dense_reference import examine
 from core.not_yet import missing
 from core.random_models import plan
+from core.verdicts import examine
 
 MODELS, PARTS = 810, 30
 
