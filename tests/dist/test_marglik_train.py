@@ -253,6 +253,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_begins(tmp_path, chan
         ({"batch_size": 6}, {}, "--batch-size: stored 12, now 6"),
         ({"data_args": {"scale": 2.0}}, {}, r"--data \(contents, as sha256\)"),
         ({"seed": 1}, {}, "--seed: stored 0, now 1"),
+        ({"prior_structure": "layerwise"}, {}, "--prior-structure: stored None, now 'layerwise'"),
     ],
 )
 def test_a_training_goes_on_with_its_own_settings_alone(run, whole, changes, own, words):
