@@ -200,7 +200,7 @@ class MarglikJob(FitStages):
         total: CurvatureSums | None = None
         for found in self._round(stage, tasks):
             tensors = {name: torch.from_numpy(array.copy()) for name, array in found["tensors"].items()}
-            sums = CurvatureSums.from_tensors(self.la.sums_spec(), tensors, found["n_data"])
+            sums = CurvatureSums.from_tensors(self.la.sums_spec(), tensors, found["n_data"], own=True)
             total = sums if total is None else total.merge(sums)
         total.estimator = self.la.backend.estimator
         try:

@@ -93,7 +93,9 @@ def read_posterior(store: Store, plan: Plan, digest: str, la: Any) -> None:
     try:
         la.model.load_state_dict(_under("model", tensors))
         la.set_sums(
-            CurvatureSums.from_tensors(SumsSpec.from_json(plan.spec), _under("sums", tensors), values["n_data"])
+            CurvatureSums.from_tensors(
+                SumsSpec.from_json(plan.spec), _under("sums", tensors), values["n_data"], own=True
+            )
         )
         la.prior_precision, la.sigma_noise = tensors["prior_precision"], tensors["sigma_noise"]
     except (KeyError, ValueError, RuntimeError) as error:
