@@ -206,8 +206,9 @@ def test_batches_in_a_drawn_order_are_the_same_when_it_goes_on(tmp_path):
 
 
 def test_ray_workers_find_the_same_bits(whole, tmp_path, cluster):
-    chosen = small(tmp_path / "run", ray_address=cluster, num_workers=2)
+    chosen = small(tmp_path / "run", ray_address=cluster, num_workers=2, skip_report=False)
     found = marglik_train(chosen, settings())
+    assert found.report == f"{tmp_path}/run/report.html" and (tmp_path / "run" / "report.html").is_file()
     assert found.margliks == whole.margliks and epochs_of(tmp_path / "run") == epochs_of(whole.checkpoint)
 
 

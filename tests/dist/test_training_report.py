@@ -15,6 +15,7 @@ from report_cases import HTML
 from test_report_page import planted
 from training_cases import config, drawn, settings, small
 
+import laplace_dist
 from laplace_dist import cli_readers, cli_training, load_trained
 from laplace_dist.errors import SettingsError
 from laplace_dist.execution.inline import Inline, InlinePool
@@ -69,6 +70,7 @@ def test_the_numbers_are_those_of_the_training_and_of_its_posterior(whole):
     assert whole.report == f"{whole.checkpoint}/report.html" and found["weights"] == whole.weights
     (job,) = numbers(whole.checkpoint)["running"]["jobs"]
     assert (job["job"], job["state"], job["stages"][0]["done"]) == ("marglik_train", "done", 4)
+    assert laplace_dist.verify(whole.checkpoint).ok
 
 
 def test_the_command_of_the_page_repeats_the_training(run, whole, tmp_path):
@@ -135,12 +137,14 @@ def test_a_report_that_cannot_be_made_is_no_reason_to_fail(run, monkeypatch, cap
 
 
 def test_what_a_training_has_not_come_to_is_said(tmp_path):
-    chosen = config(tmp_path / "run", "digits", hessian_structure="diag", batch_size=300)
+    changes = {"hessian_structure": "diag", "prior_structure": "diag", "batch_size": 300}
+    chosen = config(tmp_path / "run", "digits", **changes)
     marglik_train(chosen, settings(n_epochs=1, n_epochs_burnin=1), Inline)
     store = Checkpoint(str(tmp_path / "run"))
     write_report(store)
     text, found = (tmp_path / "run" / "report.html").read_text(), facts(store)
     assert found["training"]["best"] is None and "The evidence was not estimated in any epoch" in text
+    assert "Of 1,898 prior precisions the smallest, the quartiles and the largest." in text
     assert found["training"]["epochs"][0]["sigma_noise"] is None and "observation noise" not in text
     shutil.rmtree(tmp_path / "run" / "training")
     assert "No epoch is committed yet" in page(facts(store))
