@@ -1,86 +1,101 @@
-"""Reading ahead: data that take Python time beside a device that takes its own.
+"""Peak memory of loading a posterior against what the loaded posterior holds.
 
     python benchmarks/loading.py
 
-2,400 examples of 2 ms each in Python and 0.1 s of a device's time for each of 8 batches; both are pauses, so that two cores
-suffice to see what overlaps. Rows: reading and computing in turn, torch's own `DataLoader` with forked processes, and what a
-worker of a job does, in the first segment, which starts the processes, and in the next one, which finds them there. Then the
-time per batch of Zarr data whose chunks hold many batches, read as they come and by chunk.
+A Kron posterior with five factors of 2800² entries, 314 MB in float64, is fitted once and loaded by a process of its own for
+each row: without the eigendecompositions of its factors, and with them. The peak is above what the process holds just before,
+the model included. A loaded posterior holds its sums in float64, the factors in the model's type, and the eigenvectors.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import tempfile
-import time
-from collections.abc import Iterable
+from typing import Any
 
-import numpy as np
 import torch
-import zarr
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
 
-from laplace_dist.data.loader import batches
-from laplace_dist.data.read_ahead import ReadAhead
-from laplace_dist.data.zarr_split import ZarrSplit
-
-EXAMPLES, BATCH, PYTHON, DEVICE = 2_400, 300, 0.002, 0.1
+WIDTH = 2800
+ROWS = {"without decompositions": 0, "with decompositions": 1}
 
 
-class Slow(Dataset):
-    """Examples that take their time."""
-
-    def __len__(self) -> int:
-        return 2 * EXAMPLES
-
-    def __getitem__(self, index: int):
-        time.sleep(PYTHON)
-        return torch.zeros(16), index % 10
+def network() -> nn.Module:
+    """Two square layers and a head."""
+    torch.manual_seed(0)
+    square = (nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh())
+    return nn.Sequential(*square, nn.Linear(WIDTH, 4))
 
 
-def seconds(found: Iterable) -> float:
-    """Seconds to take every batch and wait for the device."""
-    start = time.perf_counter()
-    for _ in found:
-        time.sleep(DEVICE)
-    return time.perf_counter() - start
+def examples(split: str) -> Dataset:
+    """Sixteen examples, which is all that it takes to have factors."""
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(16, WIDTH, generator=generator), torch.arange(16) % 4)
 
 
-def slow_data(processes: int) -> None:
-    """Print the rows of slow data."""
-    print(f"device alone: {seconds(range(EXAMPLES // BATCH)):.2f} s")
-    print(f"one after the other: {seconds(batches(Slow(), 0, EXAMPLES, BATCH)):.2f} s")
-    half = torch.utils.data.Subset(Slow(), range(EXAMPLES))
-    print(f"torch's DataLoader, {processes} processes: {seconds(DataLoader(half, BATCH, num_workers=processes)):.2f} s")
-    ahead = ReadAhead(Slow(), BATCH, workers=processes)
-    for name, start in (("first segment", 0), ("next segment", EXAMPLES)):
-        print(f"--loader-workers {processes}, {name}: {seconds(ahead.batches(start, start + EXAMPLES)):.2f} s")
-    ahead.close()
+def held(found: Any, seen: set[int] | None = None, depth: int = 6) -> dict[int, int]:
+    """Bytes of every storage that an object reaches through attributes and containers, by its address."""
+    seen = set() if seen is None else seen
+    if id(found) in seen or depth == 0 or isinstance(found, nn.Module):
+        return {}
+    seen.add(id(found))
+    if isinstance(found, Tensor):
+        return {found.untyped_storage().data_ptr(): found.untyped_storage().nbytes()}
+    parts = found.values() if isinstance(found, dict) else found if isinstance(found, list | tuple) else ()
+    parts = [*parts, *getattr(found, "__dict__", {}).values()]
+    return {place: size for part in parts for place, size in held(part, seen, depth - 1).items()}
 
 
-def zarr_data() -> None:
-    """Print the rows of Zarr data: 64 batches of 32 images in two compressed chunks of 1,024."""
-    with tempfile.TemporaryDirectory() as folder:
-        x = np.random.default_rng(0).standard_normal((2048, 3, 32, 32), dtype=np.float32)
-        group = zarr.create_group(folder)
-        group.create_array("train/x", data=x, chunks=(1024, 3, 32, 32))
-        group.create_array("train/y", data=np.zeros(2048, np.int64), chunks=(1024,))
-        array, labels = group["train/x"], group["train/y"]
-        start = time.perf_counter()
-        for offset in range(0, 2048, 32):
-            torch.from_numpy(array[offset : offset + 32]), torch.from_numpy(labels[offset : offset + 32])
-        before = time.perf_counter() - start
-        start = time.perf_counter()
-        list(batches(ZarrSplit(folder, "train"), 0, 2048, 32))
-        after = time.perf_counter() - start
-    print(f"Zarr, as batches come: {before / 64 * 1e3:.1f} ms per batch; by chunk: {after / 64 * 1e3:.1f} ms per batch")
+def status(field: str) -> float:
+    """A line of this process's status, in MB."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def load(url: str) -> None:
+    """Load the posterior in this process and print its peak and what is held."""
+    import laplace_dist
+
+    model = network()
+    laplace_dist.status(url)
+    before = status("VmRSS")
+    la = laplace_dist.load_posterior(url, model)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    bytes_ = sum(size for place, size in held(la).items() if place not in weights)
+    print(f"ROW {status('VmHWM') - before:.0f} {bytes_ / 2**20:.0f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=4)
-    slow_data(parser.parse_args().processes)
-    zarr_data()
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--row", metavar="URL")
+    url = parser.parse_args().row
+    if url is not None:
+        load(url)
+        return
+    from laplace_dist import Inline
+    from laplace_dist.config.settings import Config
+    from laplace_dist.job import Job
+
+    with tempfile.TemporaryDirectory() as folder:
+        url = f"{folder}/run"
+        config = Config(
+            model="loading:network", data="loading:examples", checkpoint=url, batch_size=16, estimator="ggn"
+        )
+        with Job(config, Inline) as job:
+            job.open()
+            job.map()
+            version = job.reduce()
+            for name, decomposed in ROWS.items():
+                if decomposed:
+                    job.decompose(version)
+                command = [sys.executable, "-W", "ignore", __file__, "--row", url]
+                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                peak, own = (int(word) for word in output.rsplit("ROW ", 1)[1].split())
+                print(f"{name:23} peak {peak:5} MB   held {own:5} MB   {peak / own:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ def lines(found: Trained) -> list[str]:
         shown.append(f"evidence   {-found.margliks[-1]:.6g} at last; the best posterior is of epoch {found.best_epoch}")
     shown.append(f"weights    {found.weights}")
     shown.append(f"posterior  laplace_dist.load_trained({found.checkpoint!r}, model)")
+    if found.report is not None:
+        shown.append(f"report     {found.report}")
     return shown
 
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
 from laplace_dist.config import compatibility
-from laplace_dist.config.import_path import IMPORT_PATH
-from laplace_dist.config.settings import HF, Config
-from laplace_dist.errors import MissingObjectError, OutOfMemory, SettingsError
+from laplace_dist.config.absolute import absolute
+from laplace_dist.config.settings import Config
+from laplace_dist.errors import CheckpointError, MissingObjectError, OutOfMemory, RunFailed, SettingsError
 from laplace_dist.execution.session import ExecutorType, Session
 from laplace_dist.execution.tasks import Task
 from laplace_dist.plan.estimate import expected_bytes
 from laplace_dist.plan.groups import plan_groups
 from laplace_dist.plan.plan import Plan
+from laplace_dist.report.html.subject import is_up_to_date
+from laplace_dist.report.html.task import WriteReport
 from laplace_dist.report.planned import weights_line
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import bases, coverage, layout, lifecycle, ownership, place, pointer, versions, windows
@@ -57,7 +58,7 @@ class FitStages:
     _prints: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self.config = _absolute(self.given)
+        self.config = absolute(self.given)
         self.store: Store = open_store(self.config)
         self.journal = Journal(self.store, self.kind, self.config.window)
         self.session = Session(
@@ -272,6 +273,25 @@ class FitStages:
             versions.commit_version(self.store, self.plan, terms, [receipt["factors"] for receipt in receipts])
         return version
 
+    def report(self, evaluation: str | None = None) -> str | None:
+        """Write the page that shows the run, unless the settings say not to, and return where it is.
+
+        Args:
+            evaluation: Key of the evaluation that it shows; the latest if not given.
+        """
+        if self.config.skip_report:
+            return None
+        place = f"{self.store.url.rstrip('/')}/{layout.REPORT}"
+        if self.session.pool is None and is_up_to_date(self.store, evaluation):
+            return place
+        self.journal.write("done")  # but for the page, which shows the record
+        try:
+            self._run([WriteReport(self.plan.digest, evaluation)], Progress("report", "pages", 1))
+        except (RunFailed, CheckpointError, SettingsError) as error:  # which is no reason to call the job a failure
+            self.say(f"report: not written ({error}). Everything else is done; jobs/report.py makes it again.")
+            return None
+        return place
+
     def _version_of_0_1(self) -> str | None:
         """Return the posterior version of a finished run of 0.1, whose sums were not kept apart from it."""
         if self.plan.format_version > 1 or not self.store.exists(layout.CURRENT):
@@ -281,17 +301,3 @@ class FitStages:
     def _run(self, tasks: Iterable[Task], progress: Progress, **how: bool) -> list[Mapping[str, Any]]:
         """Carry out the tasks of a stage; see `Session.run`."""
         return self.session.run(tasks, self.device_type, progress, run=self.plan.digest, **how)
-
-
-def _absolute(config: Config) -> Config:
-    """Return the settings with relative paths, and those that begin with `~`, made absolute."""
-    data = None if IMPORT_PATH.fullmatch(config.data) else config.data
-    paths = {"checkpoint": config.checkpoint, "weights": config.weights, "data": data}
-    found = {name: _absolute_path(path) for name, path in paths.items() if path and "://" not in path}
-    if config.model.startswith(HF):
-        found["model"] = HF + _absolute_path(config.model.removeprefix(HF))
-    return config.model_copy(update=found)
-
-
-def _absolute_path(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))

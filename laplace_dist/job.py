@@ -11,13 +11,11 @@ from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.config.settings import Config
 from laplace_dist.data import sources
 from laplace_dist.data.groups import groups_of
-from laplace_dist.errors import CheckpointError, RunFailed, SettingsError, StorageError
+from laplace_dist.errors import StorageError
 from laplace_dist.execution.session import ExecutorType
 from laplace_dist.execution.tasks import Task
 from laplace_dist.fit_stages import FitStages
 from laplace_dist.plan.segments import plan_shards
-from laplace_dist.report.html.subject import is_up_to_date
-from laplace_dist.report.html.task import WriteReport
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import decompositions, evaluations, layout, ownership, pointer, tunings
 from laplace_dist.run.checkpoint import open_json
@@ -235,25 +233,6 @@ class Job(FitStages):
             summary = evaluate.Summarize(self.plan.digest, key, chosen, ids)
             self._run([summary], Progress("evaluate", "results", 1))
         return key
-
-    def report(self, evaluation: str | None = None) -> str | None:
-        """Write the page that shows the run, unless the settings say not to, and return where it is.
-
-        Args:
-            evaluation: Key of the evaluation that it shows; the latest if not given.
-        """
-        if self.config.skip_report:
-            return None
-        place = f"{self.store.url.rstrip('/')}/{layout.REPORT}"
-        if self.session.pool is None and is_up_to_date(self.store, evaluation):
-            return place
-        self.journal.write("done")  # but for the page, which shows the record
-        try:
-            self._run([WriteReport(self.plan.digest, evaluation)], Progress("report", "pages", 1))
-        except (RunFailed, CheckpointError, SettingsError) as error:  # which is no reason to call the job a failure
-            self.say(f"report: not written ({error}). Everything else is done; jobs/report.py makes it again.")
-            return None
-        return place
 
     def _splits(self, *names: str) -> dict[str, Any]:
         """Return splits, each loaded once; those of a follow-on job are looked at before anything starts, as a fit's are."""

@@ -40,6 +40,7 @@ class Trained:
         losses: Mean training loss of every epoch.
         best_epoch: The epoch with the best evidence, or None if it was never estimated.
         weights: Path or URL of the weights: of the best epoch, else of the last one.
+        report: Path or URL of the page that shows it, or None if there is none.
     """
 
     checkpoint: str
@@ -47,6 +48,7 @@ class Trained:
     losses: list[float]
     best_epoch: int | None
     weights: str
+    report: str | None = None
 
 
 def marglik_train(config: Config, settings: Training | None = None, executor: ExecutorType | None = None) -> Trained:
@@ -65,7 +67,7 @@ def marglik_train(config: Config, settings: Training | None = None, executor: Ex
         RunFailed: The training diverges, or the run cannot go on; every committed epoch is kept.
         CheckpointError: An object of the checkpoint is missing, truncated or altered.
     """
-    own = {"skip_tune": True, "skip_evaluate": True, "skip_report": True}
+    own = {"skip_tune": True, "skip_evaluate": True}
     with MarglikJob(config.model_copy(update=own), executor, "marglik_train", settings=settings or Training()) as job:
         job.open()
         return job.train()
@@ -95,7 +97,8 @@ class MarglikJob(FitStages):
         self.la, self._train = resolved.la, resolved.train
         self._check(resolved.model)
         store.check_writable()
-        self.plan, there = opening.begin(resolved, config, store, self.device_type, self.say, own.bits())
+        bits = own.bits(config.prior_structure)
+        self.plan, there = opening.begin(resolved, config, store, self.device_type, self.say, bits)
         self.say(f"{'continuing' if there else 'starting'} the training at {store.url}")
         self._history = training.epochs(store, self.plan)
         if self._history:
@@ -158,9 +161,11 @@ class MarglikJob(FitStages):
                 raise RunFailed(str(error)) from error
             if best[1] is None or margliks[-1] < self._history[best[1] - 1].margliks[-1]:
                 best = trained.write_posterior(self.store, self.plan, self.la), number
+        hyper = trained.hyper_of(self.la)
+        if margliks:
             self.hyper.apply()
         state = trained.write_state(self.store, self.plan, self.la, self.optimizer, self.hyper)
-        epoch = Epoch(number, total / self.plan.n_examples, tuple(margliks), state, *best)
+        epoch = Epoch(number, total / self.plan.n_examples, tuple(margliks), state, *best, hyper)
         if not training.commit_epoch(self.store, self.plan, epoch):  # another driver was first
             self._history = training.epochs(self.store, self.plan)
             self._load(self._history[-1])
@@ -195,7 +200,7 @@ class MarglikJob(FitStages):
         total: CurvatureSums | None = None
         for found in self._round(stage, tasks):
             tensors = {name: torch.from_numpy(array.copy()) for name, array in found["tensors"].items()}
-            sums = CurvatureSums.from_tensors(self.la.sums_spec(), tensors, found["n_data"])
+            sums = CurvatureSums.from_tensors(self.la.sums_spec(), tensors, found["n_data"], own=True)
             total = sums if total is None else total.merge(sums)
         total.estimator = self.la.backend.estimator
         try:
@@ -222,7 +227,7 @@ class MarglikJob(FitStages):
         training.write_trained(self.store, self.plan, weights.dump_weights(self.la.model))
         place = f"{self.store.url.rstrip('/')}/{layout.TRAINED}"
         losses = [epoch.loss for epoch in self._history]
-        return Trained(self.store.url, margliks, losses, last.best_epoch, place)
+        return Trained(self.store.url, margliks, losses, last.best_epoch, place, self.report())
 
 
 def _part(found: Mapping[str, Any]) -> PartOfBatch:

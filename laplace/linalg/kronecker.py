@@ -16,6 +16,8 @@ from laplace.linalg import memory
 from laplace.linalg.decomposed import KronDecomposed, KronSpectrum, check_not_negative, dense_block
 from laplace.linalg.eigen import eigenvalues, eigh
 
+ROWS = 256  # of a factor that are divided at a time
+
 
 class Kron:
     """Kronecker factors of a block-diagonal matrix, closed under addition and scaling.
@@ -190,8 +192,16 @@ class Kron:
 
 
 def rounded_factor(name: str, value: Tensor, n_data: float, dtype: torch.dtype) -> Tensor:
-    """One summed factor as the posterior has it: that of the inputs divided by the number of examples, in its type."""
-    return (value / n_data if name.endswith("/A") else value).to(dtype)
+    """One summed factor as the posterior has it: that of the inputs divided by the number of examples, in its type.
+
+    Some rows at a time: a factor may be large, and what is divided is of float64.
+    """
+    if not name.endswith("/A"):
+        return value.to(dtype)
+    found = torch.empty_like(value, dtype=dtype)
+    for rows, own in zip(value.split(ROWS), found.split(ROWS), strict=True):
+        own.copy_(rows / n_data)
+    return found
 
 
 def weight_shape_2d(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:

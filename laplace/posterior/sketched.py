@@ -77,7 +77,7 @@ class SketchedLowRankLaplace(LowRankLaplace):
 
     def set_second_sums(self, sums: CurvatureSums, basis: Mapping[str, Tensor]) -> None:
         """Finalise the raw sums of the second pass: the eigenpairs of the ``rank`` largest eigenvalues."""
-        self.set_sums(sketch.leading(SECOND_PASSES[self.structure].finish(sums, basis), self.rank))
+        self.set_sums(sketch.eigenpairs(sums, basis, self.rank))
 
     @outside_inference_mode()
     def fit(self, train_loader: Iterable, override: bool = True, progress_bar: bool = False) -> None:

@@ -115,8 +115,13 @@ def find_range(spec: SumsSpec, name: str, factors: Mapping[str, Tensor], n_data:
     return torch.linalg.qr(sketch)[0].contiguous()
 
 
-def eigenpairs(sums: CurvatureSums, basis: Mapping[str, Tensor]) -> CurvatureSums:
+def eigenpairs(sums: CurvatureSums, basis: Mapping[str, Tensor], rank: int | None = None) -> CurvatureSums:
     """Positive eigenpairs of the curvature in the basis, the largest first, as the sums of a low-rank posterior.
+
+    Args:
+        sums: The core.
+        basis: The basis that it is in.
+        rank: How many eigenpairs at most; all if not given.
 
     Raises:
         ValueError: If no eigenvalue is positive beyond rounding, or the basis is of another width.
@@ -132,20 +137,11 @@ def eigenpairs(sums: CurvatureSums, basis: Mapping[str, Tensor]) -> CurvatureSum
         raise ValueError(
             "The curvature has no positive eigenvalue at these weights, so there is no low-rank posterior. Train the model."
         )
-    tensors = {"vectors": found.double() @ rotation[:, keep], "values": values[keep]}
+    tensors = {"vectors": found.double() @ rotation[:, keep][:, :rank], "values": values[keep][:rank]}
     spec = _of(sums.spec, "lowrank", {name: Factor(tuple(value.shape)) for name, value in tensors.items()})
     finished = CurvatureSums(spec, tensors, sums.loss, sums.n_data)
     finished.estimator = sums.estimator
     return finished
-
-
-def leading(sums: CurvatureSums, rank: int) -> CurvatureSums:
-    """The first eigenpairs of a low-rank posterior's sums."""
-    tensors = {"vectors": sums.tensors["vectors"][:, :rank].contiguous(), "values": sums.tensors["values"][:rank]}
-    spec = _of(sums.spec, "lowrank", {name: Factor(tuple(value.shape)) for name, value in tensors.items()})
-    found = CurvatureSums(spec, tensors, sums.loss, sums.n_data)
-    found.estimator = sums.estimator
-    return found
 
 
 def _basis(spec: SumsSpec) -> dict[str, BasisPart]:

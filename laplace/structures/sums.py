@@ -154,8 +154,16 @@ class CurvatureSums:
         return {**self.tensors, "loss": self.loss}
 
     @classmethod
-    def from_tensors(cls, spec: SumsSpec, tensors: Mapping[str, Tensor], n_data: float) -> CurvatureSums:
-        """Rebuild a sum from copies of its tensors, of float64 or of any type that they were stored in.
+    def from_tensors(
+        cls, spec: SumsSpec, tensors: Mapping[str, Tensor], n_data: float, *, own: bool = False
+    ) -> CurvatureSums:
+        """Rebuild a sum from its tensors, of float64 or of any type that they were stored in.
+
+        Args:
+            spec: Of the sum.
+            tensors: As :meth:`to_tensors` returns them.
+            n_data: Number of examples in the sum.
+            own: The tensors belong to the sum from here on, which adds to them in place; it takes copies if not given.
 
         Raises:
             ValueError: If a factor is missing, unknown or of the wrong shape.
@@ -167,8 +175,8 @@ class CurvatureSums:
         for name, factor in spec.factors.items():
             if tuple(tensors[name].shape) != factor.shape:
                 raise ValueError(f"Factor {name!r} has shape {tuple(tensors[name].shape)}, expected {factor.shape}.")
-        factors = {name: tensors[name].to(torch.float64, copy=True) for name in spec.factors}
-        return cls(spec, factors, tensors["loss"].to(torch.float64, copy=True), n_data)
+        factors = {name: tensors[name].to(torch.float64, copy=not own) for name in spec.factors}
+        return cls(spec, factors, tensors["loss"].to(torch.float64, copy=not own), n_data)
 
     def non_finite(self) -> list[str]:
         """Names of the factors that hold NaN or Inf."""

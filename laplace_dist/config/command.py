@@ -7,23 +7,29 @@ import shlex
 from typing import Any
 
 from laplace_dist.config.settings import Config
+from laplace_dist.config.training import Training
 
 _LEFT_OUT = ("fresh", "storage_options", "data_storage_options", "weights_storage_options")
 
 
-def command_of(config: Config, job: str) -> str:
+_ALWAYS = ("model", "checkpoint", "hessian_structure")  # a job has defaults of its own for these
+
+
+def command_of(config: Config, job: str, training: Training | None = None) -> str:
     """Return the exact command that gives these settings, without secrets: storage options have to be given again.
 
     Args:
         config: The settings.
         job: Path of the script, such as `jobs/fit_kron.py`.
+        training: The further settings of a training by empirical Bayes.
     """
     words = ["python", job]
-    for name, field in Config.model_fields.items():
-        value = getattr(config, name)
-        required = name in ("model", "checkpoint", "hessian_structure")  # a job has defaults of its own for these
-        if name not in _LEFT_OUT and (required or field.is_required() or value != field.get_default()):
-            words += _flag(name.replace("_", "-"), value)
+    for settings in (config, training) if training is not None else (config,):
+        for name, field in type(settings).model_fields.items():
+            value = getattr(settings, name)
+            said = name in _ALWAYS or field.is_required() or value != field.get_default()
+            if said and name not in _LEFT_OUT:
+                words += _flag(name.replace("_", "-"), value)
     return " ".join(shlex.quote(word) for word in words)
 
 

@@ -57,7 +57,12 @@ class Training(Checked):
             raise ValueError("a --scheduler with them, which would heed them")
         return value
 
-    def bits(self) -> dict[str, Any]:
-        """Return the settings that belong to the plan: all but the number of epochs, since a run may go on."""
+    def bits(self, prior_structure: str = "scalar") -> dict[str, Any]:
+        """Return the settings that belong to the plan: all but the number of epochs, since a run may go on.
+
+        Args:
+            prior_structure: The job's own setting, which changes no bit of a fit, and every one of a training.
+        """
         unused = {"scheduler", "scheduler_args"} if self.scheduler is None else set()  # plans of before there were any
-        return self.model_dump(exclude={"n_epochs", *unused})
+        structure = {"prior_structure": prior_structure} if prior_structure != "scalar" else {}  # as with these
+        return {**self.model_dump(exclude={"n_epochs", *unused}), **structure}

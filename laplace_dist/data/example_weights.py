@@ -116,17 +116,44 @@ def refuse_weighted(dataset: Any, name: str, split: str) -> None:
         SettingsError: It has weights of this name, and one of them is not 1.
         ExampleError: They cannot be read.
     """
+    if (found := _not_one(dataset, name, split)) is not None:
+        raise SettingsError(
+            f"{FLAG}: example {found[0]} of the split {split!r} has the weight {found[1]!r}, but tuning and "
+            "evaluation count every example once; leave that column out of this split, make it 1, or use --skip-tune "
+            "and --skip-evaluate"
+        )
+
+
+def refuse_forgotten(dataset: Any, name: str, window: str) -> None:
+    """Refuse to count every example of a new window once whose data have the weights that another window counts by.
+
+    Args:
+        dataset: The training split.
+        name: That the other window gave.
+        window: The other window.
+
+    Raises:
+        SettingsError: The split has weights of this name, and one of them is not 1.
+        ExampleError: They cannot be read.
+    """
+    if (found := _not_one(dataset, name, "train")) is not None:
+        raise SettingsError(
+            f"{FLAG}: got none, which is a weight of 1 for each example, but window {window} counts by {name!r}, and example "
+            f"{found[0]} of these data has the weight {found[1]!r} there. Give {FLAG} {name}, or leave that "
+            f"{_kind(dataset)} out of the data."
+        )
+
+
+def _not_one(dataset: Any, name: str, split: str) -> tuple[int, float] | None:
+    """Return the first example whose weight of this name is not 1, with it; None if there is none, or nothing of the name."""
     for start in range(0, len(dataset), _STEP):
         if _values(dataset, name, start, start + 1) is None:
-            return
+            return None
         part = read(dataset, name, start, min(start + _STEP, len(dataset)), split)
         if bool((other := part != 1).any()):
             first = int(other.nonzero()[0])
-            raise SettingsError(
-                f"{FLAG}: example {start + first} of the split {split!r} has the weight {part[first].item()!r}, but tuning and "
-                "evaluation count every example once; leave that column out of this split, make it 1, or use --skip-tune "
-                "and --skip-evaluate"
-            )
+            return start + first, part[first].item()
+    return None
 
 
 def _sampled(dataset: Any, name: str) -> list[tuple[int, float]]:

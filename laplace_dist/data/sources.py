@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import fsspec
@@ -14,7 +15,7 @@ from laplace_dist.config.import_path import IMPORT_PATH, call
 from laplace_dist.config.settings import Config
 from laplace_dist.data.arrow_ipc import ArrowFiles
 from laplace_dist.data.choice import ARGUMENTS
-from laplace_dist.data.example_weights import refuse_weighted
+from laplace_dist.data.example_weights import refuse_forgotten, refuse_weighted
 from laplace_dist.data.file_errors import FileError
 from laplace_dist.data.files import Place
 from laplace_dist.data.hugging_face import SavedDataset, is_saved
@@ -96,11 +97,35 @@ def load_split(config: Config, split: str) -> Any:
     if len(dataset) == 0:
         raise SettingsError(f"--data: {config.data!r} returned an empty data set for split {split!r}")
     if config.example_weights is not None and split != "train":
-        try:
+        with _weights_that_cannot_be_read():
             refuse_weighted(dataset, config.example_weights, split)
-        except ExampleError as error:
-            raise (StorageError if may_pass(error.__cause__) else SettingsError)(str(error)) from error
     return dataset
+
+
+def refuse_forgotten_weights(config: Config, given: Mapping[str, str]) -> None:
+    """Refuse a new window without weights whose data have the weights that other windows of the run count by.
+
+    Args:
+        config: The settings, with the window's data.
+        given: Windows that count by weights, by what they call these.
+
+    Raises:
+        SettingsError: Naming the window, and an example.
+    """
+    if config.example_weights is not None:
+        return
+    for name, window in given.items():
+        dataset = load_split(config.model_copy(update={"example_weights": name}), "train")
+        with _weights_that_cannot_be_read():
+            refuse_forgotten(dataset, name, window)
+
+
+@contextmanager
+def _weights_that_cannot_be_read() -> Iterator[None]:
+    try:
+        yield
+    except ExampleError as error:
+        raise (StorageError if may_pass(error.__cause__) else SettingsError)(str(error)) from error
 
 
 def _at_url(config: Config, split: str) -> Any:

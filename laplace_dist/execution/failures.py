@@ -207,10 +207,13 @@ class Budget:
 
     def _too_large(self, event: Event) -> bool:
         """Say whether memory ran out although nothing has finished: then the other tasks would fare no better."""
-        return not self._finished and event.raised is not None and is_out_of_memory(event.raised)
+        refused = event.raised is not None and is_out_of_memory(event.raised)
+        return not self._finished and (refused or event.memory)
 
     def _ended(self, event: Event, text: str) -> RunFailed:
-        return OutOfMemory(text, of_sums=event.raised.is_a(OF_SUMS)) if self._too_large(event) else RunFailed(text)
+        if not self._too_large(event):
+            return RunFailed(text)
+        return OutOfMemory(text, of_sums=event.raised is not None and event.raised.is_a(OF_SUMS))
 
 
 def kind_of(event: Event) -> str:

@@ -248,11 +248,11 @@ class Pool:
         return Event(task, receipt=outcome, seconds=seconds)
 
     def _died(self, flight: Flight, error: Exception, lost: bool) -> list[Event | None]:
-        why, node = why_it_died(error, lost), flight.hired.node
+        why, memory = why_it_died(error, lost), not lost and short_of_memory(error)
         if flight.task is None:
-            return [None if lost else self._not_started(flight, why, memory=short_of_memory(error))]
-        at = "" if lost else self._failed(node, flight.task)
-        return [flight.hired.commit_lost, Event(flight.task, failure=why, lost=lost, node=at)]
+            return [None if lost else self._not_started(flight, why, memory=memory)]
+        at = "" if lost else self._failed(flight.hired.node, flight.task)
+        return [flight.hired.commit_lost, Event(flight.task, failure=why, lost=lost, memory=memory, node=at)]
 
     def _overdue(self, now: float, limit: Limit) -> list[Event | None]:
         late = [

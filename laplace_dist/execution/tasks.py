@@ -55,6 +55,7 @@ class Event:
         seconds: How long the task took.
         lost: The failure is the loss of the node, which says nothing of the task; False if the node lives on.
         raised: What the task raised, where the failure is that.
+        memory: Its node ran low on memory, and Ray ended the worker for it.
         node: Where it failed; empty where there is no other node on which it could be tried.
     """
 
@@ -65,6 +66,7 @@ class Event:
     seconds: float = 0.0
     lost: bool = False
     raised: Raised | None = None
+    memory: bool = False
     node: str = ""
 
 

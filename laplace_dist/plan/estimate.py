@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
+
 from laplace_dist.plan.groups import fewest, most, plan_groups
 from laplace_dist.plan.plan import Plan
 
@@ -23,6 +25,9 @@ SMALLER = (
 # Bytes of sums up to which a segment is committed while the next one is computed: a commit takes about one hundredth of a
 # segment's time, which is not worth a second copy of sums that fill a worker's memory.
 BESIDE = 128 * 2**20
+# What a loaded posterior holds of each entry of the first pass's sums, by structure: bytes of float64 numbers (the sum, a dense
+# matrix's eigenvectors or root), and numbers of its own type (the rounded factor, and its eigenvectors).
+_LOADED = {"kron": (8, 2), "ekfac": (0, 1), "diag": (8, 1), "full": (16, 0), "blockdiag": (16, 0), "lowrank": (8, 0)}
 FILLED = 0.8  # of a worker's memory that sums and model may take where sums are divided into groups
 COMMIT_SHARE = 0.02  # of a segment's time, above which larger segments are worth it
 
@@ -74,7 +79,8 @@ class Estimate:
         writes: Requests that write, of the map phase.
         reads: Requests that read, of the map phase.
         dollars: What these cost on S3.
-        peak_bytes: Of a worker.
+        peak_bytes: Of a worker of the map phase.
+        posterior_bytes: That a loaded posterior holds, in whatever tunes, evaluates or predicts with it.
         workers: That the times are for.
         map_seconds: Of the map phase.
         commit_share: Of its time that goes into commits, if they do not overlap with it.
@@ -98,6 +104,7 @@ class Estimate:
     reads: int
     dollars: float
     peak_bytes: int
+    posterior_bytes: int
     workers: int
     map_seconds: float
     commit_share: float
@@ -145,6 +152,7 @@ def estimate(
         "reads": reads,
         "dollars": (writes * PUT_PRICE + reads * GET_PRICE) / 1000,
         "peak_bytes": trial.peak_bytes + trial.kept_bytes + RAY_BYTES,
+        "posterior_bytes": loaded_bytes(plan),
         "workers": workers,
         "map_seconds": rounds * (per_segment + trial.commit_seconds),
         "commit_share": trial.commit_seconds / (per_segment + trial.commit_seconds),
@@ -152,6 +160,19 @@ def estimate(
     }
     weights = (plan.n_examples, plan.data["weights"]) if "weights" in plan.data else None
     return Estimate(**found, advice=tuple(_advice(plan, trial, found)), weights=weights)
+
+
+def loaded_bytes(plan: Plan) -> int:
+    """Return what a posterior holds once it was loaded and has predicted; module groups make it no smaller."""
+    structure = plan.settings["hessian_structure"]
+    weights = sum(prod(block["shape"]) for block in plan.spec["blocks"])
+    wide, own = _LOADED[structure]
+    size = getattr(torch, plan.spec["dtype"]).itemsize
+    entries = sum(prod(factor["shape"]) for factor in plan.spec["factors"].values())
+    second = (8 + size) * weights if structure == "ekfac" else 0  # the diagonal in the basis, summed and rounded
+    return (
+        entries * (wide + own * size) + second + 2 * size * weights
+    )  # the mean, and what tells that weights have changed
 
 
 def expected_bytes(spec: Mapping[str, Any], groups: int, model_bytes: int) -> int:
@@ -232,6 +253,14 @@ def _advice(plan: Plan, trial: Trial, found: dict) -> list[str]:
         said.append(
             f"A worker needs more memory than this machine has; the largest of its sums is {name} of width {width:,}. "
             f"{SMALLER}"
+        )
+    loaded = PROCESS_BYTES + RAY_BYTES + found["posterior_bytes"]
+    if trial.node_bytes is not None and loaded > trial.node_bytes:
+        said.append(
+            "A worker that tunes or evaluates needs more memory than this machine has, "
+            f"{found['posterior_bytes']:,} bytes of it for the posterior, and module groups make that no less. Give "
+            "--skip-tune and --skip-evaluate and do both on a larger machine, or use --hessian-structure diag or "
+            "--subset-of-weights last_layer."
         )
     if found["commit_share"] > COMMIT_SHARE and found["segments"] > 4 * found["workers"]:
         said.append(

@@ -26,7 +26,10 @@ def lines(found: Estimate) -> Iterator[str]:
     yield f"segments   {found.segments:,} with {found.batches:,} batches; {size(found.partial_bytes)} of each is stored"
     yield f"storage    {size(found.stored_bytes)} while the partials are kept"
     yield f"requests   {found.writes:,} writes and {found.reads:,} reads; ${found.dollars:.2f} on S3"
-    yield f"memory     {size(found.peak_bytes)} at a worker's peak"
+    yield (
+        f"memory     {size(found.peak_bytes)} at a mapping worker's peak; {size(found.posterior_bytes)} of posterior in one "
+        "that tunes or evaluates"
+    )
     yield (
         f"time       map {clock(found.map_seconds)}, commits {found.commit_share:.1%} of it; reduce "
         f"{clock(found.reduce_seconds)}; on {workers} as fast as this machine"

@@ -109,9 +109,13 @@ def build(store: Store, plan: Plan, model: nn.Module, version: str) -> Any:
         ) from error
     manifest = read_version(store, plan, version)
     device = next(model.parameters()).device
-    tensors = {name: read_factor(store, manifest, name).to(device) for name in manifest["factors"] if name != LOSS}
+    tensors = {  # one by one in the place and type of the sums, so that none is there twice: they may take most of the memory
+        name: read_factor(store, manifest, name).to(device, torch.float64)
+        for name in manifest["factors"]
+        if name != LOSS
+    }
     tensors[LOSS] = torch.tensor(read_loss(store, manifest), dtype=torch.float64, device=device)
-    sums = CurvatureSums.from_tensors(spec, tensors, manifest["n_data"])
+    sums = CurvatureSums.from_tensors(spec, tensors, manifest["n_data"], own=True)
     if plan.further is None:
         la.set_sums(sums)
     else:

@@ -189,6 +189,14 @@ class BasisFields(Owned):
     environment: Environment
 
 
+class HyperFields(Strict):
+    """Prior precision and noise of an epoch, as `trained.hyper_of` describes them."""
+
+    prior_precision: list[Finite]
+    values: Positive
+    sigma_noise: Finite | None
+
+
 class EpochFields(Owned):
     """The manifest of an epoch of a training."""
 
@@ -199,6 +207,7 @@ class EpochFields(Owned):
     state: Sha256
     best: Sha256 | None
     best_epoch: Positive | None
+    hyper: HyperFields | None = None  # of trainings of before they were kept
     environment: Environment
 
 

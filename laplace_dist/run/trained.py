@@ -22,6 +22,27 @@ from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.posterior import new_laplace
 from laplace_dist.storage.store import Store
 
+LISTED = 256  # prior precisions that an epoch's manifest has one by one
+QUANTILES = 5  # that it has of more: smallest, quartiles, largest
+
+
+def hyper_of(la: Any) -> dict[str, Any]:
+    """Return prior precision and noise as an epoch's manifest has them: small, for whoever looks.
+
+    Args:
+        la: The posterior.
+
+    Returns:
+        `prior_precision`, one by one or as quantiles of more than `LISTED`; `values`, how many there are; `sigma_noise`, None
+        where the likelihood has none.
+    """
+    prior = la.prior_precision.detach().double().flatten().cpu()
+    shown = prior
+    if len(prior) > LISTED:
+        shown = prior.sort().values[torch.linspace(0, len(prior) - 1, QUANTILES).round().long()]
+    noise = la.sigma_noise.item() if la.likelihood_object.has_noise else None
+    return {"prior_precision": shown.tolist(), "values": len(prior), "sigma_noise": noise}
+
 
 def write_state(store: Store, plan: Plan, la: Any, optimizer: Optimizer, hyper: Hyperparameters) -> str:
     """Write all that it takes to go on after an epoch; returns the file's sha256."""
@@ -73,7 +94,9 @@ def read_posterior(store: Store, plan: Plan, digest: str, la: Any) -> None:
     try:
         la.model.load_state_dict(_under("model", tensors))
         la.set_sums(
-            CurvatureSums.from_tensors(SumsSpec.from_json(plan.spec), _under("sums", tensors), values["n_data"])
+            CurvatureSums.from_tensors(
+                SumsSpec.from_json(plan.spec), _under("sums", tensors), values["n_data"], own=True
+            )
         )
         la.prior_precision, la.sigma_noise = tensors["prior_precision"], tensors["sigma_noise"]
     except (KeyError, ValueError, RuntimeError) as error:

@@ -37,6 +37,8 @@ class Epoch:
         state: Sha256 of the file to go on from.
         best: Sha256 of the file with the best posterior so far, or None.
         best_epoch: Epoch that it is of, or None.
+        hyper: Prior precision and noise as `trained.hyper_of` returns them: of the last estimate, where there was one in the
+            epoch. None of trainings of before they were kept.
     """
 
     number: int
@@ -45,6 +47,12 @@ class Epoch:
     state: str
     best: str | None
     best_epoch: int | None
+    hyper: Mapping[str, Any] | None = None
+
+
+def is_training(plan: Plan) -> bool:
+    """Say whether a run is a training by empirical Bayes, and not a fit."""
+    return "n_hypersteps" in plan.settings
 
 
 def write_file(store: Store, plan: Plan, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> str:
@@ -101,8 +109,8 @@ def epochs(store: Store, plan: Plan) -> list[Epoch]:
         if is_foreign(content, key, plan):
             continue
         values = open_json(content, key)
-        names = Epoch.__dataclass_fields__
-        found.append(Epoch(**{**{name: values[name] for name in names}, "margliks": tuple(values["margliks"])}))
+        own = {name: values.get(name) for name in Epoch.__dataclass_fields__}
+        found.append(Epoch(**{**own, "margliks": tuple(values["margliks"])}))
     for number, epoch in enumerate(found, 1):
         if epoch.number != number:
             raise MissingObjectError(

@@ -125,6 +125,8 @@ def begin_window(
         )
     config = as_halved(estimator.given(config, run.settings), run)
     check_example_weights(config)
+    weighted = [window for window in there if "weights" in window.plan.data]
+    sources.refuse_forgotten_weights(config, {w.plan.data["weights"]["name"]: w.name for w in weighted})
     train = sources.load_split(config, "train")
     check_again(config, store, run, {"train": train, **sources.check_splits(config)})
     data = fingerprint(config, train, "train")

@@ -11,6 +11,7 @@ from torch import nn
 
 from laplace import Laplace
 from laplace.linalg.eigen import eigenvalues, eigh, symeig
+from laplace.linalg.kronecker import rounded_factor
 from laplace.utils.matrix import Kron, KronDecomposed
 
 from . import naive
@@ -316,3 +317,11 @@ def test_a_factor_without_eigendecomposition_is_named(monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigvalsh", no_convergence)
     with pytest.raises(ValueError, match=r"factor '0.weight/B' \(4, 4\) of block 0 has no eigendecomposition"):
         la.log_marginal_likelihood()
+
+
+@pytest.mark.parametrize("shape", [(600, 600), (600,), (1, 1)])
+def test_a_factor_is_divided_row_by_row_in_the_same_bits(shape):
+    value = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        assert torch.equal(rounded_factor("0.weight/A", value, 7, dtype), (value / 7).to(dtype))
+        assert torch.equal(rounded_factor("0.weight/B", value, 7, dtype), value.to(dtype))

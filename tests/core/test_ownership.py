@@ -44,6 +44,14 @@ def test_tensors_that_sums_are_rebuilt_from(structure, dtype):
     assert unchanged(given, before)
 
 
+def test_tensors_that_are_given_away_are_those_of_the_sums():
+    la, x, y = fitted("kron", torch.float32)
+    given = copies(la.sums.to_tensors())
+    sums = CurvatureSums.from_tensors(la.sums_spec(), given, 5, own=True)
+    la.accumulate(sums, x, y)
+    assert all(sums.to_tensors()[name] is value for name, value in given.items() if name != "loss")
+
+
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_sums_of_older_stored_types_are_taken(structure):
     la, _, _ = fitted(structure, torch.float32)

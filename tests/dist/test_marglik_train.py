@@ -206,8 +206,9 @@ def test_batches_in_a_drawn_order_are_the_same_when_it_goes_on(tmp_path):
 
 
 def test_ray_workers_find_the_same_bits(whole, tmp_path, cluster):
-    chosen = small(tmp_path / "run", ray_address=cluster, num_workers=2)
+    chosen = small(tmp_path / "run", ray_address=cluster, num_workers=2, skip_report=False)
     found = marglik_train(chosen, settings())
+    assert found.report == f"{tmp_path}/run/report.html" and (tmp_path / "run" / "report.html").is_file()
     assert found.margliks == whole.margliks and epochs_of(tmp_path / "run") == epochs_of(whole.checkpoint)
 
 
@@ -253,6 +254,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_begins(tmp_path, chan
         ({"batch_size": 6}, {}, "--batch-size: stored 12, now 6"),
         ({"data_args": {"scale": 2.0}}, {}, r"--data \(contents, as sha256\)"),
         ({"seed": 1}, {}, "--seed: stored 0, now 1"),
+        ({"prior_structure": "layerwise"}, {}, "--prior-structure: stored None, now 'layerwise'"),
     ],
 )
 def test_a_training_goes_on_with_its_own_settings_alone(run, whole, changes, own, words):

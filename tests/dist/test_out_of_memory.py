@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 import laplace_dist
 from laplace_dist.errors import OutOfMemory, RunFailed, SettingsError
 from laplace_dist.execution.failures import Budget, event_of
-from laplace_dist.execution.inline import Inline
+from laplace_dist.execution.inline import Inline, InlinePool
+from laplace_dist.execution.liveness import LESS_MEMORY
 from laplace_dist.execution.raised import Raised
+from laplace_dist.execution.tasks import Event
 from laplace_dist.job import evaluate_posterior
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.ownership import read_plan
@@ -194,6 +196,53 @@ def test_what_ran_out_of_memory_is_told_from_what_else_failed():
         end(torch.OutOfMemoryError("CUDA out of memory"))
     assert end(torch.OutOfMemoryError("CUDA out of memory"), finished=True) is False
     assert end(OSError("gone")) is False
+
+
+class Monitored(Inline):
+    """Whose workers Ray's monitor ends at segments in batches of more than 8, as the pool of actors tells of it."""
+
+    def pool(self, device, expected=None):
+        return MonitoredPool(self._config, device)
+
+
+class MonitoredPool(InlinePool):
+    def _outcome(self, task):
+        if task.what.startswith("segment") and self._context.plan.settings["batch_size"] > 8:
+            why = f"Ray ended the worker because its node ran low on memory. {LESS_MEMORY}"
+            return Event(task, failure=why, memory=True)
+        return super()._outcome(task)
+
+
+def test_workers_that_ray_ends_for_their_memory_begin_the_run_again_with_half_the_batch(tmp_path, weights, caplog):
+    with caplog.at_level("INFO", logger="laplace_dist"):
+        fit(config(tmp_path / "run", weights, most=99), Monitored)
+    plan = plan_of(tmp_path / "run")
+    assert (plan.settings["batch_size"], plan.halved_from) == (8, 16)
+    assert caplog.text.count("its node ran low on memory") >= 3
+    assert "no worker has the memory for a batch of 16, and nothing is committed yet" in caplog.text
+    fit(config(tmp_path / "eight", weights, batch_size=8, most=99))
+    assert sums_of(tmp_path / "run") == sums_of(tmp_path / "eight")
+
+
+def test_once_something_is_committed_a_worker_that_is_ended_changes_no_batch(tmp_path, weights):
+    chosen = config(tmp_path / "run", weights, most=99)
+    fit(chosen)
+    (tmp_path / "run" / "partials" / "000001.json").unlink()
+    for name in ("window.json", "CURRENT.json"):
+        (tmp_path / "run" / name).unlink()
+    with pytest.raises(RunFailed, match="segment 000001 .*failed 3 times.*ran low on memory.*smaller --batch-size"):
+        fit(chosen, Monitored)
+    assert plan_of(tmp_path / "run").halved_from is None and len([*(tmp_path / "run" / "partials").glob("*.json")]) == 2
+
+
+def test_a_worker_that_died_of_no_known_cause_is_no_sign_of_too_large_batches():
+    class Task:
+        what = "task"
+
+    budget = Budget()
+    for _ in range(3):
+        again = budget.failure(Event(Task, failure="the worker's process died, and its node lives on"), 1)
+    assert again is False
 
 
 def test_on_a_pool_of_workers_too(tmp_path, weights, cluster):

@@ -8,15 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import dist_cases
+import group_cases
 import pytest
+import torch
 
 import laplace_dist
 from laplace_dist import cli
 from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.execution.inline import Inline
 from laplace_dist.execution.ray_cluster import Cluster
-from laplace_dist.plan.estimate import GET_PRICE, PUT_PRICE, RAY_BYTES, Trial, estimate
+from laplace_dist.job import fit
+from laplace_dist.plan.estimate import GET_PRICE, PUT_PRICE, RAY_BYTES, Trial, estimate, loaded_bytes
 from laplace_dist.report.planned import lines, size
+from laplace_dist.run.checkpoint import Checkpoint
+from laplace_dist.run.ownership import read_plan
 from laplace_dist.stages import trial
 
 TRIAL = Trial(2.0, 0.02, 0.05, 1000, 10, 12, 10**9, 2 * 10**9)
@@ -51,6 +56,30 @@ def test_bytes_and_requests_are_those_of_the_fit(tmp_path, structure):
     assert found.parameters == la.n_params and found.coverage == {structure: (4, 1.0)}
 
 
+def reached(found, seen, places):
+    """Bytes of every tensor that an object reaches, but for those of modules, by where they lie."""
+    if id(found) in seen or isinstance(found, torch.nn.Module):
+        return places
+    seen.add(id(found))
+    if isinstance(found, torch.Tensor):
+        places[found.untyped_storage().data_ptr()] = found.untyped_storage().nbytes()
+        return places
+    parts = found.values() if isinstance(found, dict) else found if isinstance(found, list | tuple) else ()
+    for part in [*parts, *getattr(found, "__dict__", {}).values()]:
+        reached(part, seen, places)
+    return places
+
+
+@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag", "full", "blockdiag", "lowrank"])
+def test_a_loaded_posterior_takes_what_was_said(tmp_path, structure):
+    chosen = dist_cases.config(tmp_path / "run", model="group_cases:wide", hessian_structure=structure)
+    fit(chosen, executor=Inline)
+    la = laplace_dist.load_posterior(str(tmp_path / "run"), group_cases.wide())
+    la(torch.randn(2, 1, 6, 6))
+    held = sum(reached(la, set(), {}).values())
+    assert loaded_bytes(read_plan(Checkpoint(str(tmp_path / "run")))) == pytest.approx(held, rel=0.05)
+
+
 def test_time_requests_and_storage_follow_from_the_trial(plan):
     coverage = [("0.weight", "kron", ""), ("0.bias", "kron", ""), ("4.weight", "kron", ""), ("4.bias", "diag", "")]
     found = estimate(plan, TRIAL, coverage, workers=2)
@@ -74,7 +103,8 @@ def test_time_requests_and_storage_follow_from_the_trial(plan):
 @pytest.mark.parametrize(
     ("tried", "workers", "says"),
     [
-        (replace(TRIAL, node_bytes=10**8), 1, "more memory than this machine has; the largest of its sums is 4.weight/A of width 27"),
+        (replace(TRIAL, node_bytes=10**9), 1, "more memory than this machine has; the largest of its sums is 4.weight/A of width 27"),
+        (replace(TRIAL, peak_bytes=0, node_bytes=4 * 10**8), 1, "A worker that tunes or evaluates needs more memory than"),
         (replace(TRIAL, commit_seconds=9.0), 2, None),
         (TRIAL, 50, "50 workers share"),
     ],

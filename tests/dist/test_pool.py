@@ -25,6 +25,10 @@ class Died(Exception):
     pass
 
 
+class Evicted(Died):
+    """By Ray's monitor of its node's memory."""
+
+
 class Preempted(Died):
     preempted = True
 
@@ -102,6 +106,7 @@ def fake(monkeypatch):
         clock = SimpleNamespace(monotonic=lambda: ray.now, sleep=lambda s: None)
         monkeypatch.setattr(pool, "time", clock)
         monkeypatch.setattr(pool, "why_it_died", lambda error, lost: "lost" if lost else str(error))
+        monkeypatch.setattr(pool, "short_of_memory", lambda error: isinstance(error, Evicted))
         monkeypatch.setitem(__import__("sys").modules, "ray", ray)
         ray.demanded = []
         demand = ray.demanded.append if elastic else None
@@ -279,6 +284,17 @@ def test_a_death_on_a_node_that_lives_on_is_the_tasks_after_a_second_look(fake):
     assert workers.wait(1, Limit()) == [] and workers.busy == 1, "it is not known yet, and the task is not forgotten"
     [event] = later(ray, SECOND_LOOK, workers)
     assert (event.failure, event.lost, event.node, workers.busy) == ("killed", False, "", 0)
+
+
+@pytest.mark.parametrize("error, lost", [(Died, False), (Evicted, False), (Evicted, True)])
+def test_a_death_for_memory_is_told_apart_where_the_node_lives_on(fake, error, lost):
+    workers, ray = death(fake, error("killed"), a=1)
+    if lost:
+        ray.silent.add("a")
+    else:
+        assert workers.wait(1, Limit()) == []
+    [event] = later(ray, SECOND_LOOK, workers)
+    assert (event.memory, event.lost) == (error is Evicted and not lost, lost)
 
 
 @pytest.mark.parametrize("how", ["the list says so", "it does not answer", "Ray's own word", "a moment later"])

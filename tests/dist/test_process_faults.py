@@ -17,7 +17,7 @@ from laplace_dist import fit, status
 from laplace_dist.errors import RunFailed
 from laplace_dist.execution import timeouts
 from laplace_dist.execution.failures import why_it_failed
-from laplace_dist.execution.liveness import why_it_died
+from laplace_dist.execution.liveness import short_of_memory, why_it_died
 from laplace_dist.execution.raised import Raised
 from laplace_dist.plan.segments import default_segment_size, plan_segments
 from laplace_dist.run.checkpoint import Checkpoint
@@ -264,6 +264,26 @@ def test_a_worker_that_ray_ends_for_its_memory_is_replaced_and_says_what_to_lowe
 def test_errors_that_mean_too_little_memory_are_told_from_others(error):
     assert "--batch-size" in why_it_failed(Raised.of(error))
     assert why_it_failed(Raised.of(RuntimeError("the shapes differ"))) == "RuntimeError: the shapes differ"
+
+
+MONITOR = "1 worker(s) were killed due to the node running low on memory. Memory on the node was 15.2GB / 16.0GB"
+HINTS = (
+    "There are some potential root causes. (1) The process is killed by SIGKILL by OOM killer due to high memory usage.",
+    "Worker exits with an exit code None. The worker may have exceeded K8s pod memory limits.",
+)
+
+
+def test_ray_has_ended_a_worker_for_its_memory_only_where_it_says_so():
+    """What it says of any death is a list of what may have been, memory among it."""
+    from ray import exceptions
+    from ray.core.generated.common_pb2 import ActorDiedErrorContext
+
+    def died(text):
+        return exceptions.ActorDiedError(ActorDiedErrorContext(error_message=text, actor_id=bytes(16)))
+
+    assert MONITOR in str(died(MONITOR))
+    assert short_of_memory(exceptions.OutOfMemoryError("Task was killed")) and short_of_memory(died(MONITOR))
+    assert not any(short_of_memory(error) for error in (exceptions.ActorDiedError(), *map(died, HINTS)))
 
 
 def test_what_ray_says_of_a_dead_worker_is_told_with_what_to_do(cluster):

@@ -73,6 +73,12 @@ def weighted(split, kind="real", dtype="float32", value=None, at=0, shift=0.0):
     return Weighted(x + shift, y, w=w)
 
 
+def plainly(split, kind, shift):
+    """The same without weights."""
+    data = weighted(split, kind, shift=shift)
+    return TensorDataset(*data.tensors)
+
+
 def repeated(split, dtype="float32"):
     """Every training example as often as its whole weight says."""
     x, y = dist_cases.tensors(split, dtype)
@@ -199,6 +205,30 @@ def test_a_window_of_weighted_examples_is_read_again_by_its_own_settings(run):
     assert cli.verify_main([f"--checkpoint={run}", "--data", "--ray-address=inline"]) == 0
 
 
+@pytest.mark.parametrize("given", ["example-weights: null\n", "example_weights: null\n", ""])
+def test_a_window_that_forgets_the_weights_of_its_data_is_refused_by_name(run, tmp_path, capsys, given):
+    """By null in a file and by nothing alike, which both mean a weight of 1 for each example."""
+    path = tmp_path / "second.yaml"
+    path.write_text(
+        "model: dist_cases:convnet\nmodel-args: {dtype: float32}\ndata: test_weighted_runs:weighted\n"
+        "data-args: {kind: real, shift: 1.0}\nbatch-size: 4\nsegment-size: 8\nray-address: inline\nskip-tune: true\n"
+        f"gpus-per-worker: 0\nwindow: second\ncheckpoint: {run}\n{given}"
+    )
+    before = pointer.read_current(Checkpoint(str(run)))
+    assert cli.recalibrate_main(["--config", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "--example-weights: got none, which is a weight of 1 for each example, but window first counts by 'w'" in said
+    )
+    assert "example 0 of these data has the weight" in said and "Give --example-weights w" in said
+    assert pointer.read_current(Checkpoint(str(run))) == before and not (run / "windows").exists()
+    text = path.read_text().replace("test_weighted_runs:weighted", "test_weighted_runs:plainly")
+    path.write_text(text)
+    assert cli.recalibrate_main(["--config", str(path)]) in (0, 3)
+    store = Checkpoint(str(run))
+    assert [window.plan.n_data for window in windows_of(store, read_plan(store))][1] == N
+
+
 def test_columns_of_files_are_those_of_their_window(tmp_path):
     """The first window has none of that name, nor need it have: its data are read as its own settings say."""
     for split, n, w in (("first/train", 20, None), ("second/train", 12, np.arange(12.0)), ("test", 20, None)):
@@ -220,6 +250,9 @@ def test_columns_of_files_are_those_of_their_window(tmp_path):
     recalibrate(config(tmp_path / "run", **{**own, **second, "skip_tune": True}), laplace_dist.Inline)
     store = Checkpoint(str(tmp_path / "run"))
     assert [window.plan.n_data for window in windows_of(store, read_plan(store))] == [20, 66.0]
+    third = {**own, **second, "window": "third", "example_weights": None, "skip_tune": True}
+    with pytest.raises(SettingsError, match="window second counts by 'w', .* or leave that column out of the data"):
+        recalibrate(config(tmp_path / "run", **third), laplace_dist.Inline)
     assert cli.verify_main([f"--checkpoint={tmp_path}/run", "--data", "--ray-address=inline"]) == 0
 
 

@@ -57,6 +57,7 @@ def config(checkpoint, case: str = "sine", **changes) -> Config:
         "hessian_structure": "full",
         "batch_size": 50,
         "gpus_per_worker": 0.0,
+        "skip_report": True,
         "checkpoint": str(checkpoint),
     }
     return Config(**{**values, **changes})

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from laplace_dist import __version__
-from laplace_dist.errors import MissingObjectError
+from laplace_dist.errors import MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan
 from laplace_dist.report.html.calibration import calibration
 from laplace_dist.report.html.columns import Evaluated, evaluated, latest
@@ -19,10 +19,12 @@ from laplace_dist.report.html.regression import regression
 from laplace_dist.report.html.running import running
 from laplace_dist.report.html.slices import slices
 from laplace_dist.report.html.subject import subject
+from laplace_dist.report.html.training import of_training
 from laplace_dist.report.html.tuned import tuned
 from laplace_dist.run.ownership import read_plan, refuse_no_run
 from laplace_dist.run.pointer import read_current
 from laplace_dist.run.spectra import spectra
+from laplace_dist.run.training import is_training
 from laplace_dist.storage.store import Store
 
 SEED = 0  # of the bootstrap
@@ -37,32 +39,39 @@ def facts(store: Store, evaluation: str | None = None) -> dict[str, Any]:
         evaluation: Key of the evaluation to show; the latest of the current posterior if not given.
 
     Raises:
-        SettingsError: There is no run.
+        SettingsError: There is no run, or it is a training, of which an evaluation is asked for.
         CheckpointError: Something that the report shows is truncated or altered.
     """
     refuse_no_run(store)
     plan = read_plan(store)
+    made = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "laplace_dist": __version__, "seed": SEED}
+    if not is_training(plan):
+        return plain({"made": made, "subject": subject(store), **_of_fit(store, plan, evaluation)})
+    if evaluation is not None:
+        raise SettingsError(
+            f"--evaluation: got {evaluation!r}, but the run at {store.url!r} is a training, which has no "
+            "evaluations. Leave it out."
+        )
+    return plain({"made": made, "subject": subject(store), **of_training(store, plan)})
+
+
+def _of_fit(store: Store, plan: Plan, evaluation: str | None) -> dict[str, Any]:
     current, notes = _current(store)
     found = decisions(store, plan)
     version, tuning = current.get("version"), current.get("tuning")
     key = (evaluation or latest(store, plan, current, found)) if current else None
     shown = _evaluated(store, plan, key, found, notes)
-    made = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "laplace_dist": __version__, "seed": SEED}
-    return plain(
-        {
-            "made": made,
-            "subject": subject(store),
-            "fitted": fitted(store, plan, version),
-            "evaluation": None if shown is None else {"key": shown.key, "settings": shown.settings},
-            **dict.fromkeys(SECTIONS),
-            **({} if shown is None else _sections(shown)),
-            "tuned": _tuned(store, tuning, notes),
-            "spectra": [] if version is None else spectra(store, plan, version),
-            "history": history(store, plan, current, found),
-            "running": running(store, plan, version),
-            "notes": notes,
-        }
-    )
+    return {
+        "fitted": fitted(store, plan, version),
+        "evaluation": None if shown is None else {"key": shown.key, "settings": shown.settings},
+        **dict.fromkeys(SECTIONS),
+        **({} if shown is None else _sections(shown)),
+        "tuned": _tuned(store, tuning, notes),
+        "spectra": [] if version is None else spectra(store, plan, version),
+        "history": history(store, plan, current, found),
+        "running": running(store, plan, version),
+        "notes": notes,
+    }
 
 
 def _sections(shown: Evaluated) -> dict[str, Any]:

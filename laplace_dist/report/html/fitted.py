@@ -7,6 +7,7 @@ from typing import Any
 
 from laplace_dist.config.command import command_of
 from laplace_dist.config.settings import Config
+from laplace_dist.config.training import Training
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError, listed
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run import coverage, settings_file
@@ -17,13 +18,14 @@ LISTED = 2000  # parameters on the page; all of them are in the run's coverage f
 NAMES = {"ggn": "exact GGN", "mc": "Monte-Carlo Fisher", "ef": "empirical Fisher"}
 
 
-def fitted(store: Store, plan: Plan, version: str | None) -> dict[str, Any]:
-    """Return what a person has to know to judge, and to repeat, the fit.
+def fitted(store: Store, plan: Plan, version: str | None, training: Training | None = None) -> dict[str, Any]:
+    """Return what a person has to know to judge, and to repeat, the fit or the training.
 
     Args:
         store: The checkpoint.
         plan: Of the run.
         version: The posterior version, or None if there is none yet.
+        training: The further settings of a training by empirical Bayes.
     """
     settings = plan.settings
     rows = coverage.read_coverage(store, plan)
@@ -51,7 +53,7 @@ def fitted(store: Store, plan: Plan, version: str | None) -> dict[str, Any]:
             "rows": [vars(row) for row in rows[:LISTED]],
             "parameters": len(rows),
         },
-        **_command(store, plan),
+        **_command(store, plan, training),
     }
 
 
@@ -72,13 +74,15 @@ def _estimator(settings: Mapping[str, Any]) -> str:
     return name
 
 
-def _command(store: Store, plan: Plan) -> dict[str, Any]:
+def _command(store: Store, plan: Plan, training: Training | None) -> dict[str, Any]:
     """Return the command, and the names of the data, from the settings that the run keeps."""
     try:
         values: Mapping[str, Any] = settings_file.read_config(store)
         config = Config(**{name.replace("-", "_"): value for name, value in values.items()})
     except (MissingObjectError, CheckpointError, SettingsError):
         return {"command": None, "source": None}
-    job = f"jobs/fit_{plan.settings.get('hessian_structure', 'kron')}.py"
     source = {"data": config.data, "data_args": config.data_args, "out_of_distribution": config.ood}
-    return {"command": command_of(config, job), "source": source}
+    job = f"jobs/fit_{plan.settings.get('hessian_structure', 'kron')}.py"
+    if training is not None:  # which has neither tuning nor evaluation to skip
+        job, config = "jobs/marglik_train.py", config.model_copy(update={"skip_tune": False, "skip_evaluate": False})
+    return {"command": command_of(config, job, training), "source": source}

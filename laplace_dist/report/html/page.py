@@ -11,10 +11,11 @@ from functools import lru_cache
 from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from laplace_dist.report.html import figures
+from laplace_dist.report.html.training_figures import training_figures
 from laplace_dist.report.rate import duration, size
 
 
@@ -24,7 +25,8 @@ def page(found: Mapping[str, Any]) -> str:
     Args:
         found: `facts.facts(...)`.
     """
-    return _template().render(
+    template = _templates().get_template("training.html" if "training" in found else "report.html")
+    return template.render(
         **found,
         name=found["fitted"]["checkpoint"].rstrip("/").rpartition("/")[2],
         figures={name: Markup(drawn) for name, drawn in _figures(found).items()},
@@ -35,11 +37,13 @@ def page(found: Mapping[str, Any]) -> str:
 
 
 @lru_cache
-def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+def _templates() -> Environment:
+    environment = Environment(
+        loader=FunctionLoader(_text), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters.update(number=number, count=count, percent=percent, duration=duration, size=size, short=short)
     environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
-    return environment.from_string(_text("report.html"))
+    return environment
 
 
 def embedded(found: Mapping[str, Any]) -> Markup:
@@ -56,6 +60,14 @@ def _text(name: str) -> str:
 
 def _figures(found: Mapping[str, Any]) -> dict[str, str]:
     """Return every figure that there are numbers for."""
+    drawn = training_figures(found["training"]) if "training" in found else _of_fit(found)
+    for place, job in enumerate(found["running"]["jobs"]):
+        if len({alive for _, alive in job["workers"]}) > 1:
+            drawn[f"workers{place}"] = figures.workers(job, f"workers{place}")
+    return drawn
+
+
+def _of_fit(found: Mapping[str, Any]) -> dict[str, str]:
     drawn = {}
     if (own := found["calibration"]) is not None:
         drawn |= {"reliability": figures.reliability(own), "risk_coverage": figures.risk_coverage(own)}
@@ -72,9 +84,6 @@ def _figures(found: Mapping[str, Any]) -> dict[str, str]:
         drawn["spectra"] = figures.spectra(found["spectra"])
     if found["history"]["recalibrations"]:
         drawn["windows"] = figures.windows(found["history"]["recalibrations"])
-    for place, job in enumerate(found["running"]["jobs"]):
-        if len({alive for _, alive in job["workers"]}) > 1:
-            drawn[f"workers{place}"] = figures.workers(job, f"workers{place}")
     return drawn
 
 

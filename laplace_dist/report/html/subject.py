@@ -6,12 +6,12 @@ import hashlib
 import json
 
 from laplace_dist.errors import MissingObjectError
-from laplace_dist.run.layout import CURRENT, METRICS, NUMBERS, RECALIBRATIONS, REPORT
+from laplace_dist.run.layout import CURRENT, METRICS, NUMBERS, RECALIBRATIONS, REPORT, TRAINING
 from laplace_dist.storage.store import Store
 
 
 def subject(store: Store) -> str:
-    """Return a digest of what a report is of: what is current, the latest metrics, and what recalibrations have found."""
+    """Return a digest of what a report is of: what is current, the latest metrics and epoch, what recalibrations have found."""
     found = hashlib.sha256()
     for key in (CURRENT, METRICS):
         found.update(store.read(key) if store.exists(key) else b"-")
@@ -19,6 +19,8 @@ def subject(store: Store) -> str:
     found.update(
         repr([(key, time.isoformat()) for key, time in times.items() if key.endswith("/decision.json")]).encode()
     )
+    for key in store.list(f"{TRAINING}/epochs", recursive=False)[-1:]:  # of a training, which has nothing of the above
+        found.update(store.read(key))
     return found.hexdigest()
 
 
