@@ -10,7 +10,7 @@ Beside them: directions that are the same at every call, and a seed where the us
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+_PERIOD = 65_521  # of fixed directions: a prime, so that no dimension of a tensor divides it
 
 
 def _shift_right(value: Tensor, bits: int) -> Tensor:
@@ -54,15 +55,18 @@ def normal(seed: int, examples: Tensor, draws: int) -> Tensor:
     return torch.special.ndtri(uniform(seed, examples, draws))
 
 
-def fixed_directions(like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-    """Standard normal numbers of a tensor's type and place, drawn on the host: the same ones at every call.
+def fixed_directions(like: Tensor) -> Tensor:
+    """Standard normal numbers of a tensor's shape, type and place: the same ones at every call, over and over in large ones."""
+    drawn = _drawn(like.device, like.dtype)
+    return drawn.repeat(-(-like.numel() // _PERIOD))[: like.numel()].view(like.shape)
 
-    Args:
-        like: The tensor.
-        shape: That of the numbers; the tensor's own if None.
-    """
-    generator = torch.Generator("cpu").manual_seed(0)
-    return torch.randn(shape or like.shape, generator=generator, device="cpu").to(like)
+
+@lru_cache(maxsize=8)
+def _drawn(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Drawn on the host, and moved once: a copy to a GPU waits for all that was asked of it before."""
+    with torch.inference_mode(False):
+        generator = torch.Generator("cpu").manual_seed(0)
+        return torch.randn(_PERIOD, generator=generator, device="cpu").to(device, dtype)
 
 
 def fresh_seed(bits: int = 60) -> int:

@@ -22,6 +22,7 @@ from laplace.capture.last_layer import LastLayerCapture, last_layer_sources
 from laplace.capture.padding import kept_tokens
 from laplace.capture.soundness import check_function, check_inputs
 from laplace.capture.unproven import Unproven
+from laplace.capture.uses import Proven
 from laplace.capture.verify import find_layers
 from laplace.data.batches import few, is_divisible, length_of, part_of, tensors_of
 from laplace.data.mistakes import check_outputs
@@ -59,6 +60,7 @@ class CapturedModel:
         self.dict_key_y = dict_key_y
         self.spec: SumsSpec | None = None
         self._unproven = Unproven()
+        self._proven: Proven = {}
         self._sizes: tuple[SumsSpec | None, dict[Any, tuple[int, int]]] = (
             None,
             {},
@@ -139,6 +141,7 @@ class CapturedModel:
         n_outputs = self.likelihood_object.count_outputs(f)
         self.spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs, kept)
         self._unproven = Unproven(modules, dead)
+        self._proven = {}
         warn_of_diagonal_blocks(self.spec, self._whole_model)
         return self.spec
 
@@ -179,7 +182,7 @@ class CapturedModel:
                 self.model.check_output(capture.f, out)
                 return capture
             layers = dict.fromkeys(block.layer for block in self.spec.blocks if block.layer is not None)
-            return Capture(self.model, x, layers, others, self.spec.torch_dtype)
+            return Capture(self.model, x, layers, others, self.spec.torch_dtype, self._proven)
 
     def parts(
         self, x: Tensor | MutableMapping[str, Any], every_output: bool = False, outputs: int | None = None

@@ -249,7 +249,7 @@ class CurvlinopsHessian(HessianInterface, CurvlinopsInterface):
                 num_data=len(y),
                 batch_size_fn=lambda _: len(y),
             )
-            probe = fixed_directions(vectors, (len(vectors), 1))
+            probe = fixed_directions(vectors[:, :1])
             product = operator @ torch.cat([vectors, probe], 1).to(self.params[0].dtype)
         product = product.to(vectors.dtype) * self._scale
         truth = lowrank.hessian_product(self, x, y, probe, offset)[1]

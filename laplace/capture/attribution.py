@@ -15,12 +15,15 @@ from torch import Tensor
 from laplace.capture.calls import nodes
 from laplace.noise import fixed_directions
 
-_PICKS = ("Index", "Gather", "Scatter", "MaskedSelect", "MaskedScatter", "Take", "Nonzero", "Segment")
+ORDERING = (  # kinds of operations that can put any row anywhere
+    "Index", "Gather", "Scatter", "MaskedSelect", "MaskedScatter", "Take", "Nonzero", "Segment", "Sort", "Topk", "Kthvalue",
+    "Median", "Mode", "Unique", "Roll", "Flip",
+)  # fmt: skip
 
 
 def picks_rows(output: Tensor) -> bool:
     """Whether a graph has operations that can put any row anywhere."""
-    return any(name in type(node).__name__ for node in nodes(output) for name in _PICKS)
+    return any(name in type(node).__name__ for node in nodes(output) for name in ORDERING)
 
 
 def picks_by_mask(output: Tensor) -> bool:

@@ -27,7 +27,7 @@ from laplace.capture.padding import kept_tokens
 from laplace.capture.products import calls_of, product
 from laplace.capture.pullback import pullback
 from laplace.capture.rules import gradients_by_position, inputs_by_position, widths
-from laplace.capture.uses import Uses, numbers_of_uses
+from laplace.capture.uses import Proven, Uses, numbers_of_uses
 from laplace.linalg.memory import at_once
 from laplace.linalg.precision import spacing_of_products, without_autocast
 
@@ -54,6 +54,7 @@ class Capture:
         layers: Iterable[str],
         others: Iterable[str] = (),
         dtype: torch.dtype = torch.float32,
+        proven: Proven | None = None,
     ):
         """Run the model on one batch.
 
@@ -63,6 +64,7 @@ class Capture:
             layers: Names of the covered modules.
             others: Names of the parameters that need Jacobians of their own.
             dtype: Type in which inputs and gradients are handed out.
+            proven: See :class:`laplace.capture.uses.Uses`.
         """
         self.dtype = dtype
         self._model = model
@@ -73,7 +75,7 @@ class Capture:
         self.kept_tokens = kept_tokens(x)
         known = dict(model.named_parameters(remove_duplicate=False))
         others = {name: known[name] for name in others}
-        self._uses = Uses(self._output, others, dtype)
+        self._uses = Uses(self._output, others, dtype, proven)
         self._rows = pullback(model, x, [name for name in others if name not in self._uses.by_name])
         self._inputs: dict[str, Tensor] = {}
         self._sizes: dict[str, int] = {}

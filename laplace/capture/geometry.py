@@ -49,8 +49,12 @@ class Geometry:
     def patches(self, x: Tensor) -> Tensor:
         """Patches of ``(batch, channels, …)``, as ``(batch, positions, channels · kernel)``."""
         axes = range(len(self.kernel))
+        if set(self.kernel) == {1} and not any(map(any, self.padding)):
+            for axis in axes:
+                x = x[(slice(None),) * (2 + axis) + (slice(None, None, self.stride[axis]),)]
+            return x.flatten(2).transpose(1, 2)
         even = self.mode == "zeros" and all(before == after for before, after in self.padding)
-        if len(self.kernel) == 2 and even:
+        if len(self.kernel) == 2 and even and not x.is_cuda:  # where it is a kernel for every example
             padding = tuple(before for before, _ in self.padding)
             return F.unfold(x, self.kernel, self.dilation, padding, self.stride).transpose(1, 2)
         if any(map(any, self.padding)):

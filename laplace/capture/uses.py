@@ -2,12 +2,14 @@ r"""Parameters by identity: what the graph of a forward pass does with a paramet
 
 A parameter that no covered module owns may still be used in operations whose rows follow from what they keep: a product, a sum,
 a convolution, a table look-up, in a function of the model's own or inside of another module. Such a *use* is a node of the
-graph; between it and the parameter there may be views alone, as a transpose or a part of stacked weights. Rows of several uses
-add up, so tied weights are nothing special. All uses share the backward pass of the layers.
+graph; between it and the parameter there may be views alone, as a transpose, a part of stacked weights, or the rows of a table
+of positions that are looked up for all examples at once. Rows of several uses add up, so tied weights are nothing special. All
+uses share the backward pass of the layers.
 
-Nothing is believed: on every batch, weights of the examples have to come back in what reaches a use, each in the rows of its
-own example, and the rows of all examples have to sum to the gradient. A parameter of which that does not hold, or that has
-another kind of use, is left to :mod:`laplace.capture.pullback`.
+Nothing is believed: weights of the examples have to come back in what reaches a use, each in the rows of its own example, and
+the rows of all examples have to sum to the gradient. That is asked of every batch, unless its graph has the operations and
+shapes of one in which it held, and none that orders rows by values. A parameter of which it does not hold, or that has another
+kind of use, is left to :mod:`laplace.capture.pullback`.
 """
 
 from __future__ import annotations
@@ -20,12 +22,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from laplace.capture.attribution import example_weights
+from laplace.capture.attribution import ORDERING, example_weights
 from laplace.capture.calls import nodes
 from laplace.capture.fallback import dense
 from laplace.capture.use_rules import LAYOUTS, RULES, VIEWS, Layout
 from laplace.linalg.precision import coarsest, in_full_precision, without_autocast
 from laplace.noise import fixed_directions
+
+_GRAPHS = 64  # that are remembered: batches of sequences have many shapes
+
+Proven = dict[int, tuple[tuple[str, ...], list[Layout]]]
+"""By the :func:`signature` of a graph, the parameters whose uses hold in it, and the layouts of its uses in order."""
 
 
 @dataclass(frozen=True)
@@ -76,25 +83,38 @@ class Uses:
         edges: Where the gradients are that :meth:`rows` takes.
     """
 
-    def __init__(self, output: Tensor, params: Mapping[str, Tensor], dtype: torch.dtype):
+    def __init__(self, output: Tensor, params: Mapping[str, Tensor], dtype: torch.dtype, proven: Proven | None = None):
         """Find the uses of parameters with ``requires_grad`` in the graph of a batch's output, and check them.
 
         Args:
             output: ``(batch, …)``.
             params: The parameters by name.
             dtype: Type of the rows.
+            proven: Graphs in which these parameters' uses hold, to which this one is added.
         """
         self._n, self._dtype = len(output), dtype
         found = uses_of(output, params) if params else {}
         self.by_name = {name: uses for name, uses in found.items() if uses}
         self._layouts: dict[Any, Layout] = {}
         self._collect()
-        if self.by_name:
-            try:
-                self._keep_what_holds(output, params)
-            except RuntimeError:  # there is no gradient, of which automatic differentiation then says what it is
-                self.by_name = {}
+        if not self.by_name:
+            return
+        graph = None if proven is None else signature(output)
+        if graph is not None and graph in proven:
+            names, layouts = proven[graph]
+            self.by_name = {name: self.by_name[name] for name in names}
             self._collect()
+            self._layouts = dict(zip(self._nodes, layouts, strict=True))
+            return
+        try:
+            alive = self._keep_what_holds(output, params)
+        except RuntimeError:  # there is no gradient, of which automatic differentiation then says what it is
+            self.by_name, alive = {}, False
+        self._collect()
+        if graph is not None and alive:
+            if len(proven) >= _GRAPHS:
+                proven.clear()
+            proven[graph] = tuple(self.by_name), [self._layouts[node] for node in self._nodes]
 
     def _collect(self) -> None:
         self._nodes = list(dict.fromkeys(use.node for uses in self.by_name.values() for use in uses))
@@ -116,7 +136,8 @@ class Uses:
             parts.append(use.to_parameter(rows).reshape(self._n, -1))
         return sum(parts[1:], parts[0])
 
-    def _keep_what_holds(self, output: Tensor, params: Mapping[str, Tensor]) -> None:
+    def _keep_what_holds(self, output: Tensor, params: Mapping[str, Tensor]) -> bool:
+        """Forget the uses of parameters of which rows and gradient differ; whether there was a gradient everywhere."""
         v = fixed_directions(output.detach()).to(output.dtype)
         weights = example_weights(output.detach())
         names = list(self.by_name)
@@ -137,6 +158,7 @@ class Uses:
         for name, truth in zip(names, weighted[len(self._nodes) :], strict=True):
             if not self._holds(self.by_name[name], at, dense(truth, params[name])):
                 del self.by_name[name]
+        return all(g is not None and bool(g.any()) for g in plain)
 
     def _holds(self, uses: list[Use], at: dict[Any, Tensor | None], truth: Tensor) -> bool:
         known = [use for use in uses if at[use.node] is not None]
@@ -152,6 +174,17 @@ class Uses:
         scale = torch.maximum(rows.abs().sum(0), truth.abs()).norm()
         spacing = coarsest(rows, truth, *(at[use.node] for use in known))
         return bool((rows.sum(0) - truth).norm() <= min(1e3 * spacing, 0.05) * scale)
+
+
+def signature(output: Tensor) -> int | None:
+    """What tells the graph of an output from others, operation by operation; None where values may order its rows."""
+    found: list[Any] = []
+    for node in nodes(output):
+        name = type(node).__name__
+        if any(kind in name for kind in ORDERING) or isinstance(node, torch.autograd.function.BackwardCFunction):
+            return None
+        found.append((name, tuple(tuple(given.shape) for given in node._input_metadata)))
+    return hash(tuple(found))
 
 
 def _layout(plain: Tensor | None, weighted: Tensor | None, weights: Tensor) -> Layout | None:
@@ -173,7 +206,8 @@ def uses_of(output: Tensor, params: Mapping[str, Tensor]) -> dict[str, list[Use]
     """The uses of every parameter that an output depends on by its graph; None where one of them is of another kind."""
     leaves, consumers = _leaves_and_consumers(output)
     known = {name: leaves[id(p)] for name, p in params.items() if id(p) in leaves}
-    return {name: _uses(leaf, (), params[name].shape, consumers) for name, leaf in known.items()}
+    n = len(output)
+    return {name: _uses(leaf, (), params[name].shape, consumers, n) for name, leaf in known.items()}
 
 
 def numbers_of_uses(output: Tensor, params: Mapping[str, Tensor]) -> dict[str, int]:
@@ -200,18 +234,24 @@ def _leaves_and_consumers(output: Tensor) -> tuple[dict[int, Any], dict[Any, lis
     return leaves, consumers
 
 
-def _uses(node: Any, views: tuple, shape: torch.Size, consumers: Mapping[Any, list]) -> list[Use] | None:
+def _uses(node: Any, views: tuple, shape: torch.Size, consumers: Mapping[Any, list], n: int) -> list[Use] | None:
     """All uses of what a node gives; None if there is one without a rule."""
     found: list[Use] = []
     for consumer, slot, number in consumers.get(node, ()):
         through = (*views[:-1], (views[-1][0], number)) if views else views
         kind = type(consumer).__name__
-        if (kind, slot) in RULES:
+        viewed = kind in VIEWS or _is_same_for_all(consumer, slot, n)
+        if (kind, slot) in RULES and not viewed:
             given = node._input_metadata[number].shape if views else shape
             found.append(Use(consumer, slot, through, torch.Size(given)))
             continue
-        more = _uses(consumer, (*through, (consumer, 0)), shape, consumers) if kind in VIEWS else None
+        more = _uses(consumer, (*through, (consumer, 0)), shape, consumers, n) if viewed else None
         if more is None:
             return None
         found += more
     return found
+
+
+def _is_same_for_all(node: Any, slot: int, n: int) -> bool:
+    """Whether a node looks up rows of a table that are the same for all examples, as positions are: a part of the table."""
+    return type(node).__name__ == "EmbeddingBackward0" and slot == 0 and node._saved_indices.shape[:1] != (n,)

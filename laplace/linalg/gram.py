@@ -127,10 +127,13 @@ def add_gram_of_positions_(total: Tensor, values: Sequence[Tensor], scale: float
 
     Channels-first memory of convolutions is not transposed where that costs more than it saves.
     """
+    if total.is_cuda:
+        gram_gpu.add_gram_(total, values, scale, exact=False)
+        return
     rows = []
     for value in values:
         width = value.shape[2]
-        if value.stride(2) == 1 or value.is_cuda:
+        if value.stride(2) == 1:
             rows.append(value.reshape(-1, width))
         elif width <= _POSITIONS:
             for part in value.split(_RUN, 1):

@@ -27,11 +27,11 @@ _FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}  # compute capabilitie
 
 
 def add_gram_(total: Tensor, rows: Sequence[Tensor], scale: float, exact: bool) -> None:
-    """Add ``scale · Σ rowsᵀ rows`` as :func:`laplace.linalg.gram.add_gram_` does."""
+    """Add ``scale · Σ rowsᵀ rows`` as :func:`laplace.linalg.gram.add_gram_` does, of rows ``(…, width)``."""
     last = total.shape[1]
     first = last - total.shape[0]
     for matrix in rows:
-        width = matrix.shape[1]
+        width = matrix.shape[-1]
         for (part,) in _parts((matrix,), exact):
             for start in range(first // BLOCK * BLOCK, last, BLOCK):
                 stop = min(start + BLOCK, width)
@@ -49,11 +49,15 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _parts(matrices: tuple[Tensor, ...], exact: bool = False) -> Iterator[tuple[Tensor, ...]]:
-    """The rows of matrices ``(n, width)`` of one length, some at a time, in the type in which they are multiplied."""
+    """The rows ``(…, width)`` of matrices of one length, some at a time, in the type and order in which they are multiplied."""
     wide = exact or _is_fast(matrices[0].device)
-    step = max(1, _ELEMENTS // max(matrix.shape[1] for matrix in matrices))
+    step = max(1, _ELEMENTS // max(1, *(matrix[:1].numel() for matrix in matrices)))
     for pieces in zip(*(matrix.split(step) for matrix in matrices), strict=True):
-        yield tuple(piece.double() if wide else piece for piece in pieces)
+        kinds = (torch.float64 if wide else piece.dtype for piece in pieces)
+        yield tuple(
+            piece.to(kind, memory_format=torch.contiguous_format).flatten(0, -2)
+            for piece, kind in zip(pieces, kinds, strict=True)
+        )
 
 
 def _products(left: Tensor, right: Tensor) -> Iterator[Tensor]:

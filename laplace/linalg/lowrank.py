@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from laplace.linalg import memory
-from laplace.noise import fixed_directions
 
 _OVERSAMPLE = 4  # vectors in a block beyond the rank that is asked for
 _PASSES = 60  # passes over the data before the search is stopped
@@ -55,7 +54,7 @@ def block_lanczos(
     width, precision = min(size, rank + _OVERSAMPLE), torch.finfo(dtype).eps
     tolerance = max(4 * precision, _FINEST)
     _require(size, 4 * width, device)
-    basis = torch.linalg.qr(fixed_directions(torch.empty(0, dtype=torch.float64, device=device), (size, width)))[0]
+    basis = torch.linalg.qr(_start(size, width).to(device))[0]
     images = newest = product(basis)
     before = math.inf
     for _ in range(_PASSES - 1):
@@ -107,3 +106,9 @@ def _new_directions(basis: Tensor, images: Tensor, smallest: float) -> Tensor:
     left = left[:, lengths > smallest][:, : basis.shape[0] - basis.shape[1]]
     left = left - basis @ (basis.T @ left)
     return torch.linalg.qr(left)[0]
+
+
+def _start(size: int, width: int) -> Tensor:
+    """Where the search starts: standard normal numbers, drawn on the host, so that they are the same everywhere."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(size, width, generator=generator, device="cpu").double()

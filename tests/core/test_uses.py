@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from laplace import Laplace
 from laplace.capture import capture as capturing
+from laplace.capture.uses import Uses
 
 from . import naive
 
@@ -28,6 +29,7 @@ class Function(nn.Module):
 
 N = 5
 P = torch.randn
+DISTANCES = torch.arange(3)[:, None] - torch.arange(3) + 2
 
 
 def flat(layer, *shape):
@@ -109,6 +111,27 @@ CASES = {
     "windows": windows,
     "tied table": lambda: (
         Function(lambda m, x: F.linear(m.table(x).tanh().mean(1), m.table.weight), table=nn.Embedding(7, 3, padding_idx=2)),
+        "tokens",
+    ),
+    "table of positions": lambda: (
+        Function(
+            lambda m, x: ((m.words(x) + m.t(torch.arange(4))).tanh() @ m.v).mean(1),
+            words=nn.Embedding(7, 3), t=nn.Embedding(6, 3), v=P(3, 2),
+        ),
+        "tokens",
+    ),
+    "table of positions of one example": lambda: (
+        Function(
+            lambda m, x: (m.words(x) * m.t(torch.arange(4)[None])).tanh().mean(1) @ m.v,
+            words=nn.Embedding(7, 3), t=nn.Embedding(6, 3, padding_idx=1), v=P(3, 2),
+        ),
+        "tokens",
+    ),
+    "table of distances": lambda: (
+        Function(
+            lambda m, x: (m.words(x).softmax(-1).mT @ m.words(x) + m.t(DISTANCES).permute(2, 0, 1)[0]).tanh().mean(1) @ m.v,
+            words=nn.Embedding(7, 3), t=nn.Embedding(5, 2), v=P(3, 2),
+        ),
         "tokens",
     ),
     "functional table": lambda: (Function(lambda m, x: F.embedding(x, m.w).tanh().mean(1) @ m.v, w=P(7, 3), v=P(3, 2)), "tokens"),
@@ -207,6 +230,13 @@ def test_positions_first_are_told_from_examples_first(positions, pulled):
     assert not fallen_back(run, (positions, 3), pulled, w=P(3, 4), b=P(4), s=P(4), v=P(4, 2))
 
 
+@pytest.mark.parametrize(("positions", "left"), [(N - 1, set()), (N, {"t.weight"}), (2 * N, set())])
+def test_positions_that_are_as_many_as_examples_are_left_to_automatic_differentiation(positions, left, pulled):
+    """Which of the two a table is looked up by, its indices do not say."""
+    run = lambda m, x: (x * m.t(torch.arange(positions))).tanh().mean(1) @ m.v  # noqa: E731
+    assert fallen_back(run, (positions, 3), pulled, t=nn.Embedding(11, 3), v=P(3, 2)) == left
+
+
 def test_inputs_changed_in_place_are_left_to_automatic_differentiation(pulled):
     """What the product has kept is lost to everybody; the first factor here is multiplied by nothing that needs it."""
 
@@ -221,6 +251,70 @@ def test_a_parameter_that_differs_between_examples_is_no_weight(pulled):
     """Looked up by a value of the input: rows of the table belong to single examples."""
     run = lambda m, x: m.t[(x[:, 0] > 0).long()] * x @ m.v  # noqa: E731
     assert fallen_back(run, (3,), pulled, t=P(2, 3), v=P(3, 2)) == {"t"}
+
+
+# --- what is asked of every batch ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How often uses were checked."""
+    calls, plain = [], Uses._keep_what_holds
+    monkeypatch.setattr(Uses, "_keep_what_holds", lambda self, *args: calls.append(1) or plain(self, *args))
+    return calls
+
+
+def fitted(run, batches, **parts):
+    torch.manual_seed(3)
+    model = Function(run, **parts).double()
+    la = Laplace(model, "regression", "all", "full")
+    la.fit([(x, targets(model, x)) for x in batches])
+    js = naive.jacobians(model, torch.cat(batches))
+    assert naive.relative_error(la.H, torch.einsum("ncp,ncq->pq", js, js)) < 1e-12
+    return la
+
+
+def inputs(n=N):
+    return torch.randn(n, 3, dtype=torch.float64)
+
+
+def test_a_graph_is_asked_once_and_one_of_other_shapes_again(asked):
+    run = lambda m, x: (x * m.s).tanh() @ m.v  # noqa: E731
+    fitted(run, [inputs(), inputs(), inputs(), inputs(3), inputs(3)], s=P(3), v=P(3, 2))
+    assert len(asked) == 2
+
+
+def test_a_graph_that_may_order_rows_by_their_values_is_asked_every_time(asked):
+    def run(m, x):
+        order = x[:, 0].argsort()
+        return (x[order] * m.s)[order.argsort()].tanh() @ m.v
+
+    fitted(run, [inputs(), inputs(), inputs()], s=P(3), v=P(3, 2))
+    assert len(asked) == 3
+
+
+def test_a_batch_without_gradients_proves_nothing(asked):
+    run = lambda m, x: (x * m.s).relu() @ m.v  # noqa: E731
+    fitted(run, [-inputs().abs(), inputs().abs(), inputs().abs()], s=torch.ones(3), v=P(3, 2))
+    assert len(asked) == 2
+
+
+def test_a_branch_that_turns_the_batch_round_is_asked(asked):
+    """Which branch is taken depends on values: a use falls back, and a layer is refused."""
+
+    def run(m, x):
+        h = x * m.s if bool(x[0, 0] > 0) else (x.flip(0) * m.s).flip(0)
+        return h.tanh() @ m.v
+
+    first, second = inputs().abs(), -inputs().abs()
+    fitted(run, [first, second, first, second], s=P(3), v=P(3, 2))
+    assert len(asked) == 3
+
+    run = lambda m, x: m.layer(x) if bool(x[0, 0] > 0) else m.layer(x.flip(0)).flip(0)  # noqa: E731
+    model = Function(run, layer=nn.Linear(3, 2)).double()
+    la = Laplace(model, "regression", "all", "full")
+    with pytest.raises(ValueError, match="'layer'.*do not belong to them in order"):
+        la.fit([(x, targets(model, x)) for x in (first, second)])
 
 
 # --- Kronecker factors: those of twins that are made of linear layers and cells ------------------------------------------

@@ -88,24 +88,24 @@ def examine(plan: Plan, device: str = "cpu") -> Verdict:
     if "embedding_max_norm" not in plan.names and (changed := _changed(before, _state(case.model))):
         return Verdict("wrong", f"the model is left with {changed} changed")
     reference = Reference(plan, plan.build())
-    tolerance = max(plan.tolerance, 10 * _rounding(plan, reference))
+    tolerance = max(plan.tolerance, 10 * _rounding(plan, reference, device))
     return _compare(plan, la, prediction, reference, [str(w.message) for w in warned], tolerance)
 
 
-def _rounding(plan: Plan, reference: Reference) -> float:
+def _rounding(plan: Plan, reference: Reference, device: str) -> float:
     """Relative error that the precision alone leaves in outputs and Jacobians: more where a norm divides by little."""
-    case = plan.build()
+    case = plan.build().to(device)
     make_exact(case.model.eval())
     parameters = dict(case.model.named_parameters())
     low = plan.tolerance >= TOLERANCES["bfloat16"]
     found, rows = [], []
     for i in range(len(case.y)):
-        with torch.set_grad_enabled(low), _precision(plan):
+        with torch.set_grad_enabled(low), _precision(plan, device):
             found.append(outputs(case.model, part(case.x, slice(i, i + 1)))[0])
         for value in found[-1].flatten() if low else ():
             chosen = [parameters[name] for name in reference.names]
             grads = torch.autograd.grad(value, chosen, retain_graph=True, allow_unused=True)
-            rows.append(torch.cat([flattened(g, p) for g, p in zip(grads, chosen, strict=True)]))
+            rows.append(torch.cat([flattened(g, p).cpu() for g, p in zip(grads, chosen, strict=True)]))
     error = _relative(torch.stack(found), reference.f)
     return max(error, _relative(torch.stack(rows), reference.js.flatten(0, 1))) if low else error
 

@@ -17,7 +17,7 @@ from laplace.linalg import gram_gpu
 from laplace.linalg.precision import products_in
 
 STRUCTURES = ("full", "kron", "diag")
-N = 100_000
+N = 30_000
 
 
 @pytest.fixture(params=["float64", "runs"])
