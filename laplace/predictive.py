@@ -16,6 +16,7 @@ from torch import Tensor
 
 from laplace.capture.chosen_outputs import ChosenOutputs
 from laplace.capture.evaluation import eval_mode
+from laplace.capture.stateless import with_tensors
 from laplace.data.batches import joined
 from laplace.enums import LinkApprox, PredType, parse
 from laplace.fitted import Fitted
@@ -228,7 +229,7 @@ def sampled_outputs(la: Fitted, x: Any, n_samples: int, generator: torch.Generat
         for vector in vectors:
             parts = vector.to(la.params[0].dtype).split([p.numel() for p in la.params])
             weights = {n: part.view_as(p) for n, part, p in zip(names, parts, la.params, strict=True)}
-            outputs.append(torch.func.functional_call(module, weights, (inputs,)))
+            outputs.append(with_tensors(module, weights, inputs))
     return torch.stack(outputs)
 
 

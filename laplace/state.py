@@ -10,6 +10,7 @@ import torch
 
 from laplace.fitted import Fitted
 from laplace.linalg.dense import parameter_vector
+from laplace.renaming import renamed
 from laplace.structures.sums import SumsSpec
 
 SCHEMA_VERSION = 3
@@ -40,7 +41,7 @@ def load_state_dict(la: Fitted, state: dict[str, Any]) -> None:
     """Take over a state; nothing changes if it does not fit.
 
     Raises:
-        ValueError: If it is of a newer schema, of another class or likelihood, or was fitted at other parameters.
+        ValueError: If it is of a newer schema, of another class or likelihood, or of parameters of other values or names.
     """
     if not isinstance(state, Mapping) or "schema_version" not in state:
         what = "a state dict of something else, such as a model" if isinstance(state, Mapping) else type(state).__name__
@@ -54,6 +55,7 @@ def load_state_dict(la: Fitted, state: dict[str, Any]) -> None:
     for key, ours in (("cls_name", type(la).__name__), ("likelihood", la.likelihood_object.identity)):
         if state[key] != ours:
             raise ValueError(f"The state's {key} is {state[key]!r}, but this is {ours!r}.")
+    state = renamed(state, la.model)
     spec = SumsSpec.from_json(state["spec"])
     settings = [name for name in la._settings() if name in state]
     names = (*settings, "temperature", "logit_temperature", "sigma_noise", "prior_mean", "prior_precision")
