@@ -275,6 +275,11 @@ def test_import_paths():
         ({"marglik_frequency": 0}, "marglik_frequency=0"),
         ({"likelihood": "classification", "sigma_noise_init": 0.5}, "no meaning for classification"),
         ({"prior_prec_init": -1.0}, "prior_precision must be positive"),
+        ({"optimizer_cls": torch.optim.LBFGS}, "optimizer_cls=LBFGS asks for closure at every step"),
+        (
+            {"scheduler_cls": torch.optim.lr_scheduler.ReduceLROnPlateau},
+            "ReduceLROnPlateau asks for metrics at every step",
+        ),
     ],
 )
 def test_wrong_arguments(settings, message):
