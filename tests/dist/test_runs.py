@@ -308,6 +308,41 @@ def test_nan_names_the_example_and_commits_nothing_of_its_segment(tmp_path):
     assert sorted(path.name for path in (tmp_path / "partials").glob("*.json")) == ["000000.json", "000001.json"]
 
 
+@pytest.mark.parametrize(
+    "bad, how, message",
+    [
+        (
+            "val",
+            "input",
+            r"validation shard 000002 \(.*\) of round 1: The model's output is NaN.*: indices 17\. Nothing is scored",
+        ),
+        ("test", "input", r"test shard 000002.*: The model's output is NaN.*: indices 17\. Nothing is scored"),
+        ("other", "input", r"other shard 000002.*: The model's output is NaN.*: indices 17\. Nothing is scored"),
+        ("val", "label", r"validation shard 000002.*Label 7 of example 17 is out of range"),
+        ("test", "label", r"test shard 000002.*Label 7 of example 17 is out of range"),
+    ],
+)
+def test_examples_that_cannot_be_scored_are_named(tmp_path, bad, how, message):
+    config = dist_cases.config(
+        tmp_path,
+        data="dist_cases:spoilt",
+        data_args={"bad": bad, "at": 17, "how": how},
+        ood=["other"],
+        tune_method="gridsearch",
+        skip_tune=False,
+        skip_evaluate=False,
+    )
+    with pytest.raises(RunFailed, match=message):
+        run(config)
+    assert not (tmp_path / "evaluation" / "metrics.json").exists()
+
+
+def test_a_label_out_of_distribution_is_not_looked_at(tmp_path):
+    changes = {"data": "dist_cases:spoilt", "data_args": {"bad": "other", "at": 17, "how": "label"}, "ood": ["other"]}
+    _, metrics = run(dist_cases.config(tmp_path, skip_evaluate=False, **changes))
+    assert "ood_auroc/other" in metrics["map"]
+
+
 def test_follow_on_jobs_need_a_run(tmp_path):
     from laplace_dist import job
 
