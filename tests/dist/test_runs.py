@@ -210,6 +210,19 @@ def test_metrics_are_those_of_the_whole_splits(tmp_path):
     assert stored == {"version": version, "tuning": None, **metrics}
 
 
+def test_splits_out_of_distribution_that_a_regression_has_no_use_for_are_said(tmp_path):
+    changes = {"data": "dist_cases:regression_data", "likelihood": "regression", "ood": ["far"]}
+    said = []
+    with dist_cases.inline_job(dist_cases.config(tmp_path, skip_evaluate=False, **changes)) as job:
+        job.say = said.append
+        job.open()
+        job.map()
+        job.evaluate(job.reduce(), None)
+    assert any(
+        "evaluate: --ood far is passed over: a prediction of regression has no confidence" in line for line in said
+    )
+
+
 def test_regression_tunes_the_noise_and_reports_coverage(tmp_path):
     config = dist_cases.config(
         tmp_path, data="dist_cases:regression_data", likelihood="regression", skip_tune=False, skip_evaluate=False
