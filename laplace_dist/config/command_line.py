@@ -121,6 +121,23 @@ def _from_text(name: str, text: Any, label: str) -> Any:
     return text
 
 
+class _Twice(yaml.YAMLError):
+    """A name that a mapping has more than once."""
+
+
+class _Once(yaml.SafeLoader):
+    """Plain values only, and every name of a mapping once: YAML itself lets the last of several win without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names: set[Any] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in names:
+                    raise _Twice(f"{key.value} is given twice, again at line {key.start_mark.line + 1}; keep one")
+                names.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def parse_yaml(text: str) -> Any:
     """Return what a YAML text holds: plain values only, whatever tags it carries.
 
@@ -128,7 +145,9 @@ def parse_yaml(text: str) -> Any:
         ValueError: It is not YAML, or asks for something other than plain values.
     """
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Once)  # noqa: S506 - a safe loader
+    except _Twice as error:
+        raise ValueError(str(error)) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""

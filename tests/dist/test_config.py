@@ -79,6 +79,8 @@ FILES = [
     ("seeed: 3", ["seeed", "run.yaml", "Did you mean seed"]),
     ("batch_size: true", ["batch_size (in", "got True", "whole number"]),
     ("batch-size: 8\nbatch_size: 9", ["batch_size", "given twice"]),
+    ("seed: 1\nbatch_size: 8\nbatch_size: 9", ["run.yaml", "batch_size is given twice, again at line 3; keep one"]),
+    ("model_args: {width: 1, width: 2}", ["run.yaml", "width is given twice"]),
     ("- 1", ["run.yaml", "holds a list", "name: value"]),
     ("a: [1", ["run.yaml", "is not YAML", "line"]),
     ("ood: far", ["ood (in", "got 'far'", "list"]),
