@@ -126,7 +126,15 @@ class _Twice(yaml.YAMLError):
 
 
 class _Once(yaml.SafeLoader):
-    """Plain values only, and every name of a mapping once: YAML itself lets the last of several win without a word."""
+    """Plain values only, and every name of a mapping once: YAML itself lets the last of several win without a word.
+
+    Dates stay the text that they are, which windows and arguments are named by: no setting is a date.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - of PyYAML's own, never changed
+        first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         names: set[Any] = set()

@@ -62,7 +62,7 @@ REFUSED = [
     (["--model-args", "width"], ["--model-args", "mapping", "JSON or YAML"]),
     (["--bach-size", "3"], ["--bach-size", "Did you mean --batch-size"]),
     (["--seed"], ["--seed", "expected one argument"]),
-    (["--data-args", "{day: 2020-01-01}"], ["--data-args", "JSON can hold"]),
+    (["--data-args", "{day: !!timestamp 2020-01-01}"], ["--data-args", "JSON can hold"]),
     (["--config", "nowhere.yaml"], ["--config nowhere.yaml", "cannot be read"]),
 ]
 
@@ -73,6 +73,14 @@ def test_a_refusal_names_field_value_and_what_is_accepted(argv, words):
         load(*argv)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_dates_are_text_with_quotes_or_without(tmp_path):
+    (tmp_path / "run.yaml").write_text("window: 2026-03-01\ndata_args: {day: 2026-03-01, at: 2026-03-01 10:00:00}\n")
+    found = load("--config", str(tmp_path / "run.yaml"))
+    assert found.window == "2026-03-01"
+    assert found.data_args == {"day": "2026-03-01", "at": "2026-03-01 10:00:00"}
+    assert load("--data-args", "{day: 2026-03-01}").data_args == {"day": "2026-03-01"}
 
 
 FILES = [
