@@ -443,6 +443,17 @@ def test_loading_refuses_another_model_and_names_what_is_missing(tmp_path):
         load_posterior(str(tmp_path), model)
     with pytest.raises(SettingsError, match="got a str"):
         load_posterior(str(tmp_path), "dist_cases:convnet")
+    frozen = dist_cases.convnet()
+    frozen[0].bias.requires_grad_(False)
+    others = {
+        "has no parameters \\['0.weight', '0.bias', .*model.module": torch.nn.DataParallel(dist_cases.convnet()),
+        "requires_grad is False for \\['0.bias'\\]": frozen,
+        "is of float64, and the run of float32": dist_cases.convnet("float64"),
+    }
+    for message, other in others.items():
+        for load_weights in (False, True):
+            with pytest.raises(SettingsError, match=message):
+                load_posterior(str(tmp_path), other, load_weights=load_weights)
     with pytest.raises(MissingObjectError, match="posteriors/0123.json"):
         load_posterior(str(tmp_path), dist_cases.convnet(), version="0123")
     assert pointer.read_current(Checkpoint(str(tmp_path)))["version"] == version
