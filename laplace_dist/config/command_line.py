@@ -9,8 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
-import yaml
-
+from laplace_dist.config.plain_yaml import parse_yaml
 from laplace_dist.config.refusals import choices_of, close_matches, message_of, plain_types
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError
@@ -119,49 +118,6 @@ def _from_text(name: str, text: Any, label: str) -> Any:
         except ValueError:
             continue
     return text
-
-
-class _Twice(yaml.YAMLError):
-    """A name that a mapping has more than once."""
-
-
-class _Once(yaml.SafeLoader):
-    """Plain values only, and every name of a mapping once: YAML itself lets the last of several win without a word.
-
-    Dates stay the text that they are, which windows and arguments are named by: no setting is a date.
-    """
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - of PyYAML's own, never changed
-        first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        names: set[Any] = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in names:
-                    raise _Twice(f"{key.value} is given twice, again at line {key.start_mark.line + 1}; keep one")
-                names.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def parse_yaml(text: str) -> Any:
-    """Return what a YAML text holds: plain values only, whatever tags it carries.
-
-    Raises:
-        ValueError: It is not YAML, or asks for something other than plain values.
-    """
-    try:
-        return yaml.load(text, _Once)  # noqa: S506 - a safe loader
-    except _Twice as error:
-        raise ValueError(str(error)) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise ValueError(f"is not YAML{where} ({getattr(error, 'problem', 'syntax')})") from None
-    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:  # of PyYAML's constructors
-        raise ValueError(f"holds a value that YAML cannot build ({type(error).__name__})") from None
 
 
 def _read_yaml(path: str) -> dict[Any, Any]:

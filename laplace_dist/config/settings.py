@@ -6,12 +6,12 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from laplace_dist.config import chosen_windows, gates
 from laplace_dist.config.import_path import IMPORT_PATH
 from laplace_dist.config.likelihood import likelihood_of
+from laplace_dist.config.plain_yaml import dump_yaml
 from laplace_dist.config.refusals import CREDENTIALS, message_of, problems_of
 from laplace_dist.errors import SettingsError
 
@@ -316,4 +316,4 @@ class Config(BaseModel):
     def to_yaml(self) -> str:
         """Return the settings as a file for `--config`, without the storage options and without `fresh`."""
         values = {name.replace("_", "-"): value for name, value in self.model_dump(exclude={"fresh"}).items()}
-        return "# storage-options are left out: give them again\n" + yaml.safe_dump(values, sort_keys=False)
+        return "# storage-options are left out: give them again\n" + dump_yaml(values)
