@@ -69,7 +69,7 @@ def load_state_dict(la: Fitted, state: dict[str, Any]) -> None:
                 "The state was fitted at other parameters than the model has now. Load the model's own state dict first"
                 + (f", into a model of {mean.dtype}: this one is of {now.dtype}." if mean.dtype != now.dtype else ".")
             )
-        content = la._read_state({**state, "spec": _in_type(state["spec"], now.dtype)})
+        content = la._read_state({**state, "spec": _in_type(state["spec"], la._dtype)})
         for name in names:
             setattr(la, name, state.get(name, 1.0) if name == "logit_temperature" else state[name])
         la._take_state(content)

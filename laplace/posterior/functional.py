@@ -20,6 +20,7 @@ from laplace.capture.evaluation import eval_mode
 from laplace.data.subset import subset_of
 from laplace.enums import PredType
 from laplace.linalg import memory
+from laplace.linalg.dense import parameter_vector
 from laplace.linalg.eigen import eigh
 from laplace.linalg.inference import outside_inference_mode
 from laplace.posterior.arguments import before, by_name
@@ -223,7 +224,7 @@ class FunctionalLaplace(ConditionedProcess):
     def _take_state(self, state: dict[str, Any]) -> None:
         self._spec = self.backend.spec = SumsSpec.from_json(state["spec"])
         self.n_outputs = self._spec.n_outputs
-        to = partial(_moved, device=self._device, dtypes=(state["mean"].dtype, next(self.model.parameters()).dtype))
+        to = partial(_moved, device=self._device, dtypes=(state["mean"].dtype, parameter_vector(self.params).dtype))
         subset = [
             ({k: to(v) for k, v in x.items()} if isinstance(x, Mapping) else to(x), to(y)) for x, y in state["subset"]
         ]
