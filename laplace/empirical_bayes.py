@@ -151,18 +151,18 @@ class Hyperparameters:
         """Take steps; the posterior is left with the values of the last estimate. Returns the negative evidences.
 
         Raises:
-            ValueError: If an evidence is NaN or Inf.
+            ValueError: If an evidence or its gradient is NaN or Inf.
         """
         estimates = []
         for _ in range(n_steps):
             self.optimizer.zero_grad()
             loss = -self.la.log_marginal_likelihood(*[log.exp() for log in self.logs])
-            if not math.isfinite(loss.item()):
-                raise ValueError(
-                    f"The log marginal likelihood is {-loss.item()} after epoch {epoch}. Lower lr_hyp or the step size "
-                    "of the optimizer, or start from other hyperparameters."
-                )
             loss.backward()
+            if not all(bool(torch.isfinite(value).all()) for value in (loss, *(log.grad for log in self.logs))):
+                raise ValueError(
+                    f"The log marginal likelihood is {-loss.item()} after epoch {epoch}, and it or its gradient is not finite. "
+                    "Lower lr_hyp or the step size of the optimizer, or start from other hyperparameters."
+                )
             self.optimizer.step()
             estimates.append(loss.item())
         return estimates

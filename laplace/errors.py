@@ -6,23 +6,22 @@ from collections.abc import Sequence
 
 from laplace import _clash as _clash  # says so where laplace-torch has replaced laplace/__init__.py
 
+_FIT = "Nothing was added to the sum for this batch; clean these examples or the model's weights and fit again."
+
 
 class NonFiniteError(ValueError):
-    """NaN or Inf met while curvature was accumulated.
+    """NaN or Inf met while curvature was accumulated, or predictions were scored.
 
     Attributes:
         examples: Indices of the offending examples, counted from the start of the data set (or of the pass over the
             loader, where the caller gave no offset).
     """
 
-    def __init__(self, what: str, examples: Sequence[int]):
+    def __init__(self, what: str, examples: Sequence[int], advice: str = _FIT):
         """Describe the offence and remember which examples caused it."""
         self.examples = list(examples)
         shown = ", ".join(str(i) for i in self.examples[:10]) + (", …" if len(self.examples) > 10 else "")
-        super().__init__(
-            f"{what} is NaN or Inf for {len(self.examples)} example(s): indices {shown}. "
-            "Nothing was added to the sum for this batch; clean these examples or the model's weights and fit again."
-        )
+        super().__init__(f"{what} is NaN or Inf for {len(self.examples)} example(s): indices {shown}. {advice}")
 
     def __reduce__(self):
         """Survive a trip through pickle between processes."""

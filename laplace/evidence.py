@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -63,7 +62,7 @@ def maximize_evidence(
         Prior precision and observation noise (None where it was kept).
 
     Raises:
-        ValueError: If the evidence becomes NaN or Inf.
+        ValueError: If the evidence or its gradient becomes NaN or Inf.
     """
     start = (
         [prior_precision] if sigma_noise is None else [prior_precision, torch.as_tensor(sigma_noise, device=la._device)]
@@ -76,11 +75,12 @@ def maximize_evidence(
             for step in _steps(n_steps, progress_bar):
                 optimizer.zero_grad()
                 evidence = la.log_marginal_likelihood(*[log.exp() for log in logs])
-                if not math.isfinite(evidence.item()):
-                    raise ValueError(
-                        f"The log marginal likelihood is {evidence.item()} at step {step}. Lower lr={lr}, or start nearer."
-                    )
                 (-evidence).backward()
+                if not all(bool(torch.isfinite(value).all()) for value in (evidence, *(log.grad for log in logs))):
+                    raise ValueError(
+                        f"The log marginal likelihood is {evidence.item()} at step {step}, and it or its gradient is not "
+                        f"finite, at weights up to {float(la.mean.abs().max()):.3g}. Lower lr={lr}, or start nearer."
+                    )
                 optimizer.step()
     finally:
         la.prior_precision, la.sigma_noise = before

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -116,6 +117,7 @@ def marglik_training(
     hyper = Hyperparameters(la, law.has_noise and not fix_sigma_noise, lr_hyp)
     optimizer = optimizer_cls(la.params, **(optimizer_kwargs or {}))
     scheduler = None if scheduler_cls is None else scheduler_cls(optimizer, **(scheduler_kwargs or {}))
+    _check_steps(optimizer, scheduler)
     n_data = _count(train_loader, dict_key_y)
     best: _Best | None = None
     margliks: list[float] = []
@@ -147,6 +149,20 @@ def _check(law: BaseLikelihood, hessian_structure: HessianStructure | str, **cou
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
+
+
+def _check_steps(optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+    """Refuse what needs to be told something at every step: a closure that runs the model again, a metric."""
+    for argument, stepped in (("optimizer_cls", optimizer), ("scheduler_cls", scheduler)):
+        if stepped is None:
+            continue
+        _, *parameters = signature(type(stepped).step).parameters.values()
+        asked = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if asked:
+            raise ValueError(
+                f"{argument}={type(stepped).__name__} asks for {', '.join(asked)} at every step, which this training has not. "
+                "Take one whose step() needs nothing, such as Adam or CosineAnnealingLR."
+            )
 
 
 @dataclass

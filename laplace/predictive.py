@@ -16,6 +16,7 @@ from torch import Tensor
 
 from laplace.capture.chosen_outputs import ChosenOutputs
 from laplace.capture.evaluation import eval_mode
+from laplace.capture.stateless import with_tensors
 from laplace.data.batches import joined
 from laplace.enums import LinkApprox, PredType, parse
 from laplace.fitted import Fitted
@@ -226,16 +227,22 @@ def sampled_outputs(la: Fitted, x: Any, n_samples: int, generator: torch.Generat
         vectors = la.sample(n_samples, generator)
         _warn_of_rounding(la, vectors)
         for vector in vectors:
-            parts = vector.to(la.params[0].dtype).split([p.numel() for p in la.params])
-            weights = {n: part.view_as(p) for n, part, p in zip(names, parts, la.params, strict=True)}
-            outputs.append(torch.func.functional_call(module, weights, (inputs,)))
+            weights = dict(zip(names, _as_weights(la, vector), strict=True))
+            outputs.append(with_tensors(module, weights, inputs))
     return torch.stack(outputs)
+
+
+def _as_weights(la: Fitted, vector: Tensor) -> list[Tensor]:
+    """The tensors of a parameter vector, each of its parameter's shape and type."""
+    parts = vector.split([p.numel() for p in la.params])
+    return [part.view_as(p).to(p.dtype) for part, p in zip(parts, la.params, strict=True)]
 
 
 def _warn_of_rounding(la: Fitted, vectors: Tensor) -> None:
     """Say so where weights in half precision cannot hold the differences between samples."""
-    kind = la.params[0].dtype
-    rounding = (vectors - vectors.to(kind)).square().sum()
+    kind = min((p.dtype for p in la.params), key=lambda dtype: -torch.finfo(dtype).eps)
+    rounded = (torch.cat([part.flatten().to(vectors) for part in _as_weights(la, vector)]) for vector in vectors)
+    rounding = sum((vector - other).square().sum() for vector, other in zip(vectors, rounded, strict=True))
     weights = torch.cat([p.detach().flatten() for p in la.params])
     spread = (vectors - weights.to(vectors)).square().sum()
     if rounding > _ROUNDED * spread:

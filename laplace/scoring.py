@@ -16,6 +16,7 @@ from laplace.enums import LinkApprox, PredType, parse
 from laplace.fitted import Fitted
 from laplace.interpolation import interpolated, nodes_for
 from laplace.likelihoods.base import BaseLikelihood, Prediction
+from laplace.likelihoods.checks import check_scored_finite
 from laplace.linalg.precision import widened
 from laplace.search import vertex
 
@@ -56,6 +57,7 @@ def score_candidates(
     keep: bool = False,
     open_noise: bool = False,
     progress_bar: bool = False,
+    offset: int = 0,
 ) -> Scores:
     r"""Score every pair of a prior precision and a temperature of the logits, and the MAP, in one pass over the data.
 
@@ -75,20 +77,22 @@ def score_candidates(
         keep: Keep the scores of every term.
         open_noise: Leave the observation noise open.
         progress_bar: Show progress over batches.
+        offset: Index of the first example in the data set, for messages.
 
     Raises:
+        NonFiniteError: If an output of the network is NaN or Inf; names the examples.
         ValueError: If the loader is empty, or targets do not fit the predictions.
     """
     la._check_weights()
     law, noise = la.likelihood_object.fitted, la.sigma_noise
     precisions = [la.prior_precision] if priors is None else torch.tensor(priors, dtype=torch.float64)
-    tally = _Tally(law, None if open_noise else float(noise), len(precisions), temperatures, keep)
+    tally = _Tally(law, None if open_noise else float(noise), len(precisions), temperatures, keep, offset)
     if open_noise:
         la.sigma_noise = 1.0
     try:
         for x, y in parts(la, loader, progress_bar):
-            found = sweep(la, x, precisions, link_approx, pred_type, n_samples, seed, tally.temperatures)
-            tally.add(found, y)
+            arguments = precisions, link_approx, pred_type, n_samples, seed, tally.temperatures
+            tally.add(sweep(la, x, *arguments, offset=tally.examples), y)
     finally:
         la.sigma_noise = noise
     return tally.scores()
@@ -103,20 +107,27 @@ class _Tally:
         priors: How many there are.
         temperatures: Those whose losses are added up.
         keep: Keep the scores of every term.
+        offset: Index of the first example in the data set.
 
     Attributes:
         temperatures: Those that predictions are needed at, 1 among them, at which the MAP's scores are kept.
     """
 
     def __init__(
-        self, law: BaseLikelihood, noise: float | None, priors: int, temperatures: Sequence[float], keep: bool
+        self,
+        law: BaseLikelihood,
+        noise: float | None,
+        priors: int,
+        temperatures: Sequence[float],
+        keep: bool,
+        offset: int,
     ) -> None:
         self.law, self.noise, self.keep = law, noise, keep
         self.temperatures = [1.0] if noise is None else list(dict.fromkeys((*temperatures, 1.0)))
         self.columns = 2 if noise is None else len(temperatures)
         self.totals = torch.zeros(priors, self.columns, dtype=torch.float64)
         self.map_totals = torch.zeros(self.columns, dtype=torch.float64)
-        self.n = self.examples = 0
+        self.n, self.examples = 0, offset
         self.rows: dict[str, list[list[Tensor]]] = {}
 
     def add(self, predictions: Iterable[tuple[int | None, int, Prediction]], y: Tensor) -> None:
@@ -195,12 +206,16 @@ def sweep(
     spread: bool = True,
     diagonal: bool = True,
     with_map: bool = True,
+    offset: int = 0,
 ) -> Iterator[tuple[int | None, int, Prediction]]:
     """The likelihood's predictions for every prior precision and temperature, one forward and backward pass in all.
 
     Yields the prior's number, :data:`MAP` for the MAP, the temperature's, and the prediction. With the outputs alone where a
     prior precision does not change their mean, unless ``spread`` asks for their variances: covariances of the linearised
     network's outputs, but for ``diagonal``.
+
+    Raises:
+        NonFiniteError: If an output of the network is NaN or Inf; names the examples, counted from ``offset``.
     """
     pred_type, link_approx = parse(PredType, pred_type, "pred_type"), parse(LinkApprox, link_approx, "link_approx")
     predictive.check_combination(la, pred_type, link_approx)
@@ -208,9 +223,14 @@ def sweep(
     own = la.prior_precision
     priors = [value if value is own else value.reshape(-1).to(la._device, la._dtype) for value in grid]
     if pred_type is PredType.NN:
-        yield from _sweep_networks(la, x, priors, n_samples, seed, temperatures, with_map)
+        outputs = predictive.map_outputs(la, x)
+        check_scored_finite("The model's output", outputs, offset)
+        if with_map:
+            yield from ((MAP, t, law.at(outputs / value)) for t, value in enumerate(temperatures))
+        yield from _sweep_networks(la, x, priors, n_samples, seed, temperatures)
         return
     capture = la.backend.capture(x)
+    check_scored_finite("The model's output", capture.f, offset)
     if with_map:
         outputs = widened(capture.f)
         yield from ((MAP, t, law.at(outputs / value)) for t, value in enumerate(temperatures))
@@ -247,11 +267,8 @@ def _of_some(la: Fitted, capture: Any, priors: list[Tensor], diagonal: bool) -> 
         return la._glm_variance(capture, priors, diagonal).detach()
 
 
-def _sweep_networks(la, x: Any, priors, n_samples: int, seed: int, temperatures, with_map: bool):
+def _sweep_networks(la, x: Any, priors, n_samples: int, seed: int, temperatures):
     law, before = la.likelihood_object.fitted, la.prior_precision
-    if with_map:
-        outputs = predictive.map_outputs(la, x)
-        yield from ((MAP, t, law.at(outputs / value)) for t, value in enumerate(temperatures))
     try:
         for index, prior in enumerate(priors):
             la.prior_precision = prior

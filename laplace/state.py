@@ -10,6 +10,7 @@ import torch
 
 from laplace.fitted import Fitted
 from laplace.linalg.dense import parameter_vector
+from laplace.renaming import renamed
 from laplace.structures.specification import SumsSpec
 
 SCHEMA_VERSION = 3
@@ -40,7 +41,7 @@ def load_state_dict(la: Fitted, state: dict[str, Any]) -> None:
     """Take over a state; nothing changes if it does not fit.
 
     Raises:
-        ValueError: If it is of a newer schema, of another class or likelihood, or was fitted at other parameters.
+        ValueError: If it is of a newer schema, of another class or likelihood, or of parameters of other values or names.
     """
     if not isinstance(state, Mapping) or "schema_version" not in state:
         what = "a state dict of something else, such as a model" if isinstance(state, Mapping) else type(state).__name__
@@ -54,8 +55,8 @@ def load_state_dict(la: Fitted, state: dict[str, Any]) -> None:
     for key, ours in (("cls_name", type(la).__name__), ("likelihood", la.likelihood_object.identity)):
         if state[key] != ours:
             raise ValueError(f"The state's {key} is {state[key]!r}, but this is {ours!r}.")
+    state = renamed(state, la.model)
     spec = SumsSpec.from_json(state["spec"])
-    content = la._read_state(state)
     settings = [name for name in la._settings() if name in state]
     names = (*settings, "temperature", "logit_temperature", "sigma_noise", "prior_mean", "prior_precision")
     before = {name: getattr(la, name) for name in names}
@@ -65,8 +66,10 @@ def load_state_dict(la: Fitted, state: dict[str, Any]) -> None:
         now = parameter_vector(la.params).detach()
         if mean.shape != now.shape or not torch.equal(mean, now.to(mean.dtype)):
             raise ValueError(
-                "The state was fitted at other parameters than the model has now. Load the model's own state dict first."
+                "The state was fitted at other parameters than the model has now. Load the model's own state dict first"
+                + (f", into a model of {mean.dtype}: this one is of {now.dtype}." if mean.dtype != now.dtype else ".")
             )
+        content = la._read_state({**state, "spec": _in_type(state["spec"], la._dtype)})
         for name in names:
             setattr(la, name, state.get(name, 1.0) if name == "logit_temperature" else state[name])
         la._take_state(content)
@@ -75,6 +78,11 @@ def load_state_dict(la: Fitted, state: dict[str, Any]) -> None:
         for name, value in before.items():
             setattr(la, name, value)
         raise
+
+
+def _in_type(spec: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The specification for a model that is of another precision than the one fitted; the sums are float64 in any case."""
+    return {**spec, "dtype": str(torch.promote_types(dtype, torch.float32)).removeprefix("torch.")}
 
 
 def _plain(value: Any) -> Any:

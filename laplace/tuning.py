@@ -174,7 +174,7 @@ def score_grid(
     examples, law, noise = 0, la.likelihood_object.fitted, float(la.sigma_noise.detach())
     arguments = grid, link_approx, pred_type, n_samples, seed, [la.logit_temperature]
     for x, y in parts(la, loader, progress_bar):
-        for index, _, prediction in sweep(la, x, *arguments, with_map=False):
+        for index, _, prediction in sweep(la, x, *arguments, with_map=False, offset=examples):
             if index == 0:
                 law.check_scored(prediction, y, examples)
             total[index] += law.tuning_loss(prediction, y, noise)
@@ -194,11 +194,12 @@ def _score_with(
         metric.reset()
     rows: list[list[tuple[Tensor, ...]]] = [[] for _ in grid]
     la._check_weights()
-    seen = False
+    seen = 0
     arguments = grid, link_approx, pred_type, n_samples, 0, [la.logit_temperature]
     for x, y in parts(la, loader, progress_bar):
-        seen = True
-        for index, _, prediction in sweep(la, x, *arguments, spread=not running, diagonal=False, with_map=False):
+        how = {"spread": not running, "diagonal": False, "with_map": False, "offset": seen}
+        seen += len(y)
+        for index, _, prediction in sweep(la, x, *arguments, **how):
             shown = as_tuple(la.likelihood_object.fitted.public(prediction))
             if running:
                 metrics[index].update(shown[0], y)

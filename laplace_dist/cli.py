@@ -82,6 +82,11 @@ def recalibrate_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
             raise SettingsError(
                 f"--rollback: given with {other}, which it would not heed; give one of them. Nothing was changed"
             )
+        if given.drop_window is not None and any(text.partition("=")[0] == "--window" for text in rest):
+            raise SettingsError(
+                "--drop-window: given with --window, which it would not heed, since it adds nothing; give one of them. Nothing "
+                "was changed"
+            )
         cli_settings.refuse_idle(rest, cli_settings.OF_FITS, "the fit's job")
         config = cli_settings.settings_of_job("recalibrate", rest, defaults)
         cli_settings.say_idle(rest, config, cli_settings.OF_FITS, "the fit's job")

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from laplace_dist.cli import exit_status
-from laplace_dist.config.command_line import load_config_and, parse_yaml
+from laplace_dist.config.command_line import load_config_and
+from laplace_dist.config.plain_yaml import parse_yaml
 from laplace_dist.config.training import Training
 from laplace_dist.errors import SettingsError
 from laplace_dist.marglik import Trained, marglik_train

@@ -219,6 +219,11 @@ class Job(FitStages):
         config = self.config
         compatibility.check_predictive(config)
         splits = self._splits(*compatibility.evaluated(config))
+        if unused := [name for name in config.ood if name not in splits]:
+            self.say(
+                f"evaluate: --ood {' '.join(unused)} is passed over: a prediction of {config.likelihood} has no confidence "
+                "that would tell examples in distribution from others"
+            )
         found = {name: self._fingerprint(name) for name in splits}
         groups = groups_of(splits["test"], "test")
         chosen = evaluate.settings(config, tuning, found, self.device_type, groups)

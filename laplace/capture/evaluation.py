@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from laplace.capture.caches import keeps, renew
 from laplace.capture.calls import is_batched, nodes
 from laplace.capture.feature_extractor import FeatureExtractor
+from laplace.capture.turns import WhileAny, turn
 
 # Models in a block of eval_mode by identity, and those of their modules that keep tensors between passes.
 _evaluated: ContextVar[dict[int, list[nn.Module]]] = ContextVar("_evaluated", default={})  # noqa: B039 - never changed
@@ -30,13 +31,19 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     the model is handed copies of its inputs: a forward pass that changes its input in place changes no data and no later pass.
     Inside of ``torch.inference_mode()``, tensors are ordinary ones without gradient. What was compiled runs as it was written:
     hooks see none of the layers of a compiled graph. Gradients of normalisations come in order. A block inside of another one
-    of the same model costs next to nothing: who makes many passes opens one around them.
+    of the same model costs next to nothing: who makes many passes opens one around them. Other threads wait for their turn.
     """
     around = _evaluated.get()
     if id(model) in around:
         renew(around[id(model)])
         yield
         return
+    with turn(model), _evaluating(model, around):
+        yield
+
+
+@contextmanager
+def _evaluating(model: nn.Module, around: dict[int, list[nn.Module]]) -> Iterator[None]:
     modules = list(model.modules())
     keepers = [module for module in modules if keeps(module)]
     training = [module for module in modules if module.training]
@@ -48,9 +55,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
         if "torch._dynamo" in sys.modules:  # else nothing is compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_eager)
         if any(isinstance(module, nn.RNNBase) for module in modules):
-            stack.enter_context(_unfused())
+            stack.enter_context(_unfused_layers)
         handles = [own.register_forward_pre_hook(_with_own_inputs, prepend=True, with_kwargs=True)]
         handles.append(own.register_forward_hook(_in_order))
         entered = _evaluated.set({**around, id(model): keepers})
@@ -82,6 +89,9 @@ def _unfused() -> Iterator[None]:
     finally:
         for library, enabled in zip(libraries, before, strict=True):
             library.enabled = enabled
+
+
+_eager, _unfused_layers = WhileAny(lambda: torch.compiler.set_stance("force_eager")), WhileAny(_unfused)
 
 
 def _set(modules: list[nn.Module], name: str, value: bool) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from laplace.capture.caches import kept_attributes
+from laplace.capture.stateless import with_tensors
 from laplace.data.batches import length_of, part_of
 from laplace.linalg.precision import coarsest, without_autocast
 from laplace.noise import fixed_directions
@@ -164,7 +165,7 @@ def _vmapped(model: nn.Module, x: Any, names: list[str]) -> tuple[dict[str, Tens
 
     def outputs(parameters: dict[str, Tensor], example: Any) -> tuple[Tensor, Tensor]:
         batch = rebuild_inputs(x, example, lambda t: t.unsqueeze(0))
-        f = torch.func.functional_call(model, parameters, (batch,))[0]
+        f = with_tensors(model, parameters, batch)[0]
         return f, f
 
     chosen = {name: known[name].detach() for name in names}

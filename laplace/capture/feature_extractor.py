@@ -189,7 +189,8 @@ class FeatureExtractor(nn.Module):
             raise ValueError(
                 f"The model's output {tuple(out.shape)} is not the output of its last layer {self.last_layer_name!r} "
                 f"{tuple(rebuilt.shape)}. Return raw logits, or state the model's own reduction with feature_reduction "
-                f"({', '.join(repr(r.value) for r in FeatureReduction)})."
+                f"({', '.join(repr(r.value) for r in FeatureReduction)}). Of a model that goes on otherwise, "
+                "as one of pairs does, take subset_of_weights='all'."
             )
 
     def _reduce(self, features: Tensor, logits: Tensor, out: Tensor) -> Tensor:

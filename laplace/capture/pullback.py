@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from laplace.capture.caches import kept_attributes
 from laplace.capture.fallback import dense, has_own_weight_lists, input_tensors, rebuild_inputs, refusal
+from laplace.capture.stateless import with_tensors
 from laplace.data.batches import length_of, part_of
 from laplace.linalg.precision import coarsest, without_autocast
 from laplace.noise import fixed_directions
@@ -57,7 +58,7 @@ def _of_copies(model: nn.Module, x: Any, names: Sequence[str]) -> Pullback:
 
     def output(parameters: dict[str, Tensor], example: Any) -> Tensor:
         batch = rebuild_inputs(x, example, lambda t: t.unsqueeze(0))
-        return torch.func.functional_call(model, parameters, (batch,))[0]
+        return with_tensors(model, parameters, batch)[0]
 
     with torch.enable_grad(), kept_attributes(model):
         f = torch.func.vmap(output)(copies, input_tensors(x))

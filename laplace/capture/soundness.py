@@ -173,6 +173,10 @@ def _coupled(module: str) -> ValueError:
     )
 
 
+# Of a forward pass that gets other inputs than it was written for, such as a mapping in place of a tensor.
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+
+
 def run(model: nn.Module, x: Any, of: str = "the first batch") -> Any:
     """A forward pass.
 
@@ -182,14 +186,15 @@ def run(model: nn.Module, x: Any, of: str = "the first batch") -> Any:
     running: list[str] = []
     try:
         return model(x)
-    except (RuntimeError, ValueError) as error:
+    except _FAILURES as error:
         failed = error
     with _entered(model, running):
         try:
             return model(x)
-        except (RuntimeError, ValueError):
+        except _FAILURES:
             where = named(running[-1], model) if running else named("", model)
-    raise ValueError(f"The model's forward pass of {of} fails in {where}: {failed}") from failed
+    what = "" if isinstance(failed, (RuntimeError, ValueError)) else f"{type(failed).__name__}: "
+    raise ValueError(f"The model's forward pass of {of} fails in {where}: {what}{failed}") from failed
 
 
 @contextmanager

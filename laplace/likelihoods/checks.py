@@ -8,13 +8,18 @@ from torch import Tensor
 from laplace.errors import NonFiniteError
 
 
-def check_finite(what: str, values: Tensor, offset: int) -> None:
+def check_finite(what: str, values: Tensor, offset: int, *advice: str) -> None:
     """Raise :class:`NonFiniteError` naming the rows of ``values`` that hold NaN or Inf."""
     if bool(torch.isfinite(values.sum())):
         return
     wrong = (~torch.isfinite(values)).reshape(values.shape[0], -1).any(1)
     if bool(wrong.any()):  # a finite batch may overflow in its sum alone
-        raise NonFiniteError(what, [offset + int(i) for i in wrong.nonzero().flatten()])
+        raise NonFiniteError(what, [offset + int(i) for i in wrong.nonzero().flatten()], *advice)
+
+
+def check_scored_finite(what: str, values: Tensor, offset: int) -> None:
+    """The same of what is scored on data that are not fitted: validation, test and out-of-distribution examples."""
+    check_finite(what, values, offset, "Nothing is scored with them: clean these examples, or leave them out.")
 
 
 def first_wrong(wrong: Tensor, values: Tensor, offset: int) -> tuple[int, float | int, int]:

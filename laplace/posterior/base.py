@@ -116,7 +116,10 @@ class BaseLaplace(Hyperparameters):
 
     @property
     def _dtype(self) -> torch.dtype:
-        return torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
+        first = (
+            self.params[0] if self.params else next(self.model.parameters())
+        )  # the backend's sums are of the same type
+        return torch.promote_types(first.dtype, torch.float32)
 
     def _backend_arguments(self) -> dict[str, Any]:
         arguments = {"dict_key_x": self.dict_key_x, "dict_key_y": self.dict_key_y, **self._backend_kwargs}

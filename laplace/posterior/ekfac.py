@@ -154,7 +154,8 @@ class EKFACLaplace(DecomposedLaplace):
         super().set_sums(sums)
 
     def _finalize(self, sums: CurvatureSums) -> None:
-        vectors = [[self.basis.vectors[name] for name in block.basis] or [None] for block in sums.spec.blocks]
+        basis = {name: vectors.to(sums.spec.torch_dtype) for name, vectors in self.basis.vectors.items()}
+        vectors = [[basis[name] for name in block.basis] or [None] for block in sums.spec.blocks]
         self._decomposed = KronDecomposed(vectors, [[table] for table in ekfac.tables(sums)])
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from laplace.capture.evaluation import eval_mode
 from laplace.data.subset import subset_of
 from laplace.enums import PredType
 from laplace.linalg import memory
+from laplace.linalg.dense import parameter_vector
 from laplace.linalg.eigen import eigh
 from laplace.linalg.inference import outside_inference_mode
 from laplace.posterior.arguments import before, by_name
@@ -222,8 +224,18 @@ class FunctionalLaplace(ConditionedProcess):
     def _take_state(self, state: dict[str, Any]) -> None:
         self._spec = self.backend.spec = SumsSpec.from_json(state["spec"])
         self.n_outputs = self._spec.n_outputs
-        subset = [(x.to(self._device) if isinstance(x, Tensor) else x, y.to(self._device)) for x, y in state["subset"]]
+        to = partial(_moved, device=self._device, dtypes=(state["mean"].dtype, parameter_vector(self.params).dtype))
+        subset = [
+            ({k: to(v) for k, v in x.items()} if isinstance(x, Mapping) else to(x), to(y)) for x, y in state["subset"]
+        ]
         self._condition(subset, state["loss"].to(self._device), state["n_data"])
+
+
+def _moved(value: Any, device: torch.device, dtypes: tuple[torch.dtype, torch.dtype]) -> Any:
+    """A tensor on another device; one of the type that the fitted model had is now of the type that the model has."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, dtypes[1] if value.dtype == dtypes[0] else value.dtype)
 
 
 def _as_gp(pred_type: PredType | str) -> PredType | str:

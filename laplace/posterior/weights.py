@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace.capture.turns import turn
+
 _RELATIVE = 1e-9  # difference of a fingerprint that another order of addition explains
 
 
@@ -65,7 +67,8 @@ def _differing(model: nn.Module, params: Sequence[nn.Parameter], vector: Tensor)
 
 def changed(la: Any) -> list[str]:
     """Names of the parameters of a fitted posterior's model that are not what they were at the fit."""
-    return _differing(la.model, la.params, la.mean) + la._fingerprint.changed(la.model)
+    with turn(la.model):
+        return _differing(la.model, la.params, la.mean) + la._fingerprint.changed(la.model)
 
 
 def check_unchanged(la: Any) -> None:

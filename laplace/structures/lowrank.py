@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.fallback import input_tensors, rebuild_inputs
+from laplace.capture.stateless import with_tensors
 from laplace.data.batches import batches
 from laplace.linalg.lowrank import block_lanczos
 from laplace.linalg.precision import widened, without_autocast
@@ -124,11 +125,11 @@ def _run(module: nn.Module, leaves: dict[str, Tensor], x: Any, autocast: bool) -
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     narrow = {name: widened(t.detach()) for name, t in own.items() if t.is_floating_point() and widened(t) is not t}
     if not narrow and not autocast:
-        return torch.func.functional_call(module, leaves, (x,))
+        return with_tensors(module, leaves, x)
     if isinstance(x, (Tensor, Mapping)):
         x = rebuild_inputs(x, input_tensors(x), lambda t: widened(t) if t.is_floating_point() else t)
     try:
-        return torch.func.functional_call(module, {**narrow, **leaves}, (x,))
+        return with_tensors(module, {**narrow, **leaves}, x)
     except RuntimeError as error:
         raise ValueError(
             "hessian_structure='lowrank' and Hessians need products in float32 at least, but this model of fewer digits "

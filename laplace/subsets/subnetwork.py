@@ -139,7 +139,16 @@ class SubnetLaplace(ParametricLaplace):
 
         Returns:
             ``(n_samples, parameters)``.
+
+        Raises:
+            ValueError: If the draws are of another shape, such as those of :meth:`sample`, which are whole already.
         """
+        size = len(self.subnetwork_indices)
+        if subnet_samples.ndim != 2 or subnet_samples.shape[1] != size:
+            raise ValueError(
+                f"Draws of the subnetwork have shape (n_samples, {size}), and these {tuple(subnet_samples.shape)}. What "
+                "la.sample() returns is assembled already."
+            )
         samples = self.mean.to(subnet_samples.dtype).repeat(len(subnet_samples), 1)
         samples[:, self.subnetwork_indices] = subnet_samples
         return samples

@@ -9,8 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
-import yaml
-
+from laplace_dist.config.plain_yaml import parse_yaml
 from laplace_dist.config.refusals import choices_of, close_matches, message_of, plain_types
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError
@@ -119,22 +118,6 @@ def _from_text(name: str, text: Any, label: str) -> Any:
         except ValueError:
             continue
     return text
-
-
-def parse_yaml(text: str) -> Any:
-    """Return what a YAML text holds: plain values only, whatever tags it carries.
-
-    Raises:
-        ValueError: It is not YAML, or asks for something other than plain values.
-    """
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise ValueError(f"is not YAML{where} ({getattr(error, 'problem', 'syntax')})") from None
-    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:  # of PyYAML's constructors
-        raise ValueError(f"holds a value that YAML cannot build ({type(error).__name__})") from None
 
 
 def _read_yaml(path: str) -> dict[Any, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field
 
 from laplace_dist.config.import_path import IMPORT_PATH
@@ -24,6 +23,7 @@ from laplace_dist.config.kinds import (
     Windows,
 )
 from laplace_dist.config.likelihood import likelihood_of
+from laplace_dist.config.plain_yaml import dump_yaml
 
 HF = "hf:"  # before the path of a folder of save_pretrained, as --model
 
@@ -254,4 +254,4 @@ class Config(Checked):
     def to_yaml(self) -> str:
         """Return the settings as a file for `--config`, without the storage options and without `fresh`."""
         values = {name.replace("_", "-"): value for name, value in self.model_dump(exclude={"fresh"}).items()}
-        return "# storage-options are left out: give them again\n" + yaml.safe_dump(values, sort_keys=False)
+        return "# storage-options are left out: give them again\n" + dump_yaml(values)

@@ -203,7 +203,8 @@ def differences(stored: Plan, wanted: Plan) -> list[str]:
     stored, wanted = _with_samples(stored), _with_samples(wanted)
     names = stored.settings.keys() if stored.format_version < wanted.format_version else wanted.settings.keys()
     for name in sorted(stored.settings.keys() | names):
-        _compare(found, f"--{name.replace('_', '-')}", stored.settings.get(name), wanted.settings.get(name))
+        flag = "device" if name == "device_type" else name.replace("_", "-")
+        _compare(found, f"--{flag}", stored.settings.get(name), wanted.settings.get(name))
     _compare(found, "--model", stored.model.get("path"), wanted.model.get("path"))
     _compare(found, "--model-args", stored.model.get("args"), wanted.model.get("args"))
     lengths = stored.data["length"], wanted.data["length"]

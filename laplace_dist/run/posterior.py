@@ -62,6 +62,7 @@ def load_posterior(
     plan = read_plan(store)
     if not isinstance(model, nn.Module):
         raise SettingsError(f"model: got a {type(model).__name__}; expected the torch.nn.Module that the run fitted")
+    _check_kind(plan, model)
     if load_weights:
         load_run_weights(store, plan, model)
     if weights_digest(model) != plan.weights:
@@ -80,6 +81,32 @@ def load_posterior(
     if tuned and name == current["version"] and current["tuning"] is not None:
         apply_tuning(store, la, current["tuning"])
     return la
+
+
+def _check_kind(plan: Plan, model: nn.Module) -> None:
+    """Refuse a model whose parameters have other names, another precision or other gradients than those of the run."""
+    spec, known = plan.posterior_spec, dict(model.named_parameters(remove_duplicate=False))
+    names, built = [block["parameter"] for block in spec["blocks"]], f"as {plan.model['path']} builds it"
+    if missing := [name for name in names if name not in known]:
+        raise SettingsError(
+            f"model: has no parameters {missing[:3]}, which the posterior of the run is over; it has {list(known)[:3]}. Give "
+            f"the model {built}: what torch.compile and DataParallel return holds it as model._orig_mod and model.module."
+        )
+    if frozen := [name for name in names if not known[name].requires_grad]:
+        raise SettingsError(
+            f"model: requires_grad is False for {frozen[:3]}, which the posterior of the run is over. Set it to True there."
+        )
+    every = plan.settings["subset_of_weights"] == "all"
+    if every and (more := [n for n, p in model.named_parameters() if p.requires_grad and n not in names]):
+        raise SettingsError(
+            f"model: requires_grad is True for {more[:3]}, which the posterior of the run is not over. Set it to False there."
+        )
+    dtype = str(torch.promote_types(known[names[0]].dtype, torch.float32)).removeprefix("torch.")
+    if dtype != spec["dtype"]:
+        raise SettingsError(
+            f"model: is of {dtype}, and the run of {spec['dtype']}. Give the model {built}, and state_dict() of the posterior "
+            "to one of another precision."
+        )
 
 
 def gone(store: Store, version: str) -> MissingObjectError | None:

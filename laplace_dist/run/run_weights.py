@@ -99,6 +99,7 @@ def load_run_weights(store: Store, plan: Plan, model: nn.Module) -> None:
         del content
     if weights_digest(model) != plan.weights:
         raise CheckpointError(
-            f"{store.url}/{key} does not hold the weights of the plan: it was altered, or --model builds buffers "
-            "that change from call to call. Restore it from a copy, or start again with --fresh."
+            f"{store.url}/{key} does not hold the weights of the plan: it was altered, or the model is of another "
+            "precision than --model builds, or has buffers that change from call to call. Restore it from a copy, or start "
+            "again with --fresh."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from laplace_dist.config.command_line import parse_yaml
+from laplace_dist.config.plain_yaml import parse_yaml
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import CheckpointError
 from laplace_dist.run.layout import CONFIG

@@ -137,9 +137,12 @@ def parse_weights(content: bytes, label: str, broken: type[Exception]) -> dict[s
             return safetensors.torch.load(content)
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        # What torch says of a pickle is advice to run its code; nothing else of it is a user's business.
+        said = "" if isinstance(error, UnpicklingError) else str(error).strip()
+        reason = f" ({said.splitlines()[0][:200]})" if said else ""
         raise broken(
-            f"{label}: is not a state dict in .safetensors or torch.save's format with tensors only ({reason})"
+            f"{label}: is not a state dict in .safetensors or torch.save's format with tensors only{reason}; give what "
+            "torch.save(model.state_dict(), …) or safetensors' save_file writes"
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         inside = listed(sorted(map(str, state))) if isinstance(state, Mapping) else type(state).__name__

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from laplace.drift.features import LastInputs
+from laplace.likelihoods.checks import check_scored_finite
 from laplace.linalg.precision import widened
 from laplace.predictive import prediction
 from laplace_dist.config.compatibility import link_approx
@@ -173,6 +174,12 @@ def _batch_scores(context: Any, la: Any, x: Any, y: Tensor, offset: int, split: 
     """Yield `(method/score, values)` for one batch; what is sampled is seeded by the batch's place in the split."""
     config, likelihood = context.config, la.likelihood_object
     generator = torch.Generator(context.device).manual_seed(config.seed + offset)
+    with LastInputs(context.model) as last:
+        outputs = context.model(x)
+    labelled, noise = split == "test", float(la.sigma_noise)
+    check_scored_finite("The model's output", outputs, offset)
+    if labelled:
+        likelihood.check_shapes(outputs, y, offset)
     laplace = prediction(
         la,
         likelihood,
@@ -182,9 +189,6 @@ def _batch_scores(context: Any, la: Any, x: Any, y: Tensor, offset: int, split: 
         diagonal_output=likelihood.predicts_outputs,
         generator=generator,
     )
-    with LastInputs(context.model) as last:
-        outputs = context.model(x)
-    labelled, noise = split == "test", float(la.sigma_noise)
     for method, found in (("map", likelihood.at(widened(outputs))), ("laplace", laplace)):
         if labelled:
             scores = likelihood.scores(found, y, noise)
@@ -193,6 +197,8 @@ def _batch_scores(context: Any, la: Any, x: Any, y: Tensor, offset: int, split: 
         else:
             scores = {"confidence": likelihood.confidences(found)} if likelihood.has_confidence else {}
         for name, values in scores.items():
+            if len(values) % len(outputs) == 0:
+                check_scored_finite(f"The {name} of {method}", values.reshape(len(outputs), -1), offset)
             yield f"{method}/{name}", values
     if labelled or split == config.unlabelled:
         watched = likelihood.monitored(laplace, y if labelled else None, noise)

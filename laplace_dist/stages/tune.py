@@ -115,7 +115,7 @@ class ScoreShard(_Tuning):
     @property
     def what(self) -> str:
         """The task in a person's words."""
-        return f"validation shard {self.shard} of round {self.values.number}"
+        return f"validation shard {self.shard} of round {self.values.number + 1}"
 
     def run(self, context: Context) -> dict[str, Any]:
         """Do so."""
@@ -137,6 +137,7 @@ class ScoreShard(_Tuning):
                 seed=config.seed + shard.start,
                 keep=values.keep,
                 open_noise=la.likelihood_object.has_noise,
+                offset=shard.start,
             )
         commit_shard(
             context.store,

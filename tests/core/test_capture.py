@@ -292,6 +292,11 @@ MODELS = {
     "dict": (lambda m, x: {"logits": m.head(m.body(x))}, "output is a dict.*output.logits"),
     "one value": (lambda m, x: m.head(m.body(x))[:, 0], r"shape \(3,\), but has to be \(batch, outputs\).*unsqueeze"),
     "fails": (lambda m, x: m.head(x), r"fails in module 'head' \(Linear\)"),
+    "wants a tensor": (
+        lambda m, x: m.head({"x": x}),
+        r"first batch fails in module 'head' \(Linear\): TypeError: linear\(\)",
+    ),
+    "wants a mapping": (lambda m, x: m.head({"x": x}["y"]), r"first batch fails in the model \(Net\): KeyError: 'y'"),
 }
 
 

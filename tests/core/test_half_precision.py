@@ -131,3 +131,38 @@ def test_samples_that_the_weights_cannot_hold_are_said():
             warnings.simplefilter("always")
             la(low[1], pred_type="nn", link_approx="mc", n_samples=5)
         assert any("rounded to bfloat16" in str(w.message) for w in caught) == said
+
+
+class OfTwoTypes(nn.Module):
+    """A body of one type under a head of another, as a large model in half precision has a new head or adapters in float32."""
+
+    def __init__(self, body, head):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 6).to(body), nn.Linear(6, 3).to(head)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x.to(self.body.weight))).to(self.head.weight))
+
+
+@pytest.mark.filterwarnings("ignore:Samples of the weights are rounded")
+@pytest.mark.parametrize("types", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+@pytest.mark.parametrize(
+    "subset, structure", [("all", s) for s in ("full", "diag", "kron", "ekfac", "gp")] + [("last_layer", "kron")]
+)
+def test_a_model_of_two_types_is_fitted_sampled_saved_and_goes_on(types, subset, structure):
+    torch.manual_seed(0)
+    model, x, y = OfTwoTypes(*types), torch.randn(12, 4), torch.arange(12) % 3
+    la, again = (Laplace(model, "classification", subset, structure) for _ in range(2))
+    la.fit([(x, y)])
+    exact = Laplace(OfTwoTypes(torch.float64, torch.float64), "classification", subset, structure)
+    exact.backend.model.load_state_dict(la.backend.model.state_dict())
+    exact.fit([(x, y)])
+    assert naive.relative_error(la(x).double(), exact(x)) < (0.02 if torch.bfloat16 in types else 1e-5)
+    again.load_state_dict(la.state_dict())
+    assert torch.equal(again(x), la(x))
+    if structure != "gp":
+        draws = la(x, pred_type="nn", link_approx="mc", n_samples=200, generator=torch.Generator().manual_seed(0))
+        other = exact(x, pred_type="nn", link_approx="mc", n_samples=200, generator=torch.Generator().manual_seed(1))
+        assert float((draws - other).abs().max()) < 0.2  # 200 draws of probabilities, in both
+        again.fit([(x, y)], override=False)
+        assert again.n_data == 24

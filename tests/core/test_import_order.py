@@ -31,6 +31,7 @@ PLACES = (
     "temperature",
     "prior_search",
     "tuning",
+    "renaming",
     "state",
     "posterior",
     "subsets",

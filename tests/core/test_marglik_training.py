@@ -275,6 +275,11 @@ def test_import_paths():
         ({"marglik_frequency": 0}, "marglik_frequency=0"),
         ({"likelihood": "classification", "sigma_noise_init": 0.5}, "no meaning for classification"),
         ({"prior_prec_init": -1.0}, "prior_precision must be positive"),
+        ({"optimizer_cls": torch.optim.LBFGS}, "optimizer_cls=LBFGS asks for closure at every step"),
+        (
+            {"scheduler_cls": torch.optim.lr_scheduler.ReduceLROnPlateau},
+            "ReduceLROnPlateau asks for metrics at every step",
+        ),
     ],
 )
 def test_wrong_arguments(settings, message):
@@ -282,9 +287,28 @@ def test_wrong_arguments(settings, message):
         train(**{"likelihood": "regression", **settings})
 
 
+def exploding():
+    """A float32 network whose evidence is a number after a huge step, and the derivative of whose evidence is none."""
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 5), torch.arange(30) % 3
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), [(x, y)], "classification"
+
+
 def test_training_that_diverges_says_so():
     with pytest.raises(ValueError, match="NaN|Inf|is inf|is nan"):
         train(optimizer_cls=torch.optim.SGD, optimizer_kwargs={"lr": 1e200})
+    with pytest.raises(
+        ValueError, match="The log marginal likelihood is -.*it or its gradient is not finite. Lower lr_hyp"
+    ):
+        marglik_training(*exploding(), optimizer_cls=torch.optim.SGD, optimizer_kwargs={"lr": 1e9}, n_epochs=3)
+    model, batches, likelihood = exploding()
+    for p in model.parameters():
+        p.data *= 1e20
+    la = Laplace(model, likelihood, "all", "diag")
+    la.fit(batches)
+    with pytest.raises(ValueError, match="at step 0, and it or its gradient is not finite, at weights up to .*e.19"):
+        la.optimize_prior_precision()
+    assert float(la.prior_precision) == 1
     with pytest.raises(ValueError, match="loader is empty"):
         marglik_training(problem("regression")[0], [], "regression")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import pytest
@@ -101,6 +102,26 @@ def test_state_dict_round_trip(case, subset, structure):
     assert torch.equal(again.sample(3, generators[0]), la.sample(3, generators[1]))
     again.fit(loader(x, y), override=False)
     assert again.n_data == 2 * la.n_data
+
+
+@pytest.mark.parametrize("structure", ["full", "kron", "ekfac", "diag", "lowrank", "blockdiag", "gp"])
+@pytest.mark.parametrize("ours, theirs", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_a_state_goes_on_in_a_model_of_another_precision(structure, ours, theirs):
+    model, x, y = CASES["mlp"].make()
+    model.float()  # weights that both types hold
+    one, two = copy.deepcopy(model).to(ours), copy.deepcopy(model).to(theirs)
+    la, again = Laplace(one, "classification", "all", structure), Laplace(two, "classification", "all", structure)
+    la.fit(loader(x.to(ours), y))
+    again.load_state_dict(la.state_dict())
+    assert again(x.to(theirs)).dtype == theirs
+    close(again(x.to(theirs)), la(x.to(ours)), 2e-6)
+    if structure != "gp":
+        assert again.sample(2).dtype == theirs
+    if structure not in ("gp", "lowrank"):
+        again.fit(loader(x.to(theirs), y), override=False)
+        both = Laplace(two, "classification", "all", structure)
+        both.fit(loader(torch.cat([x, x]).to(theirs), torch.cat([y, y])))
+        close(again(x.to(theirs)), both(x.to(theirs)), 2e-6)
 
 
 @pytest.mark.parametrize("backend", ["native", "curvlinops"])

@@ -143,6 +143,9 @@ def test_samples_vary_inside_the_subnetwork_alone(structure):
     assembled = la.assemble_full_samples(draws)
     assert torch.equal(assembled[:, la.subnetwork_indices], draws)
     assert torch.equal(assembled[:, outside], la.mean[outside].expand(2, -1))
+    for wrong in (la.sample(2), draws[:, :1], draws[0]):
+        with pytest.raises(ValueError, match="Draws of the subnetwork have shape"):
+            la.assemble_full_samples(wrong)
 
 
 def test_network_samples_use_the_assembled_parameters():

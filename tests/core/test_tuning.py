@@ -10,7 +10,7 @@ from torch.distributions import Normal
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from laplace import Laplace, scoring, tuning
+from laplace import Laplace, NonFiniteError, scoring, tuning
 from laplace.tuning import prior_precision_grid, score_grid, select_prior_precision
 from laplace.utils import validate
 from laplace.utils.metrics import classification_scores
@@ -238,6 +238,19 @@ def test_custom_losses_see_all_predictions_and_each_value_alone():
         grid_size=5,
     )
     assert float(la.prior_precision) == pytest.approx(10**0.5)
+
+
+@pytest.mark.parametrize("loss", [None, nll, MulticlassAccuracy(3)])
+@pytest.mark.parametrize("how", [{"pred_type": "glm"}, {"pred_type": "nn", "link_approx": "mc"}])
+def test_validation_examples_without_a_finite_output_are_named(how, loss):
+    la, (x, y) = fitted("all", "diag"), validation()
+    x[5] = torch.nan
+    with pytest.raises(NonFiniteError, match="output is NaN or Inf .*: indices 5. Nothing is scored with them"):
+        la.optimize_prior_precision(method="gridsearch", val_loader=loader(x, y, 3), loss=loss, grid_size=3, **how)
+    if loss is None:
+        with pytest.raises(NonFiniteError, match="indices 5"):
+            la.optimize_logit_temperature(loader(x, y, 3), n_samples=3, **how)
+    assert float(la.prior_precision) == 1
 
 
 @pytest.mark.parametrize("metric", [MulticlassAccuracy(3), MulticlassCalibrationError(3, n_bins=5)])

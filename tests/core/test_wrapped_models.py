@@ -286,3 +286,68 @@ def test_what_modules_keep_between_passes_has_its_gradient(attribute, structure)
     assert torch.equal(la["stale"].log_marginal_likelihood(), la["fresh"].log_marginal_likelihood())
     verdict = examine(planned(fresh, structure))
     assert verdict.kind == "right", verdict
+
+
+class Inside(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)
+
+
+WRAPPERS = {
+    "as it is": lambda model: model,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "DataParallel": nn.DataParallel,
+    "inside of another": Inside,
+}
+
+
+@pytest.mark.parametrize(
+    "structure", ["full", "kron", "ekfac", "diag", "lowrank", "blockdiag", "gp", "last_layer", "subnetwork"]
+)
+@pytest.mark.parametrize(
+    "saved, loaded", [("as it is", "compiled"), ("DataParallel", "as it is"), ("compiled", "inside of another")]
+)
+def test_a_state_goes_on_in_another_wrapper(saved, loaded, structure):
+    torch.manual_seed(0)
+    net, x, y = Net(), torch.randn(8, 3), torch.arange(8) % 2
+    subset = structure if structure in ("last_layer", "subnetwork") else "all"
+    options = {"subnetwork_indices": torch.tensor([1, 8, 20])} if subset == "subnetwork" else {}
+    kind = "full" if subset != "all" else structure
+    one, two = (
+        Laplace(WRAPPERS[name](copy.deepcopy(net)), "classification", subset, kind, **options)
+        for name in (saved, loaded)
+    )
+    one.fit([(x, y)])
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(two(x), one(x))
+    if structure not in ("lowrank", "gp"):
+        two.fit([(x, y)], override=False)
+        assert two.n_data == 16
+
+
+def test_a_state_of_a_model_with_other_names_is_refused():
+    x, y = torch.randn(8, 3), torch.arange(8) % 2
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    other = nn.Sequential(nn.Identity(), *copy.deepcopy(net))
+    for subset in ("all", "last_layer"):
+        la = Laplace(net, "classification", subset, "kron")
+        la.fit([(x, y)])
+        with pytest.raises(ValueError, match="which the model has not; it has"):
+            Laplace(other, "classification", subset, "kron").load_state_dict(la.state_dict())
+
+
+@pytest.mark.parametrize("structure", ["kron", "lowrank"])
+def test_sampled_networks_of_data_parallel_models(structure):
+    torch.manual_seed(0)
+    net, x, y = Net(), torch.randn(8, 3), torch.arange(8) % 2
+    found = []
+    for model in (net, nn.DataParallel(copy.deepcopy(net))):
+        la = Laplace(model, "classification", "all", structure)
+        la.fit([(x, y)])
+        draws = {"n_samples": 3, "generator": torch.Generator().manual_seed(0)}
+        found += [la(x, pred_type="nn", link_approx="mc", **draws)]
+    assert torch.allclose(*found, atol=1e-6)

@@ -91,6 +91,16 @@ def with_nan(split: str, at: int) -> TensorDataset:
     return TensorDataset(x, y)
 
 
+def spoilt(split: str, bad: str, at: int, how: str) -> TensorDataset:
+    """Return a split of which, if it is the bad one, one example has an input or a label that cannot be."""
+    x, y = tensors(split)
+    if split == bad and how == "input":
+        x[at] = float("nan")
+    elif split == bad:
+        y[at] = 7
+    return TensorDataset(x, y)
+
+
 class _Unreadable(TensorDataset):
     def __init__(self, *tensors: torch.Tensor, at: int) -> None:
         super().__init__(*tensors)

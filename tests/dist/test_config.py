@@ -6,8 +6,11 @@ import pickle
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from laplace_dist.config.command_line import load_config
+from laplace_dist.config.plain_yaml import dump_yaml, parse_yaml
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError
 
@@ -62,7 +65,7 @@ REFUSED = [
     (["--model-args", "width"], ["--model-args", "mapping", "JSON or YAML"]),
     (["--bach-size", "3"], ["--bach-size", "Did you mean --batch-size"]),
     (["--seed"], ["--seed", "expected one argument"]),
-    (["--data-args", "{day: 2020-01-01}"], ["--data-args", "JSON can hold"]),
+    (["--data-args", "{day: !!timestamp 2020-01-01}"], ["--data-args", "JSON can hold"]),
     (["--config", "nowhere.yaml"], ["--config nowhere.yaml", "cannot be read"]),
 ]
 
@@ -75,10 +78,39 @@ def test_a_refusal_names_field_value_and_what_is_accepted(argv, words):
         assert word in str(caught.value)
 
 
+def test_dates_are_text_with_quotes_or_without(tmp_path):
+    (tmp_path / "run.yaml").write_text("window: 2026-03-01\ndata_args: {day: 2026-03-01, at: 2026-03-01 10:00:00}\n")
+    found = load("--config", str(tmp_path / "run.yaml"))
+    assert found.window == "2026-03-01"
+    assert found.data_args == {"day": "2026-03-01", "at": "2026-03-01 10:00:00"}
+    assert load("--data-args", "{day: 2026-03-01}").data_args == {"day": "2026-03-01"}
+
+
+def test_numbers_are_numbers_as_in_json(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "prior_range: [1e-4, 1e4]\ndecay: 5e-1\nmodel_args: {a: 1e-3, b: 1, c: .5, d: -2E+3, e: '1e3'}\n"
+    )
+    found = load("--config", str(tmp_path / "run.yaml"))
+    assert (found.prior_range, found.decay) == ([1e-4, 1e4], 0.5)
+    assert found.model_args == {"a": 1e-3, "b": 1, "c": 0.5, "d": -2000.0, "e": "1e3"}
+    assert isinstance(found.model_args["b"], int)
+
+
+@given(st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8)
+    | st.sampled_from(["1e3", "1e-3", ".5", "2026-03-01", "1_0", "0x1", "no", "~", "1:20", "+.5E1", "<<", "="]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=8,
+))  # fmt: skip
+def test_what_is_stored_is_what_is_read(value):
+    assert parse_yaml(dump_yaml({"value": value})) == {"value": value}
+
+
 FILES = [
     ("seeed: 3", ["seeed", "run.yaml", "Did you mean seed"]),
     ("batch_size: true", ["batch_size (in", "got True", "whole number"]),
     ("batch-size: 8\nbatch_size: 9", ["batch_size", "given twice"]),
+    ("seed: 1\nbatch_size: 8\nbatch_size: 9", ["run.yaml", "batch_size is given twice, again at line 3; keep one"]),
+    ("model_args: {width: 1, width: 2}", ["run.yaml", "width is given twice"]),
     ("- 1", ["run.yaml", "holds a list", "name: value"]),
     ("a: [1", ["run.yaml", "is not YAML", "line"]),
     ("ood: far", ["ood (in", "got 'far'", "list"]),

@@ -168,6 +168,7 @@ def test_bad_weights(user, kind, words):
         load_model(config(weights=path))
     for word in ["--weights", path, *words]:
         assert word in str(caught.value)
+    assert "weights_only" not in str(caught.value)  # torch's advice to run what the file holds
 
 
 def test_tied_weights_are_stored_and_digested():

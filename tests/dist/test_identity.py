@@ -273,7 +273,7 @@ def test_the_device_of_a_run_is_that_of_its_beginning(tmp_path, monkeypatch):
     with dist_cases.inline_job(chosen) as job:
         assert job.device_type == "cpu"
     with dist_cases.inline_job(chosen.model_copy(update={"device": "cuda"})) as job:
-        with pytest.raises(SettingsError, match="--device-type: stored 'cpu', now 'cuda'"):
+        with pytest.raises(SettingsError, match="--device: stored 'cpu', now 'cuda'"):
             job.open()
 
 

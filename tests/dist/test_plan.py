@@ -98,7 +98,7 @@ def test_a_default_that_is_spelled_out_is_the_same_plan():
 DIFFER = [
     ({"batch_size": 4}, ["--batch-size: stored 8, now 4", "--segment-size: stored 24, now 20"]),
     ({"hessian_structure": "diag"}, ["--hessian-structure: stored 'kron', now 'diag'"]),
-    ({"device_type": "cuda"}, ["--device-type: stored 'cpu', now 'cuda'"]),
+    ({"device_type": "cuda"}, ["--device: stored 'cpu', now 'cuda'"]),
     ({"length": 49}, ["--data: the train split's length changed: stored 50 examples, now 49"]),
     ({"data": "d1"}, ["--data (contents, as sha256): stored 'd0', now 'd1'"]),
     ({"weights": "w1"}, ["--weights (values, as sha256): stored 'w0', now 'w1'"]),

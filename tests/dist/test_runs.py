@@ -210,6 +210,19 @@ def test_metrics_are_those_of_the_whole_splits(tmp_path):
     assert stored == {"version": version, "tuning": None, **metrics}
 
 
+def test_splits_out_of_distribution_that_a_regression_has_no_use_for_are_said(tmp_path):
+    changes = {"data": "dist_cases:regression_data", "likelihood": "regression", "ood": ["far"]}
+    said = []
+    with dist_cases.inline_job(dist_cases.config(tmp_path, skip_evaluate=False, **changes)) as job:
+        job.say = said.append
+        job.open()
+        job.map()
+        job.evaluate(job.reduce(), None)
+    assert any(
+        "evaluate: --ood far is passed over: a prediction of regression has no confidence" in line for line in said
+    )
+
+
 def test_regression_tunes_the_noise_and_reports_coverage(tmp_path):
     config = dist_cases.config(
         tmp_path, data="dist_cases:regression_data", likelihood="regression", skip_tune=False, skip_evaluate=False
@@ -308,6 +321,41 @@ def test_nan_names_the_example_and_commits_nothing_of_its_segment(tmp_path):
     assert sorted(path.name for path in (tmp_path / "partials").glob("*.json")) == ["000000.json", "000001.json"]
 
 
+@pytest.mark.parametrize(
+    "bad, how, message",
+    [
+        (
+            "val",
+            "input",
+            r"validation shard 000002 \(.*\) of round 1: The model's output is NaN.*: indices 17\. Nothing is scored",
+        ),
+        ("test", "input", r"test shard 000002.*: The model's output is NaN.*: indices 17\. Nothing is scored"),
+        ("other", "input", r"other shard 000002.*: The model's output is NaN.*: indices 17\. Nothing is scored"),
+        ("val", "label", r"validation shard 000002.*Label 7 of example 17 is out of range"),
+        ("test", "label", r"test shard 000002.*Label 7 of example 17 is out of range"),
+    ],
+)
+def test_examples_that_cannot_be_scored_are_named(tmp_path, bad, how, message):
+    config = dist_cases.config(
+        tmp_path,
+        data="dist_cases:spoilt",
+        data_args={"bad": bad, "at": 17, "how": how},
+        ood=["other"],
+        tune_method="gridsearch",
+        skip_tune=False,
+        skip_evaluate=False,
+    )
+    with pytest.raises(RunFailed, match=message):
+        run(config)
+    assert not (tmp_path / "evaluation" / "metrics.json").exists()
+
+
+def test_a_label_out_of_distribution_is_not_looked_at(tmp_path):
+    changes = {"data": "dist_cases:spoilt", "data_args": {"bad": "other", "at": 17, "how": "label"}, "ood": ["other"]}
+    _, metrics = run(dist_cases.config(tmp_path, skip_evaluate=False, **changes))
+    assert "ood_auroc/other" in metrics["map"]
+
+
 def test_follow_on_jobs_need_a_run(tmp_path):
     from laplace_dist import job
 
@@ -395,6 +443,17 @@ def test_loading_refuses_another_model_and_names_what_is_missing(tmp_path):
         load_posterior(str(tmp_path), model)
     with pytest.raises(SettingsError, match="got a str"):
         load_posterior(str(tmp_path), "dist_cases:convnet")
+    frozen = dist_cases.convnet()
+    frozen[0].bias.requires_grad_(False)
+    others = {
+        "has no parameters \\['0.weight', '0.bias', .*model.module": torch.nn.DataParallel(dist_cases.convnet()),
+        "requires_grad is False for \\['0.bias'\\]": frozen,
+        "is of float64, and the run of float32": dist_cases.convnet("float64"),
+    }
+    for message, other in others.items():
+        for load_weights in (False, True):
+            with pytest.raises(SettingsError, match=message):
+                load_posterior(str(tmp_path), other, load_weights=load_weights)
     with pytest.raises(MissingObjectError, match="posteriors/0123.json"):
         load_posterior(str(tmp_path), dist_cases.convnet(), version="0123")
     assert pointer.read_current(Checkpoint(str(tmp_path)))["version"] == version

@@ -178,6 +178,9 @@ def test_the_command_line_says_what_was_decided_and_by_which_figure(run, capsys)
     for other in (["--dry-run"], ["--drop-window", "tuesday"]):
         assert cli.recalibrate_main([*given, "--rollback", version, *other]) == 2
         assert f"--rollback: given with {other[0]}" in capsys.readouterr().err
+    for other in (["--window", "thursday"], ["--window=thursday"]):
+        assert cli.recalibrate_main(["--checkpoint", str(run), "--drop-window", "tuesday", *other]) == 2
+        assert "--drop-window: given with --window, which it would not heed" in capsys.readouterr().err
     assert Checkpoint(str(run)).read(layout.CURRENT) == before
     assert cli.recalibrate_main([*given, "--windows", "x"]) == 2
     assert "error: --windows: got 'x'" in capsys.readouterr().err
