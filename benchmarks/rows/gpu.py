@@ -63,6 +63,13 @@ def tokens(n: int = SEQUENCES, length: int = TOKENS) -> tuple[Tensor, Tensor]:
     return words[:, :-1], words[:, 1:]
 
 
+def _in_float32() -> None:
+    """Compute as `--precision float32` does: without TF32, which convolutions have by default."""
+    from laplace.linalg.precision import use_products_in
+
+    use_products_in("ieee")
+
+
 def _synchronised(call: Callable[[], object], device: str) -> None:
     call()
     if device == "cuda":
@@ -100,6 +107,7 @@ def _posterior(model: nn.Module, estimator: str = "mc") -> Any:
 def _kron(
     make: Callable[[], nn.Module], data: tuple[Tensor, Tensor], device: str = DEVICE, peers: bool = False
 ) -> Mapping[str, Prepare | float]:
+    _in_float32()
     model, (x, y) = make().to(device), (t.to(device) for t in data)
     add = _sums(model, x, y)
     ours = _seconds(lambda: add([(x, y)]), device)
@@ -196,6 +204,7 @@ def _busy(
 ) -> Mapping[str, Any]:
     from laplace_dist.data.read_ahead import ReadAhead
 
+    _in_float32()
     data, batch = Photographs(2 * n, size), n // BATCHES
     model = resnet50().to(device)
     x, y = (t.to(device) for t in images(batch, size))
