@@ -18,7 +18,7 @@ from torch import Tensor
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
-_PERIOD = 65_521  # of fixed directions: a prime, so that no dimension of a tensor divides it
+_PERIOD = 2_039  # of fixed directions: a prime, so that no dimension of a tensor divides it
 
 
 def _shift_right(value: Tensor, bits: int) -> Tensor:

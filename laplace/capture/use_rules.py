@@ -13,6 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace.capture.geometry import Geometry
+from laplace.linalg.memory import at_once
+
+_PATCHES = 1 << 20  # elements of a chunk of patches: small enough to stay in a cache
+
 Layout = Callable[[Tensor, int], "Tensor | None"]
 
 VIEWS = frozenset(  # of a parameter, or parts of it, in another order or type
@@ -103,7 +108,21 @@ def _product_bias(use: Any, g: Tensor, layout: Layout, n: int) -> Tensor:
 
 
 def _kernel(use: Any, g: Tensor, layout: Layout, n: int) -> Tensor:
-    """The weight of a convolution, transposed or not, by the backward function of every example alone."""
+    """The weight of a convolution, in groups or not: products of output gradients and patches of the input, a few at a time."""
+    node, x = use.node, _kept(use.node._saved_input, g)
+    if node._saved_transposed:
+        return _transposed_kernel(use, g, layout, n)
+    geometry, groups = Geometry.of_node(node, tuple(use.shape[2:])), node._saved_groups
+    size = geometry.patches(x[:1]).numel()
+    rows = []
+    for part, gradient in zip(*(v.split(max(1, at_once(_PATCHES, g.device) // size)) for v in (x, g)), strict=True):
+        a = geometry.patches(part).unflatten(2, (groups, -1))
+        rows.append(torch.einsum("ngor,nrgi->ngoi", gradient.flatten(2).unflatten(1, (groups, -1)), a))
+    return _laid_out(torch.cat(rows).reshape(-1, *use.shape), layout, n).sum(1)
+
+
+def _transposed_kernel(use: Any, g: Tensor, layout: Layout, n: int) -> Tensor:
+    """The weight of a transposed convolution, by the backward function of every example alone."""
     node, x = use.node, _kept(use.node._saved_input, g)
     weight = g.new_zeros(use.shape)
 
@@ -142,6 +161,29 @@ def _layer_norm(use: Any, g: Tensor, layout: Layout, n: int) -> Tensor:
     )
 
 
+def _batch_norm(use: Any, g: Tensor, layout: Layout, n: int) -> Tensor:
+    """The weight of a normalisation by running statistics."""
+    node = use.node
+    if node._saved_training:
+        raise ValueError("A normalisation by the batch's own statistics has no rows of single examples.")
+    x, mean, var = (_kept(v, g) for v in (node._saved_input, node._saved_running_mean, node._saved_running_var))
+    shape = (-1,) + (1,) * (x.ndim - 2)
+    return _by_channel(use, g * (x - mean.view(shape)) * (var + node._saved_eps).rsqrt().view(shape), layout, n)
+
+
+def _group_norm(use: Any, g: Tensor, layout: Layout, n: int) -> Tensor:
+    node = use.node
+    shape = (len(g), node._saved_group, -1)
+    x = _kept(node._saved_input, g).reshape(shape)
+    mean, scale = (_kept(v, g).view(*shape[:2], 1) for v in (node._saved_result1, node._saved_result2))
+    return _by_channel(use, g * ((x - mean) * scale).view(g.shape), layout, n)
+
+
+def _by_channel(use: Any, values: Tensor, layout: Layout, n: int) -> Tensor:
+    """Values ``(batch, channels, …)`` summed to rows of the channels."""
+    return _laid_out(values.reshape(*values.shape[:2], -1).sum(2), layout, n).sum(1)
+
+
 def _prelu(use: Any, g: Tensor, layout: Layout, n: int) -> Tensor:
     return _added(use, g * _kept(use.node._saved_self, g).clamp(max=0), layout, n)
 
@@ -168,6 +210,10 @@ RULES: dict[tuple[str, int], Callable[[Any, Tensor, Layout, int], Tensor]] = {
     ("ConvolutionBackward0", 1): _kernel,
     ("ConvolutionBackward0", 2): _kernel_bias,
     ("EmbeddingBackward0", 0): _table,
+    ("NativeBatchNormBackward0", 1): _batch_norm,
+    ("NativeBatchNormBackward0", 2): _by_channel,
+    ("NativeGroupNormBackward0", 1): _group_norm,
+    ("NativeGroupNormBackward0", 2): _by_channel,
     ("NativeLayerNormBackward0", 1): _layer_norm,
     ("NativeLayerNormBackward0", 2): _added,
     ("PreluKernelBackward0", 1): _prelu,

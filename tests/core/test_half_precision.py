@@ -166,3 +166,30 @@ def test_a_model_of_two_types_is_fitted_sampled_saved_and_goes_on(types, subset,
         assert float((draws - other).abs().max()) < 0.2  # 200 draws of probabilities, in both
         again.fit([(x, y)], override=False)
         assert again.n_data == 24
+
+
+class Activated(nn.BatchNorm2d):
+    """A normalisation with an activation inside, as image models have them: its output is not that of its base class."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_layer_that_does_more_than_its_base_class_is_noticed_among_many_positions(precision):
+    """Terms of a thousand positions cancel: what is wrong about their sum is small next to their absolute values."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), Activated(8), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 784, 3)
+    ).eval()
+    x, y = torch.randn(6, 3, 32, 32), torch.randint(3, (6,))
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        la = Laplace(model, "classification", "all", "diag")
+        la.fit([(x, y)])
+    reasons = {name: reason for name, _, reason in la.coverage}
+    assert "autograd" in reasons["1.weight"] and "autograd" in reasons["1.bias"] and reasons["0.weight"] == "Conv2d"
+    exact = Laplace(model.double(), "classification", "all", "diag")
+    exact.fit([(x.double(), y)])
+    for name in ("1.weight/diag", "1.bias/diag"):
+        error = (la.sums.tensors[name] - exact.sums.tensors[name]).norm() / exact.sums.tensors[name].norm()
+        assert error < (1e-4 if precision is torch.float32 else 0.1)

@@ -151,6 +151,21 @@ CASES = {
         ),
         (2, 4, 4),
     ),
+    "functional batch norm": lambda: (
+        Function(
+            lambda m, x: F.batch_norm(x, x.new_tensor([0.1, -0.3]), x.new_tensor([2.0, 0.5]), m.w, m.b).relu().flatten(1) @ m.v,
+            w=P(2), b=P(2), v=P(18, 2),
+        ),
+        (2, 3, 3),
+    ),
+    "functional group norm": lambda: (
+        Function(lambda m, x: F.group_norm(x, 2, m.w, m.b).relu().flatten(1) @ m.v, w=P(4), b=P(4), v=P(24, 2)),
+        (4, 2, 3),
+    ),
+    "functional group norm of vectors": lambda: (
+        Function(lambda m, x: F.group_norm(x, 2, m.w, m.b).tanh() @ m.v, w=P(4), b=P(4), v=P(4, 2)),
+        (4,),
+    ),
     "functional layer norm": lambda: (
         Function(lambda m, x: F.layer_norm(x, (4,), m.w, m.b).tanh() @ m.v, w=P(4), b=P(4), v=P(4, 2)),
         (4,),

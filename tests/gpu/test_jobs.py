@@ -12,6 +12,7 @@ from core.naive import relative_error
 import laplace_dist
 from laplace.errors import NotEnoughMemoryError
 from laplace.linalg.memory import free_bytes, require
+from laplace.linalg.precision import float32_products, products_in
 from laplace_dist.config.settings import Config
 from laplace_dist.data.read_ahead import ReadAhead
 from laplace_dist.errors import SettingsError
@@ -63,7 +64,7 @@ def test_verify_and_the_same_command_again(run):
 
 
 def test_another_device_is_refused_for_a_run_that_was_begun_on_this_one(run):
-    with pytest.raises(SettingsError, match="--device-type: stored 'cuda', now 'cpu'"):
+    with pytest.raises(SettingsError, match="--device: stored 'cuda', now 'cpu'"):
         laplace_dist.fit(config(run[0], device="cpu"))
 
 
@@ -91,17 +92,14 @@ def test_low_precision_is_of_the_passes_alone_and_recorded(precision, tolerance,
 
 
 def test_float32_is_float32_whatever_the_users_module_has_set(run, tmp_path):
-    torch.backends.fp32_precision = "tf32"
-    try:
+    with products_in("tf32"):
         laplace_dist.fit(config(tmp_path, skip_tune=True, skip_evaluate=True, skip_report=True))
-        assert torch.backends.cudnn.conv.fp32_precision == "tf32", "the process is left as it was"
-    finally:
-        torch.backends.fp32_precision = "none"
+        assert set(float32_products().values()) == {"tf32"}, "the process is left as it was"
     one, two = sums(run[0]), sums(tmp_path)
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_said(tmp_path, capsys):
+def test_a_batch_that_does_not_fit_is_halved(tmp_path):
     """The allocator is given so much less memory that 8 examples fit at once, and 16 do not."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
@@ -111,8 +109,8 @@ def test_a_batch_that_does_not_fit_is_halved_and_said(tmp_path, capsys):
         laplace_dist.fit(config(tmp_path / "greedy", model="gpu_cases:greedy", **less))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    said = capsys.readouterr().out
-    assert "8" in said and "memory" in said, said
+    plan = json.loads((tmp_path / "greedy" / "plan.json").read_text())
+    assert (plan["settings"]["batch_size"], plan["halved_from"]) == (8, 16)
     laplace_dist.fit(config(tmp_path / "small", model="gpu_cases:greedy", batch_size=8, **less))
     one, two = (
         laplace_dist.load_posterior(str(tmp_path / name), gpu_cases.greedy().cuda()).sums.to_tensors()
