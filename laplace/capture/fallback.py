@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from laplace.capture.agreement import add_up
 from laplace.capture.caches import kept_attributes
 from laplace.capture.stateless import with_tensors
 from laplace.data.batches import length_of, part_of
@@ -153,9 +154,7 @@ def _sums_agree(model: nn.Module, x: Any, found: dict[str, Tensor]) -> bool:
     for js, g in zip(found.values(), truth, strict=True):
         rows = v.detach().reshape(-1, 1).to(js.dtype) * js.detach().reshape(v.numel(), -1)
         expected = dense(g, js[(0,) * f.ndim]).flatten()
-        scale = torch.maximum(rows.abs().sum(0), expected.abs()).norm()
-        spacing = coarsest(f, expected)
-        if not (rows.sum(0) - expected).norm() <= min(1e3 * spacing, 0.05) * scale:
+        if not add_up(rows, expected, coarsest(f, expected)):
             return False
     return True
 

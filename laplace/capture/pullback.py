@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace.capture.agreement import add_up
 from laplace.capture.caches import kept_attributes
 from laplace.capture.fallback import dense, has_own_weight_lists, input_tensors, rebuild_inputs, refusal
 from laplace.capture.stateless import with_tensors
@@ -99,8 +100,6 @@ def _agrees(model: nn.Module, x: Any, pull: Pullback) -> bool:
     found, known = pull(v), dict(model.named_parameters(remove_duplicate=False))
     truth = _rows(f, [known[name] for name in found], v)
     for rows, expected in zip(found.values(), truth, strict=True):
-        scale = torch.maximum(rows.abs().sum(0), expected.abs()).norm()
-        spacing = coarsest(f, expected)
-        if not (rows.sum(0) - expected).norm() <= min(1e3 * spacing, 0.05) * scale:
+        if not add_up(rows.reshape(len(rows), -1), expected.flatten(), coarsest(f, expected)):
             return False
     return True

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from laplace.capture.agreement import add_up
 from laplace.capture.attribution import ORDERING, example_weights
 from laplace.capture.calls import nodes
 from laplace.capture.fallback import dense
@@ -170,10 +171,7 @@ class Uses:
             return False
         if rows.shape != (self._n, truth.numel()):
             return False
-        truth = truth.flatten()
-        scale = torch.maximum(rows.abs().sum(0), truth.abs()).norm()
-        spacing = coarsest(rows, truth, *(at[use.node] for use in known))
-        return bool((rows.sum(0) - truth).norm() <= min(1e3 * spacing, 0.05) * scale)
+        return add_up(rows, truth.flatten(), coarsest(rows, truth, *(at[use.node] for use in known)))
 
 
 def signature(output: Tensor) -> int | None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from laplace.capture import contractions
+from laplace.capture.agreement import allowed
 from laplace.capture.blocks import Block
 from laplace.capture.capture import Capture
 from laplace.capture.fallback import dense, refusal
@@ -24,7 +25,6 @@ from laplace.linalg.precision import without_autocast
 from laplace.noise import fixed_directions
 
 _PROBES = 8  # examples that are asked at most
-_ACCUMULATED = 1e-6  # what adding up in float32 may leave, relative to the sum of absolute values
 _ALWAYS = 3  # of these, how many are asked even if the first ones have a gradient
 UNSHOWN = "no gradient in the first batch"
 _MISUSED = "used outside its module's calls, changed by them, or batch not in the first dimension"
@@ -239,18 +239,13 @@ def _is_row(capture: Capture, block: Block, gradients: list, expected: torch.Ten
         return False
     if size == 0 and terms[0] == 0:
         return None
-    tolerance = min(1e3 * max(spacing, capture.coarsest), 0.05)
-    return bool(error <= tolerance * (torch.maximum(size, terms[1]) + 1e-30) + _ACCUMULATED * terms[0])
+    return bool(error <= allowed(size, terms[1], terms[0], max(spacing, capture.coarsest)))
 
 
 def _norms_of_terms(
     block: Block, module: nn.Module, a: torch.Tensor | None, g: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Norms of the row of absolute values, and of that of root sums of squares, over the terms of the sum over positions.
-
-    What is rounded by itself in each of many terms that cancel adds up to the latter; next to the former, which grows with
-    their number, a row that has little to do with the layer's is small.
-    """
+    """Norms of the row of absolute values, and of that of root sums of squares, over the terms of the sum over positions."""
     if a is not None and g.shape[1] == 1 and is_outer(module):
         return (a.norm() * g.norm(),) * 2
     found = []

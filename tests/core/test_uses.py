@@ -233,6 +233,12 @@ def test_another_kind_of_use_leaves_the_parameter_to_automatic_differentiation(p
     assert fallen_back(run, (3,), pulled, w=P(3, 2), b=P(2)) == {"w"}
 
 
+def test_what_copies_of_parameters_can_do_is_not_done_one_example_at_a_time(pulled, monkeypatch):
+    monkeypatch.setattr("laplace.capture.pullback._of_single_examples", None)  # calling it would be an error
+    run = lambda m, x: (x @ m.w.exp()) * m.s.exp() + m.b  # noqa: E731
+    assert fallen_back(run, (3,), pulled, w=P(3, 2), s=torch.tensor(0.3), b=P(2)) == {"w", "s"}
+
+
 def test_rows_of_other_examples_are_noticed(pulled):
     """The layer sees the batch in reverse order: sums over the batch are right, rows are not."""
     run = lambda m, x: (x.flip(0) @ m.w).flip(0).tanh() + m.b  # noqa: E731
