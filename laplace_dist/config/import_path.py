@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ def load_callable(path: str, field: str = "--model") -> Callable[..., Any]:
         field: Name of the setting, for messages.
 
     Raises:
-        SettingsError: Bad form, no such module or attribute, or not callable.
+        SettingsError: Bad form, no such module or attribute, not callable, or the module cannot be imported.
     """
     if not IMPORT_PATH.fullmatch(path):
         raise SettingsError(f"{field}: got {path!r}; expected an import path of the form module:callable")
@@ -38,6 +39,12 @@ def load_callable(path: str, field: str = "--model") -> Callable[..., Any]:
         raise SettingsError(
             f"{field}: got {path!r}; there is no module {error.name!r} in {os.getcwd()} or on the Python path"
         ) from error
+    except OSError:  # of a disk or network, which may be back later
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever the user's module does
+        raise SettingsError(
+            f"{field}: got {path!r}; importing {module_name!r} raises {type(error).__name__}: {error}{_where(error)}"
+        ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             names = ", ".join(name for name in dir(found) if not name.startswith("_"))
@@ -46,6 +53,14 @@ def load_callable(path: str, field: str = "--model") -> Callable[..., Any]:
     if not callable(found):
         raise SettingsError(f"{field}: got {path!r}, which is a {type(found).__name__}; expected a callable")
     return found
+
+
+def _where(error: Exception) -> str:
+    """The line of the user's that raised an error; a syntax error says it itself."""
+    if isinstance(error, SyntaxError):
+        return ""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return f" ({last.filename}, line {last.lineno})"
 
 
 def call(path: str, field: str, arguments: Mapping[str, Any]) -> Any:

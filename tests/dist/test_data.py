@@ -423,3 +423,19 @@ def test_examples_of_different_shapes_are_named():
         ExampleError, match=r"examples 2 and 3 cannot be stacked .* x is of shape \(2,\) in the one and of shape \(5,\)"
     ):
         list(batches(Items(items), 0, 4, 2))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def net(:\n    pass", "raises SyntaxError: .*broken_module.py, line 1"),
+        ("import torch\nnet = torch.nn.Lineal(3, 2)", "raises AttributeError: .*Lineal.*broken_module.py, line 2"),
+        ("from torch import no_such_name", "raises ImportError: cannot import name 'no_such_name'.*line 1"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_named_with_its_line(tmp_path, monkeypatch, text, said):
+    (tmp_path / "broken_module.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken_module", raising=False)
+    with pytest.raises(SettingsError, match=f"--model: got 'broken_module:net'; importing 'broken_module' {said}"):
+        load_callable("broken_module:net")
