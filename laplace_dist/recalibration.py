@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from laplace_dist.config import gates
+from laplace_dist.config.given import check_given
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError, listed
 from laplace_dist.execution.session import ExecutorType
@@ -79,6 +80,7 @@ def recalibrate(
         RunFailed: The run cannot go on; everything committed is kept, and the current posterior stays.
         CheckpointError: An object of the checkpoint is missing, truncated or altered.
     """
+    check_given(config, executor)
     if config.fresh:
         raise SettingsError("--fresh: a recalibration adds to a run; only a fit begins one anew")
     with RecalibrationJob(config, executor) as job:
