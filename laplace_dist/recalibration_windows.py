@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from laplace_dist.config.figures import check_gates
 from laplace_dist.errors import SettingsError, listed
 from laplace_dist.job import Job
 from laplace_dist.report import alert
@@ -37,6 +38,7 @@ class WindowStages(Job):
 
     def begin(self, drop_window: str | None) -> None:
         """Begin or continue the window, and see to it that its sum is committed."""
+        check_gates(self.config)
         if self.config.alert_cmd is not None:
             alert.arguments(self.config.alert_cmd)
         self._left_out = pointer.left_out(self._current)

@@ -14,6 +14,7 @@ from window_cases import config
 import laplace_dist
 from laplace_dist import cli
 from laplace_dist.config import gates
+from laplace_dist.config.figures import figures
 from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.job import Job, tune_posterior
 from laplace_dist.recalibration import RecalibrationJob, rollback
@@ -117,6 +118,29 @@ def test_a_threshold_on_a_figure_that_there_is_not_is_refused(run):
     ):
         day(run, 2, gate=["rmse<=1"])
     assert Checkpoint(str(run)).read(layout.CURRENT) == before
+
+
+@pytest.mark.parametrize("drop", [None, "day-1"])
+def test_a_threshold_on_a_figure_that_there_is_not_is_refused_before_anything_is_done(run, drop):
+    with pytest.raises(SettingsError, match=r"--gate: got 'candidate:foo>=1'.*there are accuracy, nll, brier, ece\. "):
+        day(run, 2, gate=["nll<=9", "candidate:foo>=1"], drop_window=drop)
+    assert not Checkpoint(str(run)).list("windows/day-2") and not Checkpoint(str(run)).list("recalibration/day-2")
+
+
+LIKELIHOODS = {
+    "classification": ["accuracy", "nll", "brier", "ece", "ood_auroc/far"],
+    "regression": ["nll", "rmse", "coverage_90"],
+    "laplace.likelihoods:Poisson": ["nll", "rmse"],
+    "likelihood_cases:Exponential": ["nll"],  # of the base class
+    "likelihood_cases:ignoring": ["accuracy", "nll", "brier", "ece", "ood_auroc/far"],
+    "recalibration_cases:TwoScores": [],  # not known before
+}
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_the_figures_of_a_likelihood_are_known_before_where_they_follow_from_it(tmp_path, likelihood):
+    given = config(tmp_path, likelihood=likelihood, ood=["far", "recent"], unlabelled="recent")
+    assert figures(given) == LIKELIHOODS[likelihood]
 
 
 # ------------------------------------------------------------------ what is kept
