@@ -73,7 +73,7 @@ def recalibrate(
         dry_run: Decide, and promote nothing.
 
     Returns:
-        What was found; None if another job is at it.
+        What was found; None if another job is at it, or the window was dropped before.
 
     Raises:
         SettingsError: The settings or the state are refused; the current posterior stays.
@@ -123,6 +123,8 @@ class RecalibrationJob(WindowStages):
         terms = self.terms(drop_window)
         name = f"without-{drop_window}" if drop_window else self.window.name
         found = self.decided(name, terms)
+        if found is None and self.is_out_already(drop_window, terms):
+            return None
         if found is None:
             version = self.combine(terms)
             tuning = None if self.config.skip_tune else self.choose_prior(version)

@@ -134,7 +134,7 @@ class WindowStages(Job):
         there = windows_of(self.store, self.plan)
         names = [window.name for window in there]
         if drop_window is not None:
-            if drop_window not in names or len(names) == 1:
+            if drop_window not in self._left_out and (drop_window not in names or len(names) == 1):
                 raise SettingsError(
                     f"--drop-window: got {drop_window!r}; expected one of several windows, and the run has "
                     f"{', '.join(names)}"
@@ -158,6 +158,14 @@ class WindowStages(Job):
                 f"the same, name its windows: --windows {','.join(chosen)}"
             )
         return terms
+
+    def is_out_already(self, drop_window: str | None, terms: Sequence[Term]) -> bool:
+        """Say, in a line too, whether a window that is to be dropped was so before, and the current posterior is without it."""
+        current = self._current
+        done = drop_window in pointer.left_out(current) and versions.version_of(terms) == current["version"]
+        if done:
+            self.say(f"window {drop_window} was dropped before: nothing to do")
+        return done
 
     def combine(self, terms: Sequence[Term]) -> str:
         """Commit the posterior version that windows make; one that was never current and lost its arrays is made again."""

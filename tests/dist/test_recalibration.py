@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -122,9 +123,11 @@ def test_a_threshold_on_a_figure_that_there_is_not_is_refused(run):
 
 @pytest.mark.parametrize("drop", [None, "day-1"])
 def test_a_threshold_on_a_figure_that_there_is_not_is_refused_before_anything_is_done(run, drop):
+    folders = ("windows", "posteriors", "evaluation")
+    before = [Checkpoint(str(run)).list(folder) for folder in folders]
     with pytest.raises(SettingsError, match=r"--gate: got 'candidate:foo>=1'.*there are accuracy, nll, brier, ece\. "):
         day(run, 2, gate=["nll<=9", "candidate:foo>=1"], drop_window=drop)
-    assert not Checkpoint(str(run)).list("windows/day-2") and not Checkpoint(str(run)).list("recalibration/day-2")
+    assert [Checkpoint(str(run)).list(folder) for folder in folders] == before
 
 
 LIKELIHOODS = {
@@ -229,6 +232,23 @@ def test_a_window_that_was_dropped_stays_out_until_it_is_named(run):
     assert [term["window"] for term in decision(run, "day-3")["windows"]] == ["day-0", "day-2", "day-3"]
     assert not Checkpoint(str(run)).list("windows/day-1"), (
         "what was unlearned is deleted with the versions that knew it"
+    )
+
+
+@pytest.mark.parametrize("keep", [{}, {"keep_versions": 1, "windows": "last:2"}])
+def test_dropping_what_was_dropped_before_is_nothing_to_do(run, caplog, keep):
+    """Also after another window has come, and where its sum is gone; two dry runs are no reason either."""
+    day(run, 1, drop_window="day-1")
+    day(run, 2, **keep)
+    before = Checkpoint(str(run)).read(layout.CURRENT)
+    with caplog.at_level("INFO", "laplace_dist"):
+        assert day(run, 3, drop_window="day-1", dry_run=True, **keep) is None
+        assert day(run, 3, drop_window="day-1", **keep) is None
+    assert caplog.messages.count("window day-1 was dropped before: nothing to do") == 2
+    assert Checkpoint(str(run)).read(layout.CURRENT) == before
+    assert (
+        day(run, 3, drop_window="day-1", windows="day-0").version
+        != pointer.history_of(json.loads(before))[-1]["version"]
     )
 
 
