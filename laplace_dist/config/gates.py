@@ -83,4 +83,4 @@ def why_not(found: Sequence[Mapping[str, Any]]) -> str | None:
     if failed is None:
         return None
     what = "the candidate's own figure" if failed["gate"].startswith("candidate:") else "candidate minus current"
-    return f"--gate {failed['gate']}: {what} is {failed['value']:+.4f}: it is not met"
+    return f"--gate {failed['gate']}: {what} is {failed['value']:+z.4f}: it is not met"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import dist_cases
 import pytest
 import window_cases
 from recalibration_cases import SIZES, begin, day, decision
+from rich.console import Console
 from window_cases import config
 
 import laplace_dist
@@ -19,11 +21,13 @@ from laplace_dist.config.figures import figures
 from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.job import Job, tune_posterior
 from laplace_dist.recalibration import RecalibrationJob, rollback
+from laplace_dist.report.metrics import metrics_table
 from laplace_dist.run import decompositions, layout, pointer, retention, tunings
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.combination import windows_of
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.stages import recalibrate as stage
+from laplace_dist.stages import words
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +76,17 @@ def test_a_threshold_is_asked_beside_the_comparison(run, gate, met):
         assert found.why == f"--gate {gate}: the candidate's own figure is {own:+.4f}: it is not met"
     else:
         assert shown[1]["value"] == found.metrics["candidate"]["nll"] - found.metrics["current"]["nll"]
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_minus():
+    """In decisions, thresholds, what tunings say, and the table."""
+    nothing, of_map = {"value": -1e-6, "low": -1e-6, "high": 1e-6}, {"nll": -1e-6}
+    (failed,) = gates.check(["nll>=1"], {"nll": 0.5 - 1e-6}, {"nll": 0.5})
+    shown = io.StringIO()
+    Console(file=shown).print(metrics_table({"map": of_map, "laplace": of_map}))
+    _, why = stage.decide({"nll": nothing}, {"nll": 0.1}, 1000, 0.95)
+    said = [gates.why_not([failed]), *words.passed_over({"nll": nothing}), why, shown.getvalue()]
+    assert all("-0.0000" not in text and "0.0000" in text for text in said), said
 
 
 @pytest.mark.parametrize("level, least", [(0.9, 22), (0.95, 59), (0.99, 459), (0.51, 2)])

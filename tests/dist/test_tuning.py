@@ -508,6 +508,7 @@ def test_the_evidences_choice_is_compared_with_map_on_the_validation_data(tmp_pa
         assert found["value"] == pytest.approx(wanted[name].value, abs=1e-9)
         assert (found["low"], found["high"]) == pytest.approx((wanted[name].low, wanted[name].high), abs=1e-9)
     assert manifest["settings"]["method"] == "marglik" and manifest["search"]["helps"] and "MAP" not in said
+    assert said.count("tune: prior precision") == 1
 
 
 @pytest.mark.parametrize("structure", ["scalar", "diag"])
