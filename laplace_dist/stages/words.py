@@ -15,6 +15,12 @@ NO_TEMPERATURE = (
 )
 
 
+NO_DEPENDENCE = (
+    "The loss does not depend on the prior: it is MAP's under every prior precision that was tried, as where the model's "
+    "outputs are constant, or have no variance. Look at the model and its weights."
+)
+
+
 def ending(limit: str | None, prior: float | None, helps: bool, given: Sequence[float] | None) -> list[str]:
     """Say which limit a search of the prior precision has reached, if any.
 

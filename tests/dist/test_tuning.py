@@ -182,6 +182,13 @@ def test_where_no_prior_helps_the_limit_is_kept_and_named(tmp_path):
     assert "To try: --subset-of-weights last_layer; --hessian-structure kron or diag; --recalibrate both" in said
 
 
+def test_a_loss_that_does_not_depend_on_the_prior_is_said_to_be_so(tmp_path):
+    """Of logits that are all zero, whatever their variance, the probabilities are equal."""
+    _, manifest, said = tuned(config(tmp_path, "classes", model_args={"times": 0.0}))
+    assert "The loss does not depend on the prior" in said and "so large" not in said
+    assert (manifest["search"]["limit"], manifest["search"]["helps"]) == ("MAP", False)
+
+
 def compared_with_map(la, model, x, y):
     scores = log_probability_scores(la(x, log_probs=True), y), log_probability_scores(model(x).log_softmax(-1), y)
     return paired_differences(*scores)
