@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from laplace.capture.feature_extractor import FeatureExtractor
+from laplace.structures import blockdiag
 from laplace.structures.ekfac import Eigenbasis
 
 
@@ -59,7 +60,9 @@ def _replaced(front: str, other: str, name: str) -> str:
 def _changed(state: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
     def of_sum(name: str) -> str:
         owner, slash, kind = name.rpartition("/")
-        return f"{change(owner)}{slash}{kind}" if slash else name
+        if not slash and name != blockdiag.MODEL:  # of all parameters together
+            return name
+        return f"{change(owner)}/{kind}".removeprefix("/")
 
     def of_block(block: Mapping[str, Any]) -> dict[str, Any]:
         lists = {key: [of_sum(name) for name in block[key]] for key in ("factors", "basis") if key in block}

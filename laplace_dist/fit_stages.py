@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from laplace_dist.config import compatibility
 from laplace_dist.config.absolute import absolute
+from laplace_dist.config.given import check_given
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import CheckpointError, MissingObjectError, OutOfMemory, RunFailed, SettingsError
 from laplace_dist.execution.session import ExecutorType, Session
@@ -58,6 +59,7 @@ class FitStages:
     _prints: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
+        check_given(self.given, self.executor)
         self.config = absolute(self.given)
         self.store: Store = open_store(self.config)
         self.journal = Journal(self.store, self.kind, self.config.window)

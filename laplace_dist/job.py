@@ -111,6 +111,8 @@ def _as_it_is(job: Job, version: str) -> Result:
 class Job(FitStages):
     """The stages of a job: those of a fit, and those that follow on it."""
 
+    _told = ""  # of the last tuning
+
     def tune(self, version: str) -> str:
         """Tune the prior precision of a posterior version, put it in force, and return the key of the tuning."""
         key = self.choose_prior(version)
@@ -200,7 +202,10 @@ class Job(FitStages):
             self._tune([task], "results", 1, 0)
         manifest, value = tunings.read_tuning(self.store, key)
         method, temperature = manifest["settings"]["method"], manifest.get("logit_temperature") or 1.0
-        self.say(f"tune: {words.chosen(value, manifest['sigma_noise'], temperature, method)}")
+        text = f"tune: {words.chosen(value, manifest['sigma_noise'], temperature, method)}"
+        if text != self._told:  # what the evidence has chosen is said before it is compared with MAP, which may keep it
+            self.say(text)
+        self._told = text
         for text in (manifest.get("search") or {}).get("said", []):
             self.say(f"tune: {text}")
 

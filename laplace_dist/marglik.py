@@ -14,6 +14,7 @@ from laplace.empirical_bayes import Hyperparameters, PartOfBatch, is_estimated, 
 from laplace.linalg.dense import parameter_vector
 from laplace.structures.sums import CurvatureSums
 from laplace_dist.config.compatibility import check_training
+from laplace_dist.config.given import check_given
 from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.config.settings import Config
 from laplace_dist.config.training import Training
@@ -67,6 +68,7 @@ def marglik_train(config: Config, settings: Training | None = None, executor: Ex
         RunFailed: The training diverges, or the run cannot go on; every committed epoch is kept.
         CheckpointError: An object of the checkpoint is missing, truncated or altered.
     """
+    check_given(config, executor, settings)
     own = {"skip_tune": True, "skip_evaluate": True}
     with MarglikJob(config.model_copy(update=own), executor, "marglik_train", settings=settings or Training()) as job:
         job.open()

@@ -7,6 +7,7 @@ import torch
 from laplace.errors import NotEnoughMemoryError
 from laplace.linalg.memory import free_bytes
 from laplace_dist.config import compatibility
+from laplace_dist.config.given import check_given
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.execution.inline import computing_as_a_worker
@@ -28,6 +29,7 @@ def estimate(config: Config) -> Estimate:
         SettingsError: The settings are refused, as the fit would refuse them.
         RunFailed: The sums do not fit into the free memory of this machine; says what would.
     """
+    check_given(config)
     compatibility.check_predictive(config)
     resolved = resolving.resolve(config)
     try:

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from laplace_dist.config import gates
+from laplace_dist.config.given import check_given
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError, listed
 from laplace_dist.execution.session import ExecutorType
@@ -72,13 +73,14 @@ def recalibrate(
         dry_run: Decide, and promote nothing.
 
     Returns:
-        What was found; None if another job is at it.
+        What was found; None if another job is at it, or the window was dropped before.
 
     Raises:
         SettingsError: The settings or the state are refused; the current posterior stays.
         RunFailed: The run cannot go on; everything committed is kept, and the current posterior stays.
         CheckpointError: An object of the checkpoint is missing, truncated or altered.
     """
+    check_given(config, executor)
     if config.fresh:
         raise SettingsError("--fresh: a recalibration adds to a run; only a fit begins one anew")
     with RecalibrationJob(config, executor) as job:
@@ -121,6 +123,8 @@ class RecalibrationJob(WindowStages):
         terms = self.terms(drop_window)
         name = f"without-{drop_window}" if drop_window else self.window.name
         found = self.decided(name, terms)
+        if found is None and self.is_out_already(drop_window, terms):
+            return None
         if found is None:
             version = self.combine(terms)
             tuning = None if self.config.skip_tune else self.choose_prior(version)

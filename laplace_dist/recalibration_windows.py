@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from laplace_dist.config.figures import check_gates
 from laplace_dist.errors import SettingsError, listed
 from laplace_dist.job import Job
 from laplace_dist.report import alert
@@ -37,6 +38,7 @@ class WindowStages(Job):
 
     def begin(self, drop_window: str | None) -> None:
         """Begin or continue the window, and see to it that its sum is committed."""
+        check_gates(self.config)
         if self.config.alert_cmd is not None:
             alert.arguments(self.config.alert_cmd)
         self._left_out = pointer.left_out(self._current)
@@ -132,7 +134,7 @@ class WindowStages(Job):
         there = windows_of(self.store, self.plan)
         names = [window.name for window in there]
         if drop_window is not None:
-            if drop_window not in names or len(names) == 1:
+            if drop_window not in self._left_out and (drop_window not in names or len(names) == 1):
                 raise SettingsError(
                     f"--drop-window: got {drop_window!r}; expected one of several windows, and the run has "
                     f"{', '.join(names)}"
@@ -156,6 +158,14 @@ class WindowStages(Job):
                 f"the same, name its windows: --windows {','.join(chosen)}"
             )
         return terms
+
+    def is_out_already(self, drop_window: str | None, terms: Sequence[Term]) -> bool:
+        """Say, in a line too, whether a window that is to be dropped was so before, and the current posterior is without it."""
+        current = self._current
+        done = drop_window in pointer.left_out(current) and versions.version_of(terms) == current["version"]
+        if done:
+            self.say(f"window {drop_window} was dropped before: nothing to do")
+        return done
 
     def combine(self, terms: Sequence[Term]) -> str:
         """Commit the posterior version that windows make; one that was never current and lost its arrays is made again."""

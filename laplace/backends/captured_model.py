@@ -139,7 +139,8 @@ class CapturedModel:
         check_outputs(x, f)
         self.likelihood_object.warn_of_outputs(f)
         n_outputs = self.likelihood_object.count_outputs(f)
-        self.spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs, kept)
+        bare = next(self._whole_model.children(), None) is None
+        self.spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs, kept, bare)
         self._unproven = Unproven(modules, dead)
         self._proven = {}
         warn_of_diagonal_blocks(self.spec, self._whole_model)

@@ -18,6 +18,7 @@ from laplace.noise import check_samples
 from laplace.posterior.arguments import by_name
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.posterior.refusals import check_structure
+from laplace.posterior.weights import check_type
 from laplace.structures.sums import CurvatureSums
 
 
@@ -169,6 +170,7 @@ class BlockDiagLaplace(ParametricLaplace):
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Draw parameter vectors ``(n_samples, parameters)``."""
         check_samples(n_samples)
+        check_type(self)
         self._check_fitted()
         noise = torch.randn(n_samples, self.n_params, device=self._device, dtype=self._dtype, generator=generator)
         parts = [n @ scale.T for n, scale in zip(self._split(noise), self._double_scale(), strict=True)]

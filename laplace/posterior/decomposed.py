@@ -18,6 +18,7 @@ from laplace.linalg.kronecker import Kron
 from laplace.linalg.precision import widened
 from laplace.noise import check_samples
 from laplace.posterior.parametric import ParametricLaplace
+from laplace.posterior.weights import check_type
 
 
 class DecomposedLaplace(ParametricLaplace):
@@ -88,6 +89,7 @@ class DecomposedLaplace(ParametricLaplace):
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Draw parameter vectors ``(n_samples, parameters)``."""
         check_samples(n_samples)
+        check_type(self)
         precision = self.posterior_precision
         noise = torch.randn(n_samples, self.n_params, device=self._device, dtype=self._dtype, generator=generator)
         return self.mean + precision.bmm(noise, exponent=-0.5)

@@ -12,6 +12,7 @@ from laplace.capture.variance import block_variance
 from laplace.linalg.precision import in_full_precision, widened
 from laplace.noise import check_samples
 from laplace.posterior.parametric import ParametricLaplace
+from laplace.posterior.weights import check_type
 from laplace.prior import spread
 from laplace.structures.diag import diag_vector
 from laplace.structures.sums import CurvatureSums
@@ -85,6 +86,7 @@ class DiagLaplace(ParametricLaplace):
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Draw parameter vectors ``(n_samples, parameters)``."""
         check_samples(n_samples)
+        check_type(self)
         self._check_fitted()
         scale = self.posterior_scale
         noise = torch.randn(n_samples, len(scale), device=self._device, dtype=self._dtype, generator=generator)

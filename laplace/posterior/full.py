@@ -20,6 +20,7 @@ from laplace.linalg.precision import widened
 from laplace.noise import check_samples
 from laplace.posterior.arguments import by_name
 from laplace.posterior.parametric import ParametricLaplace
+from laplace.posterior.weights import check_type
 from laplace.structures.sums import CurvatureSums
 
 
@@ -193,6 +194,7 @@ class FullLaplace(ParametricLaplace):
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Draw parameter vectors ``(n_samples, parameters)``."""
         check_samples(n_samples)
+        check_type(self)
         scale = self._double_scale()
         noise = torch.randn(n_samples, len(scale), device=self._device, dtype=self._dtype, generator=generator)
         return self._mean_inferred + (noise.double() @ scale.T).to(self._dtype)

@@ -28,6 +28,7 @@ from laplace.noise import check_samples
 from laplace.posterior.arguments import by_name
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.posterior.refusals import NotASum
+from laplace.posterior.weights import check_type
 from laplace.prior import spread
 from laplace.structures import passes
 from laplace.structures.specification import Factor, SumsSpec
@@ -182,6 +183,7 @@ class LowRankLaplace(NotASum, ParametricLaplace):
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Draw parameter vectors ``(n_samples, parameters)``."""
         check_samples(n_samples)
+        check_type(self)
         prior = self.prior_precision_diag.double()
         root, factor = self._core(prior)
         noise = torch.randn(

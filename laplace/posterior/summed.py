@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from laplace.capture.input_types import check_type
 from laplace.data.batches import batches
 from laplace.data.example_weights import checked
 from laplace.data.mistakes import check_inputs
@@ -89,6 +90,7 @@ class SummedLaplace(BaseLaplace):
         law = self.likelihood_object
         same = law.fitted is law  # rewards are fitted on pairs, and predicted for single items
         check_inputs(x, "this prediction", self._input_ndim if same else None)
+        check_type(self.model, x, "this prediction")
 
     def sums_spec(self) -> SumsSpec:
         """Names, shapes and precision of the raw sums.

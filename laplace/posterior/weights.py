@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -71,12 +72,29 @@ def changed(la: Any) -> list[str]:
         return _differing(la.model, la.params, la.mean) + la._fingerprint.changed(la.model)
 
 
+def check_type(la: Any) -> None:
+    """Refuse a model that was converted since the fit, whose posterior is still of the type before.
+
+    Raises:
+        ValueError: If the parameters are of another floating-point type.
+    """
+    if la._mean is None:
+        return
+    now = reduce(torch.promote_types, [p.dtype for p in la.params])
+    if la._mean.dtype != now:
+        raise ValueError(
+            f"The model was converted to {now} since the fit in {la._mean.dtype}, which this posterior is still of. Make a new "
+            "posterior of the converted model and load this one's state into it: load_state_dict(la.state_dict())."
+        )
+
+
 def check_unchanged(la: Any) -> None:
     """Refuse to predict from curvature of other weights.
 
     Raises:
-        ValueError: If the model's weights have changed since the fit; names some of them.
+        ValueError: If the model's weights, or their type, have changed since the fit; names some of them.
     """
+    check_type(la)
     names = changed(la)
     if names:
         raise ValueError(
@@ -86,7 +104,8 @@ def check_unchanged(la: Any) -> None:
 
 
 def warn_of_addition(la: Any) -> None:
-    """Say where a further fit adds curvature at other weights, as continual learning means to."""
+    """Say where a further fit adds curvature at other weights, as continual learning means to; refuse one of another type."""
+    check_type(la)
     names = changed(la)
     if names:
         warnings.warn(

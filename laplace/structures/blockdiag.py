@@ -1,6 +1,7 @@
 r"""Block-diagonal curvature: for every layer the dense :math:`\sum_n \sum_k r_{nk} r_{nk}^\top` of its own parameters.
 
-A layer is a module with parameters of its own, weight and bias together; a parameter of the model itself is one of its own.
+A layer is a module with parameters of its own, weight and bias together; a parameter of a model that has modules is one of its
+own, while a model without any is a layer, whose sum is called `block`.
 The rows :math:`r_{nk} = J_n^\top v_{nk}` are those of the dense structure, without what couples layers. The sum of a layer with
 :math:`p` parameters takes :math:`8 p^2` bytes.
 """
@@ -18,15 +19,17 @@ from laplace.linalg.gram import add_gram_
 from laplace.structures.specification import Factor
 from laplace.structures.sums import CurvatureSums
 
+MODEL = "block"  # the sum of a model that is one layer itself
 _ROWS = 4096  # rows of several directions that are added together: large sums are read and written less often
 
 
-def blocks_of(shapes, found):
-    """Block of every parameter, and one sum for all of a layer."""
+def blocks_of(shapes, found, bare: bool = False):
+    """Block of every parameter, and one sum for all of a layer; ``bare`` is a model that is one layer itself."""
     blocks: list[Block] = []
     sizes: dict[str, int] = {}
     for name, shape in shapes.items():
-        total = f"{name.rpartition('.')[0] or name}/block"
+        owner = name.rpartition(".")[0] or name
+        total = MODEL if bare else f"{owner}/block"
         if total in sizes and blocks[-1].factors != (total,):  # its parameters are not next to one another
             total = f"{name}/block"
         blocks.append(Block(name, shape, found[name][0], (total,), found[name][1]))

@@ -34,11 +34,17 @@ def sums_spec(
     dtype: torch.dtype,
     n_outputs: int,
     kept: dict[str, tuple[int, ...] | None] | None = None,
+    bare: bool = False,
 ) -> SumsSpec:
-    """Names and shapes of the sums of one structure; ``kept`` are the entries of every parameter, None for all."""
+    """Names and shapes of the sums of one structure.
+
+    ``kept`` are the entries of every parameter, None for all; a ``bare`` model has no modules, so that it is one layer.
+    """
     found = {name: Source(*source) for name, source in found.items()}
     if any(chosen is not None for chosen in (kept or {}).values()):
         blocks, factors = subnetwork.blocks_of(structure, shapes, found, kept)
+    elif structure == "blockdiag":
+        blocks, factors = blockdiag.blocks_of(shapes, found, bare)
     else:
         blocks, factors = _STRUCTURES[structure].blocks_of(shapes, found)
     return SumsSpec(structure, tuple(blocks), factors, str(dtype).removeprefix("torch."), n_outputs)

@@ -48,6 +48,19 @@ def parse(text: str) -> Gate:
     return Gate(text, bool(match[1]), match[2], match[3] == "<=", float(match[4]))
 
 
+def refuse_unknown(gate: Gate, names: Sequence[str]) -> None:
+    """Refuse a threshold on a figure that is none of these.
+
+    Raises:
+        SettingsError: It names another one.
+    """
+    if gate.metric not in names:
+        raise SettingsError(
+            f"--gate: got {gate.text!r}, but there is no figure {gate.metric!r}; there are {', '.join(names)}. Nothing was "
+            "promoted"
+        )
+
+
 def check(texts: Sequence[str], candidate: Mapping[str, float], current: Mapping[str, float]) -> list[dict[str, Any]]:
     """Compare every threshold with the figures; returns `gate`, `value` and `met` of each.
 
@@ -56,11 +69,7 @@ def check(texts: Sequence[str], candidate: Mapping[str, float], current: Mapping
     """
     found = []
     for gate in map(parse, texts):
-        if gate.metric not in candidate:
-            raise SettingsError(
-                f"--gate: got {gate.text!r}, but there is no figure {gate.metric!r}; there are {', '.join(candidate)}. Nothing "
-                "was promoted"
-            )
+        refuse_unknown(gate, list(candidate))
         value = candidate[gate.metric] - (0.0 if gate.own else current[gate.metric])
         found.append(
             {"gate": gate.text, "value": value, "met": value <= gate.value if gate.upper else value >= gate.value}
@@ -74,4 +83,4 @@ def why_not(found: Sequence[Mapping[str, Any]]) -> str | None:
     if failed is None:
         return None
     what = "the candidate's own figure" if failed["gate"].startswith("candidate:") else "candidate minus current"
-    return f"--gate {failed['gate']}: {what} is {failed['value']:+.4f}: it is not met"
+    return f"--gate {failed['gate']}: {what} is {failed['value']:+z.4f}: it is not met"

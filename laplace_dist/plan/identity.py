@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from laplace_dist.plan.digests import feed
 from laplace_dist.plan.sketch import SURE
 
 SAMPLE = 64
+SLOW_SECONDS = 3.0  # of reading examples, after which that is said
 _SHOWN = 16  # hexadecimal digits of the digest of one example, kept to say which one differs
 
 
@@ -28,6 +31,21 @@ def sampled(length: int) -> list[int]:
     """
     count = min(length, SAMPLE)
     return sorted({i * (length - 1) // max(count - 1, 1) for i in range(count)})
+
+
+def _said_if_slow(chosen: Sequence[int], split: str) -> Iterator[int]:
+    """Yield the examples of a fingerprint; where reading them takes long, say what is under way, and how long it will take."""
+    begun, said = time.monotonic(), False
+    for number, index in enumerate(chosen):
+        seconds = time.monotonic() - begun
+        if not said and seconds > SLOW_SECONDS:
+            said = True
+            left = seconds / number * (len(chosen) - number)
+            logging.getLogger("laplace_dist").info(
+                f"data: reading {len(chosen)} examples of split {split!r}, each twice, by which the data are known again; "
+                f"about {left:.0f} s more"
+            )
+        yield index
 
 
 def fingerprint(dataset: Any, split: str = "train", collate: Collate = DEFAULT) -> dict[str, Any]:
@@ -51,7 +69,8 @@ def fingerprint(dataset: Any, split: str = "train", collate: Collate = DEFAULT) 
     length = len(dataset)
     files = _files(dataset)
     digest, examples = hashlib.sha256(f"{length}{files.get('files', '')}".encode()), {}
-    for index in dataset.sampled() if isinstance(dataset, Rows) else sampled(length):
+    chosen = list(dataset.sampled() if isinstance(dataset, Rows) else sampled(length))
+    for index in _said_if_slow(chosen, split):
         own = _example_digest(dataset, index, collate)
         if _example_digest(dataset, index, collate) != own:
             raise SettingsError(

@@ -34,7 +34,7 @@ def metrics_table(metrics: Mapping[str, Mapping[str, float]], helps: bool = True
     for name in metrics["map"]:
         text, higher = labelled(name)
         arrow = {True: " ↑", False: " ↓", None: ""}[higher]
-        table.add_row(text + arrow, *(f"{metrics[method][name]:.4f}" for method in metrics))
+        table.add_row(text + arrow, *(f"{metrics[method][name]:z.4f}" for method in metrics))
     return table
 
 

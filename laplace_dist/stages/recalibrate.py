@@ -90,8 +90,8 @@ def decide(
     over = {name: found for name, found in differences.items() if not found["high"] <= margins[name]}
     name = min(over or differences, key=lambda name: margins[name] - differences[name]["high"])
     found = differences[name]
-    change = f"{name.upper()} of the candidate minus that of the current one: {found['value']:+.4f}, interval "
-    text = f"{change}{found['low']:+.4f} to {found['high']:+.4f}, margin {margins[name]:.4g}"
+    change = f"{name.upper()} of the candidate minus that of the current one: {found['value']:+z.4f}, interval "
+    text = f"{change}{found['low']:+z.4f} to {found['high']:+z.4f}, margin {margins[name]:.4g}"
     return not over, text if not over else f"{text}: it is not shown to be no worse"
 
 

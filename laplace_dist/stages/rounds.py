@@ -141,6 +141,12 @@ class Rounds:
         return likelihood_of(self.config.likelihood).has_noise
 
     @property
+    def all_are_map(self) -> bool:
+        """Whether every loss of every round is that of MAP, but for rounding."""
+        pairs = [(loss, found["map"]) for found in self.done for loss in found["losses"]]
+        return all(None not in pair and math.isclose(*pair, abs_tol=1e-9) for pair in pairs)
+
+    @property
     def limit_is_map(self) -> bool:
         """Whether a predictive under ever larger prior precisions becomes that of MAP; the Laplace bridge does not."""
         return link_approx(self.config) != "bridge" or not likelihood_of(self.config.likelihood).scales_logits

@@ -80,7 +80,8 @@ class Search:
                 prior, limit = _outcome_of(candidates[first]), None
             said += words.passed_over(compared) if first > 0 else []
             helps = limit != "MAP" or temperature != 1
-            said += words.ending(limit, prior and prior.prior, helps, self.config.prior_range)
+            ending = words.ending(limit, prior and prior.prior, helps, self.config.prior_range)
+            said += [words.NO_DEPENDENCE] if limit == "MAP" and self.rounds.all_are_map else ending
         if not helps:
             said.append(words.advice(self.rounds.plan.settings, self.config))
         return self._choice(prior, temperature, limit=limit, helps=helps, compared=compared, said=said)

@@ -15,6 +15,12 @@ NO_TEMPERATURE = (
 )
 
 
+NO_DEPENDENCE = (
+    "The loss does not depend on the prior: it is MAP's under every prior precision that was tried, as where the model's "
+    "outputs are constant, or have no variance. Look at the model and its weights."
+)
+
+
 def ending(limit: str | None, prior: float | None, helps: bool, given: Sequence[float] | None) -> list[str]:
     """Say which limit a search of the prior precision has reached, if any.
 
@@ -52,7 +58,7 @@ def passed_over(compared: Mapping[str, Any], left: Sequence[float] | None = None
         compared: Differences from MAP, by figure, of the one that was.
         left: The range that was given, if the one that was taken lies outside.
     """
-    shown = ", ".join(f"{name.upper()} {found['value']:+.4f}" for name, found in compared.items())
+    shown = ", ".join(f"{name.upper()} {found['value']:+z.4f}" for name, found in compared.items())
     text = f"The value of the lowest loss is shown to be worse than MAP. Kept is the best that is not ({shown} against MAP)."
     return [
         text if left is None else f"{text} It lies outside --prior-range {left[0]:g} {left[1]:g}, where all are worse."
@@ -73,7 +79,7 @@ def _worse(compared: Mapping[str, Any]) -> str:
     """Name the figures that are shown to be worse."""
     over = {name: found for name, found in compared.items() if found["low"] > 0}
     return " and ".join(
-        f"{name.upper()} by {found['value']:.4f}, interval {found['low']:+.4f} to {found['high']:+.4f}"
+        f"{name.upper()} by {found['value']:.4f}, interval {found['low']:+z.4f} to {found['high']:+z.4f}"
         for name, found in over.items()
     )
 

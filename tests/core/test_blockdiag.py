@@ -56,6 +56,63 @@ def test_weight_and_bias_are_one_block_and_parameters_of_the_model_their_own():
     assert [len(block) for block in la.H] == [1, 16, 15]
 
 
+class Bare(nn.Module):
+    """A model without modules of its own, whose parameters no rule knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(2, 3))
+
+    def forward(self, x):
+        return (x @ self.first).tanh() @ self.second
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 3), Bare], ids=["linear", "own"])
+def test_a_model_that_is_one_layer_has_one_block_as_inside_of_another(make):
+    """That of the dense posterior; a state goes from the one to the other, and one with a block each goes on by itself."""
+    torch.manual_seed(0)
+    model, x, y = make().double(), torch.randn(9, 4).double(), torch.randint(3, (9,))
+    inside = nn.Sequential(model)
+    la, wrapped = (fit(m, "classification", x, y) for m in (model, inside))
+    dense = fit(model, "classification", x, y, structure="full")
+    assert list(la.sums.tensors) == ["block"] and naive.relative_error(la.H[0], dense.H) < 1e-14
+    assert naive.relative_error(la(x), dense(x)) < 1e-12
+    for state, network in ((la.state_dict(), inside), (wrapped.state_dict(), model)):
+        new = Laplace(network, "classification", "all", "blockdiag")
+        new.load_state_dict(state)
+        assert torch.equal(new(x), la(x))
+        new.fit(loader(x, y), override=False)
+        assert naive.relative_error(new.H[0], 2 * dense.H) < 1e-14
+
+
+def with_a_block_each(la):
+    """The state as it was saved before a model that is one layer had one block."""
+    state = la.state_dict()
+    names = [block["parameter"] for block in state["spec"]["blocks"]]
+    parts = [p.numel() for p in la.params]
+    whole, start = la.sums.tensors["block"], 0
+    sums = {name: value for name, value in state["sums"].items() if name != "block"}
+    factors = {}
+    for block, name, size in zip(state["spec"]["blocks"], names, parts, strict=True):
+        block["factors"] = [f"{name}/block"]
+        sums[f"{name}/block"] = whole[start : start + size, start : start + size].clone()
+        factors[f"{name}/block"] = {"shape": [size, size], "symmetric": True}
+        start += size
+    state["spec"]["factors"], state["sums"] = factors, sums
+    return state
+
+
+def test_a_state_with_a_block_for_each_parameter_of_a_layer_opens_and_takes_no_more_data():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(9, 4).double(), torch.randint(3, (9,))
+    la = fit(model, "classification", x, y)
+    old = Laplace(model, "classification", "all", "blockdiag")
+    old.load_state_dict(with_a_block_each(la))
+    assert [len(block) for block in old.H] == [12, 3] and torch.equal(old.H[0], la.H[0][:12, :12])
+    with pytest.raises(ValueError, match="parameter 'bias' differs; parameter 'weight' differs"):
+        old.fit(loader(x, y), override=False)
+
+
 def test_one_layer_is_the_dense_posterior():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3)).double()

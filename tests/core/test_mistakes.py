@@ -170,6 +170,32 @@ def test_a_prediction_says_what_is_wrong_with_its_inputs(subset, structure):
                 use(bad)
 
 
+@pytest.mark.parametrize("subset, structure", FITTABLE)
+def test_inputs_of_another_type_than_the_model_are_refused_as_by_a_fit(subset, structure):
+    la, x, y = fitted(subset=subset, structure=structure)
+    grid = {"method": "gridsearch", "pred_type": "gp" if structure == "gp" else "glm"}
+    uses = [la, la.functional_samples, la.predictive_samples, la._glm_predictive_distribution]
+    uses.append(lambda x: la.optimize_prior_precision(val_loader=[(x, y)], **grid))
+    uses += [] if structure == "gp" else [lambda x: la(x, pred_type="nn", link_approx="mc")]
+    for use in uses:
+        with pytest.raises(
+            ValueError, match=r"forward pass of this prediction fails in module '.*' \(Linear\): mat1 and mat2"
+        ):
+            use(x.float())
+
+
+class Converting(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.double())
+
+
+def test_a_model_that_converts_its_inputs_takes_those_of_another_type():
+    model, x, y = CASES["mlp"].make(n=6)
+    la = Laplace(Converting(*model).double(), "classification", "all", "kron")
+    la.fit([(x, y)])
+    assert naive.relative_error(la(x.float()), la(x)) < 1e-6
+
+
 @pytest.mark.parametrize("n_samples", [0, -1, 2.5, None, True])
 def test_a_number_of_samples_is_at_least_one(n_samples):
     la, x, _ = fitted()

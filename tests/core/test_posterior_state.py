@@ -141,6 +141,35 @@ def test_whole_object_survives_torch_save(subset, structure, backend):
     assert type(again) is type(la)
 
 
+@pytest.mark.parametrize(
+    "subset, structure",
+    [("all", s) for s in ("full", "kron", "diag", "blockdiag", "ekfac", "lowrank", "gp")] + [("last_layer", "kron")],
+)
+def test_a_model_that_was_converted_since_the_fit_needs_a_posterior_of_its_own(subset, structure):
+    """Also where every number is the same in the other type; the state goes on."""
+    model, x, y = CASES["mlp"].make(n=8)
+    model, x = model.float(), x.float()
+    la = Laplace(model, "classification", subset, structure)
+    la.fit([(x, y)])
+    model.double()
+    uses = [lambda: la(x.double()), lambda: la.functional_samples(x.double())]
+    if structure != "gp":
+        uses += [lambda: la.sample(2), lambda: la(x.double(), pred_type="nn", link_approx="mc")]
+    if structure in ("kron", "diag", "full", "blockdiag"):
+        uses.append(lambda: la.fit([(x.double(), y)], override=False))
+    for use in uses:
+        with pytest.raises(
+            ValueError, match=r"converted to torch.float64 since the fit in torch.float32.*load_state_dict\("
+        ):
+            use()
+    new = Laplace(model, "classification", subset, structure)
+    new.load_state_dict(la.state_dict())
+    for use in (new, new.functional_samples):
+        use(x.double())
+    la.fit([(x.double(), y)])
+    assert la(x.double()).dtype == torch.float64
+
+
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
     la, x = fitted(), CASES["mlp"].make()[1]
     before, state = la(x), fitted(structure="kron").state_dict()

@@ -8,6 +8,7 @@ from torch.utils.data import TensorDataset
 from window_cases import config, fit_inline
 
 import laplace_dist
+from laplace.likelihoods.categorical import Categorical
 from laplace_dist.recalibration import recalibrate
 from laplace_dist.run import recalibrations
 from laplace_dist.run.checkpoint import Checkpoint
@@ -41,6 +42,13 @@ def without_labels(split: str, day: int) -> TensorDataset:
     """Return recent examples that are shifted, with nonsense for labels, beside test examples that are not."""
     x, y = fresh(split, day, 1.0 if split == "recent" else 0.0).tensors
     return TensorDataset(x, y if split != "recent" else torch.zeros_like(y))
+
+
+class TwoScores(Categorical):
+    """A classification with a figure of its own."""
+
+    def summarize(self, scores, ood_confidence=None):
+        return {**super().summarize(scores, ood_confidence), "surprise": scores["nll"].max().item()}
 
 
 def few(split: str, day: int, n: int) -> TensorDataset:

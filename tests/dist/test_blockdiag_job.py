@@ -5,6 +5,7 @@ from __future__ import annotations
 import dist_cases
 import pytest
 import torch
+import tuning_cases
 from test_runs import distance, one_process
 
 import laplace_dist
@@ -60,3 +61,16 @@ def test_windows_add_up(tmp_path):
 def test_the_last_layer_alone_is_refused(tmp_path):
     with pytest.raises(SettingsError, match="no Laplace approximation for last_layer × blockdiag"):
         dist_cases.run_inline(config(tmp_path / "run", subset_of_weights="last_layer"))
+
+
+def test_a_model_that_is_one_layer_is_one_block(tmp_path):
+    """The sum of the model itself has no name of a layer: it is stored, verified, tuned and loaded as all others."""
+    chosen = tuning_cases.config(tmp_path, "classes", hessian_structure="blockdiag", tune_method="marglik")
+    dist_cases.run_inline(chosen)
+    model, train = tuning_cases.classifier(), tuning_cases.classes("train")
+    alone = BlockDiagLaplace(model, "classification")
+    alone.fit([train.tensors])
+    ours = laplace_dist.load_posterior(str(tmp_path), model)
+    assert list(ours.sums.tensors) == ["block"] and distance(ours.sums.tensors["block"], alone.H[0]) < 1e-10
+    report = laplace_dist.verify(str(tmp_path))
+    assert (report.problems, report.orphans) == ([], {})

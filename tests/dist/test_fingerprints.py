@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,18 @@ def test_the_fingerprint_sees_length_and_sampled_contents():
         changed[index] = (changed[index][0] + 1e-3, changed[index][1])
         assert fingerprint(Items(changed))["sha256"] != base["sha256"]
     assert fingerprint(Items([(x + 1, y) for x, y in pairs(500)]))["sha256"] != base["sha256"]
+
+
+@pytest.mark.parametrize("seconds, said", [(0.01, []), (1.0, ["about 81 s more"])])
+def test_examples_that_take_long_to_read_are_said_once_while_they_are_read(monkeypatch, caplog, seconds, said):
+    clock = iter(range(10**6))
+    own = SimpleNamespace(monotonic=lambda: next(clock) * seconds)  # four seconds after three examples, 61 are left
+    monkeypatch.setattr("laplace_dist.plan.identity.time", own)
+    with caplog.at_level("INFO", "laplace_dist"):
+        slow = fingerprint(Items(pairs(500)), "val")
+    assert slow == fingerprint(Items(pairs(500)))
+    lines = [text for text in caplog.messages if "data: reading 64 examples of split 'val', each twice" in text]
+    assert [text.partition("; ")[2] for text in lines] == said
 
 
 VALUES = [1, 1.0, True, "1", b"1", None, [1], [[1]], {"a": 1}, {"b": 1}, np.ones(1), torch.ones(1), torch.ones(1, 1)]

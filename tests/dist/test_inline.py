@@ -12,7 +12,9 @@ import torch
 
 import laplace_dist
 from laplace_dist import cli
+from laplace_dist.errors import SettingsError
 from laplace_dist.execution.inline import InlinePool
+from laplace_dist.job import evaluate_posterior, tune_posterior
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.stages.map import MapSegment
@@ -29,6 +31,36 @@ def test_a_whole_job_runs_in_this_process_by_flag_and_by_argument(tmp_path, caps
     assert laplace_dist.load_posterior(str(tmp_path / "flag"), dist_cases.convnet()).n_data == dist_cases.N
     current = [Checkpoint(str(tmp_path / name)).read("CURRENT.json") for name in ("argument", "flag")]
     assert current[0] == current[1] and result.version in current[0].decode()
+
+
+ENTRIES = {
+    "fit": laplace_dist.fit,
+    "tune": tune_posterior,
+    "evaluate": evaluate_posterior,
+    "recalibrate": laplace_dist.recalibrate,
+    "train": lambda config, executor=None: laplace_dist.marglik_train(config, None, executor),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+def test_an_argument_of_another_kind_is_refused_by_name(tmp_path, entry):
+    config = dist_cases.config(tmp_path / "run")
+    with pytest.raises(
+        SettingsError, match=r"executor: got 'inline'; give the class itself, executor=laplace_dist.Inline"
+    ):
+        entry(config, executor="inline")
+    with pytest.raises(SettingsError, match=r"executor: got a Inline; give the class itself"):
+        entry(config, executor=laplace_dist.Inline(config))
+    with pytest.raises(SettingsError, match=r"config: got a dict; give a laplace_dist.Config"):
+        entry({"model": "m:f", "data": "d:f"})
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_a_training_and_of_an_estimate_are_of_their_kinds(tmp_path):
+    with pytest.raises(SettingsError, match=r"settings: got a dict; give a laplace_dist.Training"):
+        laplace_dist.marglik_train(dist_cases.config(tmp_path), {"n_epochs": 3})
+    with pytest.raises(SettingsError, match=r"config: got 'run.yaml'; give a laplace_dist.Config"):
+        laplace_dist.estimate("run.yaml")
 
 
 def test_threads_are_those_of_a_worker_while_a_task_runs_and_the_users_own_afterwards(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 from pathlib import Path
 
@@ -9,19 +11,23 @@ import dist_cases
 import pytest
 import window_cases
 from recalibration_cases import SIZES, begin, day, decision
+from rich.console import Console
 from window_cases import config
 
 import laplace_dist
 from laplace_dist import cli
 from laplace_dist.config import gates
+from laplace_dist.config.figures import figures
 from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.job import Job, tune_posterior
 from laplace_dist.recalibration import RecalibrationJob, rollback
+from laplace_dist.report.metrics import metrics_table
 from laplace_dist.run import decompositions, layout, pointer, retention, tunings
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.combination import windows_of
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.stages import recalibrate as stage
+from laplace_dist.stages import words
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +78,17 @@ def test_a_threshold_is_asked_beside_the_comparison(run, gate, met):
         assert shown[1]["value"] == found.metrics["candidate"]["nll"] - found.metrics["current"]["nll"]
 
 
+def test_a_difference_that_rounds_to_nothing_has_no_minus():
+    """In decisions, thresholds, what tunings say, and the table."""
+    nothing, of_map = {"value": -1e-6, "low": -1e-6, "high": 1e-6}, {"nll": -1e-6}
+    (failed,) = gates.check(["nll>=1"], {"nll": 0.5 - 1e-6}, {"nll": 0.5})
+    shown = io.StringIO()
+    Console(file=shown).print(metrics_table({"map": of_map, "laplace": of_map}))
+    _, why = stage.decide({"nll": nothing}, {"nll": 0.1}, 1000, 0.95)
+    said = [gates.why_not([failed]), *words.passed_over({"nll": nothing}), why, shown.getvalue()]
+    assert all("-0.0000" not in text and "0.0000" in text for text in said), said
+
+
 @pytest.mark.parametrize("level, least", [(0.9, 22), (0.95, 59), (0.99, 459), (0.51, 2)])
 def test_so_many_examples_show_the_worst_of_them(level, least):
     """Of so many, and not of one fewer, at least one is among the share of the worst with the probability of the level."""
@@ -117,6 +134,31 @@ def test_a_threshold_on_a_figure_that_there_is_not_is_refused(run):
     ):
         day(run, 2, gate=["rmse<=1"])
     assert Checkpoint(str(run)).read(layout.CURRENT) == before
+
+
+@pytest.mark.parametrize("drop", [None, "day-1"])
+def test_a_threshold_on_a_figure_that_there_is_not_is_refused_before_anything_is_done(run, drop):
+    folders = ("windows", "posteriors", "evaluation")
+    before = [Checkpoint(str(run)).list(folder) for folder in folders]
+    with pytest.raises(SettingsError, match=r"--gate: got 'candidate:foo>=1'.*there are accuracy, nll, brier, ece\. "):
+        day(run, 2, gate=["nll<=9", "candidate:foo>=1"], drop_window=drop)
+    assert [Checkpoint(str(run)).list(folder) for folder in folders] == before
+
+
+LIKELIHOODS = {
+    "classification": ["accuracy", "nll", "brier", "ece", "ood_auroc/far"],
+    "regression": ["nll", "rmse", "coverage_90"],
+    "laplace.likelihoods:Poisson": ["nll", "rmse"],
+    "likelihood_cases:Exponential": ["nll"],  # of the base class
+    "likelihood_cases:ignoring": ["accuracy", "nll", "brier", "ece", "ood_auroc/far"],
+    "recalibration_cases:TwoScores": [],  # not known before
+}
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_the_figures_of_a_likelihood_are_known_before_where_they_follow_from_it(tmp_path, likelihood):
+    given = config(tmp_path, likelihood=likelihood, ood=["far", "recent"], unlabelled="recent")
+    assert figures(given) == LIKELIHOODS[likelihood]
 
 
 # ------------------------------------------------------------------ what is kept
@@ -205,6 +247,23 @@ def test_a_window_that_was_dropped_stays_out_until_it_is_named(run):
     assert [term["window"] for term in decision(run, "day-3")["windows"]] == ["day-0", "day-2", "day-3"]
     assert not Checkpoint(str(run)).list("windows/day-1"), (
         "what was unlearned is deleted with the versions that knew it"
+    )
+
+
+@pytest.mark.parametrize("keep", [{}, {"keep_versions": 1, "windows": "last:2"}])
+def test_dropping_what_was_dropped_before_is_nothing_to_do(run, caplog, keep):
+    """Also after another window has come, and where its sum is gone; two dry runs are no reason either."""
+    day(run, 1, drop_window="day-1")
+    day(run, 2, **keep)
+    before = Checkpoint(str(run)).read(layout.CURRENT)
+    with caplog.at_level("INFO", "laplace_dist"):
+        assert day(run, 3, drop_window="day-1", dry_run=True, **keep) is None
+        assert day(run, 3, drop_window="day-1", **keep) is None
+    assert caplog.messages.count("window day-1 was dropped before: nothing to do") == 2
+    assert Checkpoint(str(run)).read(layout.CURRENT) == before
+    assert (
+        day(run, 3, drop_window="day-1", windows="day-0").version
+        != pointer.history_of(json.loads(before))[-1]["version"]
     )
 
 

@@ -182,6 +182,13 @@ def test_where_no_prior_helps_the_limit_is_kept_and_named(tmp_path):
     assert "To try: --subset-of-weights last_layer; --hessian-structure kron or diag; --recalibrate both" in said
 
 
+def test_a_loss_that_does_not_depend_on_the_prior_is_said_to_be_so(tmp_path):
+    """Of logits that are all zero, whatever their variance, the probabilities are equal."""
+    _, manifest, said = tuned(config(tmp_path, "classes", model_args={"times": 0.0}))
+    assert "The loss does not depend on the prior" in said and "so large" not in said
+    assert (manifest["search"]["limit"], manifest["search"]["helps"]) == ("MAP", False)
+
+
 def compared_with_map(la, model, x, y):
     scores = log_probability_scores(la(x, log_probs=True), y), log_probability_scores(model(x).log_softmax(-1), y)
     return paired_differences(*scores)
@@ -508,6 +515,7 @@ def test_the_evidences_choice_is_compared_with_map_on_the_validation_data(tmp_pa
         assert found["value"] == pytest.approx(wanted[name].value, abs=1e-9)
         assert (found["low"], found["high"]) == pytest.approx((wanted[name].low, wanted[name].high), abs=1e-9)
     assert manifest["settings"]["method"] == "marglik" and manifest["search"]["helps"] and "MAP" not in said
+    assert said.count("tune: prior precision") == 1
 
 
 @pytest.mark.parametrize("structure", ["scalar", "diag"])
