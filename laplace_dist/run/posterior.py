@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,8 +86,11 @@ def load_posterior(
 
 def _check_kind(plan: Plan, model: nn.Module) -> None:
     """Refuse a model whose parameters have other names, another precision or other gradients than those of the run."""
-    spec, known = plan.posterior_spec, dict(model.named_parameters(remove_duplicate=False))
-    names, built = [block["parameter"] for block in spec["blocks"]], f"as {plan.model['path']} builds it"
+    with _of_the_plan():
+        spec, built = SumsSpec.from_json(plan.posterior_spec), f"as {plan.model['path']} builds it"
+        names = list(dict.fromkeys(block.parameter for block in spec.blocks))
+        every, first = plan.settings["subset_of_weights"] == "all", names[0]
+    known = dict(model.named_parameters(remove_duplicate=False))
     if missing := [name for name in names if name not in known]:
         raise SettingsError(
             f"model: has no parameters {missing[:3]}, which the posterior of the run is over; it has {list(known)[:3]}. Give "
@@ -96,17 +100,28 @@ def _check_kind(plan: Plan, model: nn.Module) -> None:
         raise SettingsError(
             f"model: requires_grad is False for {frozen[:3]}, which the posterior of the run is over. Set it to True there."
         )
-    every = plan.settings["subset_of_weights"] == "all"
     if every and (more := [n for n, p in model.named_parameters() if p.requires_grad and n not in names]):
         raise SettingsError(
             f"model: requires_grad is True for {more[:3]}, which the posterior of the run is not over. Set it to False there."
         )
-    dtype = str(torch.promote_types(known[names[0]].dtype, torch.float32)).removeprefix("torch.")
-    if dtype != spec["dtype"]:
+    dtype = str(torch.promote_types(known[first].dtype, torch.float32)).removeprefix("torch.")
+    if dtype != spec.dtype:
         raise SettingsError(
-            f"model: is of {dtype}, and the run of {spec['dtype']}. Give the model {built}, and state_dict() of the posterior "
+            f"model: is of {dtype}, and the run of {spec.dtype}. Give the model {built}, and state_dict() of the posterior "
             "to one of another precision."
         )
+
+
+@contextmanager
+def _of_the_plan() -> Iterator[None]:
+    """Say that the plan was altered where it does not hold what it has to."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{PLAN} names settings or factors that make no posterior of this model ({type(error).__name__}: {error}): it "
+            "was altered. Restore it from a copy, or start again with --fresh."
+        ) from error
 
 
 def gone(store: Store, version: str) -> MissingObjectError | None:
@@ -126,14 +141,9 @@ def build(store: Store, plan: Plan, model: nn.Module, version: str) -> Any:
     Raises:
         CheckpointError: A factor is missing, truncated or altered.
     """
-    try:
+    with _of_the_plan():
         spec = SumsSpec.from_json(plan.posterior_spec)
         la = new_laplace(plan.settings, model, spec)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CheckpointError(
-            f"{PLAN} names settings or factors that make no posterior of this model ({type(error).__name__}: {error}): it "
-            "was altered. Restore it from a copy, or start again with --fresh."
-        ) from error
     manifest = read_version(store, plan, version)
     device = next(model.parameters()).device
     tensors = {  # one by one in the place and type of the sums, so that none is there twice: they may take most of the memory

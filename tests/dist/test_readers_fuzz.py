@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from pathlib import Path
 
@@ -210,6 +211,24 @@ def test_any_sealed_mutation_gives_the_same_result_or_an_error_that_names_an_obj
 
     check()
     assert sum(refused) > 20
+
+
+@pytest.mark.parametrize("new", ["missing", None, [], {}], ids=repr)
+def test_a_plan_without_one_of_its_values_is_no_plan_of_a_posterior(run, new):
+    """Each value of the plan, its settings and its first blocks in turn, where the fuzzer takes some by chance."""
+    plan, convnet = open_json(run.read("plan.json"), "plan.json"), dist_cases.convnet()
+    places = [(key,) for key in plan] + [("settings", key) for key in plan["settings"]]
+    places += [("spec", key) for key in plan["spec"]] + [
+        ("spec", "blocks", 0, key) for key in plan["spec"]["blocks"][0]
+    ]
+    for *path, last in places:
+        mutant = copy.deepcopy(plan)
+        inside = functools.reduce(lambda value, key: value[key], path, mutant)
+        if new == "missing":
+            del inside[last]
+        else:
+            inside[last] = new
+        outcome(run, "plan.json", lambda *_: load_posterior(run.url, convnet), seal(mutant))
 
 
 def test_whole_readers_of_a_mutated_plan_raise_errors_of_this_project(run):
