@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from laplace.capture.caches import keeps, renew
 from laplace.capture.calls import is_batched, nodes
 from laplace.capture.feature_extractor import FeatureExtractor
-from laplace.capture.turns import WhileAny, turn
+from laplace.capture.turns import turn
+from laplace.linalg.process_settings import WhileAny
 
 # Models in a block of eval_mode by identity, and those of their modules that keep tensors between passes.
 _evaluated: ContextVar[dict[int, list[nn.Module]]] = ContextVar("_evaluated", default={})  # noqa: B039 - never changed

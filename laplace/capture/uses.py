@@ -30,6 +30,7 @@ from laplace.capture.use_rules import LAYOUTS, RULES, VIEWS, Layout
 from laplace.linalg.precision import coarsest, in_full_precision, without_autocast
 from laplace.noise import fixed_directions
 
+_DIMENSIONS = ("_saved_dim", "_saved_dim0", "_saved_dim1", "_saved_dims")  # along which views and others work
 _GRAPHS = 64  # that are remembered: batches of sequences have many shapes
 
 Proven = dict[int, tuple[tuple[str, ...], list[Layout]]]
@@ -175,13 +176,20 @@ class Uses:
 
 
 def signature(output: Tensor) -> int | None:
-    """What tells the graph of an output from others, operation by operation; None where values may order its rows."""
+    """What tells the graph of an output from others; None where values may order its rows.
+
+    Its operations with their dimensions and shapes, how they are connected, and the tensors that it begins with.
+    """
+    order = {node: number for number, node in enumerate(nodes(output))}
     found: list[Any] = []
-    for node in nodes(output):
+    for node in order:
         name = type(node).__name__
         if any(kind in name for kind in ORDERING) or isinstance(node, torch.autograd.function.BackwardCFunction):
             return None
-        found.append((name, tuple(tuple(given.shape) for given in node._input_metadata)))
+        shapes = tuple(tuple(given.shape) for given in node._input_metadata)
+        dimensions = tuple(getattr(node, saved, None) for saved in _DIMENSIONS)
+        sources = tuple((order.get(source), number) for source, number in node.next_functions)
+        found.append((name, shapes, dimensions, sources, id(getattr(node, "variable", None))))
     return hash(tuple(found))
 
 

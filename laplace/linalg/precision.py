@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace.linalg.process_settings import WhileAny
+
 _SPACING = {"tf32": 2.0**-10, "bf16": 2.0**-7}
 _OF_DEVICE = {"cuda": ("cuda.matmul", "cudnn.conv", "cudnn.rnn"), "cpu": ("mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")}
 KINDS = (*_OF_DEVICE["cuda"], *_OF_DEVICE["cpu"])  # of products, as torch.backends calls them
@@ -43,18 +45,26 @@ def without_autocast() -> Iterator[None]:
 
 @contextmanager
 def in_full_precision() -> Iterator[None]:
-    """Switch autocast off inside the block, or the function that this decorates, and products of rounded numbers."""
+    """Switch autocast off inside the block, or the function that this decorates, and products of rounded numbers.
+
+    Other threads stay in full precision as long as they need it.
+    """
+    with _unrounded, without_autocast():
+        yield
+
+
+@contextmanager
+def _without_rounding() -> Iterator[None]:
     kinds = _CONTRACTED["cpu"] + (_CONTRACTED["cuda"] if torch.cuda.is_initialized() else ())
     rounded = {kind: found for kind, found in float32_products(kinds).items() if found in _SPACING}
-    with without_autocast():
-        if not rounded:
-            yield
-            return
-        _set(dict.fromkeys(rounded, "ieee"))
-        try:
-            yield
-        finally:
-            _set(rounded)
+    _set(dict.fromkeys(rounded, "ieee"))
+    try:
+        yield
+    finally:
+        _set(rounded)
+
+
+_unrounded = WhileAny(_without_rounding)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -71,3 +72,21 @@ def test_the_word_for_what_was_found(medium):
     with products_in("tf32"):
         assert matmul_precision(float32_products()) == "high"
     assert matmul_precision(dict.fromkeys(KINDS, "none")) == "highest"
+
+
+def test_a_thread_stays_in_full_precision_where_another_leaves_it(medium):
+    entered, left = Event(), Event()
+
+    def other():
+        with in_full_precision():
+            entered.set()
+            left.wait(60)
+
+    thread = Thread(target=other)
+    thread.start()
+    assert entered.wait(60)
+    with in_full_precision():
+        left.set()
+        thread.join()
+        assert float32_products(["mkldnn.matmul"]) == {"mkldnn.matmul": "ieee"}
+    assert float32_products(["mkldnn.matmul"]) == {"mkldnn.matmul": "bf16"}

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from laplace import Laplace
 from laplace.capture import capture as capturing
-from laplace.capture.uses import Uses
+from laplace.capture.uses import Uses, signature
 
 from . import naive
 
@@ -336,6 +336,17 @@ def test_a_branch_that_turns_the_batch_round_is_asked(asked):
     la = Laplace(model, "regression", "all", "full")
     with pytest.raises(ValueError, match="'layer'.*do not belong to them in order"):
         la.fit([(x, targets(model, x)) for x in (first, second)])
+
+
+def test_branches_of_the_same_operations_with_other_parameters_or_dimensions_are_asked(asked):
+    """Shapes and kinds of operations alone do not tell them apart."""
+    run = lambda m, x: (x * (m.s if bool(x[0, 0] > 0) else m.t)).tanh() @ m.v  # noqa: E731
+    batches = [inputs().abs(), -inputs().abs(), inputs().abs(), -inputs().abs()]
+    fitted(run, batches, s=P(3), t=P(3), v=P(3, 2))
+    assert len(asked) == 2
+    one, two = (torch.ones(3, 3, requires_grad=True) for _ in range(2))
+    cube = lambda leaf, *dims: signature(leaf[None].expand(3, 3, 3).transpose(*dims))  # noqa: E731
+    assert len({cube(one, 0, 1), cube(one, 1, 2), cube(two, 0, 1)}) == 3 and cube(one, 0, 1) == cube(one, 0, 1)
 
 
 # --- Kronecker factors: those of twins that are made of linear layers and cells ------------------------------------------
