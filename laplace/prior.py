@@ -38,6 +38,31 @@ def spread(prior_precision: Tensor, sizes: Sequence[int]) -> Tensor:
     return prior_precision.repeat_interleave(torch.tensor(sizes, device=prior_precision.device))
 
 
+def weighted_sum(prior_precision: Tensor, values: Tensor, sizes: Sequence[int]) -> Tensor:
+    r""":math:`\sum_i p_i v_i` in the type of the values, without the :func:`spread` prior precision.
+
+    Args:
+        prior_precision: Scalar, layerwise or diagonal, for tensors of these sizes.
+        values: One per parameter.
+        sizes: Number of entries of every tensor.
+    """
+    prior_precision = prior_precision.to(values.dtype)
+    if len(prior_precision) == 1:
+        return prior_precision[0] * values.sum()
+    if len(prior_precision) == len(values):
+        return (prior_precision * values).sum()
+    return (prior_precision * torch.stack([part.sum() for part in values.split(list(sizes))])).sum()
+
+
+def log_det(prior_precision: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Log determinant in float64 of a scalar, layerwise or diagonal prior precision for tensors of these sizes."""
+    logs = prior_precision.double().log()
+    if len(logs) == sum(sizes):
+        return logs.sum()
+    counts = [sum(sizes)] if len(logs) == 1 else sizes
+    return (logs * torch.tensor(counts, device=logs.device)).sum()
+
+
 def parameters_per_layer(model: nn.Module) -> list[int]:
     """Number of entries of every parameter tensor with ``requires_grad``."""
     return [p.numel() for p in model.parameters() if p.requires_grad]

@@ -68,8 +68,12 @@ def add_outer_variance(
 
 
 def project(values: Tensor, basis: Tensor | None) -> Tensor:
-    """Values ``(…, width)`` in a basis; None stands for the identity."""
-    return values if basis is None else values @ basis.to(values.dtype)
+    """Values ``(…, width)`` in a basis, in the same order in memory; None stands for the identity."""
+    if basis is None:
+        return values
+    if values.ndim == 4 and not values.is_contiguous():
+        return (values.transpose(1, 2) @ basis.to(values.dtype)).transpose(1, 2)
+    return values @ basis.to(values.dtype)
 
 
 def _split(basis: Basis, outputs: int, positions: int, out: int, width: int) -> tuple[Basis, Basis]:

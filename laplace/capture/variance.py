@@ -62,10 +62,17 @@ def block_variance(
         else:
             by_layer.setdefault(block.layer, []).append(index)
     for layer, indices in by_layer.items():
-        g = torch.stack([gradients.pop(layer) for gradients in directions], 1)  # (batch, outputs, positions, out)
+        g = _stacked([gradients.pop(layer) for gradients in directions])
         for index in indices:
             _add_layer(total, capture, g, blocks[index], bases[index], weights[index], diagonal)
     return total
+
+
+def _stacked(gradients: list[Tensor]) -> Tensor:
+    """Output gradients ``(batch, outputs, positions, out)``, in the memory of which rows are made without a copy."""
+    if gradients[0].stride(1) == 1 and gradients[0].stride(2) != 1:  # channels first
+        return torch.stack([g.mT for g in gradients], 1).mT
+    return torch.stack(gradients, 2).transpose(1, 2)
 
 
 @in_full_precision()

@@ -32,7 +32,7 @@ def eigh_double(M: Tensor, what: str = "matrix") -> tuple[Tensor, Tensor]:
     if len(used) == len(M):
         return _eigh_of_used(symmetric, what)
     unused = (~symmetric.any(1)).nonzero().flatten()
-    some, parts = _eigh_of_used(symmetric[used][:, used], what) if len(used) else (symmetric.new_zeros(0), None)
+    some, parts = _eigh_of_used(_part(symmetric, used), what) if len(used) else (symmetric.new_zeros(0), None)
     values, order = torch.cat([some, some.new_zeros(len(unused))]).sort(stable=True)
     vectors = torch.zeros_like(symmetric)
     if parts is not None:
@@ -48,12 +48,18 @@ def eigenvalues(M: Tensor, what: str = "matrix") -> Tensor:
     if len(used) == len(M):
         return _eigenvalues_of_used(symmetric, what)
     zeros = symmetric.new_zeros(len(M) - len(used))
-    some = _eigenvalues_of_used(symmetric[used][:, used], what) if len(used) else zeros[:0]
+    some = _eigenvalues_of_used(_part(symmetric, used), what) if len(used) else zeros[:0]
     return torch.cat([some, zeros]).sort().values
 
 
 def _symmetric(M: Tensor) -> Tensor:
-    return (M.double() + M.double().mT) / 2
+    """The symmetric part in float64."""
+    return M.double() if torch.equal(M, M.mT) else (M.double() + M.double().mT) / 2
+
+
+def _part(M: Tensor, used: Tensor) -> Tensor:
+    """Some rows and the same columns."""
+    return M.index_select(0, used).index_select(1, used)
 
 
 def _eigh_of_used(M: Tensor, what: str) -> tuple[Tensor, Tensor]:

@@ -96,12 +96,12 @@ def weighted_gram(rows: Tensor, weights: Tensor, both: bool = True) -> Iterator[
         weights: ``(n,)``.
         both: Give what is right of the block diagonal too, which is what is left of it, transposed.
     """
-    weighted, width = rows * weights[:, None], rows.shape[1]
+    width, weights = rows.shape[1], weights[:, None]
     if width**2 <= _SMALL:
-        yield 0, 0, weighted.T @ rows
+        yield 0, 0, (rows * weights).T @ rows
         return
     for start, stop in _blocks(width):
-        product = weighted[:, start:stop].T @ rows[:, :stop]
+        product = (rows[:, start:stop] * weights).T @ rows[:, :stop]
         yield start, 0, product
         if both and start:
             yield 0, start, product[:, :start].T

@@ -49,7 +49,12 @@ class Hyperparameters:
     @property
     def prior_precision_diag(self) -> Tensor:
         """Precision of the prior, one value per parameter ``(parameters,)``."""
-        return spread(self.prior_precision, [p.numel() for p in self.params])
+        return spread(self.prior_precision, self._tensor_sizes)
+
+    @property
+    def _tensor_sizes(self) -> list[int]:
+        """Number of entries of every tensor that is inferred."""
+        return [p.numel() for p in self.params]
 
     def initial_prior_precision(self, value: float | Tensor, structure: PriorStructure | str) -> Tensor:
         """A prior precision of the given structure, filled with ``value`` where that is a scalar."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from laplace import evidence, predictive, state
 from laplace.enums import PredType
 from laplace.posterior.summed import SummedLaplace
+from laplace.prior import log_det, weighted_sum
 from laplace.structures.specification import SumsSpec
 from laplace.structures.sums import CurvatureSums
 
@@ -67,12 +68,12 @@ class ParametricLaplace(SummedLaplace):
     def scatter(self) -> Tensor:
         r""":math:`(\theta_{\mathrm{MAP}} - \mu_0)^\top P_0 (\theta_{\mathrm{MAP}} - \mu_0)`."""
         delta = self.mean.double() - self.prior_mean.double()
-        return (delta * self.prior_precision_diag.double() * delta).sum()
+        return weighted_sum(self.prior_precision, delta.square(), self._tensor_sizes)
 
     @property
     def log_det_prior_precision(self) -> Tensor:
         r"""Log determinant :math:`\log\det P_0`."""
-        return self.prior_precision_diag.double().log().sum()
+        return log_det(self.prior_precision, self._tensor_sizes)
 
     @property
     def log_det_ratio(self) -> Tensor:

@@ -19,6 +19,7 @@ from laplace.posterior.arguments import before, by_name
 from laplace.posterior.diag import DiagLaplace
 from laplace.posterior.full import FullLaplace
 from laplace.posterior.parametric import ParametricLaplace
+from laplace.prior import weighted_sum
 from laplace.structures.subnetwork import check_subnetwork_indices, given_order, split_indices
 from laplace.structures.sums import CurvatureSums
 
@@ -100,15 +101,14 @@ class SubnetLaplace(ParametricLaplace):
         return {PriorStructure.SCALAR: 1, PriorStructure.DIAG: self.n_params_subnet}
 
     @property
-    def prior_precision_diag(self) -> Tensor:
-        """Precision of the prior, one value per subnetwork parameter ``(subnetwork parameters,)``."""
-        return self.prior_precision.expand(self.n_params_subnet)
+    def _tensor_sizes(self) -> list[int]:
+        return [self.n_params_subnet]
 
     @property
     def scatter(self) -> Tensor:
         r""":math:`(\theta - \mu_0)^\top P_0 (\theta - \mu_0)` over the subnetwork."""
         delta = self.mean_subnet.double() - self._of_subnet(self.prior_mean).double()
-        return (delta * self.prior_precision_diag.double() * delta).sum()
+        return weighted_sum(self.prior_precision, delta.square(), self._tensor_sizes)
 
     def square_norm(self, value: Tensor) -> Tensor:
         r""":math:`\Delta^\top P \Delta`; ``value`` holds the subnetwork's parameters, or all of them."""
