@@ -31,6 +31,8 @@ def batches(
     check_loader(loader)
     for number, batch in enumerate(loader):
         x, y = mistakes.inputs_and_targets(batch, dict_key_y, number)
+        if number == 0:
+            mistakes.warn_of_unshifted(x, y)
         moves = hasattr(x, "to") and not isinstance(x, MutableMapping)
         yield (x.to(device) if moves else x), y.to(device)
 

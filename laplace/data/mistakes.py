@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,12 @@ from laplace.errors import MissingKeyError
 _FURTHER = (
     " Give further inputs, such as masks, in a dictionary with the first ones and the targets (collate_fn of a DataLoader), "
     "and wrap the model in a module that unpacks it; weights of single examples have no place in the likelihood."
+)
+
+UNSHIFTED = (
+    "The labels are the input words themselves. Hugging Face's causal language models move them by one inside a loss of their "
+    "own, which is not used here: the label of a position is the word that it predicts, labels[:, :-1] = input_ids[:, 1:]; the "
+    "last position has none, and WeightedCategorical(ignore_index=-100) as the likelihood leaves it out"
 )
 
 
@@ -71,6 +78,21 @@ def inputs_and_targets(batch: Any, dict_key_y: str, number: int) -> tuple[Any, T
     if len(y) == 0:
         raise ValueError(f"Batch {number} holds no example; leave empty batches out.")
     return x, y
+
+
+def are_unshifted(x: Any, y: Tensor) -> bool:
+    """Whether the labels of a batch of texts, but for those that are left out, are its ``input_ids`` as they are."""
+    words = x.get("input_ids") if isinstance(x, Mapping) else None
+    if not isinstance(words, Tensor) or words.shape != y.shape or y.ndim < 2 or y.is_floating_point():
+        return False
+    kept = (y >= 0) & (y.shape[1] > 1)
+    return bool(kept.any() and (words.to(y.device) == y)[kept].all())
+
+
+def warn_of_unshifted(x: Any, y: Tensor) -> None:
+    """Say so where :func:`are_unshifted`: a model that copies its input may mean it."""
+    if are_unshifted(x, y):
+        warnings.warn(f"{UNSHIFTED}.", stacklevel=4)
 
 
 def check_inputs(x: Any, where: str, ndim: int | None = None) -> None:

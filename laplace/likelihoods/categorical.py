@@ -23,6 +23,11 @@ from laplace.likelihoods.scores import log_probability_scores
 from laplace.linalg.gram import add_gram_, mirror_
 from laplace.linalg.precision import double
 
+_LEFT_OUT = (
+    " Positions with -100, as torch's losses leave them out, are left out by the likelihood "
+    "laplace.likelihoods.WeightedCategorical(ignore_index=-100)."
+)
+
 
 class Categorical(ClassProbabilities):
     """Classification by a softmax over the last dimension; a prediction is log-probabilities."""
@@ -50,9 +55,10 @@ class Categorical(ClassProbabilities):
         wrong = (y < 0) | (y >= f.shape[-1])
         if bool(wrong.any()):
             first, value, affected = first_wrong(wrong, y, offset)
+            left_out = _LEFT_OUT if value == -100 else ""
             raise ValueError(
                 f"Label {value} of example {first} is out of range: the model has {f.shape[-1]} outputs, so labels "
-                f"must lie in 0…{f.shape[-1] - 1}. {affected} example(s) of this batch are affected."
+                f"must lie in 0…{f.shape[-1] - 1}. {affected} example(s) of this batch are affected.{left_out}"
             )
 
     def warn_of_outputs(self, f: Tensor) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace.data.batches import length_of, part_of
+from laplace.data.mistakes import UNSHIFTED, are_unshifted, warn_of_unshifted
 from laplace.data.nested import flat, is_flat
 from laplace.errors import CallError
 from laplace_dist.config.compatibility import check_storage_options, ood
@@ -55,6 +56,7 @@ def check(config: Config, model: nn.Module, splits: Mapping[str, Any]) -> dict[s
             f = found[name] = _outputs(model, x, y)
             if name not in ood(config):
                 _check_targets(config.likelihood, f, y)
+                _check_shift(config, x, y)
         except (ExampleError, SettingsError) as error:
             where = "" if name == "train" else f" (split {name!r})"
             raise SettingsError(f"{error}{where}") from (error.__cause__ or error)
@@ -181,6 +183,14 @@ def _check_targets(likelihood: str, f: Tensor, y: Tensor) -> None:
         likelihood_of(likelihood).check_shapes(f, y.to(f.device))
     except ValueError as error:
         raise SettingsError(f"--data: {error}{_way_out(f, y)}") from error
+
+
+def _check_shift(config: Config, x: Any, y: Tensor) -> None:
+    """Refuse labels of a causal language model that are its input words; of a model of the user's own say so."""
+    if config.task != "causal-lm":
+        warn_of_unshifted(x, y)
+    elif are_unshifted(x, y):
+        raise SettingsError(f"--data: {UNSHIFTED}. The data set, or --collate, is the place for it")
 
 
 def _way_out(f: Tensor, y: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 
 import pytest
@@ -14,7 +15,7 @@ from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.curvature import NativeGGN, backend_class
 from laplace.enums import Likelihood
 from laplace.errors import MissingKeyError
-from laplace.likelihoods import Bernoulli, HeteroscedasticGaussian, Poisson
+from laplace.likelihoods import Bernoulli, HeteroscedasticGaussian, Poisson, WeightedCategorical
 from laplace.utils import _is_batchnorm, fit_diagonal_swag_var, validate
 from laplace.utils import utils as upstream
 
@@ -379,3 +380,27 @@ def test_features_of_an_unreduced_model_are_reduced_without_a_layer_s_name():
 def test_normed_models_and_ordered_dicts_are_what_they_are():
     assert isinstance(Normed().state_dict(), OrderedDict)
     assert Laplace(Normed(), Likelihood.CLASSIFICATION, "all", "diag").n_params > 0
+
+
+class NextWord(nn.Module):
+    """Logits of the next word at every position."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 3), nn.Linear(3, 7)
+
+    def forward(self, batch):
+        return self.head(self.table(batch["input_ids"]))
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_labels_that_are_the_input_words_are_noticed(shifted):
+    words = torch.randint(1, 7, (4, 5), generator=torch.Generator().manual_seed(0))
+    labels = words.roll(-1, 1) if shifted else words.clone()
+    labels[1, 3:] = -100
+    la = Laplace(NextWord(), WeightedCategorical(ignore_index=-100), "all", "diag")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        la.fit([{"input_ids": words, "labels": labels}])
+    said = [str(w.message) for w in found if "The labels are the input words themselves" in str(w.message)]
+    assert len(said) == (0 if shifted else 1)

@@ -97,7 +97,8 @@ DATA = {
     "float labels": ("convnet", TensorDataset(IMAGES, LABELS.float()), ["--data", "targets are torch.float32", ".long()"]),
     "out of range": ("convnet", TensorDataset(IMAGES, torch.tensor([0, 1, 2, 3] + [0] * 6)), ["--data",
                      "Label 3 of example 3", "0…2"]),
-    "negative": ("convnet", TensorDataset(IMAGES, torch.tensor([0, -100] + [0] * 8)), ["--data", "Label -100 of example 1"]),
+    "negative": ("convnet", TensorDataset(IMAGES, torch.tensor([0, -100] + [0] * 8)), ["--data", "Label -100 of example 1",
+                 "WeightedCategorical(ignore_index=-100)"]),
 }  # fmt: skip
 REGRESSION = {
     "no column": (

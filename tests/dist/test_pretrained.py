@@ -125,6 +125,24 @@ def test_a_saved_language_model_is_fitted_with_the_next_words_as_labels(folders,
     assert ours.n_data == 10
 
 
+def unshifted(split):
+    """Labels as Hugging Face's collators make them: the words themselves, padding left out."""
+    made = Texts(split, True)
+    made.labels = torch.where(made.mask == 1, made.ids, -100)
+    return made
+
+
+def test_words_as_their_own_labels_are_refused_before_anything_starts(folders, tmp_path):
+    chosen = config(
+        tmp_path, folders / "gpt2", "causal-lm", data="test_pretrained:unshifted", likelihood="test_pretrained:ignoring"
+    )
+    with pytest.raises(
+        SettingsError, match=r"--data: The labels are the input words.*labels\[:, :-1\] = input_ids\[:, 1:\]"
+    ):
+        dist_cases.run_inline(chosen)
+    assert not list(tmp_path.iterdir())
+
+
 def test_half_precision_is_widened_exactly(folders, tmp_path):
     model = load_model(config(tmp_path, folders / "half", "causal-lm"))
     wanted = gpt2().half().state_dict()
