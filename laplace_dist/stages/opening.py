@@ -171,6 +171,10 @@ def _probe(resolved: Resolved, config: Config, say: Callable[[str], None]) -> by
         return loader.read_batch(resolved.train, 0, count, Collate.of(config))[0]
 
     def law(count: int, outputs: Tensor) -> dict[str, Tensor]:
+        if len(outputs) != count:
+            raise SettingsError(
+                f"--model: it returns {tuple(outputs.shape)} for {count} examples; expected (batch, …, outputs)"
+            )
         y = loader.read_batch(resolved.train, 0, count, Collate.of(config))[1]
         try:
             return law_of(likelihood_of(config.likelihood).fitted, outputs, y, config.estimator)
