@@ -151,9 +151,9 @@ class Hyperparameters:
         """Take steps; the posterior is left with the values of the last estimate. Returns the negative evidences.
 
         Raises:
-            ValueError: If an evidence or its gradient is NaN or Inf.
+            ValueError: If an evidence or its gradient is NaN or Inf, or a step leads to a prior precision or noise of 0 or Inf.
         """
-        estimates = []
+        estimates, less = [], "Lower lr_hyp or the step size of the optimizer, or start from other hyperparameters."
         for _ in range(n_steps):
             self.optimizer.zero_grad()
             loss = -self.la.log_marginal_likelihood(*[log.exp() for log in self.logs])
@@ -161,10 +161,15 @@ class Hyperparameters:
             if not all(bool(torch.isfinite(value).all()) for value in (loss, *(log.grad for log in self.logs))):
                 raise ValueError(
                     f"The log marginal likelihood is {-loss.item()} after epoch {epoch}, and it or its gradient is not finite. "
-                    "Lower lr_hyp or the step size of the optimizer, or start from other hyperparameters."
+                    f"{less}"
                 )
             self.optimizer.step()
             estimates.append(loss.item())
+            if not all(bool(((value := log.exp()) > 0).all() and torch.isfinite(value).all()) for log in self.logs):
+                raise ValueError(
+                    f"A step on the hyperparameters after epoch {epoch} leads to a prior precision or observation noise of 0 "
+                    f"or Inf. {less}"
+                )
         return estimates
 
     def apply(self) -> None:

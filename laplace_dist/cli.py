@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from laplace_dist import cli_settings
+from laplace_dist.config.command import OF_RECALIBRATIONS
 from laplace_dist.config.command_line import load_config
 from laplace_dist.config.settings import Config
 from laplace_dist.data.sources import load_split
@@ -45,11 +47,11 @@ def main(job: str, argv: Sequence[str] | None = None, **defaults: Any) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
 
     def carry_out() -> int:
-        cli_settings.refuse_idle(argv, cli_settings.OF_RECALIBRATIONS, "jobs/recalibrate.py")
+        cli_settings.refuse_idle(argv, OF_RECALIBRATIONS, "jobs/recalibrate.py")
         if job != "fit":
             cli_settings.refuse_idle(argv, cli_settings.OF_SUMS, "the fit's job")
         config = cli_settings.settings_of_job(job, argv, defaults)
-        cli_settings.say_idle(argv, config, cli_settings.OF_RECALIBRATIONS, "jobs/recalibrate.py")
+        cli_settings.say_idle(argv, config, OF_RECALIBRATIONS, "jobs/recalibrate.py")
         result = JOBS[job](config)
         show_result(result, loading_lines(config, result.checkpoint))
         return 0
@@ -115,6 +117,7 @@ def plan_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
 
     def carry_out() -> int:
+        cli_settings.refuse_idle(argv, OF_RECALIBRATIONS, "jobs/recalibrate.py")
         print("\n".join(planned.lines(estimate(cli_settings.settings_of_job("fit", argv, defaults)))))
         return 0
 
@@ -137,9 +140,7 @@ def verify_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
     parser.add_argument("--config", metavar="FILE.yaml", help="the settings of the run's jobs; flags win")
     parser.add_argument("--checkpoint", help=f"directory or URL of the run ({defaults.get('checkpoint')})")
     parser.add_argument("--storage-options", help="endpoint and credentials, as JSON or YAML")
-    parser.add_argument(
-        "--collect-orphans-older-than", type=float, metavar="HOURS", help="delete attempts that no manifest names"
-    )
+    parser.add_argument("--collect-orphans-older-than", metavar="HOURS", help="delete attempts that no manifest names")
     parser.add_argument("--shallow", action="store_true", help="check that arrays are there, without reading them")
     parser.add_argument(
         "--data", action="store_true", help="read the run's training data again and compare them with what was read"
@@ -151,14 +152,12 @@ def verify_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
 
     def check() -> int:
         config = load_config([*typed, *rest], defaults={"model": "-", "data": "-", **defaults})
-        if hours is not None and not 0 <= hours < float("inf"):
-            raise SettingsError(f"--collect-orphans-older-than: got {hours}; expected hours, at least 0")
         pool = "ray_address" in config.model_fields_set and not shallow
         of_run = cli_settings.settings_for_data(config) if data else config
         report = verify(
             config.checkpoint,
             config.storage_options,
-            collect_orphans_older_than=hours,
+            collect_orphans_older_than=None if hours is None else _hours(hours),
             shallow=shallow,
             data=None if not data else True if pool else _opener(of_run),
             workers=of_run if pool else None,
@@ -191,6 +190,16 @@ def exit_status(carry_out: Callable[[], int], interrupted: str) -> int:
     except Interrupted as error:
         print(f"interrupted by {signal.Signals(error.number).name}. {interrupted}", file=sys.stderr)
         return signals.status(error.number)
+
+
+def _hours(text: str) -> float:
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = math.nan
+    if not 0 <= hours < math.inf:
+        raise SettingsError(f"--collect-orphans-older-than: got {text!r}; expected hours, at least 0")
+    return hours
 
 
 def _opener(config: Config) -> Callable[[str], Any]:

@@ -120,6 +120,8 @@ class FitStages:
         self.store.check_writable()  # before a cluster may be asked for its devices
         if there:
             self.config = config = as_halved(config, self.plan)
+        else:
+            self.session.executor.admit(self.device_type)
         asked = self.given.batch_size
         how = {
             "module_groups": self._groups(resolved, self.plan if there else None),

@@ -11,7 +11,7 @@ from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.config.settings import Config
 from laplace_dist.data import sources
 from laplace_dist.data.groups import groups_of
-from laplace_dist.errors import StorageError
+from laplace_dist.errors import SettingsError, StorageError
 from laplace_dist.execution.session import ExecutorType
 from laplace_dist.execution.tasks import Task
 from laplace_dist.fit_stages import FitStages
@@ -178,6 +178,8 @@ class Job(FitStages):
             follow_on.check_again(self.config, self.store, self.plan, splits)
         except StorageError:
             raise
+        except SettingsError as error:
+            return str(error)
         except Exception as error:  # of the user's own code, which need not know of a split that nobody has asked for
             return f"{type(error).__name__}: {error}"
         self._loaded |= splits

@@ -99,6 +99,8 @@ class MarglikJob(FitStages):
         self.la, self._train = resolved.la, resolved.train
         self._check(resolved.model)
         store.check_writable()
+        if stored is None:
+            self.session.executor.admit(self.device_type)
         bits = own.bits(config.prior_structure)
         self.plan, there = opening.begin(resolved, config, store, self.device_type, self.say, bits)
         self.say(f"{'continuing' if there else 'starting'} the training at {store.url}")
@@ -113,13 +115,25 @@ class MarglikJob(FitStages):
             refuse_changing_buffers(
                 model, loader.read_batch(self._train, 0, min(2, len(self._train)), Collate.of(self.config))[0]
             )
-            self.la.temperature, self.la.sigma_noise = own.temperature, own.sigma_noise_init
-            self.la.prior_precision = self.la.initial_prior_precision(own.prior_prec_init, self.config.prior_structure)
+            self.la.temperature = own.temperature
+            self._set_initial()
             self.hyper = Hyperparameters(self.la, law.has_noise and not own.fix_sigma_noise, own.lr_hyp)
         except ValueError as error:
             raise SettingsError(str(error)) from error
         self._begin_steps(0)
         check_schedule(own, own.n_epochs * math.ceil(len(self._train) / self.config.batch_size))
+
+    def _set_initial(self) -> None:
+        """Give the posterior the initial noise and prior."""
+        own = self.settings
+        try:
+            self.la.sigma_noise = own.sigma_noise_init
+        except ValueError as error:
+            raise SettingsError(f"--sigma-noise-init: got {own.sigma_noise_init:g}; {error}") from error
+        try:
+            self.la.prior_precision = self.la.initial_prior_precision(own.prior_prec_init, self.config.prior_structure)
+        except ValueError as error:
+            raise SettingsError(f"--prior-prec-init: got {own.prior_prec_init:g}; {error}") from error
 
     def _begin_steps(self, steps: int) -> None:
         """Make the optimizer of the weights, and the schedule of its step size after so many steps."""
@@ -160,7 +174,7 @@ class MarglikJob(FitStages):
             try:
                 margliks = self.hyper.climb(own.n_hypersteps, number)
             except ValueError as error:
-                raise RunFailed(str(error)) from error
+                raise RunFailed(f"{error} Begin again elsewhere with these, or with --fresh.") from error
             if best[1] is None or margliks[-1] < self._history[best[1] - 1].margliks[-1]:
                 best = trained.write_posterior(self.store, self.plan, self.la), number
         hyper = trained.hyper_of(self.la)

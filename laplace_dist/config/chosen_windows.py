@@ -5,7 +5,15 @@ from __future__ import annotations
 import re
 
 LAST = re.compile(r"last:([1-9][0-9]*)")
+LONGEST = (
+    200  # bytes of a name that is part of a file's: file systems take 255, and something is put before and after it
+)
 _NAME = re.compile(r"[A-Za-z0-9_-][\w.-]*")
+
+
+def is_short(name: str) -> bool:
+    """Say whether a name can be part of a file's."""
+    return len(name.encode(errors="surrogateescape")) <= LONGEST
 
 
 def checked_name(value: str) -> str:
@@ -14,10 +22,10 @@ def checked_name(value: str) -> str:
     Raises:
         ValueError: Saying what a name may be.
     """
-    if not _NAME.fullmatch(value) or value == "all" or value.startswith("without-"):
+    if not _NAME.fullmatch(value) or not is_short(value) or value == "all" or value.startswith("without-"):
         raise ValueError(
-            "a name of letters, digits, '_', '-' and '.', such as 2026-03-01, that is not all, which --windows takes for every "
-            "window, and does not begin with without-, as the decision of a --drop-window does"
+            f"a name of letters, digits, '_', '-' and '.', at most {LONGEST} bytes, such as 2026-03-01, that is not all, which "
+            "--windows takes for every window, and does not begin with without-, as the decision of a --drop-window does"
         )
     return value
 

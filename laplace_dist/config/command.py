@@ -9,18 +9,24 @@ from typing import Any
 from laplace_dist.config.settings import Config
 from laplace_dist.config.training import Training
 
-_LEFT_OUT = ("fresh", "storage_options", "data_storage_options", "weights_storage_options")
-
+OF_RECALIBRATIONS = (
+    *("windows", "decay", "keep-partials", "shared-examples", "margin-nll", "margin-ece", "level", "draws", "gate"),
+    *("keep-versions", "alert-cmd"),
+)  # which do nothing in other jobs
+_LEFT_OUT = (
+    *("fresh", "storage_options", "data_storage_options", "weights_storage_options"),
+    *(name.replace("-", "_") for name in OF_RECALIBRATIONS),  # which those jobs refuse
+)
 
 _ALWAYS = ("model", "checkpoint", "hessian_structure")  # a job has defaults of its own for these
 
 
 def command_of(config: Config, job: str, training: Training | None = None) -> str:
-    """Return the exact command that gives these settings, without secrets: storage options have to be given again.
+    """Return the exact command that does a job with these settings, without secrets: storage options have to be given again.
 
     Args:
         config: The settings.
-        job: Path of the script, such as `jobs/fit_kron.py`.
+        job: Path of the script of a fit or a training, such as `jobs/fit_kron.py`.
         training: The further settings of a training by empirical Bayes.
     """
     words = ["python", job]

@@ -105,7 +105,10 @@ def _from_text(name: str, text: Any, label: str) -> Any:
         except ValueError:
             value = None
         if not isinstance(value, dict):
-            raise SettingsError(f'{label}: expected a mapping as JSON or YAML text, such as \'{{"name": "value"}}\'')
+            got = "" if name.endswith("storage_options") else f"got {text!r}; "  # which may hold a secret
+            raise SettingsError(
+                f'{label}: {got}expected a mapping as JSON or YAML text, such as \'{{"name": "value"}}\''
+            )
         return value
     if name == "prior_range":
         return [_from_text("decay", part, label) for part in text]  # two numbers

@@ -73,4 +73,11 @@ def call(path: str, field: str, arguments: Mapping[str, Any]) -> Any:
             f"{field}: {path!r} cannot be called with {', '.join(arguments) or 'no arguments'} ({error}); "
             f"change its signature {inspect.signature(function)} or {field}-args"
         ) from error
-    return function(**arguments)
+    try:
+        return function(**arguments)
+    except (SettingsError, OSError, MemoryError):  # of a disk or network, which may be back later
+        raise
+    except Exception as error:  # whatever the user's function does
+        if isinstance(error, RuntimeError) and re.search("memory|CUDA|allocat", str(error)):
+            raise  # of this machine, which others need not share
+        raise SettingsError(f"{field}: {path!r} raises {type(error).__name__}: {error}{_where(error)}") from error

@@ -9,10 +9,12 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from laplace_dist.config import chosen_windows, gates
+from laplace_dist.config.chosen_windows import LONGEST
 from laplace_dist.config.refusals import CREDENTIALS, message_of, problems_of
 from laplace_dist.errors import SettingsError
 
 _OWN_SPLITS = ("train", "val", "test")
+_OF_SPLITS = f"of letters, digits, '_', '-' or '.', at most {LONGEST} bytes, other than train, val and test"
 
 
 class Checked(BaseModel):
@@ -47,18 +49,18 @@ def _json(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_new_split(name: str) -> bool:
-    return name not in _OWN_SPLITS and re.fullmatch(r"[\w.-]+", name) is not None
+    return name not in _OWN_SPLITS and chosen_windows.is_short(name) and re.fullmatch(r"[\w.-]+", name) is not None
 
 
 def _new_split(value: str) -> str:
     if not _is_new_split(value):
-        raise ValueError("a name of letters, digits, '_', '-' or '.', other than train, val and test")
+        raise ValueError(f"a name {_OF_SPLITS}")
     return value
 
 
 def _new_splits(value: list[str]) -> list[str]:
     if not all(_is_new_split(name) and value.count(name) == 1 for name in value):
-        raise ValueError("distinct names of letters, digits, '_', '-' or '.', other than train, val and test")
+        raise ValueError(f"distinct names {_OF_SPLITS}")
     return value
 
 
@@ -80,14 +82,14 @@ def _gates(value: list[str]) -> list[str]:
     return value
 
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]  # what libraries below count with
 Name = Annotated[str, Field(min_length=1)]
 Location = Annotated[str, AfterValidator(_no_credentials)]
 RunLocation = Annotated[Name, AfterValidator(_no_credentials)]
 Arguments = Annotated[dict[str, Any], AfterValidator(_json)]
 NewSplit = Annotated[Name, AfterValidator(_new_split)]
 NewSplits = Annotated[list[str], AfterValidator(_new_splits)]
-Outputs = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_distinct)]
+Outputs = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1), AfterValidator(_distinct)]
 PriorRange = Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_range)]
 WindowName = Annotated[str, AfterValidator(chosen_windows.checked_name)]
 Windows = Annotated[Name, AfterValidator(chosen_windows.checked)]

@@ -16,6 +16,7 @@ _WORDS = {
     "String should have": "expected",
     "a valid integer": "a whole number",
     "greater than or equal to": "at least",
+    "less than or equal to": "at most",
     "a valid dictionary": "a mapping",
     "a valid ": "a ",
 }

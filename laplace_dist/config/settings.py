@@ -72,8 +72,8 @@ class Config(Checked):
         {}, repr=False, exclude=True, description="the same for --weights, where it is a URL"
     )
     collate: str | None = Field(None, description="import path module:callable, as DataLoader's collate_fn")
-    loader_workers: Annotated[int, Field(ge=0)] = Field(
-        0, description="processes that read ahead for one worker; 0 reads in the worker itself"
+    loader_workers: Annotated[int, Field(ge=0, le=128)] = Field(
+        0, description="processes that read ahead for one worker, at most 128; 0 reads in the worker itself"
     )
     dict_key_x: Name = Field("input_ids", description="inputs of a dict-like batch")
     dict_key_y: Name = Field("labels", description="targets of a dict-like batch")
@@ -85,7 +85,7 @@ class Config(Checked):
         "kron", description="structure of the curvature"
     )
     rank: Count = Field(20, description="eigenpairs of a lowrank posterior, at most")
-    oversampling: Annotated[int, Field(ge=2)] = Field(
+    oversampling: Annotated[int, Field(ge=2, lt=2**31)] = Field(
         10, description="columns of a lowrank posterior's sketch beyond the rank"
     )
     backend: Literal["native", "curvlinops", "asdl", "backpack"] = Field(
@@ -96,8 +96,8 @@ class Config(Checked):
         description="exact GGN, sampled Fisher or empirical Fisher; if not given ggn, but mc where over 64 outputs take a "
         "backward pass each",
     )
-    mc_samples: Count | None = Field(
-        None, description="labels drawn for each example by --estimator mc; 1 if not given"
+    mc_samples: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
+        None, description="labels drawn for each example by --estimator mc, a backward pass each; 1 if not given"
     )
     outputs: Outputs | None = Field(
         None, description="indices of some outputs, whose exact GGN is taken, the others held constant"
@@ -113,7 +113,7 @@ class Config(Checked):
         "the memory for at once; as few as the workers' memory asks for if not given",
     )
     num_workers: Count | None = Field(None, description="workers; as many as the cluster holds if not given")
-    cpus_per_worker: Count = Field(1, description="CPUs, and threads, of one worker")
+    cpus_per_worker: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="CPUs, and threads, of one worker")
     gpus_per_worker: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         None, description="1 where there are GPUs, else 0"
     )
@@ -136,7 +136,7 @@ class Config(Checked):
     prior_range: PriorRange | None = Field(
         None, description="the grid search stays between these prior precisions; begins with 1e-4 to 1e4 if not given"
     )
-    grid_size: Annotated[int, Field(ge=2)] = Field(41, description="values in the range of the grid search")
+    grid_size: Annotated[int, Field(ge=2, le=10_000)] = Field(41, description="values in the range of the grid search")
     link_approx: Literal["probit", "mc", "bridge"] = Field("probit", description="approximation of the predictive")
     pred_type: Literal["glm", "nn"] = Field("glm", description="linearised, or by sampling networks")
     segment_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
@@ -165,7 +165,7 @@ class Config(Checked):
         0.01, description="by which a candidate's calibration error may be higher and still count as no worse"
     )
     level: Annotated[float, Field(gt=0.5, lt=1)] = Field(0.95, description="one-sided level of the comparison")
-    draws: Annotated[int, Field(ge=100)] = Field(2000, description="of the bootstrap of the comparison")
+    draws: Annotated[int, Field(ge=100, le=1_000_000)] = Field(2000, description="of the bootstrap of the comparison")
     gate: Gates = Field(
         [], description="a threshold that a candidate has to meet too, such as nll<=0.005; may be given several times"
     )

@@ -42,7 +42,7 @@ class Training(Checked):
     parts: Count = Field(4, description="parts of a batch, whose gradients workers find and the driver adds in order")
     shuffle: bool = Field(False, description="draw the order of the batches anew in every epoch")
     lr_hyp: Positive = Field(0.1, description="step size of Adam on the hyperparameters")
-    n_epochs_burnin: Annotated[int, Field(ge=0)] = Field(0, description="epochs before the first estimate")
+    n_epochs_burnin: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="epochs before the first estimate")
     n_hypersteps: Count = Field(10, description="steps on the hyperparameters for each estimate of the evidence")
     marglik_frequency: Count = Field(1, description="estimate the evidence after every so many epochs")
     prior_prec_init: Positive = Field(1.0, description="initial prior precision")

@@ -113,7 +113,7 @@ def _native(value: Any) -> Any:
     """Return an example with arrays that torch can take: in this machine's byte order, with no negative strides."""
     if isinstance(value, np.ndarray):
         odd = not value.dtype.isnative or any(stride < 0 for stride in value.strides)
-        return np.ascontiguousarray(value, value.dtype.newbyteorder("=")) if odd else value
+        return np.array(value, value.dtype.newbyteorder("="), order="C") if odd else value
     if isinstance(value, Mapping):
         items = dict(value.items())
         changed = {key: _native(item) for key, item in items.items()}

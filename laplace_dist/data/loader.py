@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from laplace_dist.data.collate import Collate
 from laplace_dist.data.rows import Rows
 from laplace_dist.data.zarr_split import ZarrSplit
-from laplace_dist.errors import ExampleError
+from laplace_dist.errors import ExampleError, SettingsError
 
 DEFAULT = Collate()
 
@@ -35,7 +35,7 @@ def batches(
 
     Raises:
         ExampleError: The data set raised an error; the message names the example and the error is its cause.
-        SettingsError: Batches do not have inputs and targets.
+        SettingsError: Batches do not have inputs and targets, or not one target per example.
     """
     assert 0 <= start < stop <= len(dataset), f"range {start}..{stop} of {len(dataset)} examples"
     for offset in range(start, stop, batch_size):
@@ -44,7 +44,15 @@ def batches(
 
 def read_batch(dataset: Any, start: int, stop: int, collate: Collate = DEFAULT) -> tuple[Any, Tensor]:
     """Return the inputs and targets of one batch; arguments and errors as of `batches`."""
-    return collate.split(_read(dataset, start, stop, collate))
+    x, y = collate.split(_read(dataset, start, stop, collate))
+    if y.ndim == 0 or len(y) != stop - start:
+        shown = "one" if y.ndim == 0 else f"{len(y)}"
+        raise SettingsError(
+            f"--data: examples {start} to {stop - 1} gave {shown} target(s) in place of {stop - start}; give one target per "
+            "example: neither a data set's __getitems__ nor --collate may leave any out, or add some. What is not to count has "
+            "a weight of 0 (--example-weights), or is left out of the data set."
+        )
+    return x, y
 
 
 def _read(dataset: Any, start: int, stop: int, collate: Collate) -> Any:

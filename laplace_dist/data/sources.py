@@ -94,7 +94,14 @@ def load_split(config: Config, split: str) -> Any:
             f"--data: {config.data!r} returned a {type(dataset).__name__} for split {split!r}; expected a map-style "
             "data set, with __len__ and __getitem__"
         )
-    if len(dataset) == 0:
+    try:
+        length = len(dataset)
+    except Exception as error:  # the user's own code, as where an example is read
+        raise SettingsError(
+            f"--data: the length of what {config.data!r} returned for split {split!r} cannot be told "
+            f"({type(error).__name__}: {error}); __len__ gives the number of examples"
+        ) from error
+    if length == 0:
         raise SettingsError(f"--data: {config.data!r} returned an empty data set for split {split!r}")
     if config.example_weights is not None and split != "train":
         with _weights_that_cannot_be_read():

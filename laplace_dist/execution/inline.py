@@ -44,14 +44,19 @@ class Inline:
         """Return the bytes that are free for this process."""
         return free_bytes(device) if device == "cpu" or torch.cuda.is_available() else None
 
-    def pool(self, device: str, expected: int | None = None) -> InlinePool:
-        """Return the one worker that there is.
-
-        Raises:
-            SettingsError: It is to compute on a GPU, and torch cannot use one here.
-        """
+    def admit(self, device: str) -> None:
+        """Refuse a GPU where torch cannot use one here."""
         if device == "cuda" and not torch.cuda.is_available():
-            raise SettingsError("--device: got 'cuda', but torch cannot use a GPU in this process; give --device cpu")
+            config, why = self._config, "but torch cannot use a GPU in this process"
+            if config.gpus_per_worker:
+                raise SettingsError(f"--gpus-per-worker: got {config.gpus_per_worker:g}, {why}; leave it out")
+            if config.device == "cuda":
+                raise SettingsError(f"--device: got 'cuda', {why}; give --device cpu")
+            raise SettingsError(f"--device: the run has begun on GPUs, {why}; go on with it where there is one")
+
+    def pool(self, device: str, expected: int | None = None) -> InlinePool:
+        """Return the one worker that there is; refusals as of `admit`."""
+        self.admit(device)
         self._say("inline: every task is carried out in this process")
         return InlinePool(self._config, device)
 

@@ -68,7 +68,7 @@ def answers(address: str) -> str | None:
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
             return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:  # as of a port that is no number, or too large a one
         return str(error)
 
 

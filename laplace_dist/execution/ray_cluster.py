@@ -50,9 +50,46 @@ class Cluster:
         """Return `cuda` or `cpu`, the type of device that the workers will use."""
         if self.config.gpus_per_worker is not None:
             return "cuda" if self.config.gpus_per_worker > 0 else "cpu"
-        private = self._stack is None and not is_connected() and find_address(self.config.ray_address)[0] is None
-        gpus = torch.cuda.device_count() if private else self.resources().get("GPU", 0)
+        gpus = torch.cuda.device_count() if self._starts_its_own() else self.resources().get("GPU", 0)
         return "cuda" if gpus >= 1 else "cpu"
+
+    def admit(self, device: str) -> None:
+        """Refuse a worker that is larger than any node, where no other node is to be expected.
+
+        Of a private cluster that is not started yet, this machine is the only node that it will have.
+        """
+        if private := self._starts_its_own():
+            totals: list[Mapping[str, float]] = [
+                {"CPU": self._resources_here()["num_cpus"], "GPU": torch.cuda.device_count()}
+            ]
+        else:
+            self.connect()
+            import ray
+
+            private, totals = self._private, [node.total for node in nodes_of(ray)]
+        need = self._need(device)
+        if any(how_many(have, need) > 0 for have in totals) or (not private and self.config.num_workers is not None):
+            return
+        have = {name: sum(total.get(name, 0) for total in totals) for name in need}
+        if private or all(have[name] > 0 for name, amount in need.items() if amount > 0):
+            raise SettingsError(
+                f"{self._asked(need, totals)}; no worker fits on any node of the cluster, which has {have['CPU']:g} CPUs and "
+                f"{have['GPU']:g} GPUs in all. Ask for less, or "
+                + ("give the --ray-address of a larger one" if private else "--num-workers to wait for nodes that join")
+            )
+
+    def _asked(self, need: Mapping[str, float], totals: Sequence[Mapping[str, float]]) -> str:
+        """Return which setting asks for more than any of these nodes has."""
+        config = self.config
+        if max((have.get("GPU", 0) for have in totals), default=0) >= need["GPU"]:
+            return f"--cpus-per-worker: got {config.cpus_per_worker}"
+        if config.gpus_per_worker:
+            return f"--gpus-per-worker: got {config.gpus_per_worker:g}"
+        return "--device: got 'cuda'" if config.device == "cuda" else "--device: the run has begun on GPUs"
+
+    def _starts_its_own(self) -> bool:
+        """Say whether a private cluster would be started now."""
+        return self._stack is None and not is_connected() and find_address(self.config.ray_address)[0] is None
 
     def memory(self, device: str) -> int | None:
         """Return the memory of the largest node that holds a worker, if there is one yet.
@@ -60,7 +97,7 @@ class Cluster:
         Of a private cluster it is what is free here, shared by the workers asked for.
         That of GPUs is not known before a worker is there, but what is summed there passes through the node's memory.
         """
-        if self._stack is None and not is_connected() and find_address(self.config.ray_address)[0] is None:
+        if self._starts_its_own():
             free = free_bytes("cpu")
             return None if free is None else free // (self.config.num_workers or 1)
         self.connect()
@@ -158,22 +195,16 @@ class Cluster:
         Raises:
             SettingsError: One worker is larger than any node, and no node is to be expected.
         """
-        config, have = self.config, self.resources()
+        config = self.config
+        self.connect()
+        self.admit(device)
         import ray
 
         need = self._need(device)
-        joining = not self._private and config.num_workers is not None
         demand = None if self._private else self._demand(need)
         need |= self._memory_of(expected, [node.total for node in nodes_of(ray) if how_many(node.total, need) > 0])
         placement = Placement(lambda: nodes_of(ray), need, config.num_workers, demand)
         placement.refresh(time.monotonic())
-        lacking = [name for name, amount in need.items() if amount > 0 and have.get(name, 0) == 0]
-        if placement.fits < 1 and not joining and (self._private or not lacking):
-            raise SettingsError(
-                f"cpus_per_worker={config.cpus_per_worker}, gpus_per_worker={need['GPU']:g}: no worker fits on any node of the "
-                f"cluster, which has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs in all. Ask for less, or "
-                "set num_workers to wait for nodes that are still to join."
-            )
         if placement.fits < 1:
             self.say(f"Ray: waiting for nodes to join ({placement.describe()})")
         return Pool(config, placement, self.say, counters=Counters())

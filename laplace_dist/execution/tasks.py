@@ -111,6 +111,13 @@ class Executor(Protocol):
             device: `cpu` or `cuda`, where it computes.
         """
 
+    def admit(self, device: str) -> None:
+        """Refuse workers that can never be had, before anything is begun; arguments as of `memory`.
+
+        Raises:
+            SettingsError: Naming the setting that asks for more than there is.
+        """
+
     def pool(self, device: str, expected: int | None = None) -> Workers:
         """Return the workers.
 

@@ -110,6 +110,12 @@ def is_watched(store: Store, key: str) -> bool:
     return any(name.startswith(f"{MONITOR}/") for name in open_json(store.read(shard), shard)["arrays"])
 
 
+def committed_evaluations(store: Store) -> list[str]:
+    """Return the keys of all evaluations of a run."""
+    there = store.list("evaluation", recursive=False)
+    return [key for key in there if key.endswith(".json") and key != METRICS]
+
+
 def shown(store: Store) -> str | None:
     """Return the key of the evaluation that `evaluation/metrics.json` repeats, or None where there is none."""
     try:
@@ -117,7 +123,7 @@ def shown(store: Store) -> str | None:
         version, tuning = found.pop("version"), found.pop("tuning")
     except (MissingObjectError, ValueError, KeyError, TypeError, AttributeError):
         return None  # which a verification names
-    for key in store.list("evaluation", recursive=False):
+    for key in committed_evaluations(store):
         if key.startswith(f"evaluation/{version}-"):
             sealed = open_json(store.read(key), key)
             if sealed["metrics"] == found and sealed["settings"].get("tuning") == tuning:

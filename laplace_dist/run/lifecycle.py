@@ -8,15 +8,17 @@ from typing import Any
 
 from torch import nn
 
+from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan, differences
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.checkpoint import Checkpoint, open_json
+from laplace_dist.run.law import check_law
 from laplace_dist.run.layout import CONFIG, CURRENT, PLAN, TRAINING, WINDOW, partial_key, probe_key
 from laplace_dist.run.ownership import confirm, of_another, read_plan
 from laplace_dist.run.partial_manifests import check_manifest
 from laplace_dist.run.place import check_place, clear
-from laplace_dist.run.probe import check_probe, probe_digest
+from laplace_dist.run.probe import check_probe, open_probe, probe_digest
 from laplace_dist.run.run_weights import RunWeights, are_there
 from laplace_dist.run.second_pass import place_of_second, read_second_plan
 from laplace_dist.run.settings_file import seal_yaml
@@ -25,7 +27,9 @@ from laplace_dist.storage.store import Store
 
 
 def check_model(store: Store, plan: Plan, model: nn.Module, who: str) -> None:
-    """Refuse a model whose outputs are not those of the run's; a run without a probe cannot tell.
+    """Refuse a model whose outputs are not those of the run's, and a likelihood that makes something else of them.
+
+    A run without a probe cannot tell.
 
     Args:
         store: The checkpoint.
@@ -39,7 +43,12 @@ def check_model(store: Store, plan: Plan, model: nn.Module, who: str) -> None:
     """
     if plan.probe is not None:
         key = probe_key(plan.probe)
-        check_probe(store.read(key), plan.probe, model, f"{store.url}/{key}", who)
+        content, label = store.read(key), f"{store.url}/{key}"
+        check_probe(content, plan.probe, model, label, who)
+        _, outputs, law = open_probe(content, plan.probe, label)
+        if law:  # older runs have none
+            name, estimator = plan.settings["likelihood"], plan.settings["estimator"]
+            check_law(law, outputs, likelihood_of(name).fitted, name, estimator, who)
 
 
 def open_run(

@@ -24,6 +24,7 @@ from laplace_dist.data.device import to_device
 from laplace_dist.errors import CheckpointError, SettingsError
 
 EXAMPLES = 4
+_LAW = "law/"  # before the names of what the likelihood makes of them
 LARGEST = 4 * 2**20  # bytes of inputs, if more than one example has them
 TOLERANCE = {
     "float32": 1e-3,
@@ -32,13 +33,19 @@ TOLERANCE = {
 COARSE = 5e-2  # of half precision, and of float32 products in TF32
 
 
-def make_probe(model: nn.Module, batch: Callable[[int], Any], length: int) -> bytes:
+def make_probe(
+    model: nn.Module,
+    batch: Callable[[int], Any],
+    length: int,
+    law: Callable[[int, Tensor], Mapping[str, Tensor]] = lambda count, outputs: {},
+) -> bytes:
     """Return the probe of a model as a safetensors file.
 
     Args:
         model: In eval mode.
         batch: Returns the first so many examples' inputs as the model takes them.
         length: Number of examples that there are.
+        law: Returns what the likelihood makes of the first so many examples, whose outputs it is given.
 
     Raises:
         SettingsError: The model gives other outputs when it is run again.
@@ -46,7 +53,8 @@ def make_probe(model: nn.Module, batch: Callable[[int], Any], length: int) -> by
     """
     x = batch(1)
     one = sum(tensor.nbytes for tensor in _flatten(x)[0].values())
-    x = batch(max(1, min(EXAMPLES, length, LARGEST // max(one, 1))))
+    count = max(1, min(EXAMPLES, length, LARGEST // max(one, 1)))
+    x = batch(count)
     tensors, form = _flatten(nested(x) if is_flat(x) else x)
     outputs = _run(model, x)
     if not torch.equal(outputs, _run(model, x)):
@@ -55,7 +63,9 @@ def make_probe(model: nn.Module, batch: Callable[[int], Any], length: int) -> by
             "time. Switch off what is random in eval mode (functional dropout without training=self.training, noise)."
         )
     header = {"form": json.dumps(form)}
-    return safetensors.torch.save({**tensors, "outputs": outputs.contiguous()}, metadata=header)
+    kept = {"outputs": outputs} | {f"{_LAW}{name}": value for name, value in law(count, outputs).items()}
+    tensors |= {name: value.cpu().contiguous() for name, value in kept.items()}
+    return safetensors.torch.save(tensors, metadata=header)
 
 
 def probe_digest(content: bytes) -> str:
@@ -77,7 +87,7 @@ def check_probe(content: bytes, digest: str, model: nn.Module, label: str, who: 
         CheckpointError: The probe is truncated or altered.
         SettingsError: The model is another one.
     """
-    inputs, wanted = open_probe(content, digest, label)
+    inputs, wanted, _ = open_probe(content, digest, label)
     try:
         found = _run(model, to_device(inputs, next(model.parameters()).device))
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
@@ -111,8 +121,8 @@ def _run(model: nn.Module, x: Any) -> Tensor:
         return model(x).detach().cpu().nan_to_num()  # NaN is another check's business, and equals itself here
 
 
-def open_probe(content: bytes, digest: str, label: str) -> tuple[Any, Tensor]:
-    """Return the inputs and outputs of a probe.
+def open_probe(content: bytes, digest: str, label: str) -> tuple[Any, Tensor, dict[str, Tensor]]:
+    """Return the inputs and outputs of a probe, and what the likelihood makes of them; nothing of that of older runs.
 
     Raises:
         CheckpointError: It is truncated or altered.
@@ -124,7 +134,8 @@ def open_probe(content: bytes, digest: str, label: str) -> tuple[Any, Tensor]:
         tensors = safetensors.torch.load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         form = json.loads(header["__metadata__"]["form"])
-        return flat(_rebuilt(form, tensors)), tensors["outputs"]
+        law = {name.removeprefix(_LAW): value for name, value in tensors.items() if name.startswith(_LAW)}
+        return flat(_rebuilt(form, tensors)), tensors["outputs"], law
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(bad) from error
 

@@ -69,6 +69,10 @@ def check(config: Config, model: nn.Module, splits: Mapping[str, Any]) -> dict[s
 def _check_example(example: Any) -> None:
     """Refuse what torch would join into something else than a batch."""
     for name, leaf in _named(example):
+        if isinstance(leaf, Tensor) and leaf.is_meta:
+            raise SettingsError(
+                f"--data: {name} of example 0 lies on torch's meta device, which has no values; give real ones"
+            )
         if isinstance(leaf, Tensor) and leaf.layout is not torch.strided:
             raise SettingsError(
                 f"--data: {name} of example 0 is a sparse tensor ({leaf.layout}); give dense ones, such as {name}.to_dense()"
@@ -106,6 +110,10 @@ def _outputs(model: nn.Module, x: Any, y: Tensor) -> Tensor:
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise SettingsError("--model: it has no parameters, so there is nothing to be uncertain about")
+    if parameter.is_meta:
+        raise SettingsError(
+            "--model: its weights lie on torch's meta device, which has no values; build it with real ones"
+        )
     _check_lengths(x, y)
     few = to_device(part_of(x, slice(0, FEW)), parameter.device)
     try:

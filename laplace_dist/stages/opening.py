@@ -6,8 +6,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from torch import Tensor
+
 from laplace.structures.registry import SECOND_PASSES
 from laplace_dist.config.compatibility import check_example_weights
+from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.config.settings import Config
 from laplace_dist.data import loader, sources
 from laplace_dist.data.collate import Collate
@@ -17,6 +20,7 @@ from laplace_dist.plan.plan import Plan, build_plan
 from laplace_dist.run import layout, lifecycle, weights
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.combination import Window, place_of
+from laplace_dist.run.law import law_of
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.probe import make_probe
 from laplace_dist.run.run_weights import RunWeights
@@ -166,8 +170,19 @@ def _probe(resolved: Resolved, config: Config, say: Callable[[str], None]) -> by
     def batch(count: int) -> Any:
         return loader.read_batch(resolved.train, 0, count, Collate.of(config))[0]
 
+    def law(count: int, outputs: Tensor) -> dict[str, Tensor]:
+        if len(outputs) != count:
+            raise SettingsError(
+                f"--model: it returns {tuple(outputs.shape)} for {count} examples; expected (batch, …, outputs)"
+            )
+        y = loader.read_batch(resolved.train, 0, count, Collate.of(config))[1]
+        try:
+            return law_of(likelihood_of(config.likelihood).fitted, outputs, y, config.estimator)
+        except (ValueError, NotImplementedError) as error:  # which every batch would meet
+            raise SettingsError(f"--likelihood: {config.likelihood!r} fails on the first examples: {error}") from error
+
     try:
-        return make_probe(resolved.model, batch, len(resolved.train))
+        return make_probe(resolved.model, batch, len(resolved.train), law)
     except TypeError as error:
         say(
             f"the inputs hold {error}, which cannot be stored with the run: whether --model's code is still the same "

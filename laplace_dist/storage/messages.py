@@ -36,6 +36,10 @@ class Messages:
                 f"--checkpoint {self.url!r}: the file system there has no hard links, which commits need: use another "
                 f"directory or an object store ({reason})"
             )
+        if number == errno.ENAMETOOLONG:
+            return SettingsError(
+                f"--checkpoint {self.url!r}: a name there is too long for the file system ({reason}). Give a shorter one."
+            )
         if verb == "write":
             if number in (errno.ENOSPC, errno.EDQUOT):
                 return RunFailed(

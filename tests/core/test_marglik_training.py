@@ -301,6 +301,11 @@ def test_training_that_diverges_says_so():
         ValueError, match="The log marginal likelihood is -.*it or its gradient is not finite. Lower lr_hyp"
     ):
         marglik_training(*exploding(), optimizer_cls=torch.optim.SGD, optimizer_kwargs={"lr": 1e9}, n_epochs=3)
+    for steps in (1, 5):  # the last step, and one that an evidence follows
+        with pytest.raises(
+            ValueError, match="leads to a prior precision or observation noise of 0 or Inf. Lower lr_hyp"
+        ):
+            train(lr_hyp=1e3, n_hypersteps=steps)
     model, batches, likelihood = exploding()
     for p in model.parameters():
         p.data *= 1e20

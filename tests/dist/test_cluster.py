@@ -9,10 +9,12 @@ import dist_cases
 import pytest
 import ray  # here, since it reads the environment when it is imported, which a fixture takes away
 
+from laplace_dist import fit
 from laplace_dist.errors import SettingsError
 from laplace_dist.execution import ray_access, ray_cluster
 from laplace_dist.execution.ray_access import find_address
 from laplace_dist.execution.ray_cluster import Cluster
+from laplace_dist.run.checkpoint import Checkpoint
 
 
 @pytest.fixture
@@ -123,3 +125,28 @@ def test_a_cluster_that_cannot_be_joined_is_refused_as_a_setting(clean, monkeypa
     monkeypatch.setattr(ray_cluster, "is_connected", lambda: False)
     with pytest.raises(SettingsError, match=f"--ray-address: cannot connect to '{listening}'.*{error}"):
         Cluster(dist_cases.config(clean, ray_address=listening), say=lambda text: None).connect()
+
+
+HERE = {"gpus": 0, "cpus": 2}
+TOO_LARGE = [
+    ({"cpus_per_worker": 3}, "cpu", "--cpus-per-worker: got 3; no worker fits .* 2 CPUs and 0 GPUs"),
+    ({"gpus_per_worker": 2.0}, "cuda", "--gpus-per-worker: got 2; no worker fits"),
+    ({"gpus_per_worker": None, "device": "cuda"}, "cuda", "--device: got 'cuda'; no worker fits"),
+]
+
+
+@pytest.mark.parametrize(("changes", "device", "words"), TOO_LARGE)
+def test_a_worker_larger_than_this_machine_is_refused_before_a_private_cluster_or_a_run_is_begun(
+    clean, monkeypatch, changes, device, words
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: HERE["cpus"])
+    monkeypatch.setattr(ray_cluster.torch.cuda, "device_count", lambda: HERE["gpus"])
+    config = dist_cases.config(clean / "run", ray_address="local", **changes)
+    monkeypatch.setattr(Cluster, "connect", lambda self: pytest.fail("a cluster was started"))
+    with pytest.raises(SettingsError, match=words):
+        Cluster(config).admit(device)
+    with pytest.raises(SettingsError, match=words):
+        fit(config)
+    assert Checkpoint(str(clean / "run")).list() == []
+    wanted = config.model_copy(update={"num_workers": 1, "gpus_per_worker": 0.0})
+    Cluster(wanted).admit("cpu")  # who asks for a worker of many threads on this machine gets it

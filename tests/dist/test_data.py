@@ -48,6 +48,16 @@ def no_data(split):
 def no_split():
     return []
 
+class Half:
+    def __len__(self):
+        return 4.5
+
+    def __getitem__(self, index):
+        return index
+
+def half(split):
+    return Half()
+
 number = 3
 """
 
@@ -216,6 +226,13 @@ DATA = [
     ("user_code:data", "train", {"n": 0}, "returned an empty data set for split 'train'"),
     ("user_code:data", "train", {"m": 0}, "cannot be called with split, m"),
     ("user_code:datta", "train", {}, "has no 'datta'"),
+    (
+        "user_code:half",
+        "train",
+        {},
+        "the length of what 'user_code:half' returned for split 'train' cannot be told (TypeError",
+    ),
+    ("user_code:data", "train", {"n": "x"}, "'user_code:data' raises TypeError"),
     (
         "nowhere/data.zarr",
         "train",

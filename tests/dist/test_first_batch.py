@@ -46,6 +46,7 @@ MODELS = {
     "pair": lambda: Quiet(lambda f: (f, f)).eval(),
     "sum": lambda: Quiet(lambda f: f.sum()).eval(),
     "no batch": lambda: Quiet(lambda f: f[:1]).eval(),
+    "meta": lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3, device="meta")).eval(),
     "nothing": lambda: nn.Sequential(nn.Flatten()).eval(),
     "bert": calling_cases.bert,
 }
@@ -57,6 +58,16 @@ def model(kind: str) -> nn.Module:
 
 def unequal():
     return [(torch.zeros(1, 6, 6), 0)] * 2 + [(torch.zeros(1, 7, 6), 0)] * 2
+
+
+class Filtered(list):
+    """A data set that leaves an example out of a batch."""
+
+    def __init__(self):
+        super().__init__(pairs(IMAGES, LABELS))
+
+    def __getitems__(self, indices):
+        return [self[i] for i in indices if i != 2]
 
 
 def pairs(x, y):
@@ -80,7 +91,12 @@ DATA = {
     "shapes": ("convnet", TensorDataset(torch.zeros(N, 5), LABELS), ["--model: its forward fails", "x (2, 5) torch.float32",
                "RuntimeError"]),
     "scalars": ("convnet", [torch.ones(())] * N, ["--data: a batch is a Tensor; expected a pair"]),
+    "no values": ("convnet", pairs(IMAGES.to("meta"), LABELS), ["--data: x of example 0 lies on torch's meta device"]),
+    "left out": ("convnet", Filtered(), ["--data: examples 0 to 3 gave 3 target(s) in place of 4", "__getitems__", "--collate"]),
     # outputs
+    "model without values": ("meta", TensorDataset(IMAGES, LABELS), ["--model: its weights lie on torch's meta device"]),
+    "model that raises": ("raises", TensorDataset(IMAGES, LABELS), ["--model: 'test_first_batch:model' raises KeyError: 'raises'",
+                          "test_first_batch.py, line"]),
     "two answers": ("pair", TensorDataset(IMAGES, LABELS), ["--model: it returns a tuple", "expected one tensor"]),
     "one number": ("sum", TensorDataset(IMAGES, LABELS), ["--model: it returns () for 2 examples", "(batch, …, outputs)"]),
     "one row": ("no batch", TensorDataset(IMAGES, LABELS), ["--model: it returns (1, 3) for 2 examples"]),
@@ -197,6 +213,7 @@ def test_a_mapping_of_which_the_model_takes_a_part_is_refused_in_one_line(tmp_pa
 
 FINE = {
     "big-endian, reversed": [(x.flip(2).numpy()[:, :, ::-1].astype(">f4"), int(y)) for x, y in pairs(IMAGES, LABELS)],
+    "big-endian labels of no dimension": [(x.numpy(), np.array(int(y), ">i8")) for x, y in pairs(IMAGES, LABELS)],
     "numpy scalars": [(x.numpy(), np.int16(y)) for x, y in pairs(IMAGES, LABELS)],
     "labels of one byte": TensorDataset(IMAGES, LABELS.to(torch.uint8)),
 }

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 import laplace_dist
 from laplace.data.calling import adapted
 from laplace.data.nested import parts
+from laplace.likelihoods import BaseLikelihood
 from laplace_dist import load_posterior
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
 from laplace_dist.job import evaluate_posterior, tune_posterior
@@ -26,7 +27,7 @@ from laplace_dist.run.probe import check_probe, make_probe, probe_digest
 from laplace_dist.stages.context import Context
 from laplace_dist.stages.map import MapSegment
 
-ACTIVATION, CHANGED, LOADS = [nn.Tanh], [], []
+ACTIVATION, CHANGED, LOADS, FORMULA = [nn.Tanh], [], [], [1.0]
 
 
 def activated() -> nn.Module:
@@ -64,7 +65,7 @@ def long(split: str, n: int = 640) -> TensorDataset:
 @pytest.fixture(autouse=True)
 def as_it_was():
     yield
-    ACTIVATION[:], CHANGED[:], LOADS[:] = [nn.Tanh], [], []
+    ACTIVATION[:], CHANGED[:], LOADS[:], FORMULA[:] = [nn.Tanh], [], [], [1.0]
 
 
 def config(path, **changes):
@@ -195,6 +196,49 @@ def test_a_model_that_is_random_in_eval_mode_is_refused_before_anything_is_writt
     ):
         dist_cases.run_inline(dist_cases.config(tmp_path / "run", model="test_identity:noisy"))
     assert not (tmp_path / "run" / "plan.json").exists()
+
+
+def waiting():
+    return Waiting()
+
+
+class Waiting(BaseLikelihood):
+    """A likelihood of one's own, whose formula is edited."""
+
+    def nll(self, f, y):
+        return (FORMULA[0] * y[:, None] * f.exp() - f).sum(-1)
+
+    def draw(self, f, u):
+        return (-torch.log1p(-u) * (-f).exp() * FORMULA[0])[:, 0]
+
+
+@pytest.mark.parametrize("estimator", ["ggn", "mc", "ef"])
+def test_an_edited_likelihood_is_refused_wherever_the_run_is_met(tmp_path, estimator):
+    """Its name and settings are what they were: with the rest of the segments, the sum would be of two formulas."""
+    chosen = dist_cases.config(tmp_path, likelihood="test_identity:waiting", estimator=estimator)
+    with dist_cases.inline_job(chosen) as job:
+        job.open()
+        Context(chosen).carry_out(MapSegment(job.plan.digest, job.plan.segments[0]))
+        FORMULA[0] = 3.0
+        with pytest.raises(
+            SettingsError, match="what --model builds on node .* what 'test_identity:waiting' makes there"
+        ):
+            Context(chosen).carry_out(MapSegment(job.plan.digest, job.plan.segments[1]))
+    with pytest.raises(SettingsError, match="--likelihood: .* the loss of the same outputs differs by .* of its size"):
+        dist_cases.run_inline(chosen)
+    FORMULA[0] = 1.0
+    dist_cases.run_inline(chosen)
+    FORMULA[0] = torch.ones(7)
+    with pytest.raises(SettingsError, match="the given model is the run's, but .* it fails on the run's examples"):
+        load_posterior(str(tmp_path), dist_cases.convnet())
+
+
+def test_a_likelihood_whose_curvature_alone_was_edited_is_refused(tmp_path, monkeypatch):
+    chosen = dist_cases.config(tmp_path, likelihood="test_identity:waiting")
+    dist_cases.run_inline(chosen)
+    monkeypatch.setattr(Waiting, "root_columns", lambda self, f, y: iter([torch.ones_like(f)]))
+    with pytest.raises(SettingsError, match="the curvature in the outputs of the same outputs differs"):
+        load_posterior(str(tmp_path), dist_cases.convnet())
 
 
 NESTED = [

@@ -56,6 +56,22 @@ def test_an_argument_of_another_kind_is_refused_by_name(tmp_path, entry):
     assert not (tmp_path / "run").exists()
 
 
+NO_GPU = [
+    ({"device": "cuda", "gpus_per_worker": None}, "--device: got 'cuda'"),
+    ({"gpus_per_worker": 1.0}, "--gpus-per-worker: got 1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), NO_GPU)
+@pytest.mark.parametrize("entry", [ENTRIES["fit"], ENTRIES["train"]])
+def test_a_gpu_that_is_not_here_is_refused_before_a_run_on_it_is_begun(tmp_path, monkeypatch, entry, changes, words):
+    """Else the run could be gone on with nowhere: what it computes on is in its plan."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SettingsError, match=words):
+        entry(dist_cases.config(tmp_path / "run", **changes), executor=laplace_dist.Inline)
+    assert Checkpoint(str(tmp_path / "run")).list() == []
+
+
 def test_settings_of_a_training_and_of_an_estimate_are_of_their_kinds(tmp_path):
     with pytest.raises(SettingsError, match=r"settings: got a dict; give a laplace_dist.Training"):
         laplace_dist.marglik_train(dist_cases.config(tmp_path), {"n_epochs": 3})

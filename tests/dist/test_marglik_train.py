@@ -238,6 +238,16 @@ def test_the_order_in_which_receipts_arrive_changes_no_bit(tmp_path, monkeypatch
         ({"hessian_structure": "kron", "prior_structure": "diag"}, {}, "--prior-structure: got 'diag' for a kron"),
         ({}, {"optimizer_args": {"rate": 1.0}}, "--optimizer-args: got {'rate': 1.0} for adam; .*unexpected keyword"),
         ({}, {"optimizer_args": {"lr": -1.0}}, "--optimizer-args: got {'lr': -1.0} for adam; Invalid learning rate"),
+        (
+            {"model": "training_cases:digits", "data": "training_cases:digits_data", "likelihood": "classification"},
+            {"sigma_noise_init": 2.0},
+            "--sigma-noise-init: got 2; .*no meaning for classification",
+        ),
+        (
+            {"model": "training_cases:digits", "data": "training_cases:digits_data", "likelihood": "classification"},
+            {"prior_prec_init": 1e300},
+            r"--prior-prec-init: got 1e\+300; prior_precision must be positive",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_begins(tmp_path, changes, own, words):
@@ -325,6 +335,13 @@ def test_from_the_command_line(tmp_path, capsys):
     assert "train: 2/2 epochs" in said and "load_trained(" in said and "evidence" in said
     assert cli_training.marglik_main([*flags, "--n-epochs", "some"], hessian_structure="diag") == 2
     assert "--n-epochs: got 'some'" in capsys.readouterr().err
+    refused = {
+        "--decay=0.5": (2, "--decay: does nothing in this job, but in jobs/recalibrate.py"),
+        "--lr-hyp=1e9": (1, "leads to a prior precision or observation noise of 0 or Inf. Lower lr_hyp"),
+    }
+    for flag, (status, words) in refused.items():
+        assert cli_training.marglik_main([*flags, *own, "--n-hypersteps", "1", "--fresh", flag]) == status
+        assert words in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli_training.marglik_main(["--help"], hessian_structure="diag", checkpoint="runs/x")
     assert "--n-hypersteps" in capsys.readouterr().out

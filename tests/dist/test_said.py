@@ -106,7 +106,8 @@ def test_the_command_of_settings_gives_these_settings_without_secrets(changes):
     command = command_of(given, "jobs/fit_kron.py")
     python, job, *flags = shlex.split(command)
     assert (python, job) == ("python", "jobs/fit_kron.py") and "geheim" not in command
-    expected = given.model_copy(update={"storage_options": {}, "fresh": False})
+    of_recalibrations = {"keep_partials": False, "decay": 1.0}  # which a fit refuses
+    expected = given.model_copy(update={"storage_options": {}, "fresh": False, **of_recalibrations})
     assert load_config(flags) == expected
 
 

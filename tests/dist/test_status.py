@@ -214,6 +214,16 @@ def test_the_job_prints_status_and_refuses_a_mistyped_checkpoint(store, capsys):
     assert "where there is no run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("key", ["", "nan", "plan.json", "../x", "evaluation/x.json", "evaluation/metrics.json"])
+def test_a_report_of_an_evaluation_that_is_not_there_is_refused(store, capsys, key):
+    store.replace("evaluation/metrics.json", b"{}")
+    before = store.list()
+    assert cli_readers.report_main([store.url, "--evaluation", key]) == 2
+    said = capsys.readouterr().err
+    assert f"--evaluation: got {key!r}" in said and "it has nothing" in said and "leave it out" in said
+    assert store.list() == before
+
+
 def test_watching_ends_when_the_newest_job_does(store, capsys, monkeypatch):
     clock = [0.0]
     record, stage = begun(store, clock)

@@ -247,6 +247,12 @@ def test_an_unknown_protocol_is_refused():
         Checkpoint("nosuch://x/y").check_writable()
 
 
+def test_a_name_that_is_too_long_for_the_file_system_is_refused(tmp_path):
+    for call in (lambda store: store.read("plan.json"), lambda store: store.create("plan.json", b"")):
+        with pytest.raises(SettingsError, match=r"--checkpoint .*: a name there is too long .* Give a shorter one"):
+            call(Checkpoint(str(tmp_path / ("x" * 300))))
+
+
 BAD_KEYS = ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/.", "a\\b", "a\nb", "a/"]
 
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from laplace_dist import __version__
-from laplace_dist.errors import MissingObjectError, SettingsError
+from laplace_dist.errors import MissingObjectError, SettingsError, listed
 from laplace_dist.plan.plan import Plan
 from laplace_dist.report.html.calibration import calibration
 from laplace_dist.report.html.columns import Evaluated, evaluated, latest
@@ -21,6 +21,7 @@ from laplace_dist.report.html.slices import slices
 from laplace_dist.report.html.subject import subject
 from laplace_dist.report.html.training import of_training
 from laplace_dist.report.html.tuned import tuned
+from laplace_dist.run.evaluations import committed_evaluations
 from laplace_dist.run.ownership import read_plan, refuse_no_run
 from laplace_dist.run.pointer import read_current
 from laplace_dist.run.spectra import spectra
@@ -39,13 +40,14 @@ def facts(store: Store, evaluation: str | None = None) -> dict[str, Any]:
         evaluation: Key of the evaluation to show; the latest of the current posterior if not given.
 
     Raises:
-        SettingsError: There is no run, or it is a training, of which an evaluation is asked for.
+        SettingsError: There is no run, or no such evaluation of it.
         CheckpointError: Something that the report shows is truncated or altered.
     """
     refuse_no_run(store)
     plan = read_plan(store)
     made = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "laplace_dist": __version__, "seed": SEED}
     if not is_training(plan):
+        _refuse_unknown(store, evaluation)
         return plain({"made": made, "subject": subject(store), **_of_fit(store, plan, evaluation)})
     if evaluation is not None:
         raise SettingsError(
@@ -55,11 +57,20 @@ def facts(store: Store, evaluation: str | None = None) -> dict[str, Any]:
     return plain({"made": made, "subject": subject(store), **of_training(store, plan)})
 
 
+def _refuse_unknown(store: Store, evaluation: str | None) -> None:
+    there = committed_evaluations(store)
+    if evaluation is not None and evaluation not in there:
+        raise SettingsError(
+            f"--evaluation: got {evaluation!r}, and {store.url!r} has no such evaluation; it has {listed(there)}. Give one of "
+            "these, or leave it out for the latest."
+        )
+
+
 def _of_fit(store: Store, plan: Plan, evaluation: str | None) -> dict[str, Any]:
     current, notes = _current(store)
     found = decisions(store, plan)
     version, tuning = current.get("version"), current.get("tuning")
-    key = (evaluation or latest(store, plan, current, found)) if current else None
+    key = evaluation if evaluation is not None else latest(store, plan, current, found) if current else None
     shown = _evaluated(store, plan, key, found, notes)
     return {
         "fitted": fitted(store, plan, version),
