@@ -30,6 +30,7 @@ from laplace.enums import Likelihood
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.named import NamedLikelihood
 from laplace.linalg.memory import at_once
+from laplace.noise import fixed_directions
 from laplace.structures.registry import sums_spec, warn_of_diagonal_blocks
 from laplace.structures.specification import SumsSpec
 from laplace.structures.subnetwork import check_subnetwork_indices, split_indices
@@ -167,6 +168,20 @@ class CapturedModel:
             )
             capture.check_attribution()
         return capture
+
+    def check_batch(self, x: Any) -> None:
+        """Ask a batch of which others than :meth:`capture` make the passes, if something is still open that it may show.
+
+        Raises:
+            ValueError: If it is the first to show that examples depend on one another; names the module.
+        """
+        open_ = self._unproven
+        if not open_.modules and not open_.layers:
+            return
+        with eval_mode(self.model), torch.no_grad(), open_.watched(self._whole_model, x):
+            capture = self._unchecked_capture(x) if open_.layers else self.model(x)
+        if open_.layers and isinstance(capture, Capture):
+            open_.look_at_gradients(self.model, x, capture.gradients(fixed_directions(capture.f)))
 
     def _unchecked_capture(self, x: Tensor | MutableMapping[str, Any]) -> Capture | LastLayerCapture:
         assert self.spec is not None, "initialize() comes first"

@@ -122,7 +122,11 @@ class CurvatureInterface(CapturedModel):
             x: Inputs ``(batch, …)`` or a dict-like batch.
             y: Targets.
             offset: Index in the data set of the batch's first example.
+
+        Raises:
+            ValueError: If this batch is the first to show that examples depend on one another; names the module.
         """
+        self.check_batch(x)
         step = self.examples_at_once(sums.spec)
         if len(y) <= step:
             self._accumulate_part(sums, x, y, offset)
@@ -179,6 +183,7 @@ class CurvatureInterface(CapturedModel):
 
     def functorch_jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         """Dense Jacobians by :mod:`torch.func`: reverse mode for each example."""
+        self.check_batch(x)
         if self.last_layer:
             return self.last_layer_jacobians(x, enable_backprop)
         named, kept = self.named_params, self.kept_entries()
