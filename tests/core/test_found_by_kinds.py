@@ -88,6 +88,18 @@ def packed(m, x):
     return m.head(pad_packed_sequence(inner, batch_first=True, total_length=x.shape[1])[0].mean(1))
 
 
+def test_coupling_that_one_example_in_the_middle_shows_alone_is_found():
+    """The first ones and the last one are run by themselves; the others together, without these."""
+    run = lambda m, x: m.head(torch.where(x[:, :1] < 0, x + x.amax(), x))  # noqa: E731
+    torch.manual_seed(0)
+    x = torch.rand(7, 3).double()
+    x[4, 0], x[0, 1] = -1.0, 2.0
+    model = Function(run, head=nn.Linear(3, 2)).double().eval()
+    with pytest.raises(ValueError, match="depends on the others of its batch"):
+        fit(model, [x])
+    fit(model, [x[:4]])
+
+
 @pytest.mark.parametrize("structure", ["full", "diag"])
 def test_packed_sequences_of_other_lengths_are_right_or_refused(structure):
     """Rows of packed steps are those of fewer and fewer examples; one example at a time, they are in order."""
