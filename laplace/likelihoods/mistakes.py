@@ -23,6 +23,11 @@ def check_classes(f: Tensor, y: Tensor) -> None:
             f"The outputs {tuple(f.shape)} are a reward or logit in a dimension of its own for both inputs of every pair; they "
             "have to be (batch, 2): end the model's forward with .squeeze(-1)."
         )
+    if y.shape != f.shape[:-1] and f.ndim > 2 and y.shape == f.shape[:1] + f.shape[2:]:
+        raise ValueError(
+            f"The outputs {tuple(f.shape)} have their classes in the second dimension, as labels of shape {tuple(y.shape)} "
+            "tell, but they are read as (batch, …, classes): end the model's forward with .movedim(1, -1)."
+        )
     if f.shape[-1] == 1:
         raise ValueError(
             f"The outputs {tuple(f.shape)} have one logit, and a softmax of one logit is 1 whatever it is. Return two: "

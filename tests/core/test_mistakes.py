@@ -379,3 +379,23 @@ def test_features_of_an_unreduced_model_are_reduced_without_a_layer_s_name():
 def test_normed_models_and_ordered_dicts_are_what_they_are():
     assert isinstance(Normed().state_dict(), OrderedDict)
     assert Laplace(Normed(), Likelihood.CLASSIFICATION, "all", "diag").n_params > 0
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5), (4, 3, 1), (4, 3, 5, 2)])
+def test_classes_in_the_second_dimension_are_named(shape):
+    """As torch's losses have them: segmentation models, sequences."""
+    model = nn.Sequential(nn.Linear(2, torch.Size(shape[1:]).numel()), nn.Unflatten(1, shape[1:]))
+    y = torch.randint(3, (4, *shape[2:]))
+    with pytest.raises(
+        ValueError, match=r"classes in the second dimension.* end the model's forward with .movedim\(1, -1\)"
+    ):
+        Laplace(model, "classification", "all", "diag").fit([(torch.randn(4, 2), y)])
+
+
+def test_a_loss_that_takes_other_arguments_is_told_which_it_is_given():
+    la, x, y = fitted("regression", structure="diag")
+    with pytest.raises(ValueError, match="loss=MSELoss does not take the 3 arguments .*, means, variances and targets"):
+        la.optimize_prior_precision(method="gridsearch", val_loader=loader(x, y), loss=nn.MSELoss())
+    with pytest.raises(ValueError, match="loss=MSELoss does not take the 3 arguments"):
+        validate(la, loader(x, y), nn.MSELoss())
+    assert validate(la, loader(x, y), lambda mean, variance, y: nn.MSELoss()(mean, y)) > 0
