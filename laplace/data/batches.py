@@ -104,8 +104,8 @@ def loss_of(loss: Callable[..., Any], rows: Sequence[tuple[Tensor, ...]]) -> flo
     except TypeError as error:
         name = getattr(loss, "__name__", type(loss).__name__)
         raise ValueError(
-            f"loss={name} does not take the {len(columns)} arguments that it is given, {given} ({error}). Give a function of these, as lambda mean, variance, y: … of a regression, or a torchmetrics "
-            "metric, which sees the first and the last."
+            f"loss={name} does not take the {len(columns)} arguments that it is given, {given} ({error}). Give a function of "
+            "these, as lambda mean, variance, y: … of a regression, or a torchmetrics metric, which sees first and last."
         ) from error
     return float(loss(*columns))
 
