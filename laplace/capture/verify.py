@@ -17,6 +17,7 @@ from torch import nn
 from laplace.capture import contractions
 from laplace.capture.agreement import allowed
 from laplace.capture.blocks import Block
+from laplace.capture.calls import that_reach
 from laplace.capture.capture import Capture
 from laplace.capture.fallback import dense, refusal
 from laplace.capture.products import product_of
@@ -142,6 +143,10 @@ def _verified(model: nn.Module, found: dict[str, Source], x: Any, alone: bool = 
     capture = Capture(model, x, layers, dtype=torch.float64)
     if not capture._output.requires_grad:
         raise ValueError("The model's output does not depend on any of its parameters with requires_grad=True.")
+    passed = _passed_by(capture, found, {name: known[name] for name in names})
+    if passed:
+        aside = Source(None, f"{_AUTOGRAD}its gradient does not come through the output of its module")
+        return _verified(model, {n: aside if s.layer in passed else s for n, s in found.items()}, x, alone)
     capture.check_called()
     verdicts = _verdicts(capture, found, {name: known[name] for name in names})
     picked = capture.folded if capture.picks_by_mask else set()
@@ -160,6 +165,24 @@ def _verified(model: nn.Module, found: dict[str, Source], x: Any, alone: bool = 
             result[name] = found[name]._replace(kind="transposed")
         result[name] = result[name]._replace(alive=layer not in capture.called or bool(set(verdicts[name]) - {None}))
     return result
+
+
+def _passed_by(capture: Capture, found: dict[str, Source], params: dict[str, nn.Parameter]) -> set[str]:
+    """Layers of whose weights the output depends, and not by what the layer gives.
+
+    Models that differentiate in their forward pass, as energies for forces, are such; or the layer runs detached, and its
+    weight is used elsewhere.
+    """
+    reached = {call.layer for call in that_reach(capture._output, capture._calls)}
+    lost = {
+        name: p
+        for name, p in params.items()
+        if found[name].layer in (capture.called | capture._without_gradient) - reached
+    }
+    if not lost:
+        return set()
+    gradients = _gradients(capture, lost, torch.ones_like(capture._output))
+    return {found[name].layer for name, g in zip(lost, gradients, strict=True) if g is not None}
 
 
 def _is_plain(capture: Capture, name: str, layer: str) -> bool:
