@@ -205,6 +205,21 @@ def run(model: nn.Module, x: Any, of: str = "the first batch") -> Any:
 
 
 @contextmanager
+def failures_named(model: nn.Module, x: Any, of: str) -> Iterator[None]:
+    """Where what is done with a batch inside the block fails, and so does the forward pass by itself, say in which module.
+
+    Raises:
+        ValueError: As :func:`run`.
+    """
+    try:
+        yield
+    except _FAILURES:
+        with torch.no_grad():
+            run(model, x, of)
+        raise
+
+
+@contextmanager
 def _entered(model: nn.Module, running: list[str]) -> Iterator[None]:
     """Keep the modules that are running at the moment in a list, the innermost last."""
     handles = []

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.fallback import input_tensors, rebuild_inputs
+from laplace.capture.soundness import failures_named
 from laplace.capture.stateless import with_tensors
 from laplace.data.batches import batches
 from laplace.linalg.lowrank import block_lanczos
@@ -173,7 +174,8 @@ def _pass(backend: Any, data_loader: Iterable, vectors: Tensor, first: bool) -> 
     for x, y in batches(data_loader, backend.params[0].device, backend.dict_key_y):
         if first:
             backend.check_batch(x)
-        batch_loss, product = backend.curvature_product(x, y, vectors, n)
+        with eval_mode(backend.model), failures_named(backend.model, x, "this batch"):
+            batch_loss, product = backend.curvature_product(x, y, vectors, n)
         loss, order, n = loss + float(batch_loss), order + n * float(batch_loss), n + len(y)
         total += product
     if n == 0:
