@@ -10,7 +10,8 @@ from torch import Tensor
 _SHAPES = frozenset(  # operations that change no value
     f"{name}Backward{number}"
     for name in (
-        "View", "UnsafeView", "Squeeze", "Unsqueeze", "Transpose", "T", "Permute", "Clone", "Alias", "ToCopy", "Select", "Slice",
+        "View", "UnsafeView", "Squeeze", "Unsqueeze", "Transpose", "T", "Permute", "Clone", "Alias", "ToCopy", "Select",
+        "Slice",
     )
     for number in (0, 1)
 )  # fmt: skip
