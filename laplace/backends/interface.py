@@ -7,10 +7,12 @@ A backend adds one batch to raw sums (:meth:`CurvatureInterface.accumulate`). Us
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace.backends.captured_model import CapturedModel
 from laplace.capture.capture import ranges
@@ -192,7 +194,9 @@ class CurvatureInterface(CapturedModel):
             length_of(x), self._outputs_per_example(x), sum(sizes), self.sums_dtype, self.params[0].device
         )
 
-        with eval_mode(self.model):
+        # the faster kernels of attention have no second derivative
+        differentiable = sdpa_kernel(SDPBackend.MATH) if enable_backprop else nullcontext()
+        with eval_mode(self.model), differentiable:
             js, f = jacobians(self.model, x, kept, enable_backprop)
         rows = [js[name].reshape(len(f), f[0].numel(), -1) for name in kept]
         rows = [r if own is None else r[..., list(own)] for r, own in zip(rows, kept.values(), strict=True)]
