@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from laplace.linalg.dense import parameter_vector
+from laplace.linalg.precision import without_kept_casts
 from laplace.posterior.parametric import ParametricLaplace
 
 
@@ -57,6 +58,7 @@ class PartOfBatch:
     n: int
 
 
+@without_kept_casts()
 def part_of_batch(la: ParametricLaplace, x: Any, y: Tensor, seed: int) -> PartOfBatch:
     """The loss of a part of a batch, as training sees it, and its gradient at the model's weights.
 

@@ -28,6 +28,7 @@ from laplace.laplace import Laplace
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.named import likelihood_of
 from laplace.linalg.inference import outside_inference_mode
+from laplace.linalg.precision import without_kept_casts
 from laplace.posterior.parametric import ParametricLaplace
 from laplace.structures.sums import CurvatureSums
 
@@ -186,6 +187,7 @@ class _Best:
         la.prior_precision, la.sigma_noise = self.prior_precision, self.sigma_noise
 
 
+@without_kept_casts()
 def _train_epoch(
     la: ParametricLaplace, loader: Iterable, optimizer: Optimizer, scheduler: LRScheduler | None, n_data: int
 ) -> tuple[float, int]:

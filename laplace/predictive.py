@@ -16,6 +16,7 @@ from torch import Tensor
 
 from laplace.capture.chosen_outputs import ChosenOutputs
 from laplace.capture.evaluation import eval_mode
+from laplace.capture.soundness import failures_named
 from laplace.capture.stateless import with_tensors
 from laplace.data.batches import joined
 from laplace.enums import LinkApprox, PredType, parse
@@ -218,7 +219,8 @@ def map_outputs(la: Fitted, x: Any) -> Tensor:
 def sampled_outputs(la: Fitted, x: Any, n_samples: int, generator: torch.Generator | None = None) -> Tensor:
     """Outputs ``(n_samples, batch, …, outputs)`` of networks drawn from the posterior; the model is left as it is."""
     module, names, inputs = la.model, list(la.backend.named_params), x
-    with torch.set_grad_enabled(la.enable_backprop), eval_mode(la.model):
+    named = failures_named(la.model, x, "this batch")
+    with torch.set_grad_enabled(la.enable_backprop), eval_mode(la.model), named:
         if la.backend.last_layer:
             _, inputs = la.model.forward_with_features(x)
             module, prefix = la.model.last_layer, f"{la.model.last_layer_name}."

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from laplace import _clash as _clash  # says so where laplace-torch has replaced laplace/__init__.py
-from laplace.data.batches import batches, is_metric, joined
+from laplace.data.batches import batches, is_metric, loss_of
 from laplace.enums import LinkApprox, PredType, PriorStructure, TuningMethod, parse
 from laplace.evidence import maximize_evidence
 from laplace.fitted import Fitted
@@ -207,7 +207,7 @@ def _score_with(
                 rows[index].append((*shown, y))
     if not seen:
         raise ValueError("The validation data is empty.")
-    scores = [metric.compute() for metric in metrics] if running else [loss(*joined(values)) for values in rows]
+    scores = [metric.compute() for metric in metrics] if running else [loss_of(loss, values) for values in rows]
     return torch.tensor([float(score) for score in scores], dtype=torch.float64, device="cpu")
 
 
@@ -287,4 +287,4 @@ def validate(
             rows.append((*out, y))
     if not seen:
         raise ValueError("The validation data is empty.")
-    return float(loss.compute() if running else loss(*joined(rows)))
+    return float(loss.compute()) if running else loss_of(loss, rows)

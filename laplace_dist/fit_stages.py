@@ -17,7 +17,7 @@ from laplace_dist.execution.session import ExecutorType, Session
 from laplace_dist.execution.tasks import Task
 from laplace_dist.plan.estimate import expected_bytes
 from laplace_dist.plan.groups import plan_groups
-from laplace_dist.plan.plan import Plan
+from laplace_dist.plan.plan import Plan, same_sums
 from laplace_dist.report.html.subject import is_up_to_date
 from laplace_dist.report.html.task import WriteReport
 from laplace_dist.report.planned import weights_line
@@ -152,7 +152,7 @@ class FitStages:
         spec, wanted = plain(resolved.la.sums_spec()), self.config.module_groups
         if stored is not None:
             there = len(stored.groups)
-            if wanted is not None and spec == stored.spec and len(plan_groups(spec, wanted)) != there:
+            if wanted is not None and same_sums(spec, stored.spec) and len(plan_groups(spec, wanted)) != there:
                 raise SettingsError(
                     f"--module-groups: got {wanted}, but the run at {self.store.url!r} is divided into {there}, and so are its "
                     "partials. The result is the same, bit for bit: leave it out to go on, or begin anew with --fresh."

@@ -20,7 +20,7 @@ from laplace.capture.evaluation import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.capture.last_layer import LastLayerCapture, last_layer_sources
 from laplace.capture.padding import kept_tokens
-from laplace.capture.soundness import check_function, check_inputs
+from laplace.capture.soundness import check_function, check_inputs, failures_named, run
 from laplace.capture.unproven import Unproven
 from laplace.capture.uses import Proven
 from laplace.capture.verify import find_layers
@@ -30,6 +30,7 @@ from laplace.enums import Likelihood
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.named import NamedLikelihood
 from laplace.linalg.memory import at_once
+from laplace.noise import fixed_directions
 from laplace.structures.registry import sums_spec, warn_of_diagonal_blocks
 from laplace.structures.specification import SumsSpec
 from laplace.structures.subnetwork import check_subnetwork_indices, split_indices
@@ -134,7 +135,7 @@ class CapturedModel:
                 found = find_layers(self.model, list(shapes), x)
                 keys = [(source.layer or row_key(name), source.alive) for name, source in found.items()]
                 dead = {key for key, _ in keys} - {key for key, alive in keys if alive}
-            with torch.no_grad():
+            with torch.enable_grad():
                 f = self.model(x)
         check_outputs(x, f)
         self.likelihood_object.warn_of_outputs(f)
@@ -168,10 +169,24 @@ class CapturedModel:
             capture.check_attribution()
         return capture
 
+    def check_batch(self, x: Any) -> None:
+        """Ask a batch of which others than :meth:`capture` make the passes, if something is still open that it may show.
+
+        Raises:
+            ValueError: If it is the first to show that examples depend on one another; names the module.
+        """
+        open_ = self._unproven
+        if not open_.modules and not open_.layers:
+            return
+        with eval_mode(self.model), torch.no_grad(), open_.watched(self._whole_model, x):
+            capture = self._unchecked_capture(x) if open_.layers else self.model(x)
+        if open_.layers and isinstance(capture, Capture):
+            open_.look_at_gradients(self.model, x, capture.gradients(fixed_directions(capture.f)))
+
     def _unchecked_capture(self, x: Tensor | MutableMapping[str, Any]) -> Capture | LastLayerCapture:
         assert self.spec is not None, "initialize() comes first"
         self._check_gradients()
-        with eval_mode(self.model):
+        with eval_mode(self.model), failures_named(self._whole_model, x, "this batch"):
             others = [block.parameter for block in self.spec.blocks if block.layer is None]
             if self.last_layer:
                 with torch.no_grad():
@@ -240,4 +255,4 @@ class CapturedModel:
     def _outputs_per_example(self, x: Any) -> int:
         """Number of outputs of an example, over all its positions."""
         with eval_mode(self.model), torch.no_grad():
-            return self.model(part_of(x, slice(0, 2)))[0].numel()
+            return run(self.model, part_of(x, slice(0, 2)), "this batch")[0].numel()

@@ -16,6 +16,7 @@ from laplace.backends.interface import CurvatureInterface
 from laplace.backends.optional import import_optional
 from laplace.backends.options import honours
 from laplace.capture.evaluation import eval_mode
+from laplace.capture.soundness import run
 from laplace.linalg.kronecker import Kron
 from laplace.linalg.precision import coarsest
 from laplace.noise import fixed_directions, fresh_seed
@@ -50,7 +51,7 @@ class CurvlinopsInterface(CurvatureInterface):
         """
         self.spec = sums.spec
         with torch.no_grad(), eval_mode(self.model):
-            self.likelihood_object.check(self.model(x), y, offset)
+            self.likelihood_object.check(run(self.model, x, "this batch"), y, offset)
         super().accumulate(sums, x, y, offset)
 
     @honours("mc_samples", "kfac_approx")

@@ -7,10 +7,12 @@ A backend adds one batch to raw sums (:meth:`CurvatureInterface.accumulate`). Us
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace.backends.captured_model import CapturedModel
 from laplace.capture.capture import ranges
@@ -122,7 +124,11 @@ class CurvatureInterface(CapturedModel):
             x: Inputs ``(batch, …)`` or a dict-like batch.
             y: Targets.
             offset: Index in the data set of the batch's first example.
+
+        Raises:
+            ValueError: If this batch is the first to show that examples depend on one another; names the module.
         """
+        self.check_batch(x)
         step = self.examples_at_once(sums.spec)
         if len(y) <= step:
             self._accumulate_part(sums, x, y, offset)
@@ -179,6 +185,7 @@ class CurvatureInterface(CapturedModel):
 
     def functorch_jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         """Dense Jacobians by :mod:`torch.func`: reverse mode for each example."""
+        self.check_batch(x)
         if self.last_layer:
             return self.last_layer_jacobians(x, enable_backprop)
         named, kept = self.named_params, self.kept_entries()
@@ -187,7 +194,9 @@ class CurvatureInterface(CapturedModel):
             length_of(x), self._outputs_per_example(x), sum(sizes), self.sums_dtype, self.params[0].device
         )
 
-        with eval_mode(self.model):
+        # the faster kernels of attention have no second derivative
+        differentiable = sdpa_kernel(SDPBackend.MATH) if enable_backprop else nullcontext()
+        with eval_mode(self.model), differentiable:
             js, f = jacobians(self.model, x, kept, enable_backprop)
         rows = [js[name].reshape(len(f), f[0].numel(), -1) for name in kept]
         rows = [r if own is None else r[..., list(own)] for r, own in zip(rows, kept.values(), strict=True)]

@@ -55,6 +55,7 @@ class PerExampleInterface(CurvatureInterface):
         """Dense Jacobians ``(batch, outputs, parameters)`` and outputs; by torch.func where gradients have to pass."""
         if enable_backprop:
             return self.functorch_jacobians(x, enable_backprop)
+        self.check_batch(x)
         rows: list[Tensor] = []
         f = self._each_row(x, None, lambda f: output_directions(f), rows.append)
         js = torch.stack(rows, 1)

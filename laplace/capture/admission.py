@@ -14,7 +14,8 @@ def check_model(model: nn.Module) -> None:
     """Refuse models that no hook can look into, and parameters over which there is no Gaussian.
 
     Raises:
-        ValueError: If a module is scripted, traced or exported, or a parameter is complex, sharded, or without values yet.
+        ValueError: If a module is scripted, traced or exported, or a parameter is complex, sharded or without values yet, or
+            there is none.
     """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -31,6 +32,8 @@ def check_model(model: nn.Module) -> None:
 
 
 def _check_parameters(model: nn.Module) -> None:
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"{_start(named('', model))} has no parameters, so there is nothing to infer.")
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         owner = named(lazy[0].rpartition(".")[0], model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -37,7 +37,7 @@ class Block:
         layer: Name of the module whose captured inputs and output gradients give its curvature, or None where per-example
             automatic differentiation of this parameter does.
         factors: Names of its sums; of Kronecker factors, that over the weight's first dimension first.
-        reason: Why it is treated in this way; shown in the coverage report.
+        reason: Why it is treated in this way, in words; shown in the coverage report. Sums whose words differ are the same.
         chosen: Flat indices of the entries that a subnetwork keeps; None for all.
         basis: Names of the orthonormal matrices in whose basis its sum is taken, that over the weight's first dimension first;
             none where it is taken as it is.
@@ -47,7 +47,7 @@ class Block:
     shape: tuple[int, ...]
     layer: str | None
     factors: tuple[str, ...]
-    reason: str
+    reason: str = field(compare=False)
     chosen: tuple[int, ...] | None = None
     basis: tuple[str, ...] = ()
 

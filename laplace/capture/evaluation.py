@@ -16,6 +16,7 @@ from laplace.capture.caches import keeps, renew
 from laplace.capture.calls import is_batched, nodes
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.capture.turns import turn
+from laplace.linalg.precision import without_kept_casts
 from laplace.linalg.process_settings import WhileAny
 
 # Models in a block of eval_mode by identity, and those of their modules that keep tensors between passes.
@@ -31,8 +32,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     recurrent layers run as the products that they are made of, which are seen and have a gradient on every device, and
     the model is handed copies of its inputs: a forward pass that changes its input in place changes no data and no later pass.
     Inside of ``torch.inference_mode()``, tensors are ordinary ones without gradient. What was compiled runs as it was written:
-    hooks see none of the layers of a compiled graph. Gradients of normalisations come in order. A block inside of another one
-    of the same model costs next to nothing: who makes many passes opens one around them. Other threads wait for their turn.
+    hooks see none of the layers of a compiled graph. Autocast keeps no converted weights.
+    Gradients of normalisations come in order. A block inside of another one of the same model costs next to nothing: who makes
+    many passes opens one around them. Other threads wait for their turn.
     """
     around = _evaluated.get()
     if id(model) in around:
@@ -57,6 +59,7 @@ def _evaluating(model: nn.Module, around: dict[int, list[nn.Module]]) -> Iterato
             stack.enter_context(torch.no_grad())
         if "torch._dynamo" in sys.modules:  # else nothing is compiled
             stack.enter_context(_eager)
+        stack.enter_context(without_kept_casts())
         if any(isinstance(module, nn.RNNBase) for module in modules):
             stack.enter_context(_unfused_layers)
         handles = [own.register_forward_pre_hook(_with_own_inputs, prepend=True, with_kwargs=True)]

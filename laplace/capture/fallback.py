@@ -47,8 +47,11 @@ class _LayerNormSeen(TorchDispatchMode):
 
 
 def calls_layer_norm(model: nn.Module, x: Any) -> bool:
-    """Whether a forward pass normalises by statistics of its inputs, as ``layer_norm`` does."""
-    with torch.no_grad(), _LayerNormSeen() as mode:
+    """Whether a forward pass normalises by statistics of its inputs, as ``layer_norm`` does.
+
+    With gradients, as those that are differentiated: without them, encoders are one operation that hides its parts.
+    """
+    with torch.enable_grad(), _LayerNormSeen() as mode:
         model(part_of(x, slice(0, 1)))
     return mode.seen
 

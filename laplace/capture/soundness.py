@@ -21,7 +21,7 @@ from laplace.data.mistakes import check_outputs
 from laplace.linalg.precision import spacing_of_products, without_autocast
 from laplace.noise import fixed_directions
 
-_SINGLES = 4  # examples that are run by themselves
+_SINGLES = 4  # examples that are run by themselves, beside the others together
 _DRAWS = 16  # runs of a model that draws random numbers, of which two may be alike where few values are left to chance
 
 Record = list[tuple[str, Any, Any]]  # every call of a module in the order in which they end: its name, input and output
@@ -95,10 +95,17 @@ def _checked(model: nn.Module, x: Any, outputs: int) -> set[str]:
         return set()
     n = min(length_of(x), outputs)
     for i in sorted({*range(min(n, _SINGLES - 1)), n - 1}):
-        one = part_of(x, slice(i, i + 1))
-        run(model, one, "one example by itself")
-        _check(batch, _recorded(model, one), i, model)
+        _check_apart(model, x, batch, slice(i, i + 1), "one example by itself")
+    if n > _SINGLES:
+        _check_apart(model, x, batch, slice(_SINGLES - 1, n - 1), "some examples by themselves")
     return {name for name, _ in model.named_modules()} - {name for name, _, f in batch if differing(f) is not None}
+
+
+def _check_apart(model: nn.Module, x: Any, batch: Record, rows: slice, what: str) -> None:
+    """Compare some examples of a batch with what they are without the others."""
+    part = part_of(x, rows)
+    run(model, part, what)
+    _check(batch, _recorded(model, part), rows, model)
 
 
 def differing(values: Tensor | None) -> int | None:
@@ -133,28 +140,28 @@ def _runs(model: nn.Module, x: Any) -> bool:
     return True
 
 
-def _check(batch: Record, other: Record, i: int | None, model: nn.Module) -> None:
-    """Refuse the innermost module that gives two outputs for one input: in two runs, or in a batch and alone.
+def _check(batch: Record, other: Record, rows: slice | None, model: nn.Module) -> None:
+    """Refuse the innermost module that gives two outputs for one input: in two runs, or in a batch and apart.
 
     Args:
         batch: All calls of modules in a batch.
-        other: Those of a second run, or of one example alone.
-        i: Number of that example; None for a second run.
+        other: Those of a second run, or of some examples without the others.
+        rows: Which these are; None for a second run.
         model: The network.
     """
-    tolerance = _tolerance(batch, 1e4) if i is not None else _tolerance(batch, 4)
+    tolerance = _tolerance(batch, 1e4) if rows is not None else _tolerance(batch, 4)
     for (name, a, f), (same, b, g) in zip(batch, other, strict=False):
         if name != same or a is None or f is None or g is None:
             continue
-        if i is not None:
-            if g.shape[:1] != (1,):
-                continue  # what is given for one example is no row of a batch, as encodings of positions are none
-            a, f = _row(a, i), _row(f, i)
+        if rows is not None:
+            if g.shape[:1] != (rows.stop - rows.start,):
+                continue  # what is given for these examples is no row of a batch, as encodings of positions are none
+            a, f = _rows(a, rows), _rows(f, rows)
         if a is not None and f is not None and _same(a, b, tolerance) and not _same(f, g, tolerance, a):
-            raise (_random if i is None else _coupled)(named(name, model))
-    if i is None and not _same(batch[-1][2], other[-1][2], tolerance):
+            raise (_random if rows is None else _coupled)(named(name, model))
+    if rows is None and not _same(batch[-1][2], other[-1][2], tolerance):
         raise _random(named("", model))
-    if i is not None and not _same(_row(batch[-1][2], i), other[-1][2], tolerance):
+    if rows is not None and not _same(_rows(batch[-1][2], rows), other[-1][2], tolerance):
         raise _coupled(named("", model))
 
 
@@ -198,6 +205,21 @@ def run(model: nn.Module, x: Any, of: str = "the first batch") -> Any:
 
 
 @contextmanager
+def failures_named(model: nn.Module, x: Any, of: str) -> Iterator[None]:
+    """Where what is done with a batch inside the block fails, and so does the forward pass by itself, say in which module.
+
+    Raises:
+        ValueError: As :func:`run`.
+    """
+    try:
+        yield
+    except _FAILURES:
+        with torch.no_grad():
+            run(model, x, of)
+        raise
+
+
+@contextmanager
 def _entered(model: nn.Module, running: list[str]) -> Iterator[None]:
     """Keep the modules that are running at the moment in a list, the innermost last."""
     handles = []
@@ -233,8 +255,8 @@ def _first(value: Any) -> Tensor | None:
     return value.clone() if isinstance(value, Tensor) and not is_batched(value) else None
 
 
-def _row(value: Tensor | None, i: int) -> Tensor | None:
-    return value[i : i + 1] if value is not None and value.ndim and i < len(value) else None
+def _rows(value: Tensor | None, rows: slice) -> Tensor | None:
+    return value[rows] if value is not None and value.ndim and rows.stop <= len(value) else None
 
 
 def _tolerance(record: Record, times: float) -> float:

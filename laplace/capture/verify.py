@@ -17,15 +17,18 @@ from torch import nn
 from laplace.capture import contractions
 from laplace.capture.agreement import allowed
 from laplace.capture.blocks import Block
+from laplace.capture.calls import that_reach
 from laplace.capture.capture import Capture
 from laplace.capture.fallback import dense, refusal
 from laplace.capture.products import product_of
 from laplace.capture.rules import covers, has_output_factor, is_convolution, is_outer, is_transposed
+from laplace.capture.uses import Uses
 from laplace.linalg.precision import without_autocast
 from laplace.noise import fixed_directions
 
 _PROBES = 8  # examples that are asked at most
 _ALWAYS = 3  # of these, how many are asked even if the first ones have a gradient
+_AUTOGRAD = "per-example autograd: "
 UNSHOWN = "no gradient in the first batch"
 _MISUSED = "used outside its module's calls, changed by them, or batch not in the first dimension"
 
@@ -68,11 +71,11 @@ def find_layers(model: nn.Module, names: Sequence[str], x: Any, by_products: boo
         places = owners[id(known[name])]
         module = model.get_submodule(places[0][0])
         if len(places) > 1:
-            found[name] = Source(None, f"per-example autograd: {_tied(model, places)}")
+            found[name] = Source(None, f"{_AUTOGRAD}{_tied(model, places)}")
         elif (weight := product_of(model, name)) is not None:
             found[name] = Source(weight, f"products in {type(module).__name__}")
         elif not covers(module, places[0][1]):
-            found[name] = Source(None, f"per-example autograd: {_described(module, places[0][1])}")
+            found[name] = Source(None, f"{_AUTOGRAD}{_described(module, places[0][1])}")
         else:
             found[name] = Source(places[0][0], _described(module, places[0][1]), _kind(module, places[0][1]))
     found = _verified(model, found, x)
@@ -87,7 +90,19 @@ def find_layers(model: nn.Module, names: Sequence[str], x: Any, by_products: boo
             found[name] = source
         elif not source.alive:
             found[name] = found[name]._replace(reason=f"{found[name].reason}, {UNSHOWN}", alive=False)
-    return found
+    return _with_uses(model, found, x) if by_products else found
+
+
+def _with_uses(model: nn.Module, found: dict[str, Source], x: Any) -> dict[str, Source]:
+    """Say of which parameters without a layer the rows follow from their uses in the graph, see :mod:`laplace.capture.uses`."""
+    known = dict(model.named_parameters())
+    others = {name: known[name] for name, source in found.items() if source.layer is None}
+    if not others:
+        return found
+    with torch.enable_grad():
+        uses = Uses(model(x), others, torch.float32).by_name
+    said = {name: source.reason.replace(_AUTOGRAD, "its uses in the graph: ") for name, source in found.items()}
+    return {name: s._replace(reason=said[name]) if name in uses else s for name, s in found.items()}
 
 
 def _kind(module: nn.Module, key: str) -> str:
@@ -128,6 +143,10 @@ def _verified(model: nn.Module, found: dict[str, Source], x: Any, alone: bool = 
     capture = Capture(model, x, layers, dtype=torch.float64)
     if not capture._output.requires_grad:
         raise ValueError("The model's output does not depend on any of its parameters with requires_grad=True.")
+    passed = _passed_by(capture, found, {name: known[name] for name in names})
+    if passed:
+        aside = Source(None, f"{_AUTOGRAD}its gradient does not come through the output of its module")
+        return _verified(model, {n: aside if s.layer in passed else s for n, s in found.items()}, x, alone)
     capture.check_called()
     verdicts = _verdicts(capture, found, {name: known[name] for name in names})
     picked = capture.folded if capture.picks_by_mask else set()
@@ -135,19 +154,35 @@ def _verified(model: nn.Module, found: dict[str, Source], x: Any, alone: bool = 
     for name in names:
         layer = found[name].layer
         if name in capture.misused or layer in capture.misused:
-            result[name] = Source(None, f"per-example autograd: {_MISUSED}")
+            result[name] = Source(None, f"{_AUTOGRAD}{_MISUSED}")
         elif layer not in capture.called:
-            result[name] = Source(None, "per-example autograd: its module did not run")
+            result[name] = Source(None, f"{_AUTOGRAD}its module did not run")
         elif layer in picked:
-            result[name] = Source(
-                None, "per-example autograd: its module is given rows that are picked by their values"
-            )
+            result[name] = Source(None, f"{_AUTOGRAD}its module is given rows that are picked by their values")
         elif False in verdicts[name] or (True not in verdicts[name] and (alone or not _is_plain(capture, name, layer))):
-            result[name] = Source(None, f"per-example autograd: {_MISUSED}")
+            result[name] = Source(None, f"{_AUTOGRAD}{_MISUSED}")
         elif is_transposed(capture.modules[layer]):
             result[name] = found[name]._replace(kind="transposed")
         result[name] = result[name]._replace(alive=layer not in capture.called or bool(set(verdicts[name]) - {None}))
     return result
+
+
+def _passed_by(capture: Capture, found: dict[str, Source], params: dict[str, nn.Parameter]) -> set[str]:
+    """Layers of whose weights the output depends, and not by what the layer gives.
+
+    Models that differentiate in their forward pass, as energies for forces, are such; or the layer runs detached, and its
+    weight is used elsewhere.
+    """
+    reached = {call.layer for call in that_reach(capture._output, capture._calls)}
+    lost = {
+        name: p
+        for name, p in params.items()
+        if found[name].layer in (capture.called | capture._without_gradient) - reached
+    }
+    if not lost:
+        return set()
+    gradients = _gradients(capture, lost, torch.ones_like(capture._output))
+    return {found[name].layer for name, g in zip(lost, gradients, strict=True) if g is not None}
 
 
 def _is_plain(capture: Capture, name: str, layer: str) -> bool:

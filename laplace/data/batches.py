@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace.data import mistakes
 from laplace.data.mistakes import check_loader
@@ -85,6 +86,30 @@ def part_of(x: Any, part: slice | Tensor) -> Any:
 def joined(rows: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
     """Rows of tensors, one row per batch, as one tensor per column."""
     return [torch.cat(column) for column in zip(*rows, strict=True)]
+
+
+def loss_of(loss: Callable[..., Any], rows: Sequence[tuple[Tensor, ...]]) -> float:
+    """A user's loss of all predictions and targets.
+
+    Args:
+        loss: A function or module.
+        rows: Per batch, what is predicted and the targets.
+
+    Raises:
+        ValueError: If it takes another number of arguments; says which it is given.
+    """
+    columns = joined(rows)
+    given = "means, variances and targets" if len(columns) == 3 else "predictions and targets"
+    function = loss.forward if isinstance(loss, nn.Module) else loss
+    try:
+        inspect.signature(function).bind(*columns)
+    except TypeError as error:
+        name = getattr(loss, "__name__", type(loss).__name__)
+        raise ValueError(
+            f"loss={name} does not take the {len(columns)} arguments that it is given, {given} ({error}). Give a function of "
+            "these, as lambda mean, variance, y: … of a regression, or a torchmetrics metric, which sees first and last."
+        ) from error
+    return float(loss(*columns))
 
 
 def is_metric(loss: Any) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace.data.nested import is_flat, nested
+from laplace.data.unread import check_read
 from laplace.errors import CallError
 
 _HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
@@ -30,11 +31,18 @@ class _Spread:
 
     def __init__(self, key_y: str) -> None:
         self.key_y = key_y
+        self._read: set[frozenset[str]] = set()  # keys of batches of which the model reads all
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if len(args) != 1 or kwargs or not isinstance(args[0], Mapping):
             return None
-        return arguments(_base(module).forward, args[0], self.key_y)
+        forward = _base(module).forward
+        args, kwargs = arguments(forward, args[0], self.key_y)
+        keys = frozenset(kwargs)
+        if keys and keys not in self._read and not module.training:  # in training, a pass more would draw numbers
+            check_read(module.forward, forward, kwargs)
+            self._read.add(keys)
+        return args, kwargs
 
 
 def adapted(model: nn.Module, key_y: str = "labels") -> nn.Module:
@@ -85,7 +93,8 @@ def arguments(forward: Callable, x: Mapping, key_y: str) -> tuple[tuple, dict[st
     argument. What was a list of several inputs goes as so many arguments where ``forward`` takes that many, else as one list.
 
     Raises:
-        CallError: ``forward`` takes some of the keys by name, but not all: neither way could be meant.
+        CallError: ``forward`` takes some of the keys by name, but not all: neither way could be meant. If it takes any key,
+            see :mod:`laplace.data.unread`.
     """
     signature = inspect.signature(forward)
     whole = nested(x) if is_flat(x) else x

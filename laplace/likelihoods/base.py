@@ -110,7 +110,7 @@ class BaseLikelihood:
         check_finite("The target", y, offset)
 
     def warn_of_outputs(self, f: Tensor) -> None:
-        """Say so where outputs may be read in more than one way; asked once, with the first batch of a fit."""
+        """Say so where outputs, given with their graph, may not be what is meant; asked once, with the first batch of a fit."""
 
     def check_length(self, y: Tensor, n_outputs: int) -> None:
         """Refuse targets of another number of values per example than the evidence counts on, if it counts any."""

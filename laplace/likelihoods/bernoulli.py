@@ -12,6 +12,7 @@ from laplace.enums import LinkApprox
 from laplace.likelihoods.base import Prediction
 from laplace.likelihoods.checks import check_finite, first_wrong
 from laplace.likelihoods.links import log_mean, probit_scale
+from laplace.likelihoods.mistakes import warn_of_last_operation
 from laplace.likelihoods.probabilities import ClassProbabilities
 from laplace.likelihoods.roots import diagonal_columns
 
@@ -39,6 +40,10 @@ class Bernoulli(ClassProbabilities):
                 f"Target {value} of example {first} is not in 0…1, as a Bernoulli needs. {affected} example(s) of this batch "
                 "are affected. Class numbers need likelihood='classification', with a logit per class."
             )
+
+    def warn_of_outputs(self, f: Tensor) -> None:
+        """Say so where outputs are probabilities, and no logits."""
+        warn_of_last_operation(f, {"SigmoidBackward0": "a sigmoid"}, "logits")
 
     def nll(self, f: Tensor, y: Tensor) -> Tensor:
         """Binary cross entropy, summed over the labels of a position."""

@@ -17,7 +17,7 @@ from laplace.enums import Likelihood, LinkApprox
 from laplace.likelihoods.base import Prediction
 from laplace.likelihoods.checks import first_wrong
 from laplace.likelihoods.links import log_mean, softmax_link
-from laplace.likelihoods.mistakes import check_classes, warn_of_layout
+from laplace.likelihoods.mistakes import check_classes, warn_of_layout, warn_of_probabilities
 from laplace.likelihoods.probabilities import ClassProbabilities, one_at
 from laplace.likelihoods.scores import log_probability_scores
 from laplace.linalg.gram import add_gram_, mirror_
@@ -62,8 +62,9 @@ class Categorical(ClassProbabilities):
             )
 
     def warn_of_outputs(self, f: Tensor) -> None:
-        """Say so where the classes may be the last or the second dimension."""
+        """Say so where the classes may be the last or the second dimension, and where outputs are no logits."""
         warn_of_layout(f)
+        warn_of_probabilities(f)
 
     def nll(self, f: Tensor, y: Tensor) -> Tensor:
         """Cross entropy of every position."""

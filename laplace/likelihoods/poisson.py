@@ -13,6 +13,7 @@ from laplace.enums import LinkApprox
 from laplace.likelihoods.base import BaseLikelihood, Prediction
 from laplace.likelihoods.checks import check_finite, first_wrong, missing_dimension
 from laplace.likelihoods.links import log_mean
+from laplace.likelihoods.mistakes import warn_of_last_operation
 from laplace.likelihoods.roots import diagonal_columns
 
 _NODES, _STEPS = 32, 60  # of the Gauss-Hermite rule over the log rate, and of Newton's method to its centre
@@ -43,6 +44,10 @@ class Poisson(BaseLikelihood):
                 f"Target {value} of example {first} is no count 0, 1, 2, …, as a Poisson needs. {affected} example(s) of this "
                 "batch are affected."
             )
+
+    def warn_of_outputs(self, f: Tensor) -> None:
+        """Say so where outputs are rates, and no log rates."""
+        warn_of_last_operation(f, {"ExpBackward0": "an exponential", "SoftplusBackward0": "a softplus"}, "log rates")
 
     def nll(self, f: Tensor, y: Tensor) -> Tensor:
         """Negative log probability of the counts, summed over the outputs of a position."""

@@ -44,6 +44,22 @@ def without_autocast() -> Iterator[None]:
 
 
 @contextmanager
+def without_kept_casts() -> Iterator[None]:
+    """Let autocast convert weights anew at every use inside the block, or the function that this decorates.
+
+    In a block of the user's around a whole fit or training, even one that switches it off, it would keep what it has converted:
+    of weights as they were before a step, and without a gradient where a pass without gradients was the first.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+@contextmanager
 def in_full_precision() -> Iterator[None]:
     """Switch autocast off inside the block, or the function that this decorates, and products of rounded numbers.
 

@@ -17,6 +17,7 @@ from laplace.backends.gauss_newton import EFInterface, GGNInterface
 from laplace.capture import contractions
 from laplace.capture.contractions import output_directions
 from laplace.capture.evaluation import eval_mode
+from laplace.capture.soundness import run
 from laplace.data.subset import subset_of
 from laplace.enums import PredType
 from laplace.linalg import memory
@@ -134,7 +135,7 @@ class FunctionalLaplace(ConditionedProcess):
             if n == 0:
                 self.initialize(x)
             with torch.no_grad(), eval_mode(self.model):
-                f = self.model(x)
+                f = run(self.model, x, "this batch")
             self.backend.likelihood_object.check(f, y, n)
             loss, n = loss + self.backend.likelihood_object.loss(f, y), n + len(y)
         if n == 0:

@@ -16,9 +16,10 @@ _RELATIVE = 1e-9  # difference of a fingerprint that another order of addition e
 
 
 class Fingerprint:
-    """Sum and norm of every parameter outside the posterior, such as those of the layers before a last layer.
+    """Sum and norm of every parameter outside the posterior, as of the layers before a last layer, and of running statistics.
 
-    Parameters with a distribution are not among them: the posterior's own mean tells whether they have changed.
+    Parameters with a distribution are not among them: the posterior's own mean tells whether they have changed. Nor are other
+    buffers, in which modules may keep what is no part of their function.
 
     Args:
         model: The model, at the weights to remember.
@@ -28,12 +29,15 @@ class Fingerprint:
     def __init__(self, model: nn.Module, without: Iterable[nn.Parameter]):
         """See the class."""
         inferred = {id(p) for p in without}
-        self._names = [name for name, p in model.named_parameters() if id(p) not in inferred]
+        self._names = [name for name, value in _remembered(model).items() if id(value) not in inferred]
         self._values = self._of(model)
         self._versions = self._versions_of(model)
 
     def changed(self, model: nn.Module) -> list[str]:
-        """Names of the parameters whose values have changed; looks at values only where torch has counted a change."""
+        """Names of those that are gone or whose values have changed; looks at values only where torch has counted a change."""
+        gone = [name for name in self._names if name not in _remembered(model)]
+        if gone:
+            return gone
         versions = self._versions_of(model)
         if versions == self._versions:
             return []
@@ -45,7 +49,7 @@ class Fingerprint:
         return found
 
     def _of(self, model: nn.Module) -> Tensor:
-        known = dict(model.named_parameters())
+        known = _remembered(model)
         rows = [
             torch.stack([known[n].detach().sum(dtype=torch.float64), known[n].detach().double().norm()]).cpu()
             for n in self._names
@@ -53,8 +57,22 @@ class Fingerprint:
         return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.float64, device="cpu")
 
     def _versions_of(self, model: nn.Module) -> list[tuple[int, int]]:
-        known = dict(model.named_parameters())
-        return [(known[name].data_ptr(), known[name]._version) for name in self._names]
+        known = _remembered(model)
+        counters = [
+            b for name, b in model.named_buffers() if name.endswith("num_batches_tracked") and not b.is_inference()
+        ]
+        values = [known[name] for name in self._names] + counters  # a batch norm counts no version of its statistics
+        return [(value.data_ptr(), value._version) for value in values]
+
+
+def _remembered(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, and the statistics by which normalisations evaluate, which a forward pass in training mode changes."""
+    statistics = {
+        name: value
+        for name, value in model.named_buffers()
+        if name.rpartition(".")[2].startswith("running_") and value.is_floating_point() and not value.is_inference()
+    }
+    return {**dict(model.named_parameters()), **statistics}
 
 
 def _differing(model: nn.Module, params: Sequence[nn.Parameter], vector: Tensor) -> list[str]:

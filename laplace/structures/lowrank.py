@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.fallback import input_tensors, rebuild_inputs
+from laplace.capture.soundness import failures_named
 from laplace.capture.stateless import with_tensors
 from laplace.data.batches import batches
 from laplace.linalg.lowrank import block_lanczos
@@ -29,7 +30,7 @@ def eigenpairs(backend: Any, data_loader: Iterable, rank: int) -> tuple[Tensor, 
     """Positive eigenvalues among the ``rank`` largest of the curvature summed over a data loader.
 
     Args:
-        backend: Has ``curvature_product(x, y, vectors, offset)``.
+        backend: Has ``curvature_product(x, y, vectors, offset)`` and ``check_batch(x)``.
         data_loader: Batches; passed through several times, so it has to give the same data again.
         rank: How many eigenpairs at most.
 
@@ -47,7 +48,7 @@ def eigenpairs(backend: Any, data_loader: Iterable, rank: int) -> tuple[Tensor, 
     seen: list[_Summary] = []
 
     def product(vectors: Tensor) -> Tensor:
-        summary, total = _pass(backend, data_loader, vectors)
+        summary, total = _pass(backend, data_loader, vectors, first=not seen)
         seen.append(summary)
         _check_same(seen[0], summary, ordered=backend.stochastic)
         return total
@@ -167,11 +168,14 @@ class _Summary:
     n: int
 
 
-def _pass(backend: Any, data_loader: Iterable, vectors: Tensor) -> tuple[_Summary, Tensor]:
-    """One pass over the data: its summary and the summed product."""
+def _pass(backend: Any, data_loader: Iterable, vectors: Tensor, first: bool) -> tuple[_Summary, Tensor]:
+    """One pass over the data: its summary and the summed product; the first one asks what a batch may show."""
     loss, order, total, n = 0.0, 0.0, torch.zeros_like(vectors), 0
     for x, y in batches(data_loader, backend.params[0].device, backend.dict_key_y):
-        batch_loss, product = backend.curvature_product(x, y, vectors, n)
+        if first:
+            backend.check_batch(x)
+        with eval_mode(backend.model), failures_named(backend.model, x, "this batch"):
+            batch_loss, product = backend.curvature_product(x, y, vectors, n)
         loss, order, n = loss + float(batch_loss), order + n * float(batch_loss), n + len(y)
         total += product
     if n == 0:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from laplace.data.batches import batches
 from laplace.linalg.dense import parameter_vector
+from laplace.linalg.precision import without_kept_casts
 
 
 def fit_diagonal_swag_var(
@@ -75,6 +76,7 @@ def is_batchnorm(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
+@without_kept_casts()
 def _train_epoch(model: nn.Module, loader: Iterable, criterion, optimizer, dict_key_y: str) -> None:
     device = next(model.parameters()).device
     for x, y in batches(loader, device, dict_key_y):

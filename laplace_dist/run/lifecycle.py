@@ -112,11 +112,12 @@ def _create_plan(store: Store, plan: Plan, probe: bytes | None) -> Plan | None:
 def _refuse_another_plan(store: Store, stored: Plan, plan: Plan) -> None:
     """Compare plans but for the run's id and the probe, whose last bits depend on the machine; see `check_model` for it.
 
-    Module groups change no bit, so they are none of what has to be the same: a run goes on with those that it has.
+    Module groups change no bit, so they are none of what has to be the same: a run goes on with those that it has. Nor are the
+    words in which its sums are described, beside which `differences` has compared these.
     """
     older = stored.format_version < plan.format_version
     changed = differences(stored, plan)
-    own = ("probe", "run", "window", "module_groups", "halved_from")
+    own = ("probe", "run", "window", "module_groups", "halved_from", "spec", "further")
     same = replace(plan, **{name: getattr(stored, name) for name in own})
     if not changed and (older or stored.digest == same.digest):
         return

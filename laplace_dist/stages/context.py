@@ -21,7 +21,7 @@ from laplace_dist.data.read_ahead import ReadAhead
 from laplace_dist.errors import SettingsError
 from laplace_dist.plan.digests import feed
 from laplace_dist.plan.identity import check_data
-from laplace_dist.plan.plan import Plan
+from laplace_dist.plan.plan import Plan, same_sums
 from laplace_dist.plan.sketch import ExampleDigests
 from laplace_dist.run import bases, posterior, provenance, run_weights, tunings
 from laplace_dist.run.checkpoint import open_store
@@ -119,7 +119,7 @@ class Context:
             wanted, names = plan.basis["sha256"], _basis_of(plan, plan.groups[group].rows) if rows else None
             self._basis = (wanted, group), bases.read_basis(self.store, self.plan, wanted, self.device, names)
         sums = self.la.second_sums(self._basis[1], *rows)
-        if plain(replace(sums.spec, basis=None)) != plan.spec:
+        if not same_sums(plain(replace(sums.spec, basis=None)), plan.spec):
             raise SettingsError(_OTHER_FACTORS)
         return sums
 
@@ -146,7 +146,7 @@ class Context:
         la = initialized(
             self.plan.settings, self.model, self.split("train", self.window.plan.data), Collate.of(self.config)
         )
-        if plain(la.sums_spec()) != self.plan.spec:
+        if not same_sums(plain(la.sums_spec()), self.plan.spec):
             raise SettingsError(_OTHER_FACTORS)
         return la
 

@@ -107,6 +107,21 @@ NETWORKS = {name: case for name, case in CASES.items() if not case.vocabulary}
 NETWORKS["functional-norm"] = Case(FunctionalNorm)
 
 
+class Attention(nn.Module):
+    """Attention by the kernel of torch's choice, and an encoder layer, which is one operation where there are no gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.last(F.scaled_dot_product_attention(self.query(x), x, x).mean(1) + self.encoder(x).mean(1))
+
+
+NETWORKS["attention"] = Case(Attention, (3, 4), (2,))
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_differentiates(name):
     """Jacobians and outputs, so that whatever is made of them is right; layer norm is not right in ``torch.func``."""
@@ -117,7 +132,7 @@ def test_every_network_differentiates(name):
     assert gradcheck(lambda z: backend.jacobians(z, enable_backprop=True), (x,), fast_mode=True)
 
 
-@pytest.mark.parametrize("name", ["stride-padding", "normed", "functional-norm", "tied", "sequence"])
+@pytest.mark.parametrize("name", ["stride-padding", "normed", "functional-norm", "tied", "sequence", "attention"])
 def test_predictives_of_other_networks_differentiate(name):
     model, x, y = NETWORKS[name].make()
     la = Laplace(model, NETWORKS[name].likelihood, "all", "diag", enable_backprop=True)

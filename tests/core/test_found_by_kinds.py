@@ -88,6 +88,18 @@ def packed(m, x):
     return m.head(pad_packed_sequence(inner, batch_first=True, total_length=x.shape[1])[0].mean(1))
 
 
+def test_coupling_that_one_example_in_the_middle_shows_alone_is_found():
+    """The first ones and the last one are run by themselves; the others together, without these."""
+    run = lambda m, x: m.head(torch.where(x[:, :1] < 0, x + x.amax(), x))  # noqa: E731
+    torch.manual_seed(0)
+    x = torch.rand(7, 3).double()
+    x[4, 0], x[0, 1] = -1.0, 2.0
+    model = Function(run, head=nn.Linear(3, 2)).double().eval()
+    with pytest.raises(ValueError, match="depends on the others of its batch"):
+        fit(model, [x])
+    fit(model, [x[:4]])
+
+
 @pytest.mark.parametrize("structure", ["full", "diag"])
 def test_packed_sequences_of_other_lengths_are_right_or_refused(structure):
     """Rows of packed steps are those of fewer and fewer examples; one example at a time, they are in order."""
@@ -111,3 +123,38 @@ def test_a_weight_of_a_function_that_the_first_batch_does_not_show_is_said():
     x = torch.rand(4, 3).double()
     with pytest.warns(UserWarning, match="w .*no gradient in the first batch; diagonal block"):
         fit(model, [-100 * (1 + x), x], "kron")
+
+
+def force(m, x):
+    """The gradient of an energy."""
+    with torch.enable_grad():
+        z = x.detach().clone().requires_grad_()
+        return torch.autograd.grad(m.net(z).sum(), z, create_graph=True)[0]
+
+
+def beside_itself_detached(m, x):
+    with torch.no_grad():
+        gate = m.net(x)
+    return F.linear(F.linear(x, m.net[0].weight).tanh(), m.net[2].weight) * gate
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", "kron"])
+@pytest.mark.parametrize("run", [force, beside_itself_detached])
+def test_weights_that_count_otherwise_than_by_the_output_of_their_layer_are_no_dead_ones(run, structure):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    model = Function(lambda m, x: run(m, x) @ m.last, net=net, last=P(3 if run is force else 1, 2)).double().eval()
+    x = torch.randn(5, 3).double()
+    js = naive.jacobians(model, x)
+    h = torch.einsum("ncp,ncq->pq", js, js)
+    la = fit(model, [x[:3], x[3:]], structure)
+    truth = {"full": h, "diag": h.diagonal()}.get(structure)
+    if truth is None:  # some have factors, some a diagonal block
+        truth = (la.H.to_matrix() + torch.eye(len(h))).double()
+        assert naive.relative_error(la.functional_variance(js), naive.glm_covariance(js, truth)) < 1e-10
+        assert {name for name, kind, _ in la.coverage if kind == "diag"} == {"net.2.bias", *DIAGONAL[run]}
+    else:
+        assert naive.relative_error(la.H, truth) < 1e-12
+
+
+DIAGONAL = {force: {"net.0.weight"}, beside_itself_detached: {"net.0.bias"}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import OrderedDict
 
@@ -404,3 +405,70 @@ def test_labels_that_are_the_input_words_are_noticed(shifted):
         la.fit([{"input_ids": words, "labels": labels}])
     said = [str(w.message) for w in found if "The labels are the input words themselves" in str(w.message)]
     assert len(said) == (0 if shifted else 1)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5), (4, 3, 1), (4, 3, 5, 2)])
+def test_classes_in_the_second_dimension_are_named(shape):
+    """As torch's losses have them: segmentation models, sequences."""
+    model = nn.Sequential(nn.Linear(2, torch.Size(shape[1:]).numel()), nn.Unflatten(1, shape[1:]))
+    y = torch.randint(3, (4, *shape[2:]))
+    with pytest.raises(
+        ValueError, match=r"classes in the second dimension.* end the model's forward with .movedim\(1, -1\)"
+    ):
+        Laplace(model, "classification", "all", "diag").fit([(torch.randn(4, 2), y)])
+
+
+def test_a_loss_that_takes_other_arguments_is_told_which_it_is_given():
+    la, x, y = fitted("regression", structure="diag")
+    with pytest.raises(ValueError, match="loss=MSELoss does not take the 3 arguments .*, means, variances and targets"):
+        la.optimize_prior_precision(method="gridsearch", val_loader=loader(x, y), loss=nn.MSELoss())
+    with pytest.raises(ValueError, match="loss=MSELoss does not take the 3 arguments"):
+        validate(la, loader(x, y), nn.MSELoss())
+    assert validate(la, loader(x, y), lambda mean, variance, y: nn.MSELoss()(mean, y)) > 0
+
+
+ENDS = {
+    "softmax": ("classification", lambda f: f.softmax(-1), Y, "are probabilities: they sum to 1 over the classes"),
+    "softmax by hand": ("classification", lambda f: f.exp() / f.exp().sum(-1, keepdim=True), Y, "are probabilities"),
+    "sigmoid": (Bernoulli(), lambda f: f[:, :1].sigmoid(), Y % 2, "ends in a sigmoid, but the likelihood takes logits"),
+    "exp": (Poisson(), lambda f: f[:, None].exp()[:, 0], torch.ones(6, 3), "ends in an exponential.* takes log rates"),
+    "log_softmax": ("classification", lambda f: f.log_softmax(-1), Y, None),
+    "logits": (Bernoulli(), lambda f: f[:, :1], Y % 2, None),
+}
+
+
+class Ends(nn.Module):
+    def __init__(self, end):
+        super().__init__()
+        self.layer, self.end = nn.Linear(3, 3).double(), end
+
+    def forward(self, x):
+        return self.end(self.layer(x))
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_model_that_ends_in_what_its_likelihood_applies_itself_is_said(name, recwarn):
+    likelihood, end, y, message = ENDS[name]
+    Laplace(Ends(end), likelihood, "all", "diag").fit([(X, y)])
+    said = [str(w.message) for w in recwarn if w.category is UserWarning]
+    assert not said if message is None else re.search(message, said[0]) and len(said) == 1
+
+
+@pytest.mark.parametrize("subset, structure", FITTABLE)
+def test_batches_that_the_model_cannot_run_are_said_with_the_module(subset, structure):
+    la, x, y = fitted(subset=subset, structure=structure)
+    message = r"forward pass of (this|the first) batch fails in module '(model.)?0' \(Linear\)"
+    for wrong in (x[:, :2], x.long(), [[1.0, 2.0, 3.0]]):
+        with pytest.raises(ValueError, match=message):
+            la(wrong)
+    with pytest.raises(ValueError, match=message):
+        la.fit([(x, y), (x[:, :2], y)])
+    if structure != "gp":
+        with pytest.raises(ValueError, match=message):
+            la(x[:, :2], pred_type="nn", link_approx="mc")
+
+
+@pytest.mark.parametrize("subset, structure", FITTABLE[-2:])
+def test_a_model_without_parameters_has_nothing_to_infer(subset, structure):
+    with pytest.raises(ValueError, match=r"The model \(ReLU\) has no parameters, so there is nothing to infer"):
+        Laplace(nn.ReLU(), "classification", subset, structure)

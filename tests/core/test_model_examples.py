@@ -267,7 +267,7 @@ def test_the_report_lists_every_parameter_of_a_resnet_and_of_a_vision_transforme
             assert kind == ("diag" if diagonal else "kron"), (parameter, why)
             assert not diagonal or why.endswith("diagonal block")
     why = {row[0]: row[2] for row in reports["vit"].coverage}
-    assert why["class_token"] == "per-example autograd: VisionTransformer; diagonal block"
+    assert why["class_token"] == "its uses in the graph: VisionTransformer; diagonal block"
     assert why["encoder.layers.encoder_layer_0.self_attention.in_proj_weight"] == "products in MultiheadAttention"
 
 

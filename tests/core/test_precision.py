@@ -8,7 +8,10 @@ from threading import Event, Thread
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from laplace import Laplace, marglik_training
 from laplace.linalg.precision import (
     KINDS,
     coarsest,
@@ -18,6 +21,7 @@ from laplace.linalg.precision import (
     products_in,
     spacing_of_products,
 )
+from laplace.utils import fit_diagonal_swag_var
 
 WAYS = {
     "nothing": "pass",
@@ -90,3 +94,50 @@ def test_a_thread_stays_in_full_precision_where_another_leaves_it(medium):
         thread.join()
         assert float32_products(["mkldnn.matmul"]) == {"mkldnn.matmul": "ieee"}
     assert float32_products(["mkldnn.matmul"]) == {"mkldnn.matmul": "bf16"}
+
+
+# --- what autocast keeps between passes ----------------------------------------------------------------------------------
+
+
+def with_and_without_autocast(function, make):
+    """What a function makes of a network in a block of autocast, and of one in single precision."""
+    found = []
+    for enabled in (True, False):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(float(function(make())))
+    return found
+
+
+def test_a_first_pass_without_gradients_takes_none_from_the_next():
+    """As of torch's fast path of an encoder, which autocast would go on with."""
+    x, y = torch.randn(6, 4, 8), torch.arange(6) % 3
+    make = lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), nn.Flatten(), nn.Linear(32, 3))  # noqa: E731
+
+    def fit(model):
+        la = Laplace(model.eval(), "classification", "all", "kron")
+        la.fit([(x, y)])
+        assert [name for name, kind, _ in la.coverage if kind == "diag"] == [
+            name for name, _ in model.named_parameters() if "norm" in name
+        ]
+        return la.log_marginal_likelihood()
+
+    half, single = with_and_without_autocast(fit, make)
+    assert half == pytest.approx(single, rel=1e-2)
+
+
+@pytest.mark.parametrize("how", ["marglik_training", "swag"])
+def test_training_sees_the_weights_of_the_last_step(how):
+    x = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
+    data = DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=8)
+
+    def trained(model):
+        if how == "swag":
+            return fit_diagonal_swag_var(model, data, nn.MSELoss(), n_snapshots_total=3, lr=0.05).norm()
+        return marglik_training(
+            model, data, "regression", "diag", n_epochs=4, n_hypersteps=1, optimizer_kwargs={"lr": 0.05}
+        )[3][-1]
+
+    make = lambda: nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))  # noqa: E731
+    half, single = with_and_without_autocast(trained, make)
+    assert half == pytest.approx(single, rel=0.1)

@@ -147,6 +147,33 @@ def test_weights_that_bypass_autograd_or_are_replaced_are_noticed():
         la(x)
 
 
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_running_statistics_that_have_changed_are_noticed(subset):
+    """A forward pass in training mode changes them, and no weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    x, y = torch.randn(6, 3), torch.arange(6) % 2
+    la = Laplace(model, "classification", subset, "kron")
+    la.fit(loader(x, y))
+    la(x)
+    model.train()(3 * x)
+    with pytest.raises(ValueError, match="changed since the fit \\((model.)?0.running_mean, (model.)?0.running_var\\)"):
+        la(x)
+    la.fit(loader(x, y))
+    la(x)
+
+
+def test_a_frozen_module_that_is_gone_is_noticed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(3).requires_grad_(False), nn.Linear(3, 2))
+    x, y = torch.randn(6, 3), torch.arange(6) % 2
+    la = Laplace(model, "classification", "all", "kron")
+    la.fit(loader(x, y))
+    model[0] = nn.Identity()
+    with pytest.raises(ValueError, match="changed since the fit \\(0.weight, 0.bias, 0.running_mean"):
+        la(x)
+
+
 def test_a_further_fit_at_other_weights_says_so():
     la, x, y = make(structure="diag")
     step(la.model, "0.weight")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from laplace import Laplace
+from laplace import Laplace, curvature
 from laplace.capture import soundness, unproven
 
 from .test_uses import Function, P
@@ -146,3 +146,41 @@ def test_what_was_dead_and_is_sound_is_asked_once_and_fitted(monkeypatch):
     x = torch.rand(4, 3).double()
     fit(model, [x, 20 * (1 + x), 20 * (1 + x), 30 * (1 + x)], "diag")
     assert 1 <= len(asked) <= 2  # a module that differs between examples, and a gradient
+
+
+# --- backends of other packages, and products with vectors ---------------------------------------------------------------
+
+
+BACKENDS = {
+    "CurvlinopsGGN": ["full", "diag", "kron"],
+    "CurvlinopsEF": ["full"],
+    "AsdlGGN": ["full", "diag", "kron"],
+    "AsdlEF": ["diag"],
+    "CurvlinopsHessian": ["full", "lowrank"],
+    "AsdlHessian": ["full", "lowrank"],
+    "NativeHessian": ["full", "lowrank"],
+    "NativeGGN": ["lowrank", "gp"],
+    "GGNInterface": ["diag"],
+}
+
+
+@pytest.mark.parametrize("name", ["dead", "dead branch"])
+@pytest.mark.parametrize(("backend", "structure"), [(b, s) for b, found in BACKENDS.items() for s in found])
+def test_a_later_batch_is_refused_whoever_makes_the_passes(backend, structure, name):
+    model, small, large = made(name)
+    la = Laplace(model, "regression", "all", structure, backend=getattr(curvature, backend))
+    zeros = torch.zeros(4, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=REFUSAL):
+        la.fit([(x, zeros) for x in (small, small, large)])
+
+
+@pytest.mark.parametrize("backend", ["CurvlinopsGGN", "AsdlGGN", "GGNInterface"])
+@pytest.mark.parametrize("how", ["backprop", "joint"])
+def test_a_prediction_is_refused_whoever_makes_the_passes(backend, how):
+    model, small, large = made("dead branch")
+    la = Laplace(model, "regression", "all", "diag", backend=getattr(curvature, backend))
+    la.fit([(small, torch.zeros(4, 2, dtype=torch.float64))])
+    la.enable_backprop = how == "backprop"
+    la(small, joint=how == "joint")
+    with pytest.raises(ValueError, match=REFUSAL):
+        la(large, joint=how == "joint")

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from laplace import KronLaplace, Laplace, marglik_training
+from laplace.data import unread
 from laplace.data.calling import adapted
 from laplace.utils import LastLayerSubnetMask
 
@@ -118,3 +119,43 @@ def test_training_on_the_evidence_and_masks_take_them_too():
     la, returned, margliks, _ = marglik_training(model, loader, hessian_structure="diag", n_epochs=2, n_hypersteps=1)
     assert returned is model and len(margliks) == 2 and la.model.classifier.weight is model.classifier.weight
     assert LastLayerSubnetMask(bert()).select(loader).numel() == CLASSES * 9
+
+
+class PassesOn(BertForSequenceClassification):
+    """A model that names its words alone, and hands on the rest."""
+
+    def forward(self, input_ids, **kwargs):
+        return super().forward(input_ids, **kwargs)
+
+
+def renamed(batch, **names):
+    return {names.get(key, key): value for key, value in batch.items()}
+
+
+@pytest.mark.parametrize("key", ["attention_maks", "idx"])
+@pytest.mark.parametrize("kind", [BertForSequenceClassification, PassesOn])
+def test_a_key_that_the_model_swallows_is_refused_in_fits_and_predictions(kind, key):
+    batch = next(iter(DataLoader(sentences(), batch_size=4)))
+    la = Laplace(kind(bert().config).eval(), "classification", "last_layer", "diag")
+    with pytest.raises(ValueError, match=f"takes '{key}' of the batch as further keywords"):
+        la.fit([renamed(batch, attention_mask=key)])
+    la.fit([batch])
+    with pytest.raises(ValueError, match=f"takes '{key}' .* does nothing with them. Leave them out"):
+        la({**batch, key: batch["attention_mask"]})
+
+
+def test_keys_that_are_handed_on_or_change_nothing_by_chance_are_none_of_these():
+    """A mask without padding changes nothing, but is read; words of examples are no tensors."""
+    batch = next(iter(DataLoader(sentences(), batch_size=4)))
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    la = Laplace(PassesOn(bert().config).eval(), "classification", "last_layer", "diag")
+    la.fit([{**batch, "text": ["a", "b", "c", "d"]}])
+    assert la.n_data == 4
+
+
+def test_what_is_not_seen_to_be_read_but_changes_the_answer_is_taken(monkeypatch):
+    """As in compiled code."""
+    monkeypatch.setattr(unread._Reads, "__torch_function__", lambda self, f, types, a=(), k=None: f(*a, **(k or {})))
+    la = Laplace(PassesOn(bert().config).eval(), "classification", "last_layer", "diag")
+    la.fit(DataLoader(sentences(), batch_size=4))
+    assert la.n_data == 12

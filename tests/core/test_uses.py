@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from laplace import Laplace
 from laplace.capture import capture as capturing
+from laplace.capture import verify
 from laplace.capture.uses import Uses, signature
 
 from . import naive
@@ -279,9 +280,15 @@ def test_a_parameter_that_differs_between_examples_is_no_weight(pulled):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """How often uses were checked."""
-    calls, plain = [], Uses._keep_what_holds
-    monkeypatch.setattr(Uses, "_keep_what_holds", lambda self, *args: calls.append(1) or plain(self, *args))
+    """How often uses were checked in batches that are summed."""
+    calls = []
+
+    class Counted(Uses):
+        def _keep_what_holds(self, *args):
+            calls.append(1)
+            return super()._keep_what_holds(*args)
+
+    monkeypatch.setattr(capturing, "Uses", Counted)
     return calls
 
 
@@ -347,6 +354,37 @@ def test_branches_of_the_same_operations_with_other_parameters_or_dimensions_are
     one, two = (torch.ones(3, 3, requires_grad=True) for _ in range(2))
     cube = lambda leaf, *dims: signature(leaf[None].expand(3, 3, 3).transpose(*dims))  # noqa: E731
     assert len({cube(one, 0, 1), cube(one, 1, 2), cube(two, 0, 1)}) == 3 and cube(one, 0, 1) == cube(one, 0, 1)
+
+
+# --- what is said of it --------------------------------------------------------------------------------------------------
+
+
+def test_the_report_says_which_rows_follow_from_uses_and_which_from_autograd():
+    run = lambda m, x: torch.einsum("ni,ij,jk->nk", m.b(m.p(x * m.s), x), m.w, m.w)  # noqa: E731
+    torch.manual_seed(0)
+    model = Function(run, p=nn.PReLU(), s=P(3), b=nn.Bilinear(3, 3, 2), w=P(2, 2)).double().eval()
+    la = Laplace(model, "regression", "all", "diag")
+    la.fit([(x := inputs(), targets(model, x))])
+    why = {name: reason for name, _, reason in la.coverage}
+    by_use = set(la.backend.capture(x)._uses.by_name)
+    assert (
+        {name for name in why if why[name].startswith("its uses in the graph: ")}
+        == by_use
+        == {"p.weight", "s", "b.bias"}
+    )
+    assert why["b.weight"] == "per-example autograd: Bilinear"
+
+
+def test_sums_whose_reasons_have_other_words_are_added_up(monkeypatch):
+    """As those of an earlier version, or where the first batch shows less."""
+    run = lambda m, x: (x * m.s).tanh() @ m.v  # noqa: E731
+    model = Function(run, s=P(3), v=P(3, 2)).double().eval()
+    la = Laplace(model, "regression", "all", "diag")
+    la.fit([(x := inputs(), targets(model, x))])
+    before = la.H.clone()
+    monkeypatch.setattr(verify, "_AUTOGRAD", "otherwise: ")
+    la.fit([(x, targets(model, x))], override=False)
+    torch.testing.assert_close(la.H, 2 * before)
 
 
 # --- Kronecker factors: those of twins that are made of linear layers and cells ------------------------------------------

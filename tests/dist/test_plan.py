@@ -118,6 +118,14 @@ def test_equal_plans_do_not_differ():
     assert differences(make_plan(), make_plan()) == []
 
 
+def test_sums_that_are_described_in_other_words_are_the_same():
+    """As by another version of the core library."""
+    block = {"parameter": "a.weight", "layer": "a", "factors": ["a.weight/A"]}
+    said = [{**SPEC, "blocks": [{**block, "reason": word}]} for word in ("Linear", "a linear layer")]
+    assert differences(*(make_plan(spec=spec) for spec in said)) == []
+    assert differences(*(make_plan(spec=spec) for spec in (said[0], {**said[1], "blocks": [{**block, "layer": None}]})))
+
+
 def test_another_specification_is_a_difference():
     other = {"structure": "kron", "factors": {}}
     assert "factors of the curvature" in differences(make_plan(), make_plan(spec=other))[0]

@@ -11,6 +11,7 @@ import torch
 from window_cases import add, config, damaged, factors, fit_inline, names_of, same, two_windows
 
 import laplace_dist
+from laplace.capture import verify
 from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.execution.inline import InlinePool
 from laplace_dist.recalibration import RecalibrationJob, rollback
@@ -43,6 +44,16 @@ def test_two_windows_are_one_fit_over_the_union(run, tmp_path):
     for name, value in wanted.items():
         # The convolution's products are float32, and where batches are cut differs.
         assert np.allclose(found[name], value, rtol=1e-5, atol=1e-6 * np.abs(value).max()), name
+
+
+def test_a_run_whose_sums_another_version_described_in_other_words_goes_on(tmp_path, monkeypatch):
+    fit_inline(config(tmp_path, window="monday"))
+    before = factors(tmp_path)
+    monkeypatch.setattr(verify, "_described", lambda module, key: f"a {type(module).__name__}")
+    fit_inline(config(tmp_path, window="monday"))
+    assert same(before, factors(tmp_path))
+    add(tmp_path, "tuesday")
+    assert factors(tmp_path)["n"] == 64
 
 
 def test_the_same_windows_from_scratch_have_the_same_bits_whatever_they_are_called(run, tmp_path):
