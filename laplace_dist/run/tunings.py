@@ -49,8 +49,8 @@ class Values:
         return {"priors": list(self.priors), "temperatures": list(self.temperatures)}
 
 
-def read_shard(store: Store, key: str, values: Values | None = None) -> tuple[Tensor, Tensor, int]:
-    """Return the summed losses of one shard for every value, those of the MAP, and the number of terms.
+def read_shard(store: Store, key: str, values: Values | None = None) -> tuple[Tensor, Tensor, int, bool]:
+    """Return the summed losses of one shard for every value, those of the MAP, the number of terms, and whether they are fixed.
 
     Args:
         store: The checkpoint.
@@ -65,16 +65,17 @@ def read_shard(store: Store, key: str, values: Values | None = None) -> tuple[Te
         scores = json.loads(text)
         totals = torch.tensor(scores["totals"], dtype=torch.float64)
         of_map, n = torch.tensor(scores.get("map", []), dtype=torch.float64), scores["n"]
+        fixed = scores.get("fixed", False)
         stored = {name: scores.get(name) for name in ("priors", "temperatures")}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{key} is altered: it holds no scores. {_REMEDY}") from error
-    shaped = totals.ndim in (1, 2) and of_map.ndim == 1 and type(n) is int and n > 0
+    shaped = totals.ndim in (1, 2) and of_map.ndim == 1 and type(n) is int and n > 0 and type(fixed) is bool
     wrong = values is not None and (
         stored != values.plain() or totals.shape != (max(1, len(values.priors)), len(of_map)) or not len(of_map)
     )
     if not shaped or wrong:
         raise CheckpointError(f"{key} is altered: its scores are not those of this grid. {_REMEDY}")
-    return totals, of_map, n
+    return totals, of_map, n, fixed
 
 
 def commit_shard(
@@ -88,6 +89,7 @@ def commit_shard(
     of_map: Tensor | None = None,
     values: Values | None = None,
     examples: Mapping[str, Tensor] | None = None,
+    fixed: bool = False,
 ) -> None:
     """Commit the summed losses of one shard, unless they are there.
 
@@ -101,6 +103,7 @@ def commit_shard(
         of_map: Those of the MAP.
         values: What was scored.
         examples: By name, the scores of every term, `(values + 1, terms)`; the MAP's come last.
+        fixed: No prior precision changes them.
     """
     # Scores may be infinite, where the sealed JSON of manifests allows numbers only.
     scores = {"totals": totals.tolist(), "n": n, **(values.plain() if values else {})}
@@ -108,6 +111,8 @@ def commit_shard(
         scores["map"] = of_map.tolist()
     if examples:
         scores["names"] = list(examples)
+    if fixed:
+        scores["fixed"] = True
     manifest = {
         "format_version": FORMAT_VERSION,
         "key": key,

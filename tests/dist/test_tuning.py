@@ -182,11 +182,21 @@ def test_where_no_prior_helps_the_limit_is_kept_and_named(tmp_path):
     assert "To try: --subset-of-weights last_layer; --hessian-structure kron or diag; --recalibrate both" in said
 
 
-def test_a_loss_that_does_not_depend_on_the_prior_is_said_to_be_so(tmp_path):
-    """Of logits that are all zero, whatever their variance, the probabilities are equal."""
-    _, manifest, said = tuned(config(tmp_path, "classes", model_args={"times": 0.0}))
+@pytest.mark.parametrize(
+    ("kind", "changes", "rounds"),
+    [
+        ("classes", {"model_args": {"times": 0.0}}, 1),  # zero logits stay so under any variance, by the probit link
+        ("classes", {"model_args": {"times": 0.0}, "recalibrate": "both"}, None),
+        ("classes", {"model": "tuning_cases:constant", "link_approx": "mc"}, 2),
+        ("line", {"model_args": {"outputs": 2}, "model": "tuning_cases:constant"}, 1),  # its noise is open
+    ],
+)
+def test_a_loss_that_does_not_depend_on_the_prior_is_said_to_be_so_at_once(tmp_path, kind, changes, rounds):
+    _, manifest, said = tuned(config(tmp_path, kind, **changes))
     assert "The loss does not depend on the prior" in said and "so large" not in said
-    assert (manifest["search"]["limit"], manifest["search"]["helps"]) == ("MAP", False)
+    search = manifest["search"]
+    assert (search["limit"], search["helps"]) == ("MAP", False)
+    assert rounds in (None, len(search["rounds"]))
 
 
 def compared_with_map(la, model, x, y):
