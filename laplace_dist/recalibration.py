@@ -151,18 +151,9 @@ class RecalibrationJob(WindowStages):
 
     def decided(self, name: str, terms: Sequence[Term]) -> dict[str, Any] | None:
         """Return what was found before, if the same was asked then and the current posterior is still what that left."""
-        found = recalibrations.read_decision(self.store, self.plan, name)
-        if (
-            found is None
-            or found.get("pending")
-            or stage.TOO_FEW in found["why"]  # which more examples of the same window change
-            or found["windows"] != stage.weights_of(terms)
-            or found["settings"] != stage.settings(self.config)
-        ):
-            return None
-        current, side = self._current, found["candidate" if found["promoted"] else "current"]
+        found, current = recalibrations.read_decision(self.store, self.plan, name), self._current
         there = ownership.has(self.store, self.plan, layout.version_key(current["version"]))
-        if (current["version"], current["tuning"]) != (side["version"], side["tuning"]) or not there:
+        if found is None or not there or not stage.still_holds(found, terms, self.asked, current):
             return None
         self.say(f"{name} was decided before: nothing to do")
         return found
@@ -178,7 +169,11 @@ class RecalibrationJob(WindowStages):
             found["why"] += "; not promoted, since this is a dry run"
         if dry_run:
             return found
-        if better:
+        side, current = found["candidate"], self._current
+        now = current["version"], current["tuning"], pointer.left_out(current)
+        if better and now == (side["version"], side["tuning"], list(self._left_out)):
+            found |= {"promoted": True, "why": "it is what is current already; nothing was changed"}
+        elif better:
             recalibrations.write_decision(self.store, self.plan, name, {**found, "pending": True})
             self._promote(name, found)
             found["promoted"] = True
@@ -210,7 +205,7 @@ class RecalibrationJob(WindowStages):
             )
         return {
             **sides,
-            "settings": stage.settings(config),
+            "settings": self.asked(),
             "differences": {name: {**d, "margin": margins[name]} for name, d in receipt["differences"].items()},
             "metrics": metrics,
             "gates": passed,

@@ -74,6 +74,21 @@ def test_a_refusal_leaves_the_current_posterior_as_it_is(run, case):
     assert after == before or add(run, "wednesday", window="after").promoted, "what was begun is in nobody's way"
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"pred_type": "nn"}, {"prior_structure": "diag", "tune_method": "marglik"}, {"prior_structure": "layerwise"}],
+    ids=lambda given: next(iter(given)),
+)
+@pytest.mark.parametrize("drop", [None, "tuesday"])
+def test_settings_that_no_tuning_takes_are_refused_before_a_window_is_begun(run, given, drop):
+    before = everything(Checkpoint(str(run)))
+    given = {"tune_method": "gridsearch", **given}
+    with pytest.raises(SettingsError, match="--link-approx: got 'probit'|--prior-structure: got"):
+        add(run, "wednesday", drop_window=drop, **given)
+    after = everything(Checkpoint(str(run)))
+    assert {key for key in after if after[key] != before.get(key)} <= {layout.RECALIBRATION_LEASE}
+
+
 def everything(store):
     """Return all objects of a run but the records of its jobs."""
     return {key: store.read(key) for key in store.list() if not key.startswith(("jobs/", "status/"))}
