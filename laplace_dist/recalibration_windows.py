@@ -143,6 +143,10 @@ class WindowStages(Job):
                     f"{', '.join(names)}"
                 )
             self._left_out = [*(name for name in self._left_out if name != drop_window), drop_window]
+            if not is_rule(self.config.windows) and drop_window in self.config.windows.split(","):
+                raise SettingsError(
+                    f"--windows: got {self.config.windows!r}, which names the window that --drop-window drops; leave it out"
+                )
         chosen = self._chosen([name for name in names if name != drop_window])
         if not chosen:
             raise SettingsError(

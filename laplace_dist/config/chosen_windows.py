@@ -6,6 +6,7 @@ import re
 
 LAST = re.compile(r"last:([1-9][0-9]*)")
 _NAME = re.compile(r"[A-Za-z0-9_-][\w.-]*")
+_LONGEST = 128  # half of what a folder's name may have, as others are made of it
 
 
 def checked_name(value: str) -> str:
@@ -14,10 +15,10 @@ def checked_name(value: str) -> str:
     Raises:
         ValueError: Saying what a name may be.
     """
-    if not _NAME.fullmatch(value) or value == "all" or value.startswith("without-"):
+    if not _NAME.fullmatch(value) or len(value) > _LONGEST or value == "all" or value.startswith("without-"):
         raise ValueError(
-            "a name of letters, digits, '_', '-' and '.', such as 2026-03-01, that is not all, which --windows takes for every "
-            "window, and does not begin with without-, as the decision of a --drop-window does"
+            f"a name of letters, digits, '_', '-' and '.', at most {_LONGEST}, such as 2026-03-01, that is not all, which --windows "
+            "takes for every window, and does not begin with without-, as the decision of a --drop-window does"
         )
     return value
 

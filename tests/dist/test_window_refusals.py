@@ -58,6 +58,11 @@ REFUSED = {
     "another batch size": ({"batch_size": 5}, "--batch-size: stored 4, now 5"),
     "another model": ({"model": "dist_cases:tiny", "model_args": {"name": "one unit"}}, "--model|weights"),
     "fresh": ({"fresh": True}, "--fresh"),
+    "a drop of what is named": (
+        {"drop_window": "tuesday", "windows": "monday,tuesday"},
+        "names the window that --drop-window",
+    ),
+    "a window of a name that no folder has": ({"window": "x" * 129}, "'_', '-' and '.', at most 128, such as"),
     "another drop": ({"drop_window": "sunday"}, "--drop-window: got 'sunday'; expected one of several windows"),
 }
 
@@ -252,6 +257,14 @@ def test_forgetting_goes_by_position_whatever_the_names_say():
     there = [SimpleNamespace(name=name) for name in names]
     assert [(w.name, x) for w, x in choose(there, "all", 0.5)] == list(zip(names, [0.25, 0.5, 1.0], strict=True))
     assert [x for _, x in choose(there, "2026-03-02,2026-03-01", 0.5)] == [0.5, 1.0]
+
+
+def test_windows_whose_weight_is_nothing_any_more_are_left_out():
+    """Of a year of days under a strong decay, weights underflow; a weight of 0 stands in no version."""
+    there = [SimpleNamespace(name=f"day-{k}") for k in range(365)]
+    found = choose(there, "all", 0.1)
+    assert found[0][0].name == "day-41" and 0 < found[0][1] < 1e-322 and found[-1][1] == 1
+    assert len(choose(there, "all", 1.0)) == 365
 
 
 def shared_file(tmp_path, run):
