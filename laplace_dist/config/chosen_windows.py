@@ -17,8 +17,8 @@ def checked_name(value: str) -> str:
     """
     if not _NAME.fullmatch(value) or len(value) > _LONGEST or value == "all" or value.startswith("without-"):
         raise ValueError(
-            f"a name of letters, digits, '_', '-' and '.', at most {_LONGEST}, such as 2026-03-01, that is not all, which --windows "
-            "takes for every window, and does not begin with without-, as the decision of a --drop-window does"
+            f"a name of letters, digits, '_', '-' and '.', at most {_LONGEST}, such as 2026-03-01, that is not all, which "
+            "--windows takes for every window, and does not begin with without-, as the decision of a --drop-window does"
         )
     return value
 
