@@ -260,9 +260,8 @@ class RecalibrationJob(WindowStages):
             tasks.append(drift.CompareSpectra(self.plan.digest, current["version"], n_data))
         receipts = self._run(tasks, Progress("drift", "comparisons", len(tasks)), keep=True, alike=False)
         new = drift.looked(state, name, current["evaluation"], receipts)
-        for stream, at in new["noticed"].items():
-            if at == name:
-                self.say(f"drift: {stream} is not what it was when the current posterior was accepted")
+        for text in drift.said(new["last"]["record"], name):
+            self.say(text)
         if not dry_run:
             monitoring.write_state(self.store, self.plan, new)
         return new["last"]["record"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import dist_cases
@@ -18,7 +20,8 @@ from laplace_dist.demo import digits
 from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.job import Job, evaluate_posterior, tune_posterior
 from laplace_dist.recalibration import RecalibrationJob
-from laplace_dist.run import layout, recalibrations
+from laplace_dist.report.html.fitted import fitted
+from laplace_dist.run import layout, pointer, recalibrations, tunings
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.combination import choose, windows_of
 from laplace_dist.run.ownership import read_plan
@@ -215,6 +218,27 @@ def test_a_flag_that_does_nothing_in_a_job_is_refused_by_name(run, job, flag, ca
     assert cli.main(job, ["--checkpoint", str(run), flag]) == 2
     assert f"{flag.partition('=')[0]}: does nothing in this job" in capsys.readouterr().err
     assert Checkpoint(str(run)).read(layout.CURRENT) == before
+
+
+def test_the_level_of_a_comparison_with_map_is_heeded_by_a_tuning(run, capsys):
+    assert cli.main("tune", ["--checkpoint", str(run), "--level=0.8", "--draws=150", "--ray-address=inline"]) == 0
+    chosen = tunings.read_tuning(Checkpoint(str(run)), pointer.tuning_of(Checkpoint(str(run))))[0]["settings"]
+    assert (chosen["level"], chosen["draws"]) == (0.8, 150)
+
+
+def test_the_commands_of_the_report_make_the_same_version_again(run, tmp_path):
+    """Though a file gave the fit settings of recalibrations, and the other way round, which are refused as flags."""
+    add(run, "wednesday", decay=0.5, gate=["nll<=1", "candidate:accuracy>=0"], keep_versions=3, skip_evaluate=True)
+    store = Checkpoint(str(run))
+    version = pointer.read_current(store)["version"]
+    found = fitted(store, read_plan(store), version)
+    assert found["not_kept"] == [] and len(found["recalibrations"]) == 2
+    for command in (found["command"], *found["recalibrations"]):
+        _, job, *words = shlex.split(command)
+        words[words.index("--checkpoint") + 1] = str(tmp_path / "again")
+        carry_out = cli.recalibrate_main if job == "jobs/recalibrate.py" else partial(cli.main, "fit")
+        assert carry_out([*words, "--ray-address=inline"]) == 0
+    assert pointer.read_current(Checkpoint(str(tmp_path / "again")))["version"] == version
 
 
 def test_the_weeks_of_the_demo_are_its_training_split():
