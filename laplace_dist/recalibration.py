@@ -14,6 +14,7 @@ from typing import Any
 
 from laplace_dist.config import gates
 from laplace_dist.config.given import check_given
+from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError, listed
 from laplace_dist.execution.session import ExecutorType
@@ -50,6 +51,7 @@ class Recalibration:
         metrics: Those of `map`, `current` and `candidate` by name, on the same fresh examples.
         report: Path or URL of the page that shows it, or None if it was not written anew.
         noticed: What has drifted since the current posterior was accepted: see the record under `drift`.
+        notes: Which noise or temperature the metrics are of.
     """
 
     checkpoint: str
@@ -59,6 +61,7 @@ class Recalibration:
     metrics: dict[str, dict[str, float]]
     report: str | None = None
     noticed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def recalibrate(
@@ -292,6 +295,6 @@ class RecalibrationJob(WindowStages):
         """Return what was found as callers get it."""
         noticed = tuple((found.get("drift") or {}).get("noticed", ()))
         version = found["candidate"]["version"]
-        return Recalibration(
-            self.store.url, version, found["promoted"], found["why"], found["metrics"], noticed=noticed
-        )
+        notes = stage.notes_of(self.store, found, likelihood_of(self.config.likelihood).has_noise)
+        shown = found["promoted"], found["why"], found["metrics"]
+        return Recalibration(self.store.url, version, *shown, noticed=noticed, notes=notes)

@@ -230,13 +230,31 @@ def start_of(store: Store, key: str | None) -> str | None:
 
 def notes(manifest: Mapping[str, Any]) -> list[str]:
     """Return what people should know beside the metrics: which noise, temperature or limit these are of."""
-    found = list((manifest.get("search") or {}).get("said", []))
+    return [*(manifest.get("search") or {}).get("said", []), *beside(manifest)]
+
+
+def beside(manifest: Mapping[str, Any], who: str = "Laplace", with_map: bool = True) -> list[str]:
+    """Return which noise or temperature figures are of.
+
+    Args:
+        manifest: Of the tuning; with `sigma_noise` alone where there is none.
+        who: Whose figures they are.
+        with_map: Those of MAP are beside them, of the same noise.
+    """
+    found = []
     if (noise := manifest["sigma_noise"]) is not None:
         kind = "the tuned observation noise" if "settings" in manifest else "an observation noise that nobody has tuned"
-        found.append(f"The NLL of MAP and of Laplace is that under {kind}, {noise:.4g}.")
+        found.append(f"The NLL of {'MAP and of ' if with_map else ''}{who} is that under {kind}, {noise:.4g}.")
     if (temperature := manifest.get("logit_temperature") or 1.0) != 1:
-        found.append(f"The logits of Laplace are divided by the temperature {temperature:.4g}; those of MAP are not.")
+        found.append(f"The logits of {who} are divided by the temperature {temperature:.4g}; those of MAP are not.")
     return found
+
+
+def method_of(manifest: Mapping[str, Any]) -> str | None:
+    """Return how a prior was chosen: by a search too, where what the evidence has chosen was shown to be worse than MAP."""
+    method, search = manifest["settings"].get("method"), manifest.get("search") or {}
+    searched = any(scored["priors"] for scored in search.get("rounds", []))
+    return "gridsearch" if method == "marglik" and searched else method
 
 
 def helps(manifest: Mapping[str, Any]) -> bool:

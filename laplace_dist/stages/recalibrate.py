@@ -9,6 +9,7 @@ from typing import Any
 
 from laplace.likelihoods.comparison import paired_differences
 from laplace_dist.config.settings import Config
+from laplace_dist.run import tunings
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.evaluations import joined_scores
 from laplace_dist.run.provenance import environment
@@ -134,6 +135,23 @@ def metrics_of(store: Store, sides: Mapping[str, Any]) -> dict[str, dict[str, fl
     found = {name: open_json(store.read(s["evaluation"]), s["evaluation"])["metrics"] for name, s in sides.items()}
     own = {name: metrics["laplace"] for name, metrics in found.items()}
     return {"map": found["candidate"]["map"], "current": own["current"], "candidate": own["candidate"]}
+
+
+def notes_of(store: Store, found: Mapping[str, Any], has_noise: bool) -> tuple[str, ...]:
+    """Return which noises and temperatures the figures of a decision are of, as far as the tunings are there.
+
+    Args:
+        store: The checkpoint.
+        found: The decision.
+        has_noise: Whether its likelihood has a noise, which is 1 where nothing was tuned.
+    """
+    lines = []
+    for side, who in (("candidate", "the candidate"), ("current", "the current one")):
+        key, manifest = found[side]["tuning"], {"sigma_noise": 1.0 if has_noise else None}
+        if key is None or store.exists(key):
+            manifest = manifest if key is None else tunings.read_tuning(store, key)[0]
+            lines += tunings.beside(manifest, who, with_map=side == "candidate")
+    return tuple(lines)
 
 
 def weights_of(terms: Sequence[Any]) -> list[dict[str, Any]]:

@@ -159,8 +159,14 @@ def test_a_regression_is_watched_too(tmp_path):
     given = {"data": "recalibration_cases:numbers", "likelihood": "regression", "margin_nll": 10.0, **SIZES}
     fit_inline(config(tmp_path / "run", window="0", **{**given, "data_args": {"day": 0}}))
     for number, shift in ((1, 0.0), (2, 4.0)):
-        recalibrate(config(tmp_path / "run", window=f"day-{number}", **given, data_args={"day": number, "shift": shift}),
-                    laplace_dist.Inline)  # fmt: skip
+        found = recalibrate(
+            config(tmp_path / "run", window=f"day-{number}", **given, data_args={"day": number, "shift": shift}),
+            laplace_dist.Inline,
+        )
+        assert found.notes == tuple(
+            f"The NLL of {who} is that under an observation noise that nobody has tuned, 1."
+            for who in ("MAP and of the candidate", "the current one")
+        )
     shown = decision(tmp_path / "run", "day-2")["drift"]
     assert set(shown["streams"]) == {"entropy", "features", "nll"} and "features" in shown["noticed"]
     assert set(shown["changes"]) == {"nll"} and "labels" not in shown and "estimated_without_labels" not in shown

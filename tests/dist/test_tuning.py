@@ -360,6 +360,11 @@ def test_a_recalibration_of_the_temperature_keeps_the_prior_and_its_temperature_
     assert torch.equal(la.prior_precision, before.prior_precision) and la.logit_temperature > 1
     assert found.metrics["candidate"]["nll"] == pytest.approx(float(log_losses(la, x, y).mean()))
     assert found.metrics["current"]["nll"] == pytest.approx(float(log_losses(before, x, y).mean()))
+    (note,) = found.notes
+    assert (
+        note
+        == f"The logits of the candidate are divided by the temperature {la.logit_temperature:.4g}; those of MAP are not."
+    )
     said = json.loads((tmp_path / "recalibration" / "two" / "decision.json").read_text())
     assert said["settings"]["recalibrate"] == "temperature"
     assert add("temperature").why == found.why, "nothing to do"
@@ -549,6 +554,7 @@ def test_evidence_that_is_worse_than_map_is_passed_over_and_named_in_table_and_r
     assert "Laplace, kept at MAP" in shown.getvalue() and said[0] in shown.getvalue()
     page = (tmp_path / "report.html").read_text()
     assert "The prior of the highest evidence is shown to be worse than MAP" in page
+    assert "the NLL of the validation data, over a grid" in page and "log marginal likelihood (evidence)" not in page
 
 
 def calibrated_with_test(split):
