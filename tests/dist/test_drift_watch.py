@@ -146,6 +146,12 @@ def test_a_split_without_labels_that_the_data_do_not_have_is_refused_before_anyt
     assert Checkpoint(str(run)).list() == before
 
 
+def test_what_stands_for_the_labels_that_there_are_not_is_said(run):
+    message = r"expected a pair \(x, y\).*\(split 'recent', whose targets are not used: any will do, such as 0\)"
+    with pytest.raises(SettingsError, match=message):
+        day(run, 2, data="recalibration_cases:inputs_alone", unlabelled="recent")
+
+
 def test_spectra_of_the_new_window_are_compared_with_the_current_posterior(run):
     day(run, 2)
     same = decision(run, "day-2")["drift"]["spectra"]["relative_distance"]
