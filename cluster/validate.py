@@ -17,12 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from checks import commands, image, kuberay, launcher, pods  # noqa: E402
+from checks import commands, image, kuberay, launcher, plain, pods  # noqa: E402
 
 Documents = Mapping[str, Any]
 
@@ -31,8 +29,7 @@ def load(folder: Path) -> dict[str, Any]:
     """Return what is to be checked by path below the folder: the documents of YAML files, and the text of others."""
     found: dict[str, Any] = {}
     for path in sorted([*folder.glob("kuberay/*.yaml"), *folder.glob("launcher/*.yaml")]):
-        documents = [document for document in yaml.safe_load_all(path.read_text()) if document is not None]
-        found[str(path.relative_to(folder))] = documents
+        found[str(path.relative_to(folder))] = plain.load(path.read_text())
     for name in ("local.sh", "Dockerfile"):
         if (folder / name).exists():
             found[name] = (folder / name).read_text()
@@ -77,6 +74,8 @@ def _check_file(name: str, content: Any, around: pods.Around, crds: Mapping[str,
         yield from image.check(content)
     elif name == "local.sh":
         yield from commands.check_script(content, {}, address="http://127.0.0.1:8265")
+    elif problems := [text for document in content for text in plain.check(document)]:
+        yield from problems
     elif name.startswith("launcher/"):
         for config in content:
             yield from launcher.check(config) if isinstance(config, dict) else ["expected a mapping"]
@@ -126,15 +125,15 @@ def _check_cron_job(document: Mapping[str, Any], around: pods.Around) -> Iterato
     yield from kuberay.check_schedule(spec["schedule"], spec.get("timeZone", ""))
     job = spec["jobTemplate"].get("spec") or {}
     numbers = {
-        "startingDeadlineSeconds": spec.get("startingDeadlineSeconds", -1),
-        "successfulJobsHistoryLimit": spec.get("successfulJobsHistoryLimit", 3),
-        "failedJobsHistoryLimit": spec.get("failedJobsHistoryLimit", 1),
-        "backoffLimit": job.get("backoffLimit", -1),
-        "activeDeadlineSeconds": job.get("activeDeadlineSeconds", -1),
+        "startingDeadlineSeconds": (spec.get("startingDeadlineSeconds", -1), 10),  # the controller looks every 10 s
+        "successfulJobsHistoryLimit": (spec.get("successfulJobsHistoryLimit", 3), 0),
+        "failedJobsHistoryLimit": (spec.get("failedJobsHistoryLimit", 1), 0),
+        "backoffLimit": (job.get("backoffLimit", -1), 0),
+        "activeDeadlineSeconds": (job.get("activeDeadlineSeconds", -1), 1),
     }
-    for name, number in numbers.items():
-        if number < 0:
-            yield f"{name}: expected a number, at least 0"
+    for name, (number, least) in numbers.items():
+        if number < least:
+            yield f"{name}: expected a number, at least {least}"
     template = job.get("template") or {}
     if "spec" not in template:
         yield "spec.jobTemplate: holds no pod"
@@ -154,6 +153,8 @@ def _check_cron_job(document: Mapping[str, Any], around: pods.Around) -> Iterato
     if "RAY_AUTH_MODE" not in variables or token.get("key") != "auth_token" or cluster not in around.clusters:
         yield f"env: expected RAY_AUTH_MODE, and RAY_AUTH_TOKEN: auth_token of the Secret of one of {sorted(around.clusters)}"
         return
+    if container["image"] != (theirs := commands.at(around.clusters[cluster], "spec", "containers", 0, "image")):
+        yield f"image: got {container['image']!r}; the cluster {cluster} runs {theirs!r}"
     files, address = pods.files_of(around.clusters[cluster], around), f"http://{cluster}-head-svc:8265"
     yield from (f"args: {text}" for text in commands.check_script(container["args"][0], files, address=address))
 

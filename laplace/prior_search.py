@@ -31,7 +31,8 @@ def search_prior(
         Prior precision and noise.
 
     Warns:
-        UserWarning: If the predictive is that of the MAP there, the loss no longer changes, or the search may not go on.
+        UserWarning: If the predictive is that of the MAP there, the loss no longer changes or never does, or the search may not
+            go on.
 
     Raises:
         ValueError: If no value has a finite score, or there is no data.
@@ -48,7 +49,7 @@ def search_prior(
             noises |= dict(zip(step.indices, noise.tolist(), strict=True))
         else:
             losses, limit = scores.totals[:, 0] / scores.n, scores.map_totals[0] / scores.n
-        done.append(Scored(step, tuple(losses.tolist()), math.nan if bridge else float(limit)))
+        done.append(Scored(step, tuple(losses.tolist()), math.nan if bridge else float(limit), scores.fixed))
     value = lattice.value(step.index)
     noise = noises.get(step.index)
     prior = value if noise is None else value / noise**2
@@ -60,6 +61,7 @@ def _warn(where: str, prior: float, lattice: Lattice) -> None:
     said = {
         "high": "the predictive is that of the MAP there, so that no prior precision makes it better",
         "low": "the loss no longer changes towards weaker priors",
+        "flat": "the loss does not depend on it, as where the model's outputs are constant, or have no variance",
         "edge": "the search may not go on there; widen the grid"
         if not lattice.extends
         else "the loss still falls at the end of all that can be tried",

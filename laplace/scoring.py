@@ -35,12 +35,14 @@ class Scores:
         n: Number of terms: examples, or examples times outputs or positions.
         examples: If asked for, scores per term by name, ``(priors · temperatures + 1, terms)``; those of the MAP, at
             temperature 1, come last.
+        fixed: No prior precision, one that was not scored neither, changes any of the predictions.
     """
 
     totals: Tensor
     map_totals: Tensor
     n: int
     examples: dict[str, Tensor]
+    fixed: bool = False
 
 
 @torch.no_grad()
@@ -127,15 +129,16 @@ class _Tally:
         self.columns = 2 if noise is None else len(temperatures)
         self.totals = torch.zeros(priors, self.columns, dtype=torch.float64)
         self.map_totals = torch.zeros(self.columns, dtype=torch.float64)
-        self.n, self.examples = 0, offset
+        self.n, self.examples, self.fixed = 0, offset, True
         self.rows: dict[str, list[list[Tensor]]] = {}
 
-    def add(self, predictions: Iterable[tuple[int | None, int, Prediction]], y: Tensor) -> None:
+    def add(self, predictions: Iterable[tuple[int | None, int, Prediction, bool]], y: Tensor) -> None:
         """Add a batch, of which the predictions are as :func:`sweep` gives them."""
         found: dict[tuple[float, int], dict[str, Tensor]] = {}
-        for number, (index, t, prediction) in enumerate(predictions):
+        for number, (index, t, prediction, moves) in enumerate(predictions):
             if number == 0:
                 self.law.check_scored(prediction, y, self.examples)
+            self.fixed = self.fixed and not moves
             scores = self._add_one(index, t, prediction, y)
             if scores is not None:
                 found[(math.inf if index is MAP else index, t)] = scores
@@ -163,7 +166,7 @@ class _Tally:
         examples = {
             name: torch.cat([torch.stack(batch) for batch in batches], 1) for name, batches in self.rows.items()
         }
-        return Scores(self.totals, self.map_totals, self.n, examples)
+        return Scores(self.totals, self.map_totals, self.n, examples, self.fixed)
 
 
 def profile_noise(totals: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -208,12 +211,12 @@ def sweep(
     diagonal: bool = True,
     with_map: bool = True,
     offset: int = 0,
-) -> Iterator[tuple[int | None, int, Prediction]]:
+) -> Iterator[tuple[int | None, int, Prediction, bool]]:
     """The likelihood's predictions for every prior precision and temperature, one forward and backward pass in all.
 
-    Yields the prior's number, :data:`MAP` for the MAP, the temperature's, and the prediction. With the outputs alone where a
-    prior precision does not change their mean, unless ``spread`` asks for their variances: covariances of the linearised
-    network's outputs, but for ``diagonal``.
+    Yields the prior's number, :data:`MAP` for the MAP, the temperature's, the prediction, and whether other prior precisions
+    may give another one. With the outputs alone where a prior precision does not change their mean, unless ``spread`` asks for
+    their variances: covariances of the linearised network's outputs, but for ``diagonal``.
 
     Raises:
         NonFiniteError: If an output of the network is NaN or Inf; names the examples, counted from ``offset``.
@@ -227,23 +230,24 @@ def sweep(
         outputs = predictive.map_outputs(la, x)
         check_scored_finite("The model's output", outputs, offset)
         if with_map:
-            yield from ((MAP, t, law.at(outputs / value)) for t, value in enumerate(temperatures))
+            yield from ((MAP, t, law.at(outputs / value), False) for t, value in enumerate(temperatures))
         yield from _sweep_networks(la, x, priors, n_samples, seed, temperatures)
         return
     capture = la.backend.capture(x)
     check_scored_finite("The model's output", capture.f, offset)
     if with_map:
         outputs = widened(capture.f)
-        yield from ((MAP, t, law.at(outputs / value)) for t, value in enumerate(temperatures))
+        yield from ((MAP, t, law.at(outputs / value), False) for t, value in enumerate(temperatures))
     if not (law.grid_needs_variance or spread):
-        yield from ((index, 0, (capture.f,)) for index in range(len(grid)))
+        yield from ((index, 0, (capture.f,), False) for index in range(len(grid)))
         return
     diagonal = law.diagonal_suffices(link_approx) or (diagonal and law.predicts_outputs)
     for index, variance in enumerate(_variances(la, capture, priors, diagonal)):
+        moves = law.moves(capture.f, variance, link_approx)
         for t, value in enumerate(temperatures):
             generator = torch.Generator(la._device).manual_seed(seed)
             f, spread_of = (capture.f, variance) if value == 1 else (capture.f / value, variance / value**2)
-            yield index, t, law.integrate(f, spread_of, link_approx, n_samples, generator)
+            yield index, t, law.integrate(f, spread_of, link_approx, n_samples, generator), moves
 
 
 def _variances(la: Fitted, capture: Any, priors: list[Tensor], diagonal: bool) -> Iterator[Tensor]:
@@ -275,6 +279,6 @@ def _sweep_networks(la, x: Any, priors, n_samples: int, seed: int, temperatures)
             la.prior_precision = prior
             generator = torch.Generator(la._device).manual_seed(seed)
             outputs = widened(predictive.sampled_outputs(la, x, n_samples, generator))
-            yield from ((index, t, law.of_networks(outputs / value)) for t, value in enumerate(temperatures))
+            yield from ((index, t, law.of_networks(outputs / value), True) for t, value in enumerate(temperatures))
     finally:
         la.prior_precision = before

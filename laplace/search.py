@@ -107,11 +107,13 @@ class Scored:
         round: The points.
         scores: Mean loss of each.
         limit: Mean loss in the limit above all points, NaN where there is no such limit that is known.
+        fixed: No point changes the loss of anything that was looked at, those that were not scored neither.
     """
 
     round: Round
     scores: tuple[float, ...]
     limit: float = math.nan
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ class Found:
         index: The best point.
             Of those below which the loss no longer changes, the highest.
         where: ``'inside'``; ``'high'`` or ``'low'`` if the loss no longer changes on that side (above: differs from its limit
-            by no more than the tolerance); ``'edge'`` if it does, and the search may not go on there.
+            by no more than the tolerance); ``'edge'`` if it does, and the search may not go on there; ``'flat'`` if the loss is
+            the same at every point there can be.
     """
 
     index: int
@@ -142,6 +145,12 @@ def next_step(lattice: Lattice, done: Sequence[Scored], to_limit: bool = False) 
     """
     if not done:
         return Round(lattice.coarse(), coarse=lattice.stride > 1)
+    if done[0].fixed and done[0].round.coarse:  # a part of the data that tells nothing
+        done = done[1:]
+        if not done:
+            return Round(tuple(range(lattice.size)), coarse=False)
+    if done[0].fixed:
+        return Found(lowest(scores_of(done[:1])), "flat")
     fine = [scored for scored in done if not scored.round.coarse]
     if not fine:
         found = _look(lattice, done, to_limit)

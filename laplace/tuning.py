@@ -76,7 +76,7 @@ def optimize_prior_precision(
 
     Warns:
         UserWarning: If the best value lies on the edge of the grid; under ``extend``, if the predictive is that of the MAP
-            there, so that no prior precision helps, or if the loss no longer changes towards weaker priors.
+            there, so that no prior precision helps, or if the loss no longer changes towards weaker priors, or with any.
 
     Raises:
         ValueError: On unknown arguments, a missing or empty ``val_loader``, or when no value has a finite score; for
@@ -174,7 +174,7 @@ def score_grid(
     examples, law, noise = 0, la.likelihood_object.fitted, float(la.sigma_noise.detach())
     arguments = grid, link_approx, pred_type, n_samples, seed, [la.logit_temperature]
     for x, y in parts(la, loader, progress_bar):
-        for index, _, prediction in sweep(la, x, *arguments, with_map=False, offset=examples):
+        for index, _, prediction, _ in sweep(la, x, *arguments, with_map=False, offset=examples):
             if index == 0:
                 law.check_scored(prediction, y, examples)
             total[index] += law.tuning_loss(prediction, y, noise)
@@ -199,7 +199,7 @@ def _score_with(
     for x, y in parts(la, loader, progress_bar):
         how = {"spread": not running, "diagonal": False, "with_map": False, "offset": seen}
         seen += len(y)
-        for index, _, prediction in sweep(la, x, *arguments, **how):
+        for index, _, prediction, _ in sweep(la, x, *arguments, **how):
             shown = as_tuple(la.likelihood_object.fitted.public(prediction))
             if running:
                 metrics[index].update(shown[0], y)

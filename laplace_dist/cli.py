@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from laplace_dist import cli_settings
-from laplace_dist.config.command import OF_RECALIBRATIONS
+from laplace_dist.config import command
 from laplace_dist.config.command_line import load_config
 from laplace_dist.config.settings import Config
 from laplace_dist.data.sources import load_split
@@ -47,11 +47,11 @@ def main(job: str, argv: Sequence[str] | None = None, **defaults: Any) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
 
     def carry_out() -> int:
-        cli_settings.refuse_idle(argv, OF_RECALIBRATIONS, "jobs/recalibrate.py")
+        cli_settings.refuse_idle(argv, command.OF_RECALIBRATIONS, command.RECALIBRATE)
         if job != "fit":
-            cli_settings.refuse_idle(argv, cli_settings.OF_SUMS, "the fit's job")
+            cli_settings.refuse_idle(argv, command.OF_SUMS, "the fit's job")
         config = cli_settings.settings_of_job(job, argv, defaults)
-        cli_settings.say_idle(argv, config, OF_RECALIBRATIONS, "jobs/recalibrate.py")
+        cli_settings.say_idle(argv, config, command.OF_RECALIBRATIONS, command.RECALIBRATE)
         result = JOBS[job](config)
         show_result(result, loading_lines(config, result.checkpoint))
         return 0
@@ -89,9 +89,9 @@ def recalibrate_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
                 "--drop-window: given with --window, which it would not heed, since it adds nothing; give one of them. Nothing "
                 "was changed"
             )
-        cli_settings.refuse_idle(rest, cli_settings.OF_FITS, "the fit's job")
+        cli_settings.refuse_idle(rest, command.OF_FITS, "the fit's job")
         config = cli_settings.settings_of_job("recalibrate", rest, defaults)
-        cli_settings.say_idle(rest, config, cli_settings.OF_FITS, "the fit's job")
+        cli_settings.say_idle(rest, config, command.OF_FITS, "the fit's job")
         if given.rollback is not None:
             rollback(config.checkpoint, given.rollback, storage_options=config.storage_options)
             print(f"{config.checkpoint}: version {given.rollback} is current again")
@@ -117,7 +117,7 @@ def plan_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
 
     def carry_out() -> int:
-        cli_settings.refuse_idle(argv, OF_RECALIBRATIONS, "jobs/recalibrate.py")
+        cli_settings.refuse_idle(argv, command.OF_RECALIBRATIONS, command.RECALIBRATE)
         print("\n".join(planned.lines(estimate(cli_settings.settings_of_job("fit", argv, defaults)))))
         return 0
 

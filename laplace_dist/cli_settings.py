@@ -18,8 +18,6 @@ NOTES = {  # of `--help`
     "follow-on": "Without --model and --config every setting that is not given is the run's own; with them the defaults, in "
     "parentheses, hold.",
 }
-OF_SUMS = ["module-groups"]  # which do nothing in jobs that add nothing up
-OF_FITS = ["skip-evaluate", *OF_SUMS]  # which do nothing in a recalibration, or follow what the run has
 
 
 def settings_of_job(job: str, argv: Sequence[str], defaults: Mapping[str, Any]) -> Config:

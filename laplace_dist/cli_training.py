@@ -9,7 +9,7 @@ from typing import Any
 
 from laplace_dist.cli import exit_status
 from laplace_dist.cli_settings import refuse_idle, say_idle
-from laplace_dist.config.command import OF_RECALIBRATIONS
+from laplace_dist.config.command import OF_RECALIBRATIONS, RECALIBRATE
 from laplace_dist.config.command_line import load_config_and
 from laplace_dist.config.plain_yaml import parse_yaml
 from laplace_dist.config.training import Training
@@ -33,14 +33,14 @@ def marglik_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
         parser.print_help()
 
     def carry_out() -> int:
-        refuse_idle(rest, OF_RECALIBRATIONS, "jobs/recalibrate.py")
+        refuse_idle(rest, OF_RECALIBRATIONS, RECALIBRATE)
         own = defaults
         if not any(argument.partition("=")[0] in ("--model", "--config") for argument in rest):
             from laplace_dist import demo
 
             own = {**demo.settings(), "ood": [], **defaults}
         config, filed = load_config_and(Training.model_fields, rest, defaults=own)
-        say_idle(rest, config, OF_RECALIBRATIONS, "jobs/recalibrate.py")
+        say_idle(rest, config, OF_RECALIBRATIONS, RECALIBRATE)
         flags = {name: _value(name, text) for name, text in vars(given).items()}
         found = marglik_train(config, Training(**{**{n: _number(n, value) for n, value in filed.items()}, **flags}))
         print("\n".join(lines(found)))

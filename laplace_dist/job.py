@@ -203,7 +203,7 @@ class Job(FitStages):
                 task = tune.MaximizeEvidence(self.plan.digest, version, key, chosen)
             self._tune([task], "results", 1, 0)
         manifest, value = tunings.read_tuning(self.store, key)
-        method, temperature = manifest["settings"]["method"], manifest.get("logit_temperature") or 1.0
+        method, temperature = tunings.method_of(manifest), manifest.get("logit_temperature") or 1.0
         text = f"tune: {words.chosen(value, manifest['sigma_noise'], temperature, method)}"
         if text != self._told:  # what the evidence has chosen is said before it is compared with MAP, which may keep it
             self.say(text)

@@ -14,6 +14,7 @@ from typing import Any
 
 from laplace_dist.config import gates
 from laplace_dist.config.given import check_given
+from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.config.settings import Config
 from laplace_dist.errors import SettingsError, listed
 from laplace_dist.execution.session import ExecutorType
@@ -50,6 +51,7 @@ class Recalibration:
         metrics: Those of `map`, `current` and `candidate` by name, on the same fresh examples.
         report: Path or URL of the page that shows it, or None if it was not written anew.
         noticed: What has drifted since the current posterior was accepted: see the record under `drift`.
+        notes: Which noise or temperature the metrics are of.
     """
 
     checkpoint: str
@@ -59,6 +61,7 @@ class Recalibration:
     metrics: dict[str, dict[str, float]]
     report: str | None = None
     noticed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def recalibrate(
@@ -151,18 +154,9 @@ class RecalibrationJob(WindowStages):
 
     def decided(self, name: str, terms: Sequence[Term]) -> dict[str, Any] | None:
         """Return what was found before, if the same was asked then and the current posterior is still what that left."""
-        found = recalibrations.read_decision(self.store, self.plan, name)
-        if (
-            found is None
-            or found.get("pending")
-            or stage.TOO_FEW in found["why"]  # which more examples of the same window change
-            or found["windows"] != stage.weights_of(terms)
-            or found["settings"] != stage.settings(self.config)
-        ):
-            return None
-        current, side = self._current, found["candidate" if found["promoted"] else "current"]
+        found, current = recalibrations.read_decision(self.store, self.plan, name), self._current
         there = ownership.has(self.store, self.plan, layout.version_key(current["version"]))
-        if (current["version"], current["tuning"]) != (side["version"], side["tuning"]) or not there:
+        if found is None or not there or not stage.still_holds(found, terms, self.asked, current):
             return None
         self.say(f"{name} was decided before: nothing to do")
         return found
@@ -178,7 +172,11 @@ class RecalibrationJob(WindowStages):
             found["why"] += "; not promoted, since this is a dry run"
         if dry_run:
             return found
-        if better:
+        side, current = found["candidate"], self._current
+        now = current["version"], current["tuning"], pointer.left_out(current)
+        if better and now == (side["version"], side["tuning"], list(self._left_out)):
+            found |= {"promoted": True, "why": "it is what is current already; nothing was changed"}
+        elif better:
             recalibrations.write_decision(self.store, self.plan, name, {**found, "pending": True})
             self._promote(name, found)
             found["promoted"] = True
@@ -210,7 +208,7 @@ class RecalibrationJob(WindowStages):
             )
         return {
             **sides,
-            "settings": stage.settings(config),
+            "settings": self.asked(),
             "differences": {name: {**d, "margin": margins[name]} for name, d in receipt["differences"].items()},
             "metrics": metrics,
             "gates": passed,
@@ -265,9 +263,8 @@ class RecalibrationJob(WindowStages):
             tasks.append(drift.CompareSpectra(self.plan.digest, current["version"], n_data))
         receipts = self._run(tasks, Progress("drift", "comparisons", len(tasks)), keep=True, alike=False)
         new = drift.looked(state, name, current["evaluation"], receipts)
-        for stream, at in new["noticed"].items():
-            if at == name:
-                self.say(f"drift: {stream} is not what it was when the current posterior was accepted")
+        for text in drift.said(new["last"]["record"], name):
+            self.say(text)
         if not dry_run:
             monitoring.write_state(self.store, self.plan, new)
         return new["last"]["record"]
@@ -298,6 +295,6 @@ class RecalibrationJob(WindowStages):
         """Return what was found as callers get it."""
         noticed = tuple((found.get("drift") or {}).get("noticed", ()))
         version = found["candidate"]["version"]
-        return Recalibration(
-            self.store.url, version, found["promoted"], found["why"], found["metrics"], noticed=noticed
-        )
+        notes = stage.notes_of(self.store, found, likelihood_of(self.config.likelihood).has_noise)
+        shown = found["promoted"], found["why"], found["metrics"]
+        return Recalibration(self.store.url, version, *shown, noticed=noticed, notes=notes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from laplace_dist.config import compatibility
 from laplace_dist.config.figures import check_gates
 from laplace_dist.errors import SettingsError, listed
 from laplace_dist.job import Job
@@ -24,6 +25,7 @@ from laplace_dist.run.combination import (
 )
 from laplace_dist.run.overlap import refuse_shared
 from laplace_dist.stages import opening
+from laplace_dist.stages.recalibrate import settings
 
 
 class WindowStages(Job):
@@ -38,6 +40,7 @@ class WindowStages(Job):
 
     def begin(self, drop_window: str | None) -> None:
         """Begin or continue the window, and see to it that its sum is committed."""
+        compatibility.check_predictive(self.config)
         check_gates(self.config)
         if self.config.alert_cmd is not None:
             alert.arguments(self.config.alert_cmd)
@@ -140,6 +143,10 @@ class WindowStages(Job):
                     f"{', '.join(names)}"
                 )
             self._left_out = [*(name for name in self._left_out if name != drop_window), drop_window]
+            if not is_rule(self.config.windows) and drop_window in self.config.windows.split(","):
+                raise SettingsError(
+                    f"--windows: got {self.config.windows!r}, which names the window that --drop-window drops; leave it out"
+                )
         chosen = self._chosen([name for name in names if name != drop_window])
         if not chosen:
             raise SettingsError(
@@ -158,6 +165,13 @@ class WindowStages(Job):
                 f"the same, name its windows: --windows {','.join(chosen)}"
             )
         return terms
+
+    def asked(self) -> dict[str, Any]:
+        """Return what a decision depends on beside the windows and what is current: settings, and the fresh data."""
+        names = compatibility.evaluated(self.config)
+        if not self.config.skip_tune and (self.config.searches or not self._why_no_validation()):
+            names = [*names, "val"]
+        return settings(self.config, {name: self._fingerprint(name) for name in names})
 
     def is_out_already(self, drop_window: str | None, terms: Sequence[Term]) -> bool:
         """Say, in a line too, whether a window that is to be dropped was so before, and the current posterior is without it."""

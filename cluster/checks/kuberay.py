@@ -130,11 +130,12 @@ def _check_job(spec: Mapping[str, Any], around: pods.Around) -> Iterator[str]:
             yield f"{name}: is missing; nothing else ends a job that hangs"
     if not isinstance(yaml.safe_load(spec.get("runtimeEnvYAML") or "{}"), dict):
         yield "runtimeEnvYAML: expected a mapping"
-    if "submitterPodTemplate" in spec:
-        yield from (f"submitterPodTemplate: {text}" for text in pods.check_pod(spec["submitterPodTemplate"], around))
     if cluster:
         yield from _check_cluster(cluster, around)
     head = cluster["headGroupSpec"]["template"] if cluster else around.clusters.get(selector.get("ray.io/cluster"))
+    if "submitterPodTemplate" in spec:
+        found = _check_submitter(spec["submitterPodTemplate"], head or {}, around)
+        yield from (f"submitterPodTemplate: {text}" for text in found)
     if head is None:
         yield "clusterSelector: no such RayCluster is among the manifests"
     elif not list(pods.check_schema({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **head})):
@@ -222,6 +223,16 @@ def _check_cluster(spec: Mapping[str, Any], around: pods.Around) -> Iterator[str
         images.add(str(commands.at(group, "template", "spec", "containers", 0, "image")))
     if len(images) > 1:
         yield f"images: head and workers have to run the same one, not {sorted(images)}"
+
+
+def _check_submitter(template: Mapping[str, Any], head: Mapping[str, Any], around: pods.Around) -> Iterator[str]:
+    """Yield what is wrong with the pod that submits a job."""
+    if problems := list(pods.check_pod(template, around)):
+        yield from problems
+        return
+    own, theirs = (commands.at(pod, "spec", "containers", 0, "image") for pod in (template, head))
+    if own != theirs:
+        yield f"image: it and the head have to run the same one, not {own!r} and {theirs!r}"
 
 
 def _check_scaler(scaler: Mapping[str, Any]) -> Iterator[str]:

@@ -16,18 +16,22 @@ KUBERNETES = "1.34"
 VARIABLES = {
     "RAY_AUTH_MODE": "token",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_JOB_STOP_WAIT_TIME_S": r"\d+",
+    "RAY_JOB_STOP_WAIT_TIME_S": r"[1-9]\d{0,2}",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_health_check_failure_threshold": r"\d+",
-    "RAY_health_check_initial_delay_ms": r"\d+",
-    "RAY_health_check_period_ms": r"\d+",
-    "RAY_health_check_timeout_ms": r"\d+",
+    "RAY_health_check_failure_threshold": r"[1-9]\d?",
+    "RAY_health_check_initial_delay_ms": r"[1-9]\d{0,4}",
+    "RAY_health_check_period_ms": r"[1-9]\d{0,4}",
+    "RAY_health_check_timeout_ms": r"[1-9]\d{0,4}",
 }
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)KEY(_|$)", re.IGNORECASE)
 IMAGE = re.compile(r"[a-z0-9.-]+(:\d+)?(/[a-z0-9._-]+)+(:(?!latest$)[\w][\w.-]*|@sha256:[0-9a-f]{64})")
 _contents = cache(kubernetes_validate.utils.schema_contents)  # a megabyte each time
 _LABEL = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?")
-_QUANTITY = re.compile(r"\d+(\.\d+)?(m|[KMGTPE]i?)?")
+_QUANTITY = re.compile(r"(\d+(?:\.\d+)?)(m|[kMGTPE]|[KMGTPE]i)?")
+_UNITS = {None: 1.0, "m": 1e-3}
+_UNITS |= {unit: 1e3 ** (i + 1) for i, unit in enumerate("kMGTPE")}
+_UNITS |= {f"{unit}i": 1024.0 ** (i + 1) for i, unit in enumerate("KMGTPE")}
+_RANGE = {"cpu": (0.05, 512), "memory": (2**27, 2**44)}  # what anything of Ray takes, and more than a machine has
 _RESOURCES = {"cpu", "memory", "ephemeral-storage", "nvidia.com/gpu", "amd.com/gpu"}
 _WORDS = {"operator": {"Exists", "Equal"}, "effect": {"NoSchedule", "PreferNoSchedule", "NoExecute"}}
 
@@ -54,7 +58,13 @@ def check_schema(document: Mapping[str, Any]) -> Iterator[str]:
             kubernetes_validate.validate(dict(document), KUBERNETES, strict=True)
     except kubernetes_validate.ValidationError as error:
         yield f"{'.'.join(map(str, error.absolute_path))}: {error.message}"
-    except (kubernetes_validate.SchemaNotFoundError, KeyError, TypeError, AttributeError) as error:
+    except (
+        kubernetes_validate.SchemaNotFoundError,
+        kubernetes_validate.utils.VersionNotSupportedError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
         yield f"is no object of Kubernetes {KUBERNETES}: {getattr(error, 'message', repr(error))}"
 
 
@@ -135,6 +145,7 @@ def check_resources(resources: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with what a container asks for: it has to say CPU and memory, and a GPU on both sides."""
     for side in resources.keys() - {"requests", "limits"}:
         yield f"resources.{side}: expected requests and limits"
+    amounts: dict[str, dict[str, float]] = {"requests": {}, "limits": {}}
     for side, names in (("requests", ("cpu", "memory")), ("limits", ("memory",))):
         for name in names:
             if name not in (resources.get(side) or {}):
@@ -142,18 +153,19 @@ def check_resources(resources: Mapping[str, Any]) -> Iterator[str]:
         for name, amount in (resources.get(side) or {}).items():
             if name not in _RESOURCES:
                 yield f"resources.{side}.{name}: expected one of {sorted(_RESOURCES)}"
-            if isinstance(amount, bool) or not _QUANTITY.fullmatch(str(amount)):
+            found = None if isinstance(amount, bool) else _QUANTITY.fullmatch(str(amount))
+            if found is None:
                 yield f"resources.{side}.{name}: {amount!r} is no quantity"
-    requests, limits = (resources.get(side) or {} for side in ("requests", "limits"))
-    for name in _RESOURCES:
-        if name.endswith("/gpu") and requests.get(name) != limits.get(name):
+                continue
+            amounts[side][name] = float(found[1]) * _UNITS[found[2]]
+            low, high = _RANGE.get(name, (0, float("inf")))
+            if not low <= amounts[side][name] <= high:
+                yield f"resources.{side}.{name}: {amount!r} is too little, or more than a machine has"
+    for name in sorted(_RESOURCES):
+        request, limit = (amounts[side].get(name) for side in ("requests", "limits"))
+        if name.endswith("/gpu") and request != limit:
             yield f"resources: {name} has to be the same in requests and limits"
-        if (
-            name in limits
-            and name in requests
-            and requests[name] > limits[name]
-            and requests[name][-2:] == limits[name][-2:]
-        ):
+        if request is not None and limit is not None and request > limit:
             yield f"resources: {name} asks for more than its limit"
 
 

@@ -282,6 +282,10 @@ class BaseLikelihood:
         """The prediction under independent Gaussians over the outputs, means and variances of one shape; None: draw."""
         return None
 
+    def moves(self, f: Tensor, variance: Tensor, link_approx: LinkApprox) -> bool:
+        """Whether :meth:`integrate` may give another prediction under other variances of the outputs that have any."""
+        return bool(variance.any())
+
     def refuse_bridge(self, link_approx: LinkApprox) -> None:
         """Refuse the Laplace bridge, which is a map between softmax and Dirichlet."""
         if link_approx in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM):

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from laplace.enums import LinkApprox
 from laplace.likelihoods.base import BaseLikelihood, Prediction
+from laplace.likelihoods.links import variances_of
 from laplace.likelihoods.scores import summarize_classification
 
 
@@ -34,6 +36,12 @@ class ClassProbabilities(BaseLikelihood):
     def check_scored(self, prediction: Prediction, y: Tensor, offset: int = 0) -> None:
         """Refuse targets that do not fit the probabilities."""
         self.check_shapes(prediction[0], y, offset)
+
+    def moves(self, f: Tensor, variance: Tensor, link_approx: LinkApprox) -> bool:
+        """The probit approximation scales logits, so that those that are zero stay so under any variance."""
+        if link_approx is not LinkApprox.PROBIT:
+            return super().moves(f, variance, link_approx)
+        return bool(((f.flatten(1) != 0) & (variances_of(variance) != 0)).any())
 
     def summarize(
         self, scores: Mapping[str, Tensor], ood_confidence: Mapping[str, Tensor] | None = None

@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 
 LAST = re.compile(r"last:([1-9][0-9]*)")
-LONGEST = (
-    200  # bytes of a name that is part of a file's: file systems take 255, and something is put before and after it
-)
+LONGEST = 128  # bytes of a name: half of what that of a file or folder may have, as others are made of it
 _NAME = re.compile(r"[A-Za-z0-9_-][\w.-]*")
 
 

@@ -77,6 +77,8 @@ def show_recalibration(found: Any, out: TextIO | None = None) -> None:
     """
     out = out or sys.stdout
     print(f"\ncheckpoint: {found.checkpoint}\ncandidate:  {found.version}\n", file=out)
+    for text in found.notes:
+        print(f"{text}\n", file=out)
     Console(file=out, width=80, highlight=False, soft_wrap=True).print(metrics_table(found.metrics))
     if found.report is not None:
         print(f"\nreport: {found.report}", file=out)

@@ -137,14 +137,16 @@ def choose(windows: Sequence[Window], chosen: str, decay: float) -> list[tuple[W
     Args:
         windows: All of the run, in order.
         chosen: `all`, `last:K`, or names with commas between them.
-        decay: γ: the weight of the last of the chosen windows is 1, of the one before γ, and so on.
+        decay: γ: the weight of the last of the chosen windows is 1, of the one before γ, and so on. One whose weight is too
+            small for a float64 adds nothing, and is left out.
 
     Raises:
         SettingsError: `chosen` is none of these, or names a window that is not there.
     """
     names = chosen_names([window.name for window in windows], chosen)
     some = [window for window in windows if window.name in names]
-    return [(window, decay**age) for age, window in zip(range(len(some) - 1, -1, -1), some, strict=True)]
+    weights = [decay**age for age in range(len(some) - 1, -1, -1)]
+    return [(window, weight) for window, weight in zip(some, weights, strict=True) if weight > 0]
 
 
 def chosen_names(there: Sequence[str], chosen: str) -> list[str]:

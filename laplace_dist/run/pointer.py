@@ -154,7 +154,7 @@ def roll_back(store: Store, plan: Plan, version: str) -> None:
     """Make a posterior version current again that was so before, with the tuning and without the windows of then.
 
     The windows that it does not have and the one before has stay out too, until they are named: a schedule would bring them
-    back.
+    back. Nothing to do for the one that is current.
 
     Raises:
         SettingsError: The version is not in the history, or was collected; or another job has changed what is current at this
@@ -169,6 +169,8 @@ def roll_back(store: Store, plan: Plan, version: str) -> None:
         raise SettingsError(
             f"--rollback: got {version!r}, {why} at {store.url!r}; versions that were current and are there: {known}"
         )
+    if found[-1] is history[-1]:
+        return
     confirm(store, plan)
     has = [windows_in(store, plan, name) for name in (history[-1]["version"], version)]
     out = [name for name in has[0] if name not in has[1]]

@@ -49,8 +49,8 @@ class Values:
         return {"priors": list(self.priors), "temperatures": list(self.temperatures)}
 
 
-def read_shard(store: Store, key: str, values: Values | None = None) -> tuple[Tensor, Tensor, int]:
-    """Return the summed losses of one shard for every value, those of the MAP, and the number of terms.
+def read_shard(store: Store, key: str, values: Values | None = None) -> tuple[Tensor, Tensor, int, bool]:
+    """Return the summed losses of one shard for every value, those of the MAP, the number of terms, and whether they are fixed.
 
     Args:
         store: The checkpoint.
@@ -65,16 +65,17 @@ def read_shard(store: Store, key: str, values: Values | None = None) -> tuple[Te
         scores = json.loads(text)
         totals = torch.tensor(scores["totals"], dtype=torch.float64)
         of_map, n = torch.tensor(scores.get("map", []), dtype=torch.float64), scores["n"]
+        fixed = scores.get("fixed", False)
         stored = {name: scores.get(name) for name in ("priors", "temperatures")}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{key} is altered: it holds no scores. {_REMEDY}") from error
-    shaped = totals.ndim in (1, 2) and of_map.ndim == 1 and type(n) is int and n > 0
+    shaped = totals.ndim in (1, 2) and of_map.ndim == 1 and type(n) is int and n > 0 and type(fixed) is bool
     wrong = values is not None and (
         stored != values.plain() or totals.shape != (max(1, len(values.priors)), len(of_map)) or not len(of_map)
     )
     if not shaped or wrong:
         raise CheckpointError(f"{key} is altered: its scores are not those of this grid. {_REMEDY}")
-    return totals, of_map, n
+    return totals, of_map, n, fixed
 
 
 def commit_shard(
@@ -88,6 +89,7 @@ def commit_shard(
     of_map: Tensor | None = None,
     values: Values | None = None,
     examples: Mapping[str, Tensor] | None = None,
+    fixed: bool = False,
 ) -> None:
     """Commit the summed losses of one shard, unless they are there.
 
@@ -101,6 +103,7 @@ def commit_shard(
         of_map: Those of the MAP.
         values: What was scored.
         examples: By name, the scores of every term, `(values + 1, terms)`; the MAP's come last.
+        fixed: No prior precision changes them.
     """
     # Scores may be infinite, where the sealed JSON of manifests allows numbers only.
     scores = {"totals": totals.tolist(), "n": n, **(values.plain() if values else {})}
@@ -108,6 +111,8 @@ def commit_shard(
         scores["map"] = of_map.tolist()
     if examples:
         scores["names"] = list(examples)
+    if fixed:
+        scores["fixed"] = True
     manifest = {
         "format_version": FORMAT_VERSION,
         "key": key,
@@ -225,13 +230,31 @@ def start_of(store: Store, key: str | None) -> str | None:
 
 def notes(manifest: Mapping[str, Any]) -> list[str]:
     """Return what people should know beside the metrics: which noise, temperature or limit these are of."""
-    found = list((manifest.get("search") or {}).get("said", []))
+    return [*(manifest.get("search") or {}).get("said", []), *beside(manifest)]
+
+
+def beside(manifest: Mapping[str, Any], who: str = "Laplace", with_map: bool = True) -> list[str]:
+    """Return which noise or temperature figures are of.
+
+    Args:
+        manifest: Of the tuning; with `sigma_noise` alone where there is none.
+        who: Whose figures they are.
+        with_map: Those of MAP are beside them, of the same noise.
+    """
+    found = []
     if (noise := manifest["sigma_noise"]) is not None:
         kind = "the tuned observation noise" if "settings" in manifest else "an observation noise that nobody has tuned"
-        found.append(f"The NLL of MAP and of Laplace is that under {kind}, {noise:.4g}.")
+        found.append(f"The NLL of {'MAP and of ' if with_map else ''}{who} is that under {kind}, {noise:.4g}.")
     if (temperature := manifest.get("logit_temperature") or 1.0) != 1:
-        found.append(f"The logits of Laplace are divided by the temperature {temperature:.4g}; those of MAP are not.")
+        found.append(f"The logits of {who} are divided by the temperature {temperature:.4g}; those of MAP are not.")
     return found
+
+
+def method_of(manifest: Mapping[str, Any]) -> str | None:
+    """Return how a prior was chosen: by a search too, where what the evidence has chosen was shown to be worse than MAP."""
+    method, search = manifest["settings"].get("method"), manifest.get("search") or {}
+    searched = any(scored["priors"] for scored in search.get("rounds", []))
+    return "gridsearch" if method == "marglik" and searched else method
 
 
 def helps(manifest: Mapping[str, Any]) -> bool:

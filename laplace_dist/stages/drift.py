@@ -16,6 +16,7 @@ from laplace.drift.confidence import estimates
 from laplace.drift.features import Distance, fit_distance
 from laplace.drift.labels import estimated_proportions, proportions
 from laplace.drift.spectra import relative_distance, spectrum
+from laplace_dist.errors import listed
 from laplace_dist.run import versions
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.combination import terms_of
@@ -179,6 +180,21 @@ def looked(state: Mapping[str, Any], name: str, fresh: str, receipts: Sequence[M
     record = {**found["record"], "spectra": found.get("spectra"), "noticed": noticed}
     new = {key: found[key] for key in ("streams", "distance", "seen")}
     return {**state, **new, "noticed": noticed, "last": {"name": name, "evaluation": fresh, "record": record}}
+
+
+def said(record: Mapping[str, Any], name: str) -> list[str]:
+    """Return in a person's words what a look has noticed first, and what it could not look at.
+
+    Args:
+        record: Of the look.
+        name: Of its recalibration.
+    """
+    new = [stream for stream, at in record["noticed"].items() if at == name]
+    lines = [f"drift: {stream} is not what it was when the current posterior was accepted" for stream in new]
+    reasons: dict[str, list[str]] = {}
+    for stream, why in record.get("passed_over", {}).items():
+        reasons.setdefault(why, []).append(stream)
+    return [*lines, *(f"drift: not looked at {listed(streams)}: {why}" for why, streams in reasons.items())]
 
 
 def _scores(context: Context, key: str, evaluation: Mapping[str, Any], split: str) -> dict[str, Tensor]:

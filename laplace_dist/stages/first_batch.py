@@ -46,6 +46,7 @@ def check(config: Config, model: nn.Module, splits: Mapping[str, Any]) -> dict[s
     """
     check_storage_options(config)
     collate, found = Collate.of(config), {}
+    unused = {*ood(config), config.unlabelled}  # of which no target is looked at
     for name, dataset in splits.items():
         try:
             if config.loader_workers:
@@ -54,11 +55,12 @@ def check(config: Config, model: nn.Module, splits: Mapping[str, Any]) -> dict[s
                 _check_example(read_example(dataset, 0))
             x, y = read_batch(dataset, 0, min(config.batch_size if name == "train" else 1, len(dataset)), collate)
             f = found[name] = _outputs(model, x, y)
-            if name not in ood(config):
+            if name not in unused:
                 _check_targets(config.likelihood, f, y)
                 _check_shift(config, x, y)
         except (ExampleError, SettingsError) as error:
-            where = "" if name == "train" else f" (split {name!r})"
+            any_ = ", whose targets are not used: any will do, such as 0" if name in unused else ""
+            where = "" if name == "train" else f" (split {name!r}{any_})"
             raise SettingsError(f"{error}{where}") from (error.__cause__ or error)
     return found
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, log
 from typing import Any
 
 from laplace.likelihoods.comparison import paired_differences
 from laplace_dist.config.settings import Config
+from laplace_dist.run import tunings
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.evaluations import joined_scores
 from laplace_dist.run.provenance import environment
 from laplace_dist.stages.context import Context
 from laplace_dist.storage.store import Store
-
-TOO_FEW = "fresh examples are too few to tell"
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,47 @@ class Compare:
         return {"differences": {name: asdict(difference) for name, difference in found.items()}, "environment": made}
 
 
-def settings(config: Config) -> dict[str, Any]:
-    """Return what a decision depends on beside the two evaluations."""
-    names = ("draws", "level", "margin_nll", "margin_ece", "gate", "unlabelled", "seed")
+def settings(config: Config, data: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what a decision depends on beside the windows and what is current.
+
+    Args:
+        config: The job's settings.
+        data: Fingerprints of the splits on which is tuned and compared, by name.
+    """
+    names = (
+        "draws",
+        "level",
+        "margin_nll",
+        "margin_ece",
+        "gate",
+        "unlabelled",
+        "seed",
+        "link_approx",
+        "pred_type",
+        "skip_tune",
+    )
     chosen = {name: getattr(config, name) for name in names}
-    return chosen if config.recalibrate == "prior" else {**chosen, "recalibrate": config.recalibrate}
+    if not config.skip_tune:
+        chosen |= {"recalibrate": config.recalibrate, "tune_method": config.tuning}
+        chosen |= {name: getattr(config, name) for name in ("prior_structure", "prior_range", "grid_size")}
+    return {**chosen, "data": {name: found["sha256"] for name, found in data.items()}}
+
+
+def still_holds(
+    found: Mapping[str, Any], terms: Sequence[Any], asked: Callable[[], Mapping[str, Any]], current: Mapping[str, Any]
+) -> bool:
+    """Say whether a decision is the answer to what is asked now, and the current posterior still what it left.
+
+    Args:
+        found: The decision.
+        terms: The windows of the candidate, with their weights.
+        asked: Returns `settings(...)`, for which data are read.
+        current: `CURRENT.json`.
+    """
+    side = found["candidate" if found["promoted"] else "current"]
+    left = (current["version"], current["tuning"]) == (side["version"], side["tuning"])
+    same = left and not found.get("pending") and found["windows"] == weights_of(terms)
+    return same and found["settings"] == asked()
 
 
 def needed(level: float) -> int:
@@ -85,7 +120,7 @@ def decide(
     if examples < (least := needed(level)):
         return (
             False,
-            f"{examples} {TOO_FEW}: a promotion at --level {level:g} needs at least {least}",
+            f"{examples} fresh examples are too few to tell: a promotion at --level {level:g} needs at least {least}",
         )
     over = {name: found for name, found in differences.items() if not found["high"] <= margins[name]}
     name = min(over or differences, key=lambda name: margins[name] - differences[name]["high"])
@@ -100,6 +135,23 @@ def metrics_of(store: Store, sides: Mapping[str, Any]) -> dict[str, dict[str, fl
     found = {name: open_json(store.read(s["evaluation"]), s["evaluation"])["metrics"] for name, s in sides.items()}
     own = {name: metrics["laplace"] for name, metrics in found.items()}
     return {"map": found["candidate"]["map"], "current": own["current"], "candidate": own["candidate"]}
+
+
+def notes_of(store: Store, found: Mapping[str, Any], has_noise: bool) -> tuple[str, ...]:
+    """Return which noises and temperatures the figures of a decision are of, as far as the tunings are there.
+
+    Args:
+        store: The checkpoint.
+        found: The decision.
+        has_noise: Whether its likelihood has a noise, which is 1 where nothing was tuned.
+    """
+    lines = []
+    for side, who in (("candidate", "the candidate"), ("current", "the current one")):
+        key, manifest = found[side]["tuning"], {"sigma_noise": 1.0 if has_noise else None}
+        if key is None or store.exists(key):
+            manifest = manifest if key is None else tunings.read_tuning(store, key)[0]
+            lines += tunings.beside(manifest, who, with_map=side == "candidate")
+    return tuple(lines)
 
 
 def weights_of(terms: Sequence[Any]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -89,12 +89,13 @@ class Rounds:
         left = [shard for shard in shards if not has(self.store, self.plan, keys[shard.id])]
         tasks = [ScoreShard(*self.common, shard, values, self.start) for shard in left]
         self.carry_out(tasks, f"shards of round {values.number + 1}", len(shards), len(shards) - len(tasks))
-        totals, of_map, n = 0, 0, 0
+        totals, of_map, n, fixed = 0, 0, 0, by_prior
         for key in keys.values():
-            part, part_of_map, terms = read_shard(self.store, key, values)
-            totals, of_map, n = totals + part, of_map + part_of_map, n + terms
+            part, part_of_map, terms, part_fixed = read_shard(self.store, key, values)
+            totals, of_map, n, fixed = totals + part, of_map + part_of_map, n + terms, fixed and part_fixed
         self.ids += [values.shard(shard.id) for shard in shards]
-        return self._judge(step, values, by_prior, totals, of_map, n)
+        found = self._judge(step, values, by_prior, totals, of_map, n)
+        return replace(found, scored=replace(found.scored, fixed=fixed))
 
     def _judge(
         self, step: Round, values: Values, by_prior: bool, totals: Tensor, of_map: Tensor, n: int

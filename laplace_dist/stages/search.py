@@ -81,7 +81,8 @@ class Search:
             said += words.passed_over(compared) if first > 0 else []
             helps = limit != "MAP" or temperature != 1
             ending = words.ending(limit, prior and prior.prior, helps, self.config.prior_range)
-            said += [words.NO_DEPENDENCE] if limit == "MAP" and self.rounds.all_are_map else ending
+            flat = limit == "MAP" and (prior.where == "flat" or self.rounds.all_are_map)
+            said += [words.NO_DEPENDENCE] if flat else ending
         if not helps:
             said.append(words.advice(self.rounds.plan.settings, self.config))
         return self._choice(prior, temperature, limit=limit, helps=helps, compared=compared, said=said)
@@ -165,7 +166,7 @@ class Search:
         return kept, "MAP", before, [words.worse_than_map(before, kept.prior)]
 
     def _limit(self, where: str) -> str | None:
-        if where == "high":
+        if where in ("high", "flat"):
             return "MAP" if self.rounds.limit_is_map else "edge"
         return {"low": "prior", "edge": "edge"}.get(where)
 

@@ -149,6 +149,7 @@ class ScoreShard(_Tuning):
             of_map=found.map_totals,
             values=values,
             examples=found.examples,
+            fixed=found.fixed,
         )
         return {"examples": shard.stop - shard.start}
 

@@ -16,8 +16,8 @@ NO_TEMPERATURE = (
 
 
 NO_DEPENDENCE = (
-    "The loss does not depend on the prior: it is MAP's under every prior precision that was tried, as where the model's "
-    "outputs are constant, or have no variance. Look at the model and its weights."
+    "The loss does not depend on the prior: no prior precision changes it, as where the model's outputs are constant, or have "
+    "no variance. Look at the model and its weights."
 )
 
 

@@ -191,6 +191,31 @@ def test_where_no_prior_helps_that_is_said():
     assert la.prior_precision.item() > 100
 
 
+class Passes(list):
+    """Batches that count how often they were gone through."""
+
+    count = 0
+
+    def __iter__(self):
+        self.count += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_where_nothing_depends_on_the_prior_that_is_said_after_two_passes(likelihood):
+    model = nn.Sequential(nn.Linear(3, 2), Scaled(0.0))
+    x = torch.randn(40, 3)
+    y = torch.arange(40) % 2 if likelihood == "classification" else torch.randn(40, 2)
+    la = Laplace(model, likelihood, "all", "kron")
+    la.fit([(x, y)])
+    batches = Passes([(x, y)])
+    with pytest.warns(UserWarning, match="the loss does not depend on it"):
+        la.optimize_prior_precision(
+            method="gridsearch", val_loader=batches, extend=True, grid_size=41, tune_noise=likelihood == "regression"
+        )
+    assert batches.count == 2
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -114,6 +114,27 @@ def test_a_flat_loss_without_a_limit_ends_in_the_middle():
     assert found.where in ("low", "high") and len(done) <= 8
 
 
+@pytest.mark.parametrize("extends", [True, False])
+def test_a_loss_that_is_fixed_ends_the_search_once_all_data_have_said_so(extends):
+    lattice = Lattice(extends=extends)
+    first = next_step(lattice, [])
+    part = Scored(first, (1.0,) * len(first.indices), 1.0, fixed=True)
+    whole = next_step(lattice, [part])
+    assert (whole.indices, whole.coarse) == (tuple(range(lattice.size)), False)
+    found = next_step(lattice, [part, Scored(whole, (1.0,) * lattice.size, 1.0, fixed=True)])
+    assert (lattice.value(found.index), found.where) == (pytest.approx(1.0), "flat")
+
+
+@pytest.mark.parametrize("centre", [-9.0, -1.0, 9.0])
+def test_a_part_of_the_data_on_which_nothing_moves_hides_no_best_point(centre):
+    first = next_step(LATTICE, [])
+    done = [Scored(first, (1.0,) * len(first.indices), 1.0, fixed=True)]
+    while not isinstance(step := next_step(LATTICE, done), Found):
+        assert len(done) < 30
+        done.append(Scored(step, tuple(bowl(centre)(LATTICE.low + i * LATTICE.step) for i in step.indices), 1.0))
+    assert (step.where, exponent(step)) == ("inside", pytest.approx(centre))
+
+
 def test_the_end_of_all_numbers_is_an_edge():
     found, _ = carry_out(lambda e: -e)
     assert (found.where, exponent(found)) == ("edge", pytest.approx(16))

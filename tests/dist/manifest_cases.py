@@ -14,7 +14,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "cluster"
 sys.path.insert(0, str(FOLDER))
 
 BROKEN = "~ broken ~"
-KINDS = ("misspelt", "of another type", "of another value", "deleted")
+KINDS = ("misspelt", "of another type", "of another value", "deleted", "empty", "twice", "with white space")
 # What may be left out, or be another one: (kind of change, pattern of the path, why).
 ALLOWED = [
     ("deleted", r"metadata\.labels(\..*)?", "labels are for people"),
@@ -63,6 +63,17 @@ RULES = [
     (FIT, f"{HEAD}.template.spec.containers.0.env.0.name", "RAY_health_check_initial_dealy_ms", "is not known"),
     (FIT, f"{HEAD}.template.spec.containers.0.env.0", {"name": "AWS_SECRET_ACCESS_KEY", "value": "x"}, "is a secret"),
     (FIT, f"{HEAD}.template.spec.volumes.0.configMap.name", "other", "no ConfigMap 'other'"),
+    (FIT, f"{HEAD}.template.spec.containers.0.env.1.value", "0", "health_check_period_ms"),
+    (FIT, f"{HEAD}.template.spec.containers.0.resources.requests.memory", "16Gi", "more than its limit"),
+    (FIT, f"{HEAD}.template.spec.containers.0.resources.requests.memory", "8Mi", "too little"),
+    (FIT, f"{WORKER}.template.spec.containers.0.resources.requests.cpu", "32", "more than its limit"),
+    (FIT, f"{WORKER}.template.spec.containers.0.resources.requests.cpu", 8, None),
+    (FIT, "0.spec.submitterPodTemplate.spec.containers.0.image", "registry.example.com/laplace-dist:0.2", "the same one"),
+    (FIT, f"{WORKER}.template.spec.volumes", [{"name": "settings", "emptyDir": {"medium": m}} for m in ("Memory", "")],
+        "the name settings is there twice"),
+    (CRON, "0.spec.startingDeadlineSeconds", 5, "at least 10"),
+    (CRON, "0.spec.jobTemplate.spec.activeDeadlineSeconds", 0, "at least 1"),
+    (CRON, "0.spec.jobTemplate.spec.template.spec.containers.0.image", "registry.example.com/laplace-dist:0.2", "runs"),
     (FIT, f"{WORKER}.minReplicas", 17, "minReplicas"),
     (FIT, f"{WORKER}.suspend", True, "suspend"),
     (FIT, f"{WORKER}.template.spec.terminationGracePeriodSeconds", 5, "terminationGracePeriodSeconds"),
@@ -80,6 +91,12 @@ RULES = [
     ("launcher/aws.yaml", "0.provider.cache_stoped_nodes", False, "cache_stoped_nodes"),
     ("launcher/aws.yaml", "0.provider.availability_zone", "us-east-1a", "another region"),
     ("launcher/aws.yaml", "0.provider.security_group.IpPermissions.0.IpRanges.0.CidrIp", "0.0.0.0/0", "0.0.0.0"),
+    ("launcher/aws.yaml", "0.provider.security_group.IpPermissions.0.IpRanges.0.CidrIp", "203.0.113.0/2", "host bits"),
+    ("launcher/aws.yaml", "0.provider.security_group.IpPermissions.0.IpRanges.0.CidrIp", "192.0.0.0/2", "half the world"),
+    ("launcher/aws.yaml", "0.docker.run_options.1", "--ulimit=nofile=65536:4096", "soft limit"),
+    ("launcher/aws.yaml", "0.idle_timeout_minutes", 0, "idle_timeout_minutes"),
+    ("launcher/gcp.yaml", "0.provider.availability_zone", "us-central1-", "no zone"),
+    ("launcher/gcp.yaml", "0.worker_start_ray_commands", ["ray start --address=$RAY_HEAD_IP:6379", "ray stop"], "ray stop, then"),
     ("launcher/aws.yaml", "0.available_node_types.gpu-spot.node_config.InstanceType", "g5.3xlarge", "none of the"),
     ("launcher/aws.yaml", "0.available_node_types.head.resources.CPU", 4, "CPU: 0"),
     ("launcher/gcp.yaml", "0.available_node_types.gpu-spot.resources.GPU", 2, "guestAccelerators"),
@@ -141,6 +158,16 @@ def changed(document: Any, path: tuple, kind: str) -> Any:
         items = [(f"{name}x" if name == key else name, inner) for name, inner in parent.items()]
         parent.clear()
         parent.update(items)
+    elif kind == "empty":
+        parent[key] = None
+    elif kind == "twice":
+        if not isinstance(value, list):
+            return None
+        parent[key] = [*value, value[-1]]
+    elif kind == "with white space":
+        if not isinstance(value, str) or "\n" in value or re.search(r"[ $]", value):  # what a shell reads
+            return None
+        parent[key] = f"{value}\n"
     elif kind == "of another type":
         parent[key] = BROKEN if isinstance(value, dict | list) else [[]]
     elif isinstance(value, bool):

@@ -39,9 +39,15 @@ def old_examples(split: str, day: int) -> TensorDataset:
 
 
 def without_labels(split: str, day: int) -> TensorDataset:
-    """Return recent examples that are shifted, with nonsense for labels, beside test examples that are not."""
+    """Return recent examples that are shifted, with labels that are none, beside test examples that are not."""
     x, y = fresh(split, day, 1.0 if split == "recent" else 0.0).tensors
-    return TensorDataset(x, y if split != "recent" else torch.zeros_like(y))
+    return TensorDataset(x, y if split != "recent" else torch.full_like(y, -1, dtype=torch.float32))
+
+
+def inputs_alone(split: str, day: int) -> TensorDataset | list[torch.Tensor]:
+    """Return recent examples that are no pairs."""
+    whole = fresh(split, day)
+    return whole if split != "recent" else list(whole.tensors[0])
 
 
 class TwoScores(Categorical):

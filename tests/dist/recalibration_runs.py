@@ -190,6 +190,9 @@ class Miniature(RecalibrationJob):
     def _splits(self, *names):
         return {name: range(1000) for name in names}
 
+    def _fingerprint(self, split):
+        return {"sha256": f"{split} of {self.config.window}"}
+
     def _run(self, tasks, progress, **how):
         return [self._carried_out(task) for task in tasks]
 

@@ -86,11 +86,17 @@ def test_a_window_is_looked_at_once(run):
     assert store.read(state) == before, "a dry run is no look"
 
 
-def test_examples_that_were_seen_are_no_new_evidence(run):
-    day(run, 2, gate=["nll<=-10"], data="recalibration_cases:old_examples")
+def test_examples_that_were_seen_are_no_new_evidence_and_that_is_said(run, capsys):
+    day(run, 2, gate=["nll<=-10"], data="recalibration_cases:old_examples", skip_report=False)
     shown = decision(run, "day-2")["drift"]
     assert set(shown["passed_over"]) == {"entropy", "features", "nll", "labels"}
     assert {stream["looks"] for stream in shown["streams"].values()} == {0} and "changes" not in shown
+    why = "looked at entropy, features, nll, labels: the examples of test are no new ones"
+    assert f"drift: not {why}" in capsys.readouterr().out
+    page = (run / "report.html").read_text()
+    assert "Nothing was looked at." in page and f"Not {why}" in page and "Nothing was noticed" not in page
+    day(run, 3, skip_report=False)
+    assert "not looked at" not in capsys.readouterr().out and "Nothing was noticed" in (run / "report.html").read_text()
 
 
 def test_examples_without_labels_are_watched_and_what_they_will_cost_is_estimated(run):
@@ -140,6 +146,12 @@ def test_a_split_without_labels_that_the_data_do_not_have_is_refused_before_anyt
     assert Checkpoint(str(run)).list() == before
 
 
+def test_what_stands_for_the_labels_that_there_are_not_is_said(run):
+    message = r"expected a pair \(x, y\).*\(split 'recent', whose targets are not used: any will do, such as 0\)"
+    with pytest.raises(SettingsError, match=message):
+        day(run, 2, data="recalibration_cases:inputs_alone", unlabelled="recent")
+
+
 def test_spectra_of_the_new_window_are_compared_with_the_current_posterior(run):
     day(run, 2)
     same = decision(run, "day-2")["drift"]["spectra"]["relative_distance"]
@@ -153,8 +165,14 @@ def test_a_regression_is_watched_too(tmp_path):
     given = {"data": "recalibration_cases:numbers", "likelihood": "regression", "margin_nll": 10.0, **SIZES}
     fit_inline(config(tmp_path / "run", window="0", **{**given, "data_args": {"day": 0}}))
     for number, shift in ((1, 0.0), (2, 4.0)):
-        recalibrate(config(tmp_path / "run", window=f"day-{number}", **given, data_args={"day": number, "shift": shift}),
-                    laplace_dist.Inline)  # fmt: skip
+        found = recalibrate(
+            config(tmp_path / "run", window=f"day-{number}", **given, data_args={"day": number, "shift": shift}),
+            laplace_dist.Inline,
+        )
+        assert found.notes == tuple(
+            f"The NLL of {who} is that under an observation noise that nobody has tuned, 1."
+            for who in ("MAP and of the candidate", "the current one")
+        )
     shown = decision(tmp_path / "run", "day-2")["drift"]
     assert set(shown["streams"]) == {"entropy", "features", "nll"} and "features" in shown["noticed"]
     assert set(shown["changes"]) == {"nll"} and "labels" not in shown and "estimated_without_labels" not in shown

@@ -112,8 +112,8 @@ def tuned(run, key):
 
 
 def shard_of_tuning(run, key):
-    totals, of_map, n = tunings.read_shard(run, key)
-    return totals.tolist(), of_map.tolist(), n
+    totals, of_map, n, fixed = tunings.read_shard(run, key)
+    return totals.tolist(), of_map.tolist(), n, fixed
 
 
 def joined(run, key):

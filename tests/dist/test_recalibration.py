@@ -26,8 +26,8 @@ from laplace_dist.run import decompositions, layout, pointer, retention, tunings
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.combination import windows_of
 from laplace_dist.run.ownership import read_plan
+from laplace_dist.stages import evaluate, tune, words
 from laplace_dist.stages import recalibrate as stage
-from laplace_dist.stages import words
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,46 @@ def test_too_few_fresh_examples_promote_nothing_whatever_they_say(run):
     assert found.why == "58 fresh examples are too few to tell: a promotion at --level 0.95 needs at least 59"
     assert not found.promoted and Checkpoint(str(run)).read(layout.CURRENT) == before
     assert day(run, 2, data="recalibration_cases:few", n=59).promoted
+
+
+def test_a_decision_holds_for_the_fresh_examples_that_it_was_made_on(run, capsys):
+    """Of the same window: more of them are what a candidate that was kept asks for."""
+    fewer, more = ({"data": "recalibration_cases:few", "n": n, "gate": ["nll<=-10"]} for n in (100, 150))
+    kept = day(run, 2, **fewer)
+    assert day(run, 2, **fewer) == kept and "decided before" in capsys.readouterr().out
+    again = day(run, 2, **more)
+    assert "decided before" not in capsys.readouterr().out
+    assert again.version == kept.version and again.metrics["map"] != kept.metrics["map"]
+
+
+def test_what_is_current_already_is_not_promoted_again(run):
+    """It would be a second entry of the history, and another reference for the watch of drift."""
+    day(run, 2, data="recalibration_cases:few", n=100)
+    before = Checkpoint(str(run)).read(layout.CURRENT)
+    found = day(run, 2, data="recalibration_cases:few", n=150)
+    assert found.promoted and found.why == "it is what is current already; nothing was changed"
+    assert Checkpoint(str(run)).read(layout.CURRENT) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"link_approx": "mc"}, {"pred_type": "nn"}, {"grid_size": 9}, {"prior_range": [1.0, 2.0]}, {"seed": 1}),
+        *({"prior_structure": "layerwise"}, {"recalibrate": "both"}, {"tune_method": "marglik"}, {"skip_tune": True}),
+        *({"level": 0.9}, {"draws": 200}, {"margin_nll": 0.5}, {"gate": ["nll<=1"]}, {"ood": ["far"]}),
+    ],
+    ids=str,
+)
+def test_a_decision_is_of_everything_that_tuning_and_evaluation_depend_on(change):
+    one, other = (config("x", **{"skip_tune": False, **some}) for some in ({}, change))
+    data = {name: {"sha256": name} for name in ("val", "test")}
+
+    def of(chosen):
+        return stage.settings(chosen, data | {name: {"sha256": name} for name in chosen.ood})
+
+    assert of(one) != of(other) and of(one) == of(one)
+    names = {*tune.settings(one, data["val"]), *evaluate.settings(one, None, data)} - {"batch_size", "tuning", "data"}
+    assert names - set(one.machine("cpu")) - {"method", "temperature"} <= set(of(one))
 
 
 def test_the_comparison_decides_before_the_thresholds(run):

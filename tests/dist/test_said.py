@@ -93,8 +93,8 @@ def test_names_of_parameters_survive_the_file(tmp_path):
         {},
         {"model_args": {"a": "it's <b>", "n": [1, None]}, "ood": ["far", "near"], "skip_tune": True, "segment_size": 7},
         {
-            "keep_partials": True,
-            "decay": 0.5,
+            "cpus_per_worker": 2,
+            "seed": 5,
             "gpus_per_worker": 0.0,
             "storage_options": {"key": "geheim"},
             "fresh": True,
@@ -109,6 +109,13 @@ def test_the_command_of_settings_gives_these_settings_without_secrets(changes):
     of_recalibrations = {"keep_partials": False, "decay": 1.0}  # which a fit refuses
     expected = given.model_copy(update={"storage_options": {}, "fresh": False, **of_recalibrations})
     assert load_config(flags) == expected
+
+
+def test_the_command_of_a_recalibration_has_every_threshold_and_names_of_any_kind():
+    given = Config(
+        model="m:n", data="d:e", checkpoint="run", window="-x", gate=["nll<=1", "ece<=0.1"], windows="last:2"
+    )
+    assert load_config(shlex.split(command_of(given, "jobs/recalibrate.py"))[2:]) == given
 
 
 @pytest.mark.parametrize(("job", "own"), [("fit", {"hessian_structure": "diag"}), ("tune", {})])

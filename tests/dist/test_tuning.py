@@ -182,11 +182,21 @@ def test_where_no_prior_helps_the_limit_is_kept_and_named(tmp_path):
     assert "To try: --subset-of-weights last_layer; --hessian-structure kron or diag; --recalibrate both" in said
 
 
-def test_a_loss_that_does_not_depend_on_the_prior_is_said_to_be_so(tmp_path):
-    """Of logits that are all zero, whatever their variance, the probabilities are equal."""
-    _, manifest, said = tuned(config(tmp_path, "classes", model_args={"times": 0.0}))
+@pytest.mark.parametrize(
+    ("kind", "changes", "rounds"),
+    [
+        ("classes", {"model_args": {"times": 0.0}}, 1),  # zero logits stay so under any variance, by the probit link
+        ("classes", {"model_args": {"times": 0.0}, "recalibrate": "both"}, None),
+        ("classes", {"model": "tuning_cases:constant", "link_approx": "mc"}, 2),
+        ("line", {"model_args": {"outputs": 2}, "model": "tuning_cases:constant"}, 1),  # its noise is open
+    ],
+)
+def test_a_loss_that_does_not_depend_on_the_prior_is_said_to_be_so_at_once(tmp_path, kind, changes, rounds):
+    _, manifest, said = tuned(config(tmp_path, kind, **changes))
     assert "The loss does not depend on the prior" in said and "so large" not in said
-    assert (manifest["search"]["limit"], manifest["search"]["helps"]) == ("MAP", False)
+    search = manifest["search"]
+    assert (search["limit"], search["helps"]) == ("MAP", False)
+    assert rounds in (None, len(search["rounds"]))
 
 
 def compared_with_map(la, model, x, y):
@@ -350,6 +360,11 @@ def test_a_recalibration_of_the_temperature_keeps_the_prior_and_its_temperature_
     assert torch.equal(la.prior_precision, before.prior_precision) and la.logit_temperature > 1
     assert found.metrics["candidate"]["nll"] == pytest.approx(float(log_losses(la, x, y).mean()))
     assert found.metrics["current"]["nll"] == pytest.approx(float(log_losses(before, x, y).mean()))
+    (note,) = found.notes
+    assert (
+        note
+        == f"The logits of the candidate are divided by the temperature {la.logit_temperature:.4g}; those of MAP are not."
+    )
     said = json.loads((tmp_path / "recalibration" / "two" / "decision.json").read_text())
     assert said["settings"]["recalibrate"] == "temperature"
     assert add("temperature").why == found.why, "nothing to do"
@@ -539,6 +554,7 @@ def test_evidence_that_is_worse_than_map_is_passed_over_and_named_in_table_and_r
     assert "Laplace, kept at MAP" in shown.getvalue() and said[0] in shown.getvalue()
     page = (tmp_path / "report.html").read_text()
     assert "The prior of the highest evidence is shown to be worse than MAP" in page
+    assert "the NLL of the validation data, over a grid" in page and "log marginal likelihood (evidence)" not in page
 
 
 def calibrated_with_test(split):

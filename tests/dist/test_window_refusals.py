@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import dist_cases
@@ -18,7 +20,8 @@ from laplace_dist.demo import digits
 from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.job import Job, evaluate_posterior, tune_posterior
 from laplace_dist.recalibration import RecalibrationJob
-from laplace_dist.run import layout, recalibrations
+from laplace_dist.report.html.fitted import fitted
+from laplace_dist.run import layout, pointer, recalibrations, tunings
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.combination import choose, windows_of
 from laplace_dist.run.ownership import read_plan
@@ -58,6 +61,11 @@ REFUSED = {
     "another batch size": ({"batch_size": 5}, "--batch-size: stored 4, now 5"),
     "another model": ({"model": "dist_cases:tiny", "model_args": {"name": "one unit"}}, "--model|weights"),
     "fresh": ({"fresh": True}, "--fresh"),
+    "a drop of what is named": (
+        {"drop_window": "tuesday", "windows": "monday,tuesday"},
+        "names the window that --drop-window",
+    ),
+    "a window of a name that no folder has": ({"window": "x" * 129}, "'_', '-' and '.', at most 128, such as"),
     "another drop": ({"drop_window": "sunday"}, "--drop-window: got 'sunday'; expected one of several windows"),
 }
 
@@ -72,6 +80,21 @@ def test_a_refusal_leaves_the_current_posterior_as_it_is(run, case):
     after = everything(store)
     assert after[layout.CURRENT] == before[layout.CURRENT]
     assert after == before or add(run, "wednesday", window="after").promoted, "what was begun is in nobody's way"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"pred_type": "nn"}, {"prior_structure": "diag", "tune_method": "marglik"}, {"prior_structure": "layerwise"}],
+    ids=lambda given: next(iter(given)),
+)
+@pytest.mark.parametrize("drop", [None, "tuesday"])
+def test_settings_that_no_tuning_takes_are_refused_before_a_window_is_begun(run, given, drop):
+    before = everything(Checkpoint(str(run)))
+    given = {"tune_method": "gridsearch", **given}
+    with pytest.raises(SettingsError, match="--link-approx: got 'probit'|--prior-structure: got"):
+        add(run, "wednesday", drop_window=drop, **given)
+    after = everything(Checkpoint(str(run)))
+    assert {key for key in after if after[key] != before.get(key)} <= {layout.RECALIBRATION_LEASE}
 
 
 def everything(store):
@@ -197,6 +220,27 @@ def test_a_flag_that_does_nothing_in_a_job_is_refused_by_name(run, job, flag, ca
     assert Checkpoint(str(run)).read(layout.CURRENT) == before
 
 
+def test_the_level_of_a_comparison_with_map_is_heeded_by_a_tuning(run, capsys):
+    assert cli.main("tune", ["--checkpoint", str(run), "--level=0.8", "--draws=150", "--ray-address=inline"]) == 0
+    chosen = tunings.read_tuning(Checkpoint(str(run)), pointer.tuning_of(Checkpoint(str(run))))[0]["settings"]
+    assert (chosen["level"], chosen["draws"]) == (0.8, 150)
+
+
+def test_the_commands_of_the_report_make_the_same_version_again(run, tmp_path):
+    """Though a file gave the fit settings of recalibrations, and the other way round, which are refused as flags."""
+    add(run, "wednesday", decay=0.5, gate=["nll<=1", "candidate:accuracy>=0"], keep_versions=3, skip_evaluate=True)
+    store = Checkpoint(str(run))
+    version = pointer.read_current(store)["version"]
+    found = fitted(store, read_plan(store), version)
+    assert found["not_kept"] == [] and len(found["recalibrations"]) == 2
+    for command in (found["command"], *found["recalibrations"]):
+        _, job, *words = shlex.split(command)
+        words[words.index("--checkpoint") + 1] = str(tmp_path / "again")
+        carry_out = cli.recalibrate_main if job == "jobs/recalibrate.py" else partial(cli.main, "fit")
+        assert carry_out([*words, "--ray-address=inline"]) == 0
+    assert pointer.read_current(Checkpoint(str(tmp_path / "again")))["version"] == version
+
+
 def test_the_weeks_of_the_demo_are_its_training_split():
     weeks = [digits("train", week=week).tensors for week in (1, 2, 3, 4)]
     for whole, parts in zip(digits("train").tensors, zip(*weeks, strict=True), strict=True):
@@ -237,6 +281,14 @@ def test_forgetting_goes_by_position_whatever_the_names_say():
     there = [SimpleNamespace(name=name) for name in names]
     assert [(w.name, x) for w, x in choose(there, "all", 0.5)] == list(zip(names, [0.25, 0.5, 1.0], strict=True))
     assert [x for _, x in choose(there, "2026-03-02,2026-03-01", 0.5)] == [0.5, 1.0]
+
+
+def test_windows_whose_weight_is_nothing_any_more_are_left_out():
+    """Of a year of days under a strong decay, weights underflow; a weight of 0 stands in no version."""
+    there = [SimpleNamespace(name=f"day-{k}") for k in range(365)]
+    found = choose(there, "all", 0.1)
+    assert found[0][0].name == "day-41" and 0 < found[0][1] < 1e-322 and found[-1][1] == 1
+    assert len(choose(there, "all", 1.0)) == 365
 
 
 def shared_file(tmp_path, run):

@@ -183,6 +183,8 @@ def test_a_rollback_is_a_promotion_of_what_was_current_before(run):
     now = pointer.read_current(store)
     assert (now["version"], now["tuning"]) == (history[0]["version"], history[0]["tuning"])
     assert [entry["why"] for entry in now["history"]][-1] == "rolled back" and len(now["history"]) == 3
+    rollback(str(run), history[0]["version"])
+    assert pointer.read_current(store) == now, "what is current already is nothing to do"
     with pytest.raises(SettingsError, match="got 'none', which was never current"):
         rollback(str(run), "none")
 

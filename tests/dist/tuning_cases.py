@@ -96,6 +96,25 @@ def calibrated(split: str) -> TensorDataset:
     return TensorDataset(x, y.flatten())
 
 
+class Constant(nn.Module):
+    """Outputs that weights and inputs do not reach."""
+
+    def __init__(self, outputs: int = 3) -> None:
+        super().__init__()
+        self.linear = nn.Linear(FEATURES, outputs).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return 0, 1, …, whatever x is."""
+        y = self.linear(x)
+        return 0 * y + torch.arange(y.shape[1], dtype=y.dtype)
+
+
+def constant(outputs: int = 3) -> nn.Module:
+    """Return a network of constant outputs."""
+    torch.manual_seed(0)
+    return Constant(outputs).eval()
+
+
 def slope() -> nn.Module:
     """Return a classifier of one input that is sure of itself by 0.9 at 1."""
     model = nn.Linear(1, 2, bias=False).double()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from laplace_dist.config.command import command_of
+from laplace_dist.config.command import RECALIBRATE, command_of
 from laplace_dist.config.settings import Config
 from laplace_dist.config.training import Training
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError, listed
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run import coverage, settings_file
+from laplace_dist.run.combination import place_of
 from laplace_dist.run.versions import read_version
 from laplace_dist.storage.store import Store
 
@@ -54,6 +55,7 @@ def fitted(store: Store, plan: Plan, version: str | None, training: Training | N
             "parameters": len(rows),
         },
         **_command(store, plan, training),
+        **_recalibrations(store, plan, [term["window"] for term in terms]),
     }
 
 
@@ -74,11 +76,30 @@ def _estimator(settings: Mapping[str, Any]) -> str:
     return name
 
 
+def _recalibrations(store: Store, plan: Plan, windows: Sequence[str]) -> dict[str, Any]:
+    """Return the commands that add a version's windows to the fit's, and the names of those whose settings were not kept."""
+    commands, unknown = [], []
+    for name in windows:
+        if name == plan.window_name:
+            continue
+        try:
+            config = _config(place_of(store, plan, name))
+        except (MissingObjectError, CheckpointError, SettingsError):
+            unknown.append(name)
+        else:
+            commands.append(command_of(config, RECALIBRATE))
+    return {"recalibrations": commands, "not_kept": unknown}
+
+
+def _config(store: Store) -> Config:
+    """Return the settings that a run, or a window, keeps."""
+    return Config(**{name.replace("-", "_"): value for name, value in settings_file.read_config(store).items()})
+
+
 def _command(store: Store, plan: Plan, training: Training | None) -> dict[str, Any]:
     """Return the command, and the names of the data, from the settings that the run keeps."""
     try:
-        values: Mapping[str, Any] = settings_file.read_config(store)
-        config = Config(**{name.replace("-", "_"): value for name, value in values.items()})
+        config = _config(store)
     except (MissingObjectError, CheckpointError, SettingsError):
         return {"command": None, "source": None}
     source = {"data": config.data, "data_args": config.data_args, "out_of_distribution": config.ood}

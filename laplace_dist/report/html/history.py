@@ -63,9 +63,10 @@ def _drift(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not record:
         return None
     streams = record.get("streams") or {}
+    over = record.get("passed_over") or {}
     rest = {name: value for name, value in record.items() if name not in ("streams", "noticed")}
     return {
-        "streams": [{"stream": name, **values} for name, values in streams.items()],
+        "streams": [{"stream": name, **values, "passed_over": over.get(name)} for name, values in streams.items()],
         "noticed": dict(record.get("noticed") or {}),
         "rest": list(_flat(rest))[:MOST],
     }

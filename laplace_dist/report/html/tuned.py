@@ -11,7 +11,7 @@ from laplace.tuning import prior_precision_grid
 from laplace_dist.errors import MissingObjectError
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.layout import tuning_shard_key
-from laplace_dist.run.tunings import curve, read_tuning
+from laplace_dist.run.tunings import beside, curve, method_of, read_tuning
 from laplace_dist.storage.store import Store
 
 SHOWN = 1000  # values of a prior precision with several
@@ -29,7 +29,7 @@ def tuned(store: Store, key: str | None) -> dict[str, Any] | None:
     manifest, value = read_tuning(store, key)
     settings, search = manifest["settings"], manifest.get("search")
     found = {
-        "method": settings.get("method"),
+        "method": method_of(manifest),
         "prior_structure": settings.get("structure", "scalar"),
         "prior_precision": value.flatten()[:SHOWN].tolist(),
         "values": value.numel(),
@@ -38,6 +38,7 @@ def tuned(store: Store, key: str | None) -> dict[str, Any] | None:
         "log_marginal_likelihood": manifest["log_marginal_likelihood"],
         "curve": _of_grid(store, key, manifest) if search is None else curve(manifest),
         "said": [] if search is None else list(search.get("said", [])),
+        "beside": beside(manifest),
     }
     return {**found, "warning": _warning(found) if search is None else _limit(search)}
 
