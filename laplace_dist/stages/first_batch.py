@@ -122,7 +122,8 @@ def _outputs(model: nn.Module, x: Any, y: Tensor) -> Tensor:
         f = model(few)
     except CallError as error:
         raise SettingsError(
-            f"--model: {error} What examples hold is the data set's, or --collate's, to say."
+            f"--model: {error} What examples hold is the data set's, or --collate's, to say; of data in files, --data-args "
+            "chooses the columns."
         ) from error
     except Exception as error:  # the user's own code, as where an example is read
         raise SettingsError(_why(error, few, parameter.dtype)) from error
