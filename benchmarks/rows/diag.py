@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from harness import Prepare, Row, Target
+from operations import diag_gflop
 from problems import cnn, epoch, mlp, problem
 from torch import nn
 
@@ -38,8 +39,13 @@ def _peers(size: Sizes) -> Mapping[str, Prepare]:
     return {name: partial(_fit, size, backend=backend) for name, backend in found.items()}
 
 
+def _gflop(size: Sizes) -> float:
+    model, loader = problem(*size)
+    return sum(diag_gflop(model, x, model[-1].out_features - 1) for x, _ in loader)
+
+
 def _row(name: str, *size: Any) -> Row:
-    return Row(name, partial(_ours, size), (Target("peer", 3),), partial(_peers, size))
+    return Row(name, partial(_ours, size), (Target("peer", 3),), partial(_peers, size), partial(_gflop, size))
 
 
 ROWS = {

@@ -1,4 +1,4 @@
-"""How many floating-point operations the mathematics of a Kron fit needs; counted on the layers, not on an implementation."""
+"""How many floating-point operations the mathematics of a fit needs; counted on the layers, not on an implementation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,26 @@ def kron_gflop(model: nn.Module, x: torch.Tensor, columns: int) -> float:
 
     Every layer is a product of `positions × d_in` with `d_in × d_out` per example. The first needs no gradient of its input.
     """
+    layers = _layers(model, x)
+    products = [2 * rows * d_in * d_out for rows, d_in, d_out in layers]
+    grams = sum(rows * d_in * (d_in + 1) + columns * rows * d_out * (d_out + 1) for rows, d_in, d_out in layers)
+    return (sum(products) + columns * sum(products[1:]) + grams) / 1e9
+
+
+def diag_gflop(model: nn.Module, x: torch.Tensor, columns: int) -> float:
+    """Return the operations of one batch, in units of 10⁹: forward, backward of some columns, and products for the squares.
+
+    Where a layer sees one position, squares of its gradients are added up over the columns before one product with those of its
+    inputs; where it sees several, a column's row is a product by itself.
+    """
+    layers = _layers(model, x)
+    products = [2 * rows * d_in * d_out for rows, d_in, d_out in layers]
+    squares = [value * (columns if rows > len(x) else 1) for value, (rows, _, _) in zip(products, layers, strict=True)]
+    return (sum(products) + columns * sum(products[1:]) + sum(squares)) / 1e9
+
+
+def _layers(model: nn.Module, x: torch.Tensor) -> list[tuple[int, int, int]]:
+    """Return of every layer the positions of all examples, and its inputs and outputs at each."""
     layers: list[tuple[int, int, int]] = []
 
     def note(module: nn.Module, _: object, out: torch.Tensor) -> None:
@@ -22,6 +42,4 @@ def kron_gflop(model: nn.Module, x: torch.Tensor, columns: int) -> float:
         model(x)
     for hook in hooks:
         hook.remove()
-    products = [2 * rows * d_in * d_out for rows, d_in, d_out in layers]
-    grams = sum(rows * d_in * (d_in + 1) + columns * rows * d_out * (d_out + 1) for rows, d_in, d_out in layers)
-    return (sum(products) + columns * sum(products[1:]) + grams) / 1e9
+    return layers
