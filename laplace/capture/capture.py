@@ -290,14 +290,15 @@ def _dead(layer: str) -> ValueError:
 
 def _join_positions(values: Tensor, n: int) -> Tensor:
     """``(batch · parts, positions, width)`` as ``(batch, parts · positions, width)``."""
-    if len(values) == n or len(values) % n != 0:
+    rows = values.shape[0]
+    if rows == n or rows % n != 0:
         return values
     return values.reshape(n, -1, values.shape[-1])
 
 
 def _side_by_side(parts: list[Tensor], n: int) -> Tensor:
     """Positions of several calls, one after the other; alone what is no batch of the examples, which is refused later."""
-    parts = [part for part in parts if len(part) != n][:1] or parts
+    parts = [part for part in parts if part.shape[0] != n][:1] or parts
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 

@@ -29,35 +29,35 @@ class Fingerprint:
     def __init__(self, model: nn.Module, without: Iterable[nn.Parameter]):
         """See the class."""
         inferred = {id(p) for p in without}
-        self._names = [name for name, value in _remembered(model).items() if id(value) not in inferred]
-        self._values = self._of(model)
-        self._versions = self._versions_of(model)
+        known = _remembered(model)
+        self._names = [name for name, value in known.items() if id(value) not in inferred]
+        self._values = self._of(known)
+        self._versions = self._versions_of(model, known)
 
     def changed(self, model: nn.Module) -> list[str]:
         """Names of those that are gone or whose values have changed; looks at values only where torch has counted a change."""
-        gone = [name for name in self._names if name not in _remembered(model)]
+        known = _remembered(model)
+        gone = [name for name in self._names if name not in known]
         if gone:
             return gone
-        versions = self._versions_of(model)
+        versions = self._versions_of(model, known)
         if versions == self._versions:
             return []
-        now = self._of(model).to(self._values.device)
+        now = self._of(known).to(self._values.device)
         differs = ((now - self._values).abs() > _RELATIVE * (1 + self._values[:, 1:])).any(1).tolist()
         found = [name for name, other in zip(self._names, differs, strict=True) if other]
         if not found:
             self._versions = versions
         return found
 
-    def _of(self, model: nn.Module) -> Tensor:
-        known = _remembered(model)
+    def _of(self, known: dict[str, Tensor]) -> Tensor:
         rows = [
             torch.stack([known[n].detach().sum(dtype=torch.float64), known[n].detach().double().norm()]).cpu()
             for n in self._names
         ]
         return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.float64, device="cpu")
 
-    def _versions_of(self, model: nn.Module) -> list[tuple[int, int]]:
-        known = _remembered(model)
+    def _versions_of(self, model: nn.Module, known: dict[str, Tensor]) -> list[tuple[int, int]]:
         counters = [
             b for name, b in model.named_buffers() if name.endswith("num_batches_tracked") and not b.is_inference()
         ]
