@@ -28,6 +28,7 @@ from laplace.capture.products import calls_of, product
 from laplace.capture.pullback import pullback
 from laplace.capture.rules import gradients_by_position, inputs_by_position, widths
 from laplace.capture.uses import Proven, Uses, numbers_of_uses
+from laplace.data.batches import repeated
 from laplace.linalg.memory import at_once
 from laplace.linalg.precision import spacing_of_products, without_autocast
 
@@ -43,6 +44,7 @@ class Capture:
         misused: Names of parameters that this batch uses otherwise too than in the calls of their layers or in products.
         kept_tokens: Which positions of the inputs are no padding, ``(batch, time)``; None where all are, or are not known.
         watch: Is shown what :meth:`gradients` gives along every direction; None for nobody.
+        of_copies: Makes the capture of the batch in which every example stands so many times, one copy after the other.
     """
 
     watch: Callable[[dict[str, Tensor]], None] | None = None
@@ -68,8 +70,10 @@ class Capture:
         """
         self.dtype = dtype
         self._model = model
+        layers, others = list(layers), list(others)
         self._products = {name: found for name in layers if (found := product(model, name)) is not None}
         self.modules = {name: self._products.get(name) or model.get_submodule(name) for name in layers}
+        self.of_copies = lambda count: Capture(model, repeated(x, count), layers, others, dtype, proven)
         self._forward(model, x)
         self.f = self._output.detach()
         self.kept_tokens = kept_tokens(x)

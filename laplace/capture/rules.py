@@ -90,7 +90,9 @@ def _geometry(module: nn.Module | Product) -> Geometry | None:
 
 def _adds_patches(module: nn.Module | Product) -> bool:
     """Whether this is a transposed convolution."""
-    return isinstance(module, _TRANSPOSED) or (_geometry(module) is not None and is_transposed(module))
+    if isinstance(module, Product):
+        return module.geometry is not None and module.transposed
+    return isinstance(module, _TRANSPOSED)
 
 
 def inputs_by_position(module: nn.Module, x: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from laplace.capture.blocks import Basis, Block, row_key
-from laplace.capture.contractions import chunks, is_bias, output_directions
+from laplace.capture.contractions import chunks, is_bias
+from laplace.capture.every_output import gradients_of_outputs
 from laplace.capture.last_layer import LastLayerCapture
 from laplace.capture.last_layer_variance import last_layer_variance
 from laplace.capture.outer_variance import add_outer_variance, project
@@ -54,25 +55,17 @@ def block_variance(
     shape = (n_priors, capture.f.shape[0], outputs) + (() if diagonal else (outputs,))
     total = torch.zeros(shape, dtype=capture.dtype, device=capture.f.device)
     by_layer: dict[str, list[int]] = {}
-    directions = [capture.gradients(v) for v in output_directions(capture.f)]
+    gradients = gradients_of_outputs(capture)
     for index, block in enumerate(blocks):
         if block.layer is None:
-            rows = torch.stack([gradients.pop(row_key(block.parameter)) for gradients in directions], 1)
-            _add_rows(total, rows, weights[index], diagonal)
+            _add_rows(total, gradients.pop(row_key(block.parameter)), weights[index], diagonal)
         else:
             by_layer.setdefault(block.layer, []).append(index)
     for layer, indices in by_layer.items():
-        g = _stacked([gradients.pop(layer) for gradients in directions])
+        g = gradients.pop(layer)  # (batch, outputs, positions, out)
         for index in indices:
             _add_layer(total, capture, g, blocks[index], bases[index], weights[index], diagonal)
     return total
-
-
-def _stacked(gradients: list[Tensor]) -> Tensor:
-    """Output gradients ``(batch, outputs, positions, out)``, in the memory of which rows are made without a copy."""
-    if gradients[0].stride(1) == 1 and gradients[0].stride(2) != 1:  # channels first
-        return torch.stack([g.mT for g in gradients], 1).mT
-    return torch.stack(gradients, 2).transpose(1, 2)
 
 
 @in_full_precision()

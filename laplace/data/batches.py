@@ -83,6 +83,14 @@ def part_of(x: Any, part: slice | Tensor) -> Any:
     return x[part]
 
 
+def repeated(x: Any, count: int) -> Any:
+    """Inputs in which every example stands so many times, one copy after the other: of a tensor, or a dict-like batch."""
+    if isinstance(x, MutableMapping):
+        rows = {key: v.repeat_interleave(count, 0) for key, v in x.items() if isinstance(v, Tensor) and v.ndim}
+        return {**x, **rows}
+    return x.repeat_interleave(count, 0)
+
+
 def joined(rows: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
     """Rows of tensors, one row per batch, as one tensor per column."""
     return [torch.cat(column) for column in zip(*rows, strict=True)]

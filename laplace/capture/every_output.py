@@ -1,0 +1,67 @@
+"""Output gradients along the unit direction of every output, one backward pass each; of a single example several at once.
+
+A backward pass of one example takes most of its time in starting its operations. So one example is run in copies, each of which
+is given a direction of its own: that costs a forward pass more, and makes as many times fewer backward passes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace.capture.capture import Capture
+from laplace.capture.contractions import output_directions
+from laplace.linalg.memory import at_once
+
+_TOGETHER = 1 << 22  # elements that come out of the layers for all copies
+_FEWEST = 8  # copies that are worth a forward pass
+
+
+def gradients_of_outputs(capture: Any) -> dict[str, Tensor]:
+    """As :meth:`laplace.capture.capture.Capture.gradients`, for every output.
+
+    Returns:
+        ``(batch, outputs, positions, out)`` by layer, ``(batch, outputs, size)`` by :func:`laplace.capture.blocks.row_key`.
+    """
+    directions = list(output_directions(capture.f))
+    copies = _copies(capture, len(directions))
+    if copies is not None:
+        return _of_copies(copies, torch.cat(directions))
+    found = [capture.gradients(v) for v in directions]
+    return {name: _stacked([gradients.pop(name) for gradients in found]) for name in list(found[0])}
+
+
+def _copies(capture: Any, outputs: int) -> Capture | None:
+    """A capture of copies of one example; None where they save nothing, or the model answers otherwise for them."""
+    if not isinstance(capture, Capture) or len(capture.f) > 1 or capture.watch is not None or not capture.width:
+        return None
+    count = min(outputs, at_once(_TOGETHER, capture.f.device) // capture.width)
+    if count < min(outputs, _FEWEST) or count < 2:
+        return None
+    copies = capture.of_copies(count)
+    f = capture.f.double()
+    if copies.f.shape != (count, *f.shape[1:]):
+        return None
+    off = (copies.f.double() - f).abs().max()
+    return copies if bool(off <= 1e3 * capture.coarsest * f.abs().max()) else None
+
+
+def _of_copies(copies: Capture, directions: Tensor) -> dict[str, Tensor]:
+    """Gradients of one example along ``(directions, …)``, as many at once as there are copies."""
+    count, found = len(copies.f), []
+    for part in directions.split(count):
+        v = torch.zeros_like(copies.f)
+        v[: len(part)] = part
+        found.append({name: g[: len(part)] for name, g in copies.gradients(v).items()})
+    return {name: torch.cat([gradients.pop(name) for gradients in found])[None] for name in list(found[0])}
+
+
+def _stacked(gradients: list[Tensor]) -> Tensor:
+    """Along a second dimension, for the outputs; of layers in the memory of which rows are made without a copy."""
+    if gradients[0].ndim == 2:
+        return torch.stack(gradients, 1)
+    if gradients[0].stride(1) == 1 and gradients[0].stride(2) != 1:  # channels first
+        return torch.stack([g.mT for g in gradients], 1).mT
+    return torch.stack(gradients, 2).transpose(1, 2)
