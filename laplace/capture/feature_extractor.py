@@ -221,4 +221,4 @@ def _same(rebuilt: Tensor, out: Tensor) -> bool:
     scale = torch.maximum(rebuilt.abs().amax(), out.abs().amax()).double()
     difference = (rebuilt.double() - out.double()).abs().amax()
     finite = bool(torch.isfinite(scale))  # what is not finite is refused elsewhere, with the examples' numbers
-    return not finite or bool(difference <= min(max(1e-3, 1e3 * coarsest(rebuilt, out)), 0.05) * scale)
+    return not finite or bool(difference <= min(max(1e-6, 1e3 * coarsest(rebuilt, out)), 0.05) * scale)
