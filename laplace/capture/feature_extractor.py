@@ -35,6 +35,14 @@ class FeatureExtractor(nn.Module):
         last_layer_name: Name of the last layer as in ``model.named_modules()``; found from a forward pass if None.
         enable_backprop: Keep the graph of the features.
         feature_reduction: How features with a position dimension are reduced.
+
+    Example:
+        >>> import torch
+        >>> from laplace.utils import FeatureExtractor
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> outputs, features = FeatureExtractor(model).forward_with_features(torch.randn(8, 2))
+        >>> features.shape
+        torch.Size([8, 4])
     """
 
     def __init__(
