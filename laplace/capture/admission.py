@@ -14,7 +14,7 @@ def check_model(model: nn.Module) -> None:
     """Refuse models that no hook can look into, and parameters over which there is no Gaussian.
 
     Raises:
-        ValueError: If a module is scripted, traced or exported, or a parameter is complex, sharded, sparse or without values yet,
+        ValueError: If a module is scripted, traced or exported, or a parameter is complex, sharded, sparse or without values,
             or there is none.
     """
     for name, module in model.named_modules():
