@@ -100,6 +100,16 @@ class AsdlGGN(AsdlInterface, GGNInterface):
         asdl_fisher_kwargs: ``n_mc_samples`` and ``seed`` under ASDL's own names; the rest of ASDL's settings follow from
             likelihood and structure.
         **kwargs: See there.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.curvature import AsdlGGN
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = Laplace(torch.nn.Sequential(torch.nn.Linear(2, 3)), "classification", "all", "kron", backend=AsdlGGN)
+        >>> la.fit([(x, y)])
+        >>> la(x).shape
+        torch.Size([8, 3])
     """
 
     takes_fisher_kwargs = True

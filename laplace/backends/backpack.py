@@ -66,6 +66,16 @@ class BackPackGGN(BackPackInterface, GGNInterface):
 
     With ``stochastic=True``, the draws behind Kronecker factors are BackPACK's own: they belong to the batch, through the
     seed and the index of its first example, not to the example.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.curvature import BackPackGGN
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = Laplace(torch.nn.Sequential(torch.nn.Linear(2, 3)), "classification", "all", "diag", backend=BackPackGGN)
+        >>> la.fit([(x, y)])
+        >>> la(x).shape
+        torch.Size([8, 3])
     """
 
     def initialize(self, x: Any, structure: str) -> SumsSpec:
@@ -124,7 +134,18 @@ class BackPackGGN(BackPackInterface, GGNInterface):
 
 
 class BackPackEF(BackPackInterface, EFInterface):
-    """Empirical Fisher by BackPACK; it has no Kronecker factors of that."""
+    """Empirical Fisher by BackPACK; it has no Kronecker factors of that.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.curvature import BackPackEF
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = Laplace(torch.nn.Sequential(torch.nn.Linear(2, 3)), "classification", "all", "diag", backend=BackPackEF)
+        >>> la.fit([(x, y)])
+        >>> la(x).shape
+        torch.Size([8, 3])
+    """
 
     def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """Refused: BackPACK computes no Kronecker factors of the empirical Fisher."""

@@ -187,7 +187,18 @@ class _DoubleOutputs(nn.Module):
 
 
 class CurvlinopsGGN(CurvlinopsInterface, GGNInterface):
-    """Exact GGN, or its Monte-Carlo Fisher estimate, by curvlinops."""
+    """Exact GGN, or its Monte-Carlo Fisher estimate, by curvlinops.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.curvature import CurvlinopsGGN
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = Laplace(torch.nn.Sequential(torch.nn.Linear(2, 3)), "classification", "all", "kron", backend=CurvlinopsGGN)
+        >>> la.fit([(x, y)])
+        >>> la(x).shape
+        torch.Size([8, 3])
+    """
 
     @property
     def _kfac_type(self) -> str:
@@ -204,7 +215,18 @@ class CurvlinopsGGN(CurvlinopsInterface, GGNInterface):
 
 
 class CurvlinopsEF(CurvlinopsInterface, EFInterface):
-    """Empirical Fisher by curvlinops."""
+    """Empirical Fisher by curvlinops.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.curvature import CurvlinopsEF
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = Laplace(torch.nn.Sequential(torch.nn.Linear(2, 3)), "classification", "all", "kron", backend=CurvlinopsEF)
+        >>> la.fit([(x, y)])
+        >>> la(x).shape
+        torch.Size([8, 3])
+    """
 
     _kfac_type = curvlinops.FisherType.EMPIRICAL
 
@@ -230,6 +252,16 @@ class CurvlinopsHessian(HessianInterface, CurvlinopsInterface):
 
     curvlinops differentiates gradients in forward mode, for which some layers of torch have wrong formulas (LayerNorm in
     torch 2.14). So one more product is compared with that of reverse mode.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.curvature import CurvlinopsHessian
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = Laplace(torch.nn.Linear(2, 3), "classification", "all", "lowrank", backend=CurvlinopsHessian)
+        >>> la.fit([(x, y)])
+        >>> la(x).shape
+        torch.Size([8, 3])
     """
 
     def curvature_product(self, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:

@@ -61,6 +61,16 @@ class GGNInterface(_Directional):
         stochastic: Sample labels from the model (Fisher) instead of summing over classes (GGN).
         num_samples: Labels drawn per example if ``stochastic``.
         seed: Seed of these draws. None draws a seed from torch's global generator at every batch.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.curvature import GGNInterface
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = Laplace(torch.nn.Sequential(torch.nn.Linear(2, 3)), "classification", "all", "diag", backend=GGNInterface)
+        >>> la.fit([(x, y)])
+        >>> la(x).shape
+        torch.Size([8, 3])
     """
 
     def __init__(
@@ -102,6 +112,16 @@ class EFInterface(_Directional):
 
     The gradients are those at unit noise and temperature; posteriors scale their sum by :math:`1/(\sigma^2 T)` as they scale
     the GGN, as laplace-torch does. The empirical Fisher of the scaled likelihood itself would have the square of that.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.curvature import EFInterface
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = Laplace(torch.nn.Sequential(torch.nn.Linear(2, 3)), "classification", "all", "diag", backend=EFInterface)
+        >>> la.fit([(x, y)])
+        >>> la(x).shape
+        torch.Size([8, 3])
     """
 
     estimator = "ef"

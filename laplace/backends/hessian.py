@@ -60,7 +60,18 @@ class HessianInterface(CurvatureInterface):
 
 
 class NativeHessian(HessianInterface):
-    """Hessian by differentiating the gradient along vectors; needs no other package and takes any model."""
+    """Hessian by differentiating the gradient along vectors; needs no other package and takes any model.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.curvature import NativeHessian
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = Laplace(torch.nn.Sequential(torch.nn.Linear(2, 3)), "classification", "all", "lowrank", backend=NativeHessian)
+        >>> la.fit([(x, y)])
+        >>> la(x).shape
+        torch.Size([8, 3])
+    """
 
     def curvature_product(self, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
         """Summed loss of one batch, and its Hessian times ``vectors`` ``(parameters, k)``."""

@@ -52,6 +52,20 @@ class CurvatureInterface(CapturedModel):
         factor: 1 for classification; ½ for regression, since :class:`torch.nn.MSELoss` has no ½.
         likelihood_object: The likelihood itself, of which ``likelihood`` may be the name; setting either sets both.
         params: Parameters with ``requires_grad`` (of the last layer where ``last_layer``).
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.curvature import CurvatureInterface
+        >>> class SquaredGradients(CurvatureInterface):
+        ...     def diag(self, x, y, **kwargs):
+        ...         rows, loss = self.gradients(x, y)
+        ...         return loss, rows.square().sum(0)
+        ...
+        >>> la = Laplace(torch.nn.Linear(2, 3), "classification", "all", "diag", backend=SquaredGradients)
+        >>> la.fit([(torch.randn(8, 2), torch.arange(8) % 3)])
+        >>> la.H.shape
+        torch.Size([9])
     """
 
     stochastic = False

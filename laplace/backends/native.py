@@ -168,6 +168,16 @@ class NativeGGN(_Native, GGNInterface):
 
     Raises:
         ValueError: If ``outputs`` is empty, names one twice or a negative one, or is given with ``stochastic``.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.curvature import NativeGGN
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = Laplace(torch.nn.Sequential(torch.nn.Linear(2, 3)), "classification", "all", "kron", backend=NativeGGN)
+        >>> la.fit([(x, y)])
+        >>> la(x).shape
+        torch.Size([8, 3])
     """
 
     def __init__(
@@ -212,7 +222,18 @@ class NativeGGN(_Native, GGNInterface):
 
 
 class NativeEF(_Native, EFInterface):
-    """Empirical Fisher; arguments as of :class:`NativeGGN`, but for those of sampling."""
+    """Empirical Fisher; arguments as of :class:`NativeGGN`, but for those of sampling.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.curvature import NativeEF
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = Laplace(torch.nn.Sequential(torch.nn.Linear(2, 3)), "classification", "all", "kron", backend=NativeEF)
+        >>> la.fit([(x, y)])
+        >>> la(x).shape
+        torch.Size([8, 3])
+    """
 
     def __init__(
         self,

@@ -14,8 +14,8 @@ def check_model(model: nn.Module) -> None:
     """Refuse models that no hook can look into, and parameters over which there is no Gaussian.
 
     Raises:
-        ValueError: If a module is scripted, traced or exported, or a parameter is complex, sharded or without values yet, or
-            there is none.
+        ValueError: If a module is scripted, traced or exported, or a parameter is complex, sharded, sparse or without values,
+            or there is none.
     """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -41,6 +41,18 @@ def _check_parameters(model: nn.Module) -> None:
             f"Parameters {lazy} have no values yet, since {owner} takes its shape from its first input. Run "
             "one forward pass, model(x), and train the model before the posterior is made."
         )
+    empty = [name for name, p in model.named_parameters() if p.is_meta]
+    if empty:
+        raise ValueError(
+            f"Parameters {_few(empty)} are on torch's meta device, where they have no values. Load the model with its weights "
+            "on the CPU or a GPU (of Hugging Face's models without offloading by device_map) before the posterior is made."
+        )
+    sparse = [name for name, p in model.named_parameters() if p.layout is not torch.strided and p.requires_grad]
+    if sparse:
+        raise ValueError(
+            f"Parameters {_few(sparse)} are sparse tensors, over which there is no Gaussian. Keep them dense "
+            "(nn.Parameter(weight.to_dense()) and a mask), or set requires_grad=False."
+        )
     inferred = [name for name, p in model.named_parameters() if p.is_inference() and p.requires_grad]
     if inferred:
         raise ValueError(
@@ -59,6 +71,10 @@ def _check_parameters(model: nn.Module) -> None:
             f"Parameters {found} are complex; Laplace approximations are over real ones. Store the real and imaginary parts "
             "as a real parameter (torch.view_as_complex(weight)), or set requires_grad=False."
         )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _start(words: str) -> str:

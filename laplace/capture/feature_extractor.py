@@ -35,6 +35,14 @@ class FeatureExtractor(nn.Module):
         last_layer_name: Name of the last layer as in ``model.named_modules()``; found from a forward pass if None.
         enable_backprop: Keep the graph of the features.
         feature_reduction: How features with a position dimension are reduced.
+
+    Example:
+        >>> import torch
+        >>> from laplace.utils import FeatureExtractor
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> outputs, features = FeatureExtractor(model).forward_with_features(torch.randn(8, 2))
+        >>> features.shape
+        torch.Size([8, 4])
     """
 
     def __init__(
@@ -221,4 +229,4 @@ def _same(rebuilt: Tensor, out: Tensor) -> bool:
     scale = torch.maximum(rebuilt.abs().amax(), out.abs().amax()).double()
     difference = (rebuilt.double() - out.double()).abs().amax()
     finite = bool(torch.isfinite(scale))  # what is not finite is refused elsewhere, with the examples' numbers
-    return not finite or bool(difference <= min(max(1e-3, 1e3 * coarsest(rebuilt, out)), 0.05) * scale)
+    return not finite or bool(difference <= min(max(1e-6, 1e3 * coarsest(rebuilt, out)), 0.05) * scale)

@@ -20,6 +20,11 @@ class SoDSampler(Sampler[int]):
 
     Raises:
         ValueError: If the subset is empty or larger than the data set.
+
+    Example:
+        >>> from laplace.utils import SoDSampler
+        >>> len(list(SoDSampler(N=100, M=10)))  # indices of ten examples of a hundred
+        10
     """
 
     def __init__(self, N: int, M: int, seed: int = 0):

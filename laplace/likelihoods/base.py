@@ -45,6 +45,21 @@ class BaseLikelihood:
         grid_needs_variance: Whether the prior precision changes the mean of its predictive under ``pred_type='glm'``.
         scales_logits: Whether its outputs are logits, which a temperature may divide.
         has_confidence: Whether its scores hold a ``confidence``, by which out-of-distribution data can be told.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.likelihoods import BaseLikelihood
+        >>> class Exponential(BaseLikelihood):
+        ...     def nll(self, f, y):  # waiting times whose log rate is the output
+        ...         return (y * f.exp() - f).sum(-1)
+        ...     def mean(self, f):
+        ...         return (-f).exp()
+        ...
+        >>> la = Laplace(torch.nn.Linear(2, 1), Exponential(), "all", "full")
+        >>> la.fit([(torch.randn(8, 2), torch.rand(8, 1))])
+        >>> la.H.shape
+        torch.Size([3, 3])
     """
 
     word: Likelihood | None = None

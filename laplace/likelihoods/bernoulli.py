@@ -22,6 +22,16 @@ class Bernoulli(ClassProbabilities):
 
     Targets are 0 or 1 (bool, integer or float), or probabilities in between; they have the outputs' shape ``(batch, labels)``,
     or ``(batch,)`` where there is one logit. Calling a posterior returns probabilities of yes ``(batch, labels)``.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.likelihoods import Bernoulli
+        >>> x, y = torch.randn(8, 2), torch.randint(2, (8, 1))
+        >>> la = Laplace(torch.nn.Linear(2, 1), Bernoulli(), "all", "full")
+        >>> la.fit([(x, y)])
+        >>> la(x).shape
+        torch.Size([8, 1])
     """
 
     def check_shapes(self, f: Tensor, y: Tensor, offset: int = 0) -> None:

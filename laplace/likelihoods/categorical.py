@@ -30,7 +30,18 @@ _LEFT_OUT = (
 
 
 class Categorical(ClassProbabilities):
-    """Classification by a softmax over the last dimension; a prediction is log-probabilities."""
+    """Classification by a softmax over the last dimension; a prediction is log-probabilities.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.likelihoods import Categorical
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = Laplace(torch.nn.Linear(2, 3), Categorical(), "all", "full")
+        >>> la.fit([(x, y)])
+        >>> la(x).shape
+        torch.Size([8, 3])
+    """
 
     word: Likelihood | None = Likelihood.CLASSIFICATION
 

@@ -18,7 +18,19 @@ _LOG_SQRT_2PI = log(sqrt(2 * pi))
 
 
 class Gaussian(BaseLikelihood):
-    """Regression with one observation noise for all outputs; a prediction is a mean and a variance or covariance."""
+    """Regression with one observation noise for all outputs; a prediction is a mean and a variance or covariance.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.likelihoods import Gaussian
+        >>> x, y = torch.randn(8, 2), torch.randn(8, 1)
+        >>> la = Laplace(torch.nn.Linear(2, 1), Gaussian(), "all", "full")
+        >>> la.fit([(x, y)])
+        >>> mean, variance = la(x)
+        >>> variance.shape
+        torch.Size([8, 1, 1])
+    """
 
     word = Likelihood.REGRESSION
     has_noise = True

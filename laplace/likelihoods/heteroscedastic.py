@@ -24,6 +24,16 @@ class HeteroscedasticGaussian(BaseLikelihood):
     :math:`\mathrm{diag}(e^{-s}, \tfrac12)` in its place (Immer et al., "Effective Bayesian heteroscedastic regression with deep
     neural networks", NeurIPS 2023). A prediction is mean and variance of the target: with a Gaussian over :math:`(\mu, s)`,
     :math:`\mathrm E[\mu]` and :math:`\mathrm{Var}[\mu] + \mathrm E[e^s] = v_\mu + e^{s + v_s / 2}`.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.likelihoods import HeteroscedasticGaussian
+        >>> x, y = torch.randn(8, 2), torch.randn(8, 1)
+        >>> la = Laplace(torch.nn.Linear(2, 2), HeteroscedasticGaussian(), "all", "full")
+        >>> la.fit([(x, y)])
+        >>> la.log_marginal_likelihood().dtype
+        torch.float64
     """
 
     def check_shapes(self, f: Tensor, y: Tensor, offset: int = 0) -> None:

@@ -25,6 +25,17 @@ class GaussianPerOutput(Gaussian):
 
     Args:
         noise: The values :math:`s_c`, one for every output, positive.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.likelihoods import GaussianPerOutput
+        >>> x, y = torch.randn(8, 2), torch.randn(8, 2)
+        >>> la = Laplace(torch.nn.Linear(2, 2), GaussianPerOutput([0.5, 2.0]), "all", "full")
+        >>> la.fit([(x, y)])
+        >>> mean, variance = la(x)
+        >>> variance.shape
+        torch.Size([8, 2, 2])
     """
 
     word = None

@@ -26,6 +26,16 @@ class Poisson(BaseLikelihood):
     Under a log rate :math:`\mathcal N(f, s^2)` the count has mean :math:`m = e^{f + s^2/2}` and variance
     :math:`m + m^2 (e^{s^2} - 1)` (the moments of a Poisson mixed over a log-normal rate; Aitchison and Ho, "The multivariate
     Poisson-log normal distribution", Biometrika 1989). Its probability is integrated by Gauss-Hermite quadrature.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.likelihoods import Poisson
+        >>> x, y = torch.randn(8, 2), torch.randint(5, (8, 1))
+        >>> la = Laplace(torch.nn.Linear(2, 1), Poisson(), "all", "full")
+        >>> la.fit([(x, y)])
+        >>> la.log_marginal_likelihood().dtype
+        torch.float64
     """
 
     def check_shapes(self, f: Tensor, y: Tensor, offset: int = 0) -> None:

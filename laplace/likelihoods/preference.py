@@ -11,7 +11,25 @@ from laplace.likelihoods.gaussian import Gaussian
 
 
 class Preference(Categorical):
-    """The likelihood of which of two inputs is preferred, from their rewards as logits; predictions are of rewards."""
+    """The likelihood of which of two inputs is preferred, from their rewards as logits; predictions are of rewards.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.likelihoods import Preference
+        >>> class Rewards(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(2, 1)
+        ...     def forward(self, x):  # (batch, 2, …) of pairs, (batch, …) of single items
+        ...         return self.layer(x).squeeze(-1) if x.ndim == 3 else self.layer(x)
+        ...
+        >>> la = Laplace(Rewards(), Preference(), "all", "kron")
+        >>> la.fit([(torch.randn(8, 2, 2), torch.arange(8) % 2)])
+        >>> mean, variance = la(torch.randn(5, 2))
+        >>> mean.shape
+        torch.Size([5, 1])
+    """
 
     structures = ("kron", "ekfac", "diag")
     scales_logits = False  # what is predicted are rewards

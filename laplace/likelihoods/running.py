@@ -15,6 +15,14 @@ class RunningNLLMetric(Metric):
 
     Args:
         ignore_index: Targets of this value are left out.
+
+    Example:
+        >>> import torch
+        >>> from laplace.utils import RunningNLLMetric
+        >>> metric = RunningNLLMetric()
+        >>> metric.update(torch.tensor([[0.5, 0.5], [0.25, 0.75]]), torch.tensor([0, 1]))
+        >>> round(metric.compute().item(), 4)
+        0.4904
     """
 
     higher_is_better = False

@@ -37,6 +37,17 @@ class WeightedCategorical(Categorical):
 
     Raises:
         ValueError: If a value is out of range, or labels are to be left out of ``soft_targets``.
+
+    Example:
+        >>> import torch
+        >>> from laplace import Laplace
+        >>> from laplace.likelihoods import WeightedCategorical
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> law = WeightedCategorical(class_weights=[1.0, 2.0, 0.5], ignore_index=-100)
+        >>> la = Laplace(torch.nn.Linear(2, 3), law, "all", "full")
+        >>> la.fit([(x, y)])
+        >>> la(x).shape
+        torch.Size([8, 3])
     """
 
     def __init__(

@@ -95,6 +95,13 @@ class KronDecomposed(KronSpectrum):
         eigenvalues: See :class:`KronSpectrum`, as for what follows.
         deltas: See there.
         damping: See there.
+
+    Example:
+        >>> import torch
+        >>> from laplace.utils import Kron
+        >>> precision = Kron([[2 * torch.eye(2), torch.eye(3)]]).decompose() + torch.tensor([1.0])
+        >>> round(precision.logdet().item(), 4)  # 6 log 3
+        6.5917
     """
 
     def __init__(

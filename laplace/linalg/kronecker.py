@@ -28,6 +28,13 @@ class Kron:
 
     Raises:
         ValueError: If a block has other than one or two factors, or one is neither square nor one-dimensional.
+
+    Example:
+        >>> import torch
+        >>> from laplace.utils import Kron
+        >>> kron = Kron([[2 * torch.eye(2), torch.eye(3)]])
+        >>> kron.to_matrix().diagonal()
+        tensor([2., 2., 2., 2., 2., 2.])
     """
 
     def __init__(self, kfacs: Sequence[Sequence[Tensor]], names: Sequence[Sequence[str]] | None = None):

@@ -32,6 +32,16 @@ class BlockDiagLaplace(ParametricLaplace):
     Attributes:
         H: Dense blocks of the summed curvature in the posterior's type, ``(p_l, p_l)`` for each layer in the order of the
             parameters; zero before ``fit``.
+
+    Example:
+        >>> import torch
+        >>> from laplace import BlockDiagLaplace
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = BlockDiagLaplace(model, "classification")
+        >>> la.fit([(x, y)])
+        >>> la(x).shape  # probabilities
+        torch.Size([8, 3])
     """
 
     structure = "blockdiag"

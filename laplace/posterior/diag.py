@@ -19,7 +19,18 @@ from laplace.structures.sums import CurvatureSums
 
 
 class DiagLaplace(ParametricLaplace):
-    """Laplace approximation with diagonal curvature."""
+    """Laplace approximation with diagonal curvature.
+
+    Example:
+        >>> import torch
+        >>> from laplace import DiagLaplace
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = DiagLaplace(model, "classification")
+        >>> la.fit([(x, y)])
+        >>> la(x).shape  # probabilities
+        torch.Size([8, 3])
+    """
 
     structure = "diag"
     _diagonal: Tensor | None = None

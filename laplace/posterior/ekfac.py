@@ -35,6 +35,16 @@ class EKFACLaplace(DecomposedLaplace):
     Attributes:
         basis: The eigenvectors by the names of the Kronecker factors, None before the first pass has ended.
         H: The summed curvature as :class:`laplace.utils.matrix.KronDecomposed`, with one table of eigenvalues for a weight.
+
+    Example:
+        >>> import torch
+        >>> from laplace import EKFACLaplace
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = EKFACLaplace(model, "classification")
+        >>> la.fit([(x, y)])
+        >>> la(x).shape  # probabilities
+        torch.Size([8, 3])
     """
 
     structure = "ekfac"

@@ -32,6 +32,16 @@ class FullLaplace(ParametricLaplace):
 
     All algebra is done in float64, whatever the model's type: rounded to float32, curvature of 1e8 beside a prior precision of
     1e-4 would show as many directions that the data does not determine. Results are rounded last.
+
+    Example:
+        >>> import torch
+        >>> from laplace import FullLaplace
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = FullLaplace(model, "classification")
+        >>> la.fit([(x, y)])
+        >>> la(x).shape  # probabilities
+        torch.Size([8, 3])
     """
 
     structure = "full"

@@ -54,6 +54,16 @@ class FunctionalLaplace(ConditionedProcess):
 
     Raises:
         ValueError: If ``n_subset`` is not positive.
+
+    Example:
+        >>> import torch
+        >>> from laplace import FunctionalLaplace
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = FunctionalLaplace(model, "classification")
+        >>> la.fit([(x, y)])
+        >>> la(x).shape  # probabilities
+        torch.Size([8, 3])
     """
 
     pred_types = (PredType.GP,)

@@ -30,6 +30,16 @@ class KronLaplace(DecomposedLaplace):
     Attributes:
         H_facs: Kronecker factors of the summed curvature, :class:`laplace.utils.matrix.Kron`.
         H: Their eigendecomposition, :class:`laplace.utils.matrix.KronDecomposed`, made on first use.
+
+    Example:
+        >>> import torch
+        >>> from laplace import KronLaplace
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = KronLaplace(model, "classification")
+        >>> la.fit([(x, y)])
+        >>> la(x).shape  # probabilities
+        torch.Size([8, 3])
     """
 
     structure = "kron"

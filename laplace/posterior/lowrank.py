@@ -48,6 +48,16 @@ class LowRankLaplace(NotASum, ParametricLaplace):
     Attributes:
         H: Eigenvectors ``(parameters, rank)`` and positive eigenvalues ``(rank,)`` of the summed curvature; of rank 0 before
             ``fit``.
+
+    Example:
+        >>> import torch
+        >>> from laplace import LowRankLaplace
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = LowRankLaplace(model, "classification")
+        >>> la.fit([(x, y)])
+        >>> la(x).shape  # probabilities
+        torch.Size([8, 3])
     """
 
     structure = "lowrank"

@@ -35,6 +35,16 @@ class SketchedLowRankLaplace(LowRankLaplace):
 
     Raises:
         ValueError: If the backend has no rows along directions, or a number is out of range.
+
+    Example:
+        >>> import torch
+        >>> from laplace import SketchedLowRankLaplace
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = SketchedLowRankLaplace(model, "classification", rank=5)
+        >>> la.fit([(x, y)])
+        >>> la(x).shape  # probabilities
+        torch.Size([8, 3])
     """
 
     @by_name

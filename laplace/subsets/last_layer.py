@@ -130,24 +130,79 @@ class LLLaplace(ParametricLaplace):
 
 
 class FullLLLaplace(LLLaplace, FullLaplace):
-    """Dense posterior over the last layer."""
+    """Dense posterior over the last layer.
+
+    Example:
+        >>> import torch
+        >>> from laplace import FullLLLaplace
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = FullLLLaplace(model, "classification")
+        >>> la.fit([(x, y)])
+        >>> la(x).shape  # probabilities
+        torch.Size([8, 3])
+    """
 
 
 class KronLLLaplace(LLLaplace, KronLaplace):
-    """Kronecker-factored posterior over the last layer."""
+    """Kronecker-factored posterior over the last layer.
+
+    Example:
+        >>> import torch
+        >>> from laplace import KronLLLaplace
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = KronLLLaplace(model, "classification")
+        >>> la.fit([(x, y)])
+        >>> la(x).shape  # probabilities
+        torch.Size([8, 3])
+    """
 
     order = before(LLLaplace.order, "backend_kwargs", "damping")
 
 
 class EKFACLLLaplace(LLLaplace, EKFACLaplace):
-    """Posterior over the last layer with eigenvalue-corrected Kronecker factors."""
+    """Posterior over the last layer with eigenvalue-corrected Kronecker factors.
+
+    Example:
+        >>> import torch
+        >>> from laplace import EKFACLLLaplace
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = EKFACLLLaplace(model, "classification")
+        >>> la.fit([(x, y)])
+        >>> la(x).shape  # probabilities
+        torch.Size([8, 3])
+    """
 
 
 class DiagLLLaplace(LLLaplace, DiagLaplace):
-    """Diagonal posterior over the last layer."""
+    """Diagonal posterior over the last layer.
+
+    Example:
+        >>> import torch
+        >>> from laplace import DiagLLLaplace
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = DiagLLLaplace(model, "classification")
+        >>> la.fit([(x, y)])
+        >>> la(x).shape  # probabilities
+        torch.Size([8, 3])
+    """
 
 
 class FunctionalLLLaplace(LLLaplace, FunctionalLaplace):
-    """Gaussian-process posterior of the last layer."""
+    """Gaussian-process posterior of the last layer.
+
+    Example:
+        >>> import torch
+        >>> from laplace import FunctionalLLLaplace
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = FunctionalLLLaplace(model, "classification")
+        >>> la.fit([(x, y)])
+        >>> la(x).shape  # probabilities
+        torch.Size([8, 3])
+    """
 
     order = (*before(LLLaplace.order, "sigma_noise", "n_subset")[:-1], *OWN_ARGUMENTS)

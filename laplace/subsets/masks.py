@@ -106,6 +106,14 @@ class ParamNameSubnetMask(SubnetMask):
     Args:
         model: Trained network.
         parameter_names: Names as in ``model.named_parameters()``.
+
+    Example:
+        >>> import torch
+        >>> from laplace.utils import ParamNameSubnetMask
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> indices = ParamNameSubnetMask(model, parameter_names=["0.bias"]).select()
+        >>> len(indices)
+        4
     """
 
     def __init__(self, model: nn.Module, parameter_names: Sequence[str]):
@@ -124,6 +132,14 @@ class ModuleNameSubnetMask(SubnetMask):
     Args:
         model: Trained network.
         module_names: Names as in ``model.named_modules()``; a module's children belong to it.
+
+    Example:
+        >>> import torch
+        >>> from laplace.utils import ModuleNameSubnetMask
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> indices = ModuleNameSubnetMask(model, module_names=["2"]).select()
+        >>> len(indices)
+        15
     """
 
     def __init__(self, model: nn.Module, module_names: Sequence[str]):
@@ -149,6 +165,15 @@ class LastLayerSubnetMask(ModuleNameSubnetMask):
     Args:
         model: Trained network.
         last_layer_name: Name of the last layer; found by a forward pass on ``train_loader`` if None.
+
+    Example:
+        >>> import torch
+        >>> from laplace.utils import LastLayerSubnetMask
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> indices = LastLayerSubnetMask(model).select([(x, y)])
+        >>> len(indices)
+        15
     """
 
     def __init__(self, model: nn.Module, last_layer_name: str | None = None):

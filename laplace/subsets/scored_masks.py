@@ -59,7 +59,16 @@ class ScoreBasedSubnetMask(SubnetMask):
 
 
 class RandomSubnetMask(ScoreBasedSubnetMask):
-    """Uniformly at random, from torch's global generator."""
+    """Uniformly at random, from torch's global generator.
+
+    Example:
+        >>> import torch
+        >>> from laplace.utils import RandomSubnetMask
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> indices = RandomSubnetMask(model, n_params_subnet=5).select()
+        >>> len(indices)
+        5
+    """
 
     def compute_param_scores(self, train_loader: DataLoader | None) -> Tensor:
         """Uniform noise."""
@@ -67,7 +76,16 @@ class RandomSubnetMask(ScoreBasedSubnetMask):
 
 
 class LargestMagnitudeSubnetMask(ScoreBasedSubnetMask):
-    """The largest absolute values."""
+    """The largest absolute values.
+
+    Example:
+        >>> import torch
+        >>> from laplace.utils import LargestMagnitudeSubnetMask
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> indices = LargestMagnitudeSubnetMask(model, n_params_subnet=5).select()
+        >>> len(indices)
+        5
+    """
 
     def compute_param_scores(self, train_loader: DataLoader | None) -> Tensor:
         """Absolute values."""
@@ -81,6 +99,17 @@ class LargestVarianceDiagLaplaceSubnetMask(ScoreBasedSubnetMask):
         model: Trained network.
         n_params_subnet: Number of parameters to choose.
         diag_laplace_model: A :class:`laplace.DiagLaplace` of the same model; :meth:`select` fits it.
+
+    Example:
+        >>> import torch
+        >>> from laplace import DiagLaplace
+        >>> from laplace.utils import LargestVarianceDiagLaplaceSubnetMask
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = DiagLaplace(model, "classification")
+        >>> indices = LargestVarianceDiagLaplaceSubnetMask(model, n_params_subnet=5, diag_laplace_model=la).select([(x, y)])
+        >>> len(indices)
+        5
     """
 
     def __init__(self, model: nn.Module, n_params_subnet: int, diag_laplace_model: DiagLaplace):
@@ -104,6 +133,15 @@ class LargestVarianceSWAGSubnetMask(ScoreBasedSubnetMask):
         swag_n_snapshots: Number of snapshots.
         swag_snapshot_freq: Epochs between two snapshots.
         swag_lr: Step size of SGD.
+
+    Example:
+        >>> import torch
+        >>> from laplace.utils import LargestVarianceSWAGSubnetMask
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> indices = LargestVarianceSWAGSubnetMask(model, n_params_subnet=5, swag_n_snapshots=3).select([(x, y)])
+        >>> len(indices)
+        5
     """
 
     likelihood = NamedLikelihood()

@@ -155,7 +155,20 @@ class SubnetLaplace(ParametricLaplace):
 
 
 class FullSubnetLaplace(SubnetLaplace, FullLaplace):
-    """Dense posterior over a subnetwork."""
+    """Dense posterior over a subnetwork.
+
+    Example:
+        >>> import torch
+        >>> from laplace import FullSubnetLaplace
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = FullSubnetLaplace(model, "classification", subnetwork_indices=torch.tensor([0, 5, 9]))
+        >>> la.fit([(x, y)])
+        >>> la(x).shape  # probabilities
+        torch.Size([8, 3])
+        >>> la.posterior_precision.shape
+        torch.Size([3, 3])
+    """
 
     _reordered: Tensor | None = None
 
@@ -176,7 +189,20 @@ class FullSubnetLaplace(SubnetLaplace, FullLaplace):
 
 
 class DiagSubnetLaplace(SubnetLaplace, DiagLaplace):
-    """Diagonal posterior over a subnetwork."""
+    """Diagonal posterior over a subnetwork.
+
+    Example:
+        >>> import torch
+        >>> from laplace import DiagSubnetLaplace
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> x, y = torch.randn(8, 2), torch.arange(8) % 3
+        >>> la = DiagSubnetLaplace(model, "classification", subnetwork_indices=torch.tensor([0, 5, 9]))
+        >>> la.fit([(x, y)])
+        >>> la(x).shape  # probabilities
+        torch.Size([8, 3])
+        >>> la.posterior_precision.shape
+        torch.Size([3])
+    """
 
     def _finalize(self, sums: CurvatureSums) -> None:
         super()._finalize(sums)

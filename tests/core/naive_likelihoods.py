@@ -33,8 +33,7 @@ class Heteroscedastic:
         total = 0.0
         for c in range(half):
             variance = torch.exp(f[half + c])
-            density = torch.exp(-((y[c] - f[c]) ** 2) / (2 * variance)) / torch.sqrt(2 * math.pi * variance)
-            total = total - torch.log(density)
+            total = total + (y[c] - f[c]) ** 2 / (2 * variance) + torch.log(2 * math.pi * variance) / 2
         return total
 
     def hessian(self, f, y):

@@ -73,9 +73,9 @@ def test_a_last_layer_that_is_more_than_its_weight(wrapper):
     assert kept == {name: set(module.__dict__) for name, module in model.named_modules()}
 
 
-@pytest.mark.parametrize("size", [1.0, 1e-8])
-def test_a_last_layer_that_is_scaled_afterwards(size):
-    model, (x, y) = Net(lambda m, x: 20 * m.head(torch.tanh(m.body(x)))), data()
+@pytest.mark.parametrize(("size", "scale"), [(1.0, 20), (1e-8, 20), (1.0, 1.0003)])
+def test_a_last_layer_that_is_scaled_afterwards(size, scale):
+    model, (x, y) = Net(lambda m, x: scale * m.head(torch.tanh(m.body(x)))), data()
     with torch.no_grad():
         for p in model.head.parameters():
             p.mul_(size)

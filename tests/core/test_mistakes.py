@@ -22,6 +22,7 @@ from laplace.utils import utils as upstream
 
 from . import naive
 from .models import CASES, Normed, loader, mlp
+from .test_uses import Function
 
 FITTABLE = [("all", h) for h in ("full", "kron", "diag", "lowrank", "gp")] + [("last_layer", "kron")]
 
@@ -472,3 +473,19 @@ def test_batches_that_the_model_cannot_run_are_said_with_the_module(subset, stru
 def test_a_model_without_parameters_has_nothing_to_infer(subset, structure):
     with pytest.raises(ValueError, match=r"The model \(ReLU\) has no parameters, so there is nothing to infer"):
         Laplace(nn.ReLU(), "classification", subset, structure)
+
+
+UNUSABLE = {
+    "meta": (
+        lambda: nn.Linear(3, 2, device="meta"),
+        "weight, bias are on torch's meta device, where they have no values",
+    ),
+    "sparse": (lambda: Function(None, weight=torch.eye(3).to_sparse()), "weight are sparse tensors.* Keep them dense"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_parameters_without_values_or_dense_ones_are_named(name):
+    made, message = UNUSABLE[name]
+    with pytest.raises(ValueError, match=message):
+        Laplace(made(), "regression", "all", "diag")
