@@ -108,6 +108,16 @@ class LikelihoodConformance:
                 if one.shape == two.shape:  # of a Gaussian, covariances stand beside variances
                     torch.testing.assert_close(one, two)
 
+    def test_what_does_not_move_is_the_same_under_any_variance(self):
+        """A search of the prior ends where nothing moves, so `moves` and `integrate` have to agree."""
+        law, f = self.make_likelihood(), torch.zeros_like(self.make_outputs())
+        some = torch.eye(f.shape[-1], dtype=f.dtype).expand(*f.shape, f.shape[-1])
+        assert not law.moves(f, 0 * some, LinkApprox.MC) and law.moves(f + 1, some, LinkApprox.PROBIT)
+        for link in (LinkApprox.PROBIT, LinkApprox.MC):
+            found = [_tensors(law.public(law.integrate(f, size * some, link, 7))) for size in (0.0, 1.0, 1e6)]
+            if not law.moves(f, some, link):
+                assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
     def test_scores_are_finite_and_of_examples(self):
         """The same in parts as in the whole."""
         law, f, y = self.make_likelihood(), self.make_outputs(), self.make_targets()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
 from laplace_dist.errors import MissingObjectError
@@ -37,12 +38,17 @@ def write_state(store: Store, plan: Plan, state: Mapping[str, Any]) -> None:
 def evaluation_of(store: Store, plan: Plan, current: Mapping[str, Any]) -> str | None:
     """Return the evaluation by which the current posterior was accepted; None if it is gone, or has nothing that is watched.
 
+    Of several entries of the history that follow each other, as where a window was dropped that it is not made of, the first.
+
     Args:
         store: The checkpoint.
         plan: Of the run.
         current: `CURRENT.json`.
     """
-    key = pointer.history_of(current)[-1].get("evaluation") or evaluations.shown(store)
+    own = current["version"], current["tuning"]
+    entries = takewhile(lambda e: (e["version"], e["tuning"]) == own, reversed(pointer.history_of(current)))
+    accepted = [entry["evaluation"] for entry in entries if entry.get("evaluation")]
+    key = accepted[-1] if accepted else evaluations.shown(store)
     if key is None or not key.startswith(f"evaluation/{current['version']}-") or not has(store, plan, key):
         return None
     same = open_json(store.read(key), key)["settings"].get("tuning") == current["tuning"]

@@ -14,7 +14,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "cluster"
 sys.path.insert(0, str(FOLDER))
 
 BROKEN = "~ broken ~"
-KINDS = ("misspelt", "of another type", "of another value", "deleted", "empty", "twice", "with white space")
+OF_ANY_FILE = ("empty", "twice", "with white space")  # which no field may be, whatever it says
+KINDS = ("misspelt", "of another type", "of another value", "deleted", *OF_ANY_FILE)
 # What may be left out, or be another one: (kind of change, pattern of the path, why).
 ALLOWED = [
     ("deleted", r"metadata\.labels(\..*)?", "labels are for people"),

@@ -81,7 +81,8 @@ def test_a_file_that_is_no_yaml_or_gives_a_field_twice_is_named(tmp_path, capsys
 def test_any_field_that_is_broken_is_noticed(name, kind):
     """Every field of every document, one after the other; what is no mistake is listed with its reason."""
     passed, count, documents = [], 0, EVERYTHING[name]
-    only = None if name == "kuberay/common.yaml" else name  # what is in it, the others refer to
+    alone = name != "kuberay/common.yaml" or kind in cases.OF_ANY_FILE
+    only = name if alone else None  # what is in that one, the others refer to
     for number, document in enumerate(documents):
         for path in cases.places(document):
             broken = cases.changed(document, path, kind)

@@ -85,6 +85,14 @@ def test_the_json_in_the_page_is_that_beside_it(opened, pages):
         assert inside == json.loads((path.parent / "report" / "numbers.json").read_text())
 
 
+def test_what_was_not_looked_at_for_drift_is_said_on_the_page(pages):
+    """The demo's fresh examples are the same every week."""
+    text, numbers = pages["month"].read_text(), json.loads((pages["month"].parent / "report/numbers.json").read_text())
+    assert "Nothing was looked at." in text and "Nothing was noticed" not in text
+    assert "Not looked at entropy, features, nll, labels: the examples of test are no new ones." in text
+    assert len(numbers["fitted"]["recalibrations"]) == 2 and text.count("python jobs/recalibrate.py") >= 2
+
+
 def test_names_with_html_in_them_are_shown_as_they_are_and_never_run(opened, pages):
     """Of the run, its model's arguments and a group, as a user can give them."""
     with opened(pages["hostile"]) as seen:
