@@ -19,6 +19,7 @@ NOTES = {  # of `--help`
     "parentheses, hold.",
 }
 OF_SUMS = ["module-groups"]  # which do nothing in jobs that add nothing up
+OF_MAPS = [*OF_SUMS, "segment-size", "window"]  # which do nothing where no window is added
 OF_FITS = ["skip-evaluate", *OF_SUMS]  # which do nothing in a recalibration, or follow what the run has
 
 
