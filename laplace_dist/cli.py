@@ -49,7 +49,7 @@ def main(job: str, argv: Sequence[str] | None = None, **defaults: Any) -> int:
     def carry_out() -> int:
         cli_settings.refuse_idle(argv, command.OF_RECALIBRATIONS, command.RECALIBRATE)
         if job != "fit":
-            cli_settings.refuse_idle(argv, command.OF_SUMS, "the fit's job")
+            cli_settings.refuse_idle(argv, command.OF_MAPS, "the fit's job")
         config = cli_settings.settings_of_job(job, argv, defaults)
         cli_settings.say_idle(argv, config, command.OF_RECALIBRATIONS, command.RECALIBRATE)
         result = JOBS[job](config)

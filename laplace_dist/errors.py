@@ -15,6 +15,10 @@ class SettingsError(ValueError):
         self.problems = problems
 
 
+class CallFailed(SettingsError):
+    """What an import path names has raised an error, which is the cause of this one."""
+
+
 class CheckpointError(RuntimeError):
     """An object of the checkpoint is missing, truncated, altered or foreign (exit status 1).
 

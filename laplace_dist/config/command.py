@@ -21,6 +21,7 @@ OF_RECALIBRATIONS = [
     "alert-cmd",
 ]  # which do nothing in other jobs
 OF_SUMS = ["module-groups"]  # which do nothing in jobs that add nothing up
+OF_MAPS = [*OF_SUMS, "segment-size", "window"]  # which do nothing where no window is added
 OF_FITS = ["skip-evaluate", *OF_SUMS]  # which do nothing in a recalibration, or follow what the run has
 _LEFT_OUT = ("fresh", "storage_options", "data_storage_options", "weights_storage_options")
 RECALIBRATE = "jobs/recalibrate.py"

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from laplace_dist.errors import SettingsError
+from laplace_dist.errors import CallFailed, SettingsError
 
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -80,4 +80,4 @@ def call(path: str, field: str, arguments: Mapping[str, Any]) -> Any:
     except Exception as error:  # whatever the user's function does
         if isinstance(error, RuntimeError) and re.search("memory|CUDA|allocat", str(error)):
             raise  # of this machine, which others need not share
-        raise SettingsError(f"{field}: {path!r} raises {type(error).__name__}: {error}{_where(error)}") from error
+        raise CallFailed(f"{field}: {path!r} raises {type(error).__name__}: {error}{_where(error)}") from error

@@ -22,7 +22,7 @@ from laplace_dist.data.hugging_face import SavedDataset, is_saved
 from laplace_dist.data.parquet import ParquetFiles
 from laplace_dist.data.tar_shards import TarShards
 from laplace_dist.data.zarr_split import ZarrSplit
-from laplace_dist.errors import ExampleError, SettingsError, StorageError, listed
+from laplace_dist.errors import CallFailed, ExampleError, SettingsError, StorageError, listed
 from laplace_dist.outages import may_pass
 
 _FILES = {"parquet": ParquetFiles, "arrow": ArrowFiles, "tar": TarShards}
@@ -181,8 +181,9 @@ def check_splits(config: Config) -> dict[str, Any]:
     for name in tuning + ([] if config.skip_evaluate else evaluated(config)):
         try:
             found[name] = load_split(config, name)
-        except (ValueError, KeyError) as error:
-            if isinstance(error, SettingsError):
+        except (ValueError, KeyError) as raised:
+            error = raised.__cause__ if isinstance(raised, CallFailed) else raised
+            if isinstance(error, SettingsError) or not isinstance(error, ValueError | KeyError):
                 raise
             remedy = "--tune-method marglik or --skip-tune" if name == "val" else "--skip-evaluate"
             raise SettingsError(

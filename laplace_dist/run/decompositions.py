@@ -14,7 +14,7 @@ from laplace_dist.errors import CheckpointError, MissingObjectError
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import open_json
-from laplace_dist.run.layout import decomposition_key, remedy
+from laplace_dist.run.layout import attempt_prefix, decomposition_key, remedy
 from laplace_dist.run.ownership import commit, has, is_foreign
 from laplace_dist.storage.store import Store
 
@@ -43,7 +43,7 @@ def commit_decomposition(
     """Commit the eigenvalues and eigenvectors of one factor of a version, unless they are there."""
     place = next(place for place, other in names_of(plan).items() if other == name)
     key = decomposition_key(version, place)
-    prefix = f"{key.removesuffix('.json')}/{new_attempt()}"
+    prefix = attempt_prefix(key, new_attempt())
     arrays = {kind: value.cpu().contiguous().numpy() for kind, value in zip((VALUES, VECTORS), pair, strict=True)}
     manifest = {
         "format_version": FORMAT_VERSION,

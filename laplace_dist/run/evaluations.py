@@ -14,7 +14,7 @@ from laplace_dist.errors import MissingObjectError
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import open_json
-from laplace_dist.run.layout import METRICS, evaluation_shard_key
+from laplace_dist.run.layout import METRICS, attempt_prefix, evaluation_shard_key
 from laplace_dist.run.ownership import commit
 from laplace_dist.storage.store import Store
 
@@ -44,7 +44,7 @@ def commit_shard(
     if groups:
         place = {name: float(number) for number, name in enumerate(names)}
         arrays = {**arrays, GROUP: np.array([place[name] for name in groups])}
-    prefix = f"{key.removesuffix('.json')}/{new_attempt()}"
+    prefix = attempt_prefix(key, new_attempt())
     entries = store.write_arrays(prefix, arrays)
     manifest = {"format_version": FORMAT_VERSION, "key": key, "plan": plan.digest, "prefix": prefix, "arrays": entries}
     manifest["environment"] = dict(environment)

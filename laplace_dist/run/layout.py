@@ -73,7 +73,6 @@ WINDOW_NAME = (
 WINDOWS = "windows"
 PASSES = "passes"  # the folder of a window's second pass, which is laid out like a window too
 
-
 TRAINING = "training"  # the folder of what a training by empirical Bayes commits
 TRAINED = f"{TRAINING}/weights.safetensors"  # of its best posterior
 # What is laid out like a checkpoint of its own: windows after the first, and the second pass of any window.
@@ -165,6 +164,11 @@ def evaluation_shard_key(key: str, split: str, shard: str) -> str:
     return f"{key.removesuffix('.json')}/{split}-{shard}.json"
 
 
+def attempt_prefix(key: str, attempt: str) -> str:
+    """Return the prefix under which one attempt at a manifest with this key writes its arrays."""
+    return f"{key.removesuffix('.json')}/{attempt}"
+
+
 MANIFEST = re.compile(
     r"(?:partials|parts|basis|posteriors|tuning|evaluation)/[^/]+\.json|window\.json"
     r"|(?:tuning|evaluation|decompositions)/[^/]+/[^/]+\.json"
@@ -175,7 +179,6 @@ ATTEMPT = re.compile(
     r"(tuning/[^/]+/r\d+-[^/]+/[^/]+|(?:partials|parts|basis|posteriors|tuning)/[^/]+/[^/]+"
     r"|(?:evaluation|decompositions)/[^/]+/[^/]+/[^/]+)/.+"
 )
-
 
 _DIGEST = r"[0-9a-f]{16}"
 _PARTIAL = r"partials/\d{6,}(-g\d+)?(\.json|/.+)"

@@ -16,7 +16,7 @@ from laplace_dist.plan.parts import Part
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.checkpoint import open_json
-from laplace_dist.run.layout import LOSS, partial_key
+from laplace_dist.run.layout import LOSS, attempt_prefix, partial_key
 from laplace_dist.storage.keys import check_key
 from laplace_dist.storage.store import Store
 
@@ -97,7 +97,7 @@ def planned_facts(plan: Plan, unit: Segment, attempt: Any) -> dict[str, Any]:
         "start": unit.start,
         "stop": unit.stop,
         "n_data": unit.stop - unit.start,
-        "prefix": f"partials/{unit.id}/{attempt}",
+        "prefix": attempt_prefix(partial_key(unit.id), attempt),
     }
 
 

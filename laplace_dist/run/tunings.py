@@ -16,7 +16,7 @@ from laplace_dist.errors import CheckpointError
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import open_json
-from laplace_dist.run.layout import tuning_shard_key
+from laplace_dist.run.layout import attempt_prefix, tuning_shard_key
 from laplace_dist.run.ownership import commit
 from laplace_dist.storage.store import Store
 
@@ -122,7 +122,7 @@ def commit_shard(
     }
     prefix = None
     if examples:
-        prefix = f"{key.removesuffix('.json')}/{new_attempt()}"
+        prefix = attempt_prefix(key, new_attempt())
         arrays = {EXAMPLES: np.stack([rows.numpy() for rows in examples.values()])}
         manifest |= {"prefix": prefix, "arrays": store.write_arrays(prefix, arrays)}
     if not commit(store, plan, key, manifest) and prefix is not None:
@@ -171,7 +171,7 @@ def commit_tuning(
         environment: Where it was made.
         search: How they were found on validation data, as `schemas.TuningSearch` has it.
     """
-    prefix = f"{key.removesuffix('.json')}/{new_attempt()}"
+    prefix = attempt_prefix(key, new_attempt())
     values = np.ascontiguousarray(la.prior_precision.detach().cpu().numpy())
     law = la.likelihood_object
     noise = float(la.sigma_noise) if law.has_noise else None

@@ -16,7 +16,7 @@ from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run import partial_manifests, partials
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import open_json
-from laplace_dist.run.layout import WINDOW, owned, part_key, partial_key
+from laplace_dist.run.layout import WINDOW, attempt_prefix, owned, part_key, partial_key
 from laplace_dist.run.ownership import commit, confirm
 from laplace_dist.run.place import delete_owned
 from laplace_dist.run.provenance import environment
@@ -65,7 +65,7 @@ def commit_part(store: Store, plan: Plan, part: Part, total: np.ndarray, of: str
         made: Where it was made.
     """
     key = part_key(part.id)
-    prefix = f"{key.removesuffix('.json')}/{new_attempt()}"
+    prefix = attempt_prefix(key, new_attempt())
     manifest = {
         "format_version": FORMAT_VERSION,
         "key": key,

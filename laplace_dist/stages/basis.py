@@ -12,6 +12,7 @@ from laplace_dist.plan.plan import Plan
 from laplace_dist.run import bases, versions
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.combination import alone
+from laplace_dist.run.layout import attempt_prefix, basis_key
 from laplace_dist.run.windows import read_window
 from laplace_dist.stages.context import Context
 
@@ -45,7 +46,7 @@ class FindBasis:
             factors = versions.factors_of([term], parts[name].factors)
             tensors = {factor: torch.from_numpy(array).to(context.device) for factor, array in factors.items()}
             arrays[name] = law.find(spec, name, tensors, term.manifest["n_data"]).cpu().contiguous().numpy()
-        prefix = f"basis/{plan.further['name']}/{new_attempt()}"
+        prefix = attempt_prefix(basis_key(plan.further["name"]), new_attempt())
         found = store.write_arrays(prefix, arrays)
         return {"factors": {name: {"prefix": prefix, "entry": entry} for name, entry in found.items()}}
 

@@ -37,10 +37,14 @@ def refuse_other_settings(config: Config, store: Store, plan: Plan, kind: str) -
         )
     config = as_halved(config, plan)
     of_sums = {"hessian_structure", "subset_of_weights", "backend", "estimator"} & stored.keys()
+    absent = {"mc_samples": 1 if stored.get("estimator") == "mc" else None, "outputs": None, "kfac_approx": "expand"}
+    of_sums |= {name for name in absent if getattr(config, name) is not None} | (
+        {"rank", "oversampling"} & stored.keys()
+    )
     left_out = {name: Config.model_fields[name].default for name in ("collate", "dict_key_x", "dict_key_y")}
     if kind == "recalibrate":
         of_sums |= (stored.keys() | left_out.keys()) - {"segment_size", "device_type"}
-    given, known = sorted(of_sums & config.model_fields_set), {**left_out, **stored}
+    given, known = sorted(of_sums & config.model_fields_set), {**left_out, **absent, **stored}
     pairs = [(f"--{name.replace('_', '-')}", known[name], getattr(config, name)) for name in given]
     pairs += [("--model", plan.model["path"], config.model), ("--model-args", plan.model["args"], config.model_args)]
     if config.weights is not None:

@@ -13,6 +13,7 @@ from laplace_dist.plan.plan import Plan
 from laplace_dist.run import partial_manifests, versions, windows
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.combination import Term, terms_of, windows_of
+from laplace_dist.run.layout import attempt_prefix, version_key
 from laplace_dist.run.provenance import environment
 from laplace_dist.stages.context import Context
 from laplace_dist.storage.store import Store
@@ -85,7 +86,7 @@ class WriteFactors:
             )
         arrays = versions.factors_of(terms, self.names)
         symmetric = {name for name in self.names if plan.posterior_spec["factors"][name]["symmetric"]}
-        prefix = f"posteriors/{self.version}/{new_attempt()}"
+        prefix = attempt_prefix(version_key(self.version), new_attempt())
         entries = store.write_arrays(prefix, arrays, symmetric)
         return {"factors": {name: {"prefix": prefix, "entry": entry} for name, entry in entries.items()}}
 

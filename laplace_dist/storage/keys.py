@@ -18,12 +18,16 @@ def check_url(url: str) -> str:
     what the operating system takes it for.
 
     Raises:
-        SettingsError: It holds credentials, or an empty part, `.` or `..`.
+        SettingsError: It holds credentials, or an empty part, `.` or `..`; or it is a chain.
     """
     if re.search(r"://[^/@]*@", url):
         raise SettingsError("--checkpoint: credentials in a URL would be shown and stored; give storage options")
-    first = url.partition("::")[0]  # of a chain
-    protocol, separator, path = first.partition("://")
+    if "::" in url and "://" in url:
+        raise SettingsError(
+            f"--checkpoint: got {url!r}, a chain of file systems; caches and archives do not keep what commits need: "
+            "create-only writes that all see. Give the URL at its end alone"
+        )
+    protocol, separator, path = url.partition("://")
     if not separator or protocol in ("file", "local"):
         return url
     if any(part in ("", ".", "..") for part in path.rstrip("/").split("/")) or _VERSION in path:

@@ -195,7 +195,7 @@ def test_a_segment_that_takes_too_long_is_redone_by_another_worker(cluster, undi
 
 
 def test_a_worker_that_no_node_can_hold_is_refused(cluster, tmp_path):
-    with pytest.raises(SettingsError, match=r"cpus_per_worker=99.*has 4 CPUs and 0 GPUs"):
+    with pytest.raises(SettingsError, match=r"--cpus-per-worker: got 99; .*has 4 CPUs and 0 GPUs"):
         fit(dist_cases.config(tmp_path, cpus_per_worker=99))
 
 

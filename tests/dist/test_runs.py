@@ -385,6 +385,20 @@ def test_follow_on_jobs_refuse_another_likelihood_than_the_run_has(tmp_path, cap
     assert tunings.read_tuning(Checkpoint(str(tmp_path / "run")), key)[0]["sigma_noise"] != 1.0
 
 
+IGNORED = ["--mc-samples=2", "--outputs=0", "--kfac-approx=reduce", "--segment-size=4", "--window=x"]
+
+
+@pytest.mark.parametrize("job", ["tune", "evaluate"])
+def test_follow_on_jobs_refuse_what_they_would_not_heed(tmp_path, capsys, job):
+    run(dist_cases.config(tmp_path / "run"))
+    before = Checkpoint(str(tmp_path / "run")).list()
+    for flag in IGNORED:
+        assert cli.main(job, [f"--checkpoint={tmp_path / 'run'}", "--ray-address=inline", flag]) == 2
+        said = capsys.readouterr().err
+        assert f"{flag.partition('=')[0]}: " in said and ("does nothing in this job" in said or "stored" in said)
+    assert Checkpoint(str(tmp_path / "run")).list() == before
+
+
 def test_follow_on_jobs_take_the_structure_of_the_run(tmp_path):
     """They are not asked for it, and a prior that fits it is not refused for the sake of the default."""
     run(dist_cases.config(tmp_path, hessian_structure="diag"))

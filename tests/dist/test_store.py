@@ -163,7 +163,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, place):
 def test_a_file_system_without_create_only_writes_is_refused(tmp_path):
     zipfile.ZipFile(tmp_path / "x.zip", "w").close()
     with pytest.raises(SettingsError, match=r"--checkpoint 'zip.*has no create-only write.*s3://"):
-        Checkpoint(f"zip://run::{tmp_path}/x.zip").check_writable()
+        Checkpoint("zip://run", {"fo": f"{tmp_path}/x.zip"}).check_writable()
 
 
 @pytest.mark.parametrize("protocol", ["http", "https"])
@@ -220,6 +220,12 @@ def test_a_url_that_names_no_one_place_is_refused(url):
         with pytest.raises(SettingsError, match="expected parts joined by single slashes") as caught:
             call(url)
         assert repr(url) in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["simplecache::memory://x/run", "filecache::s3://b/run", "zip://run::file:///x.zip"])
+def test_a_chain_of_file_systems_is_refused(url):
+    with pytest.raises(SettingsError, match="a chain of file systems; .* Give the URL at its end alone"):
+        Checkpoint(url)
 
 
 def test_slashes_at_the_end_of_a_url_change_nothing():
