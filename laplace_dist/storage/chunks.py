@@ -64,4 +64,5 @@ def _written_here(array: zarr.Array) -> bool:
     codecs = array.metadata.codecs
     if [type(codec) for codec in codecs] != _CODECS or sys.byteorder != "little":
         return False
-    return codecs[0].endian is not None and codecs[0].endian.value == "little"
+    # as it is stored, since releases of zarr differ in what the codec's own attribute is
+    return codecs[0].to_dict().get("configuration", {}).get("endian") == "little"
