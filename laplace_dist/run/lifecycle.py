@@ -15,7 +15,7 @@ from laplace_dist.plan.segments import Segment
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.law import check_law
 from laplace_dist.run.layout import CONFIG, CURRENT, PLAN, TRAINING, WINDOW, partial_key, probe_key
-from laplace_dist.run.ownership import confirm, of_another, read_plan
+from laplace_dist.run.ownership import confirm, of_another, of_the_plan, read_plan
 from laplace_dist.run.partial_manifests import check_manifest
 from laplace_dist.run.place import check_place, clear
 from laplace_dist.run.probe import check_probe, open_probe, probe_digest
@@ -47,8 +47,10 @@ def check_model(store: Store, plan: Plan, model: nn.Module, who: str) -> None:
         check_probe(content, plan.probe, model, label, who)
         _, outputs, law = open_probe(content, plan.probe, label)
         if law:  # older runs have none
-            name, estimator = plan.settings["likelihood"], plan.settings["estimator"]
-            check_law(law, outputs, likelihood_of(name).fitted, name, estimator, who)
+            with of_the_plan():
+                name, estimator = plan.settings["likelihood"], plan.settings["estimator"]
+                likelihood = likelihood_of(name).fitted
+            check_law(law, outputs, likelihood, name, estimator, who)
 
 
 def open_run(

@@ -7,11 +7,12 @@ plan, so whoever finds it there knows that it does not count, and a worker of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from laplace_dist.errors import MissingObjectError, SettingsError, StorageError
+from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError, StorageError
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.layout import PLAN
@@ -47,6 +48,18 @@ def refuse_no_run(store: Store) -> None:
         raise SettingsError(
             f"--checkpoint: got {store.url!r}, where there is no run; expected one that a fit job has started"
         )
+
+
+@contextmanager
+def of_the_plan() -> Iterator[None]:
+    """Say that the plan was altered where it does not hold what the block takes from it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{PLAN} names settings or factors that make no posterior of this model ({type(error).__name__}: {error}): it "
+            "was altered. Restore it from a copy, or start again with --fresh."
+        ) from error
 
 
 @lru_cache(maxsize=4)  # a worker reads the same plan again before each of its commits

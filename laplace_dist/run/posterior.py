@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,13 +15,13 @@ from laplace.posterior.sketched import SketchedLowRankLaplace
 from laplace.structures.specification import SumsSpec
 from laplace.structures.sums import CurvatureSums
 from laplace_dist.config.likelihood import likelihood_of
-from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
+from laplace_dist.errors import MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run import bases, decompositions
 from laplace_dist.run.checkpoint import Checkpoint
-from laplace_dist.run.layout import LOSS, PLAN
+from laplace_dist.run.layout import LOSS
 from laplace_dist.run.lifecycle import check_model
-from laplace_dist.run.ownership import read_plan
+from laplace_dist.run.ownership import of_the_plan, read_plan
 from laplace_dist.run.pointer import history_of, read_current
 from laplace_dist.run.run_weights import load_run_weights
 from laplace_dist.run.tunings import apply_tuning
@@ -86,7 +85,7 @@ def load_posterior(
 
 def _check_kind(plan: Plan, model: nn.Module) -> None:
     """Refuse a model whose parameters have other names, another precision or other gradients than those of the run."""
-    with _of_the_plan():
+    with of_the_plan():
         spec, built = SumsSpec.from_json(plan.posterior_spec), f"as {plan.model['path']} builds it"
         names = list(dict.fromkeys(block.parameter for block in spec.blocks))
         every, first = plan.settings["subset_of_weights"] == "all", names[0]
@@ -112,18 +111,6 @@ def _check_kind(plan: Plan, model: nn.Module) -> None:
         )
 
 
-@contextmanager
-def _of_the_plan() -> Iterator[None]:
-    """Say that the plan was altered where it does not hold what it has to."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CheckpointError(
-            f"{PLAN} names settings or factors that make no posterior of this model ({type(error).__name__}: {error}): it "
-            "was altered. Restore it from a copy, or start again with --fresh."
-        ) from error
-
-
 def gone(store: Store, version: str) -> MissingObjectError | None:
     """Return the error for a version that was collected; None for one that is missing for another reason."""
     history = history_of(read_current(store))
@@ -141,7 +128,7 @@ def build(store: Store, plan: Plan, model: nn.Module, version: str) -> Any:
     Raises:
         CheckpointError: A factor is missing, truncated or altered.
     """
-    with _of_the_plan():
+    with of_the_plan():
         spec = SumsSpec.from_json(plan.posterior_spec)
         la = new_laplace(plan.settings, model, spec)
     manifest = read_version(store, plan, version)

@@ -141,6 +141,7 @@ def test_a_worker_larger_than_this_machine_is_refused_before_a_private_cluster_o
 ):
     monkeypatch.setattr(os, "cpu_count", lambda: HERE["cpus"])
     monkeypatch.setattr(ray_cluster.torch.cuda, "device_count", lambda: HERE["gpus"])
+    monkeypatch.setattr(ray_cluster, "is_connected", lambda: False)  # by an earlier test
     config = dist_cases.config(clean / "run", ray_address="local", **changes)
     monkeypatch.setattr(Cluster, "connect", lambda self: pytest.fail("a cluster was started"))
     with pytest.raises(SettingsError, match=words):

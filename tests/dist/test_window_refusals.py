@@ -65,7 +65,7 @@ REFUSED = {
         {"drop_window": "tuesday", "windows": "monday,tuesday"},
         "names the window that --drop-window",
     ),
-    "a window of a name that no folder has": ({"window": "x" * 129}, "'_', '-' and '.', at most 128, such as"),
+    "a window of a name that no folder has": ({"window": "x" * 129}, "'_', '-' and '.', at most 128 bytes, such as"),
     "another drop": ({"drop_window": "sunday"}, "--drop-window: got 'sunday'; expected one of several windows"),
 }
 
