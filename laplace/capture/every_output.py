@@ -40,9 +40,8 @@ def _copies(capture: Any, outputs: int) -> Capture | None:
     count = min(outputs, at_once(_TOGETHER, capture.f.device) // capture.width)
     if count < min(outputs, _FEWEST) or count < 2:
         return None
-    copies = capture.of_copies(count)
-    f = capture.f.double()
-    if copies.f.shape != (count, *f.shape[1:]):
+    copies, f = capture.of_copies(count), capture.f.double()
+    if copies is None or copies.f.shape != (count, *f.shape[1:]):
         return None
     off = (copies.f.double() - f).abs().max()
     return copies if bool(off <= 1e3 * capture.coarsest * f.abs().max()) else None

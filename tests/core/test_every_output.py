@@ -111,3 +111,41 @@ def test_where_copies_would_not_do_there_is_one_pass_for_each_output(monkeypatch
     assert len(passes) == 9
     for key, value in one_by_one(capture).items():
         assert torch.equal(found[key], value), key
+
+
+class Spoken(nn.Module):
+    """Takes a list of strings, or an object that holds rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 9)
+
+    def forward(self, x):
+        return self.layer(x.rows if isinstance(x, Held) else torch.tensor([[len(w), ord(w[0]) / 99] for w in x]))
+
+
+class Held:
+    def __init__(self, rows):
+        self.rows = rows
+
+    def to(self, device):
+        return self
+
+
+@pytest.mark.parametrize(
+    ("batch", "one"), [(["ab", "cde", "f"], ["ab"]), (Held(torch.eye(3)[:, :2]), Held(torch.eye(3)[:1, :2]))]
+)
+def test_a_single_example_that_is_no_tensor_is_predicted_like_one_of_a_batch(batch, one):
+    la = Laplace(Spoken(), "classification", "all", "diag")
+    la.fit([(batch, torch.arange(3))])
+    assert torch.allclose(la(one), la(batch)[:1], atol=1e-6)
+
+
+def test_copies_of_an_example_change_no_running_statistics():
+    model = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9))
+    la = Laplace(model.eval(), "classification", "all", "diag")
+    la.fit([(torch.rand(4, 6), torch.arange(4))])
+    capture = la.backend.capture(torch.rand(1, 6))
+    before = model.train()[1].running_mean.clone()
+    gradients_of_outputs(capture)
+    assert torch.equal(model[1].running_mean, before) and model.training
