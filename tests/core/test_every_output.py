@@ -93,7 +93,7 @@ def test_copies_give_what_one_backward_pass_for_each_output_does(monkeypatch, na
         assert torch.allclose(found[key], value, rtol=1e-12, atol=1e-14), key
 
 
-@pytest.mark.parametrize("kind", ["another answer", "several examples", "watched", "large"])
+@pytest.mark.parametrize("kind", ["another answer", "several examples", "watched", "large", "few outputs"])
 def test_where_copies_would_not_do_there_is_one_pass_for_each_output(monkeypatch, kind):
     model = (Counting() if kind == "another answer" else Scaled()).double().eval()
     x = torch.rand(2 if kind == "several examples" else 1, 6).double()
@@ -105,6 +105,8 @@ def test_where_copies_would_not_do_there_is_one_pass_for_each_output(monkeypatch
         capture.watch = lambda gradients: None
     if kind == "large":
         monkeypatch.setattr(every_output, "_TOGETHER", 7 * capture.width)
+    if kind == "few outputs":
+        monkeypatch.setattr(every_output, "_FEWEST", 10)
     passes, single = [], capture.gradients
     capture.gradients = lambda v: passes.append(v) or single(v)
     found = gradients_of_outputs(capture)
