@@ -112,7 +112,11 @@ def loss_of(loss: Callable[..., Any], rows: Sequence[tuple[Tensor, ...]]) -> flo
     given = "means, variances and targets" if len(columns) == 3 else "predictions and targets"
     function = loss.forward if isinstance(loss, nn.Module) else loss
     try:
-        inspect.signature(function).bind(*columns)
+        signature = inspect.signature(function)
+    except ValueError:  # of a function in C nothing is known before it is called
+        return float(loss(*columns))
+    try:
+        signature.bind(*columns)
     except TypeError as error:
         name = getattr(loss, "__name__", type(loss).__name__)
         raise ValueError(

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from laplace import Laplace, marglik_training
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.curvature import NativeGGN, backend_class
+from laplace.data.batches import loss_of
 from laplace.enums import Likelihood
 from laplace.errors import MissingKeyError
 from laplace.likelihoods import Bernoulli, HeteroscedasticGaussian, Poisson, WeightedCategorical
@@ -426,6 +427,10 @@ def test_a_loss_that_takes_other_arguments_is_told_which_it_is_given():
     with pytest.raises(ValueError, match="loss=MSELoss does not take the 3 arguments"):
         validate(la, loader(x, y), nn.MSELoss())
     assert validate(la, loader(x, y), lambda mean, variance, y: nn.MSELoss()(mean, y)) > 0
+
+
+def test_a_loss_without_a_signature_is_called():
+    assert loss_of(torch.dist, [(torch.zeros(2), torch.ones(2)), (torch.zeros(2), torch.ones(2))]) == 2
 
 
 ENDS = {
