@@ -17,8 +17,8 @@ _FURTHER = (
 )
 
 UNSHIFTED = (
-    "The labels are the input words themselves, and nothing here moves them by one, as the loss inside of Hugging Face's models "
-    "does: a position's label is the next word, labels[:, :-1] = input_ids[:, 1:]; the last position has none, and "
+    "The labels are the input words themselves, and nothing here moves them by one, as the loss of Hugging Face's models does: "
+    "a position's label is the next word, labels[:, :-1] = input_ids[:, 1:]; the last position has none, and "
     "WeightedCategorical(ignore_index=-100) as the likelihood leaves it out"
 )
 
