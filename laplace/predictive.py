@@ -21,8 +21,9 @@ from laplace.capture.stateless import with_tensors
 from laplace.data.batches import joined
 from laplace.enums import LinkApprox, PredType, parse
 from laplace.fitted import Fitted
-from laplace.likelihoods.base import BaseLikelihood, Prediction
+from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.links import output_samples
+from laplace.likelihoods.predictive import Prediction
 from laplace.linalg.precision import widened
 from laplace.noise import check_samples
 

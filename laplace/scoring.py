@@ -15,8 +15,9 @@ from laplace.capture.evaluation import eval_mode
 from laplace.enums import LinkApprox, PredType, parse
 from laplace.fitted import Fitted
 from laplace.interpolation import interpolated, nodes_for
-from laplace.likelihoods.base import BaseLikelihood, Prediction
+from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.checks import check_scored_finite
+from laplace.likelihoods.predictive import Prediction
 from laplace.linalg.precision import widened
 from laplace.search import vertex
 
@@ -242,8 +243,10 @@ def sweep(
         yield from ((index, 0, (capture.f,), False) for index in range(len(grid)))
         return
     diagonal = law.diagonal_suffices(link_approx) or (diagonal and law.predicts_outputs)
+    moves = False
     for index, variance in enumerate(_variances(la, capture, priors, diagonal)):
-        moves = law.moves(capture.f, variance, link_approx)
+        if index == 0:  # outputs without a variance have none under any prior
+            moves = law.moves(capture.f, variance, link_approx)
         for t, value in enumerate(temperatures):
             generator = torch.Generator(la._device).manual_seed(seed)
             f, spread_of = (capture.f, variance) if value == 1 else (capture.f / value, variance / value**2)

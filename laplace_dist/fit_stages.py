@@ -122,10 +122,9 @@ class FitStages:
             self.config = config = as_halved(config, self.plan)
         else:
             self.session.executor.admit(self.device_type)
-        asked = self.given.batch_size
         how = {
             "module_groups": self._groups(resolved, self.plan if there else None),
-            "halved_from": None if config.batch_size == asked else asked,
+            "halved_from": None if config.batch_size == self.given.batch_size else self.given.batch_size,
         }
         self.plan, self._continued = opening.begin(resolved, config, self.store, self.device_type, self.say, **how)
         self.session.expected = expected_bytes(self.plan.spec, len(self.plan.groups), resolved.model_bytes)
@@ -202,7 +201,7 @@ class FitStages:
 
     def reduce(self) -> str:
         """Sum the partials to a posterior version, if that is not done yet, and make it current."""
-        if (done := self._version_of_0_1()) is not None:
+        if (done := pointer.version_of_0_1(self.store, self.plan)) is not None:
             return done
         version = self.combine(terms_of([(self.sum_window(), 1.0)]))
         pointer.write_current(self.store, self.plan, version, None, first=True)
@@ -295,12 +294,6 @@ class FitStages:
             self.say(f"report: not written ({error}). Everything else is done; jobs/report.py makes it again.")
             return None
         return place
-
-    def _version_of_0_1(self) -> str | None:
-        """Return the posterior version of a finished run of 0.1, whose sums were not kept apart from it."""
-        if self.plan.format_version > 1 or not self.store.exists(layout.CURRENT):
-            return None
-        return pointer.read_current(self.store)["version"]
 
     def _run(self, tasks: Iterable[Task], progress: Progress, **how: bool) -> list[Mapping[str, Any]]:
         """Carry out the tasks of a stage; see `Session.run`."""

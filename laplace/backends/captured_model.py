@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from laplace.capture.admission import check_model
 from laplace.capture.blocks import row_key
-from laplace.capture.capture import Capture, ranges
+from laplace.capture.capture import Capture
 from laplace.capture.contractions import require_jacobians
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor
@@ -29,7 +29,7 @@ from laplace.data.mistakes import check_outputs
 from laplace.enums import Likelihood
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.named import NamedLikelihood
-from laplace.linalg.memory import at_once
+from laplace.linalg.memory import at_once, ranges
 from laplace.noise import fixed_directions
 from laplace.structures.registry import sums_spec, warn_of_diagonal_blocks
 from laplace.structures.specification import SumsSpec
@@ -135,7 +135,7 @@ class CapturedModel:
                 found = find_layers(self.model, list(shapes), x)
                 keys = [(source.layer or row_key(name), source.alive) for name, source in found.items()]
                 dead = {key for key, _ in keys} - {key for key, alive in keys if alive}
-            with torch.enable_grad():
+            with torch.set_grad_enabled(not self.last_layer):  # a last layer ends the model, so there is nothing to see
                 f = self.model(x)
         check_outputs(x, f)
         self.likelihood_object.warn_of_outputs(f)

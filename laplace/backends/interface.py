@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace.backends.captured_model import CapturedModel
-from laplace.capture.capture import ranges
 from laplace.capture.contractions import require_jacobians
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.fallback import jacobians, plain_jacobians
@@ -24,6 +23,7 @@ from laplace.data.batches import length_of, part_of
 from laplace.enums import Likelihood
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.linalg.kronecker import Kron
+from laplace.linalg.memory import ranges
 from laplace.structures import lowrank
 from laplace.structures.specification import SumsSpec
 from laplace.structures.subnetwork import given_order

@@ -46,6 +46,16 @@ class Call:
         g = self.in_order(g.reshape(self.shape))
         return F.pad(g, self.others) if any(self.others) else g
 
+    def by_example(self, n: int) -> Tensor:
+        """What went in, of ``n`` examples ``(batch, parts, …)``.
+
+        Models may fold positions into the batch, as ``x.flatten(0, 1)`` does; then every example has several parts. Where
+        the fold is of another order, the check against automatic differentiation finds out.
+        """
+        self.check_unchanged()
+        value = self.value
+        return value.unflatten(0, (n, len(value) // n)) if len(value) % n == 0 else value[None]
+
     def check_unchanged(self) -> None:
         """Refuse an input that was changed after the layer had seen it.
 

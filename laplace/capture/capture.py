@@ -28,8 +28,8 @@ from laplace.capture.products import calls_of, product
 from laplace.capture.pullback import pullback
 from laplace.capture.rules import gradients_by_position, inputs_by_position, widths
 from laplace.capture.uses import Proven, Uses, numbers_of_uses
-from laplace.data.batches import repeated
-from laplace.linalg.memory import at_once
+from laplace.data.batches import is_divisible, repeated
+from laplace.linalg.memory import at_once, ranges
 from laplace.linalg.precision import spacing_of_products, without_autocast
 
 _KEPT = 1 << 22  # elements of a layer's inputs up to which they are kept from one direction to the next
@@ -44,7 +44,6 @@ class Capture:
         misused: Names of parameters that this batch uses otherwise too than in the calls of their layers or in products.
         kept_tokens: Which positions of the inputs are no padding, ``(batch, time)``; None where all are, or are not known.
         watch: Is shown what :meth:`gradients` gives along every direction; None for nobody.
-        of_copies: Makes the capture of the batch in which every example stands so many times, one copy after the other.
     """
 
     watch: Callable[[dict[str, Tensor]], None] | None = None
@@ -68,12 +67,11 @@ class Capture:
             dtype: Type in which inputs and gradients are handed out.
             proven: See :class:`laplace.capture.uses.Uses`.
         """
-        self.dtype = dtype
-        self._model = model
+        self.dtype, self._model = dtype, model
         layers, others = list(layers), list(others)
         self._products = {name: found for name in layers if (found := product(model, name)) is not None}
         self.modules = {name: self._products.get(name) or model.get_submodule(name) for name in layers}
-        self.of_copies = lambda count: Capture(model, repeated(x, count), layers, others, dtype, proven)
+        self._x, self._how = x, (layers, others, dtype, proven)
         self._forward(model, x)
         self.f = self._output.detach()
         self.kept_tokens = kept_tokens(x)
@@ -107,10 +105,16 @@ class Capture:
         products, turned, misused = calls_of(self._output, self._products, len(self._output))
         self.misused |= misused
         self.modules.update(turned)
-        self._calls = that_reach(self._output, calls) if len(set(names)) < len(names) else calls
-        self._calls = [*self._calls, *products]
+        self._calls = [*(that_reach(self._output, calls) if len(set(names)) < len(names) else calls), *products]
         self.called = {call.layer for call in self._calls}
         self._without_gradient = without | set(names)
+
+    def of_copies(self, count: int) -> Capture | None:
+        """The capture of the batch in which every example stands so many times; None of inputs without examples."""
+        if not is_divisible(self._x):
+            return None
+        with eval_mode(self._model):
+            return Capture(self._model, repeated(self._x, count), *self._how)
 
     def check_called(self) -> None:
         """Refuse layers that ran without a gradient, and inputs that changed after their layer had run; names the layer."""
@@ -156,20 +160,10 @@ class Capture:
         parts = []
         for call in self._calls:
             if call.layer == layer:
-                value = self._by_example(call)[start:stop]
+                value = call.by_example(len(self.f))[start:stop]
                 a = inputs_by_position(self.modules[layer], value.flatten(0, 1)).to(self.dtype)
                 parts.append(_join_positions(a, len(value)))
         return _side_by_side(parts, stop - start)
-
-    def _by_example(self, call: Call) -> Tensor:
-        """A layer's input or output as ``(batch, parts, …)``.
-
-        Models may fold positions into the batch, as ``x.flatten(0, 1)`` does; then every example has several parts. Where
-        the fold is of another order, the check against automatic differentiation finds out.
-        """
-        call.check_unchanged()
-        n, value = len(self.f), call.value
-        return value.unflatten(0, (n, len(value) // n)) if len(value) % n == 0 else value[None]
 
     def gradients(self, v: Tensor) -> dict[str, Tensor]:
         """Output gradients of every layer for one direction, and the rows of parameters without a layer.
@@ -304,10 +298,3 @@ def _side_by_side(parts: list[Tensor], n: int) -> Tensor:
     """Positions of several calls, one after the other; alone what is no batch of the examples, which is refused later."""
     parts = [part for part in parts if part.shape[0] != n][:1] or parts
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def ranges(n: int, each: int, elements: int) -> Iterator[tuple[int, int]]:
-    """Ranges that cover ``n`` items of ``each`` elements in steps of about ``elements`` elements."""
-    step = max(1, elements // max(1, each))
-    for start in range(0, n, step):
-        yield start, min(start + step, n)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from laplace.capture.blocks import Block, row_key
-from laplace.capture.capture import ranges
 from laplace.capture.rules import is_outer, is_transposed, weight_rows
 from laplace.linalg import memory
+from laplace.linalg.memory import ranges
 from laplace.linalg.precision import in_full_precision
 
 _CHUNK = 1 << 22  # elements of a temporary of per-example rows

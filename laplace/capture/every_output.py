@@ -16,7 +16,7 @@ from laplace.capture.contractions import output_directions
 from laplace.linalg.memory import at_once
 
 _TOGETHER = 1 << 22  # elements that come out of the layers for all copies
-_FEWEST = 8  # copies that are worth a forward pass
+_FEWEST = 8  # copies that are worth a forward pass more; of fewer outputs, one backward pass each costs less
 
 
 def gradients_of_outputs(capture: Any) -> dict[str, Tensor]:
@@ -38,11 +38,10 @@ def _copies(capture: Any, outputs: int) -> Capture | None:
     if not isinstance(capture, Capture) or len(capture.f) > 1 or capture.watch is not None or not capture.width:
         return None
     count = min(outputs, at_once(_TOGETHER, capture.f.device) // capture.width)
-    if count < min(outputs, _FEWEST) or count < 2:
+    if count < _FEWEST:
         return None
-    copies = capture.of_copies(count)
-    f = capture.f.double()
-    if copies.f.shape != (count, *f.shape[1:]):
+    copies, f = capture.of_copies(count), capture.f.double()
+    if copies is None or copies.f.shape != (count, *f.shape[1:]):
         return None
     off = (copies.f.double() - f).abs().max()
     return copies if bool(off <= 1e3 * capture.coarsest * f.abs().max()) else None

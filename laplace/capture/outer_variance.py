@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from laplace.capture.blocks import Basis
-from laplace.capture.capture import ranges
-from laplace.linalg.memory import at_once
+from laplace.linalg.memory import at_once, ranges
 
 Inputs = Callable[[int, int], Tensor]
 Weight = Callable[[int], Tensor]

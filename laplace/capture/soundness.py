@@ -193,6 +193,8 @@ def run(model: nn.Module, x: Any, of: str = "the first batch") -> Any:
     running: list[str] = []
     try:
         return model(x)
+    except torch.OutOfMemoryError:  # which callers know by its class
+        raise
     except _FAILURES as error:
         failed = error
     with _entered(model, running):
@@ -213,6 +215,8 @@ def failures_named(model: nn.Module, x: Any, of: str) -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except _FAILURES:
         with torch.no_grad():
             run(model, x, of)

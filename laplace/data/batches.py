@@ -84,11 +84,13 @@ def part_of(x: Any, part: slice | Tensor) -> Any:
 
 
 def repeated(x: Any, count: int) -> Any:
-    """Inputs in which every example stands so many times, one copy after the other: of a tensor, or a dict-like batch."""
+    """Inputs, which can be cut into examples, in which every example stands so many times, one copy after the other."""
     if isinstance(x, MutableMapping):
         rows = {key: v.repeat_interleave(count, 0) for key, v in x.items() if isinstance(v, Tensor) and v.ndim}
         return {**x, **rows}
-    return x.repeat_interleave(count, 0)
+    if isinstance(x, Tensor):
+        return x.repeat_interleave(count, 0)
+    return [item for item in x for _ in range(count)]
 
 
 def joined(rows: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
@@ -110,7 +112,11 @@ def loss_of(loss: Callable[..., Any], rows: Sequence[tuple[Tensor, ...]]) -> flo
     given = "means, variances and targets" if len(columns) == 3 else "predictions and targets"
     function = loss.forward if isinstance(loss, nn.Module) else loss
     try:
-        inspect.signature(function).bind(*columns)
+        signature = inspect.signature(function)
+    except ValueError:  # of a function in C nothing is known before it is called
+        return float(loss(*columns))
+    try:
+        signature.bind(*columns)
     except TypeError as error:
         name = getattr(loss, "__name__", type(loss).__name__)
         raise ValueError(

@@ -17,9 +17,9 @@ _FURTHER = (
 )
 
 UNSHIFTED = (
-    "The labels are the input words themselves. Hugging Face's causal language models move them by one inside a loss of their "
-    "own, which is not used here: the label of a position is the word that it predicts, labels[:, :-1] = input_ids[:, 1:]; the "
-    "last position has none, and WeightedCategorical(ignore_index=-100) as the likelihood leaves it out"
+    "The labels are the input words themselves, and nothing here moves them by one, as the loss of Hugging Face's models does: "
+    "a position's label is the next word, labels[:, :-1] = input_ids[:, 1:]; the last position has none, and "
+    "WeightedCategorical(ignore_index=-100) as the likelihood leaves it out"
 )
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from laplace.enums import LinkApprox
-from laplace.likelihoods.base import Prediction
 from laplace.likelihoods.checks import check_finite, first_wrong
 from laplace.likelihoods.links import log_mean, probit_scale
 from laplace.likelihoods.mistakes import warn_of_last_operation
+from laplace.likelihoods.predictive import Prediction
 from laplace.likelihoods.probabilities import ClassProbabilities
 from laplace.likelihoods.roots import diagonal_columns
 

@@ -14,10 +14,10 @@ from torch.nn.functional import cross_entropy
 from laplace import noise
 from laplace.data.example_weights import along
 from laplace.enums import Likelihood, LinkApprox
-from laplace.likelihoods.base import Prediction
 from laplace.likelihoods.checks import first_wrong
 from laplace.likelihoods.links import log_mean, softmax_link
 from laplace.likelihoods.mistakes import check_classes, warn_of_layout, warn_of_probabilities
+from laplace.likelihoods.predictive import Prediction
 from laplace.likelihoods.probabilities import ClassProbabilities, one_at
 from laplace.likelihoods.scores import log_probability_scores
 from laplace.linalg.gram import add_gram_, mirror_

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from laplace.enums import Likelihood, LinkApprox
-from laplace.likelihoods.base import BaseLikelihood, Prediction
+from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.checks import check_finite, missing_dimension
+from laplace.likelihoods.predictive import Prediction
 from laplace.likelihoods.scores import gaussian_entropy, regression_details, regression_scores, summarize_regression
 from laplace.linalg.precision import double
 

@@ -78,7 +78,7 @@ def warn_of_probabilities(f: Tensor) -> None:
     if f.shape[-1] < 2 or not bool((f >= 0).all()):
         return
     off = float((f.double().sum(-1) - 1).abs().max())
-    if off <= max(1e-4, f.shape[-1] * torch.finfo(f.dtype).eps):
+    if off <= min(max(1e-4, f.shape[-1] * torch.finfo(f.dtype).eps), 0.05):
         warnings.warn(
             f"The outputs {tuple(f.shape)} are probabilities: they sum to 1 over the classes. The likelihood takes logits, and "
             "applies the softmax itself. End the model before its softmax, or return the logarithms, as log_softmax gives.",

@@ -9,9 +9,10 @@ from math import pi
 import torch
 from torch import Tensor
 
-from laplace.likelihoods.base import BaseLikelihood, Prediction
+from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.gaussian import Gaussian
 from laplace.likelihoods.links import variances_of
+from laplace.likelihoods.predictive import Prediction
 from laplace.likelihoods.scores import gaussian_entropy, regression_details, regression_scores
 from laplace.linalg.precision import double
 

@@ -10,10 +10,11 @@ from numpy.polynomial.hermite_e import hermegauss
 from torch import Tensor
 
 from laplace.enums import LinkApprox
-from laplace.likelihoods.base import BaseLikelihood, Prediction
+from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.checks import check_finite, first_wrong, missing_dimension
 from laplace.likelihoods.links import log_mean
 from laplace.likelihoods.mistakes import warn_of_last_operation
+from laplace.likelihoods.predictive import Prediction
 from laplace.likelihoods.roots import diagonal_columns
 
 _NODES, _STEPS = 32, 60  # of the Gauss-Hermite rule over the log rate, and of Newton's method to its centre

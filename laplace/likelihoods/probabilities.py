@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from laplace.enums import LinkApprox
-from laplace.likelihoods.base import BaseLikelihood, Prediction
+from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.links import variances_of
+from laplace.likelihoods.predictive import Prediction
 from laplace.likelihoods.scores import summarize_classification
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from laplace.enums import Likelihood
-from laplace.likelihoods.base import BaseLikelihood, Prediction
+from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.categorical import Categorical
 from laplace.likelihoods.checks import check_finite
+from laplace.likelihoods.predictive import Prediction
 from laplace.likelihoods.probabilities import one_at
 from laplace.likelihoods.scores import log_probability_scores
 

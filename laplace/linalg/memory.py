@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -46,6 +47,13 @@ def at_once(elements: int, device: torch.device) -> int:
     On GPUs it is the number of kernels that costs, and small ones leave most of the chip idle.
     """
     return max(elements, _ON_GPU) if device.type == "cuda" else elements
+
+
+def ranges(n: int, each: int, elements: int) -> Iterator[tuple[int, int]]:
+    """Ranges that cover ``n`` items of ``each`` elements in steps of about ``elements`` elements."""
+    step = max(1, elements // max(1, each))
+    for start in range(0, n, step):
+        yield start, min(start + step, n)
 
 
 def tensor_bytes(*shape: int, dtype: torch.dtype = torch.float64) -> int:

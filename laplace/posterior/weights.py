@@ -65,12 +65,15 @@ class Fingerprint:
         return [(value.data_ptr(), value._version) for value in values]
 
 
+_STATISTICS = ("running_mean", "running_var", "running_std")  # other names may be what a module counts at every pass
+
+
 def _remembered(model: nn.Module) -> dict[str, Tensor]:
     """Parameters, and the statistics by which normalisations evaluate, which a forward pass in training mode changes."""
     statistics = {
         name: value
         for name, value in model.named_buffers()
-        if name.rpartition(".")[2].startswith("running_") and value.is_floating_point() and not value.is_inference()
+        if name.rpartition(".")[2] in _STATISTICS and value.is_floating_point() and not value.is_inference()
     }
     return {**dict(model.named_parameters()), **statistics}
 

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from laplace.capture import contractions
 from laplace.capture.blocks import Block
-from laplace.capture.capture import ranges
 from laplace.capture.rules import is_transposed
+from laplace.linalg.memory import ranges
 
 _SLICE = 1 << 24  # elements of the rows of a slice of a layer's outputs
 

@@ -14,7 +14,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from laplace.capture.capture import ranges
 from laplace.capture.contractions import is_bias
 from laplace.data.example_weights import along
 from laplace.likelihoods.base import BaseLikelihood
@@ -26,6 +25,7 @@ from laplace.linalg.gram import (
     mirror_weighted_,
     weighted_gram,
 )
+from laplace.linalg.memory import ranges
 from laplace.structures.specification import SumsSpec
 from laplace.structures.sums import CurvatureSums
 

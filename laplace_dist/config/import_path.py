@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from laplace_dist.errors import CallFailed, SettingsError
+from laplace_dist.errors import CallFailed, CheckpointError, SettingsError
 
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -75,7 +75,7 @@ def call(path: str, field: str, arguments: Mapping[str, Any]) -> Any:
         ) from error
     try:
         return function(**arguments)
-    except (SettingsError, OSError, MemoryError):  # of a disk or network, which may be back later
+    except (SettingsError, CheckpointError, OSError, MemoryError):  # of a disk or network, which may be back later
         raise
     except Exception as error:  # whatever the user's function does
         if isinstance(error, RuntimeError) and re.search("memory|CUDA|allocat", str(error)):

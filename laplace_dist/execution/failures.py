@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from laplace_dist.errors import OutOfMemory, RunFailed
@@ -74,7 +74,12 @@ _OF_THE_NODE = re.compile(r"CUDA error|CUDNN_STATUS|CUBLAS_STATUS|NCCL|uncorrect
 
 
 def verdict(raised: Raised) -> Verdict:
-    """Say what an error means for the next attempt; what is not known to last or to pass is `UNKNOWN`."""
+    """Say what an error means for the next attempt; what is not known to last or to pass is `UNKNOWN`.
+
+    Of a function of the user's that raised, it is the error it raised that counts: on the driver it has gone well.
+    """
+    if raised.is_a("laplace_dist.errors.CallFailed"):
+        raised = replace(raised, classes=raised.causes)
     if _passes(raised.classes) or _OF_THE_NODE.search(raised.text) or is_out_of_memory(raised):
         return Verdict.MAY_PASS
     if raised.is_a("laplace_dist.errors.ExampleError"):

@@ -46,6 +46,13 @@ def _opened(store: Store, content: bytes) -> dict[str, Any]:
     return current
 
 
+def version_of_0_1(store: Store, plan: Plan) -> str | None:
+    """Return the posterior version of a finished run of 0.1, whose sums were not kept apart from it; None for other runs."""
+    if plan.format_version > 1 or not store.exists(CURRENT):
+        return None
+    return read_current(store)["version"]
+
+
 def tuning_of(store: Store) -> str | None:
     """Return the key of the tuning that is in force, or None where there is none.
 

@@ -20,7 +20,7 @@ from laplace_dist.plan.plan import Plan, build_plan
 from laplace_dist.run import layout, lifecycle, weights
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.combination import Window, place_of
-from laplace_dist.run.law import law_of
+from laplace_dist.run.law import FAILURES, difference, law_of
 from laplace_dist.run.ownership import read_plan
 from laplace_dist.run.probe import make_probe
 from laplace_dist.run.run_weights import RunWeights
@@ -177,9 +177,15 @@ def _probe(resolved: Resolved, config: Config, say: Callable[[str], None]) -> by
             )
         y = loader.read_batch(resolved.train, 0, count, Collate.of(config))[1]
         try:
-            return law_of(likelihood_of(config.likelihood).fitted, outputs, y, config.estimator)
-        except (ValueError, NotImplementedError) as error:  # which every batch would meet
+            one, two = (law_of(likelihood_of(config.likelihood).fitted, outputs, y, config.estimator) for _ in range(2))
+        except FAILURES as error:  # which every batch would meet
             raise SettingsError(f"--likelihood: {config.likelihood!r} fails on the first examples: {error}") from error
+        if what := difference(one, two, outputs):
+            raise SettingsError(
+                f"--likelihood: {config.likelihood!r} makes something else of the same examples each time: {what}. Let it draw "
+                "no random numbers, and keep nothing from one call to the next."
+            )
+        return one
 
     try:
         return make_probe(resolved.model, batch, len(resolved.train), law)

@@ -356,3 +356,16 @@ def test_a_layer_that_does_not_run_in_a_later_batch(structure):
     if structure != "kron":
         assert relative(la.H, truth if structure == "full" else truth.diagonal()) < 1e-10
     la(x[3:])
+
+
+def test_a_fit_of_a_last_layer_keeps_no_graph_of_what_is_before_it():
+    """Of a large model that is the memory of all its activations."""
+
+    class Watched(nn.Linear):
+        def forward(self, x):
+            assert not torch.is_grad_enabled()
+            return super().forward(x)
+
+    la = Laplace(nn.Sequential(Watched(3, 4), nn.Linear(4, 2)), "classification", "last_layer", "kron")
+    la.fit([(torch.randn(6, 3), torch.arange(6) % 2)])
+    assert la(torch.randn(2, 3)).shape == (2, 2)

@@ -93,7 +93,7 @@ def test_copies_give_what_one_backward_pass_for_each_output_does(monkeypatch, na
         assert torch.allclose(found[key], value, rtol=1e-12, atol=1e-14), key
 
 
-@pytest.mark.parametrize("kind", ["another answer", "several examples", "watched", "large"])
+@pytest.mark.parametrize("kind", ["another answer", "several examples", "watched", "large", "few outputs"])
 def test_where_copies_would_not_do_there_is_one_pass_for_each_output(monkeypatch, kind):
     model = (Counting() if kind == "another answer" else Scaled()).double().eval()
     x = torch.rand(2 if kind == "several examples" else 1, 6).double()
@@ -105,9 +105,49 @@ def test_where_copies_would_not_do_there_is_one_pass_for_each_output(monkeypatch
         capture.watch = lambda gradients: None
     if kind == "large":
         monkeypatch.setattr(every_output, "_TOGETHER", 7 * capture.width)
+    if kind == "few outputs":
+        monkeypatch.setattr(every_output, "_FEWEST", 10)
     passes, single = [], capture.gradients
     capture.gradients = lambda v: passes.append(v) or single(v)
     found = gradients_of_outputs(capture)
     assert len(passes) == 9
     for key, value in one_by_one(capture).items():
         assert torch.equal(found[key], value), key
+
+
+class Spoken(nn.Module):
+    """Takes a list of strings, or an object that holds rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 9)
+
+    def forward(self, x):
+        return self.layer(x.rows if isinstance(x, Held) else torch.tensor([[len(w), ord(w[0]) / 99] for w in x]))
+
+
+class Held:
+    def __init__(self, rows):
+        self.rows = rows
+
+    def to(self, device):
+        return self
+
+
+@pytest.mark.parametrize(
+    ("batch", "one"), [(["ab", "cde", "f"], ["ab"]), (Held(torch.eye(3)[:, :2]), Held(torch.eye(3)[:1, :2]))]
+)
+def test_a_single_example_that_is_no_tensor_is_predicted_like_one_of_a_batch(batch, one):
+    la = Laplace(Spoken(), "classification", "all", "diag")
+    la.fit([(batch, torch.arange(3))])
+    assert torch.allclose(la(one), la(batch)[:1], atol=1e-6)
+
+
+def test_copies_of_an_example_change_no_running_statistics():
+    model = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9))
+    la = Laplace(model.eval(), "classification", "all", "diag")
+    la.fit([(torch.rand(4, 6), torch.arange(4))])
+    capture = la.backend.capture(torch.rand(1, 6))
+    before = model.train()[1].running_mean.clone()
+    gradients_of_outputs(capture)
+    assert torch.equal(model[1].running_mean, before) and model.training

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from laplace import Laplace, marglik_training
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.curvature import NativeGGN, backend_class
+from laplace.data.batches import loss_of
 from laplace.enums import Likelihood
 from laplace.errors import MissingKeyError
 from laplace.likelihoods import Bernoulli, HeteroscedasticGaussian, Poisson, WeightedCategorical
@@ -428,6 +429,10 @@ def test_a_loss_that_takes_other_arguments_is_told_which_it_is_given():
     assert validate(la, loader(x, y), lambda mean, variance, y: nn.MSELoss()(mean, y)) > 0
 
 
+def test_a_loss_without_a_signature_is_called():
+    assert loss_of(torch.dist, [(torch.zeros(2), torch.ones(2)), (torch.zeros(2), torch.ones(2))]) == 2
+
+
 ENDS = {
     "softmax": ("classification", lambda f: f.softmax(-1), Y, "are probabilities: they sum to 1 over the classes"),
     "softmax by hand": ("classification", lambda f: f.exp() / f.exp().sum(-1, keepdim=True), Y, "are probabilities"),
@@ -435,6 +440,7 @@ ENDS = {
     "exp": (Poisson(), lambda f: f[:, None].exp()[:, 0], torch.ones(6, 3), "ends in an exponential.* takes log rates"),
     "log_softmax": ("classification", lambda f: f.log_softmax(-1), Y, None),
     "logits": (Bernoulli(), lambda f: f[:, :1], Y % 2, None),
+    "dead logits in half precision": ("classification", lambda f: 0 * f.bfloat16().repeat(1, 20) + 0.01, Y, None),
 }
 
 
@@ -453,6 +459,21 @@ def test_a_model_that_ends_in_what_its_likelihood_applies_itself_is_said(name, r
     Laplace(Ends(end), likelihood, "all", "diag").fit([(X, y)])
     said = [str(w.message) for w in recwarn if w.category is UserWarning]
     assert not said if message is None else re.search(message, said[0]) and len(said) == 1
+
+
+def test_memory_that_runs_out_is_not_said_to_be_the_models_fault():
+    """Those who halve a batch know it by its class."""
+
+    def full(f):
+        if len(f) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return f
+
+    la = Laplace(Ends(full), "classification", "all", "diag")
+    la.fit([(X, Y)])
+    for how in ({}, {"pred_type": "nn", "link_approx": "mc"}):
+        with pytest.raises(torch.OutOfMemoryError):
+            la(torch.cat([X, X]), **how)
 
 
 @pytest.mark.parametrize("subset, structure", FITTABLE)

@@ -12,6 +12,8 @@ from scipy.optimize import minimize, minimize_scalar
 from torch import nn
 
 from laplace import Laplace
+from laplace.likelihoods import Categorical
+from laplace.scoring import score_candidates
 from laplace.tuning import prior_precision_grid, score_grid
 
 from .models import loader
@@ -199,6 +201,16 @@ class Passes(list):
     def __iter__(self):
         self.count += 1
         return super().__iter__()
+
+
+def test_whether_a_prior_moves_anything_is_asked_once_per_batch(monkeypatch):
+    """On a GPU every answer waits for all that was asked of the device before."""
+    moves, asked = Categorical.moves, []
+    monkeypatch.setattr(Categorical, "moves", lambda *args: asked.append(None) or moves(*args))
+    la, batch = Laplace(nn.Linear(3, 2), "classification"), (torch.randn(8, 3), torch.arange(8) % 2)
+    la.fit([batch])
+    scored = score_candidates(la, [batch, batch], [0.1, 1.0, 10.0])
+    assert len(asked) == 2 and not scored.fixed
 
 
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])

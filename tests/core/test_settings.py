@@ -163,6 +163,27 @@ def test_running_statistics_that_have_changed_are_noticed(subset):
     la(x)
 
 
+class Monitored(nn.Linear):
+    """Keeps a figure of what it has seen, which is no part of its function."""
+
+    def __init__(self):
+        super().__init__(3, 2)
+        self.register_buffer("running_norm", torch.zeros(()))
+
+    def forward(self, x):
+        out = super().forward(x)
+        self.running_norm.lerp_(out.detach().norm(), 0.1)
+        return out
+
+
+def test_what_a_module_counts_is_no_running_statistic():
+    la, x = Laplace(Monitored(), "classification", "all", "kron"), torch.randn(6, 3)
+    la.fit(loader(x, torch.arange(6) % 2))
+    before = la(x)
+    la.model(x)
+    assert torch.equal(la(x), before)
+
+
 def test_a_frozen_module_that_is_gone_is_noticed():
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm1d(3).requires_grad_(False), nn.Linear(3, 2))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import pickle
+import sys
+import types
 from collections import Counter, deque
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
+from laplace_dist.config.import_path import call
 from laplace_dist.errors import (
+    CallFailed,
     CheckpointError,
     ExampleError,
     MissingObjectError,
@@ -17,7 +21,7 @@ from laplace_dist.errors import (
     SettingsError,
     StorageError,
 )
-from laplace_dist.execution.failures import SET_ASIDE, event_of
+from laplace_dist.execution.failures import SET_ASIDE, Verdict, event_of, verdict
 from laplace_dist.execution.loop import run_tasks
 from laplace_dist.execution.raised import Raised
 from laplace_dist.execution.tasks import Event
@@ -542,3 +546,35 @@ def test_a_hundred_thousand_segments_on_a_thousand_workers_end_in_time_with_stra
     )
     assert len(done) == 10_000 and set(done.values()) == {1}
     assert pool.now <= 1.05 * pool.ideal
+
+
+class ConnectError(Exception):
+    """One of httpx's, as Hugging Face's hub raises them; no OSError."""
+
+
+ConnectError.__module__ = "httpx"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ConnectError("no route"), Verdict.MAY_PASS),
+        (RuntimeError("no licence on this node"), Verdict.UNKNOWN),
+        (ModuleNotFoundError("No module named 'x'"), Verdict.SAME_CODE),
+        (ValueError("wrong"), Verdict.FINAL),
+    ],
+)
+def test_what_a_function_of_the_user_raises_on_a_worker_counts_as_what_it_is(error, says):
+    """The driver has called it and it went well: one bad node is no reason to end the run."""
+
+    def raising():
+        raise error
+
+    sys.modules["raising"] = types.ModuleType("raising")
+    sys.modules["raising"].model = raising
+    try:
+        with pytest.raises(CallFailed) as found:
+            call("raising:model", "--model", {})
+    finally:
+        del sys.modules["raising"]
+    assert verdict(Raised.of(found.value)) is says
