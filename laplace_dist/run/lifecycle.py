@@ -26,10 +26,10 @@ from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
 
 
-def check_model(store: Store, plan: Plan, model: nn.Module, who: str) -> None:
+def check_model(store: Store, plan: Plan, model: nn.Module, who: str) -> Any:
     """Refuse a model whose outputs are not those of the run's, and a likelihood that makes something else of them.
 
-    A run without a probe cannot tell.
+    Returns the inputs that it was asked with. A run without a probe cannot tell, and gives None.
 
     Args:
         store: The checkpoint.
@@ -41,14 +41,16 @@ def check_model(store: Store, plan: Plan, model: nn.Module, who: str) -> None:
         SettingsError: It is another model.
         CheckpointError: The probe is missing, truncated or altered.
     """
-    if plan.probe is not None:
-        key = probe_key(plan.probe)
-        content, label = store.read(key), f"{store.url}/{key}"
-        check_probe(content, plan.probe, model, label, who)
-        _, outputs, law = open_probe(content, plan.probe, label)
-        if law:  # older runs have none
-            name, estimator = plan.settings["likelihood"], plan.settings["estimator"]
-            check_law(law, outputs, likelihood_of(name).fitted, name, estimator, who)
+    if plan.probe is None:
+        return None
+    key = probe_key(plan.probe)
+    content, label = store.read(key), f"{store.url}/{key}"
+    check_probe(content, plan.probe, model, label, who)
+    inputs, outputs, law = open_probe(content, plan.probe, label)
+    if law:  # older runs have none
+        name, estimator = plan.settings["likelihood"], plan.settings["estimator"]
+        check_law(law, outputs, likelihood_of(name).fitted, name, estimator, who)
+    return inputs
 
 
 def open_run(
