@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -87,6 +88,9 @@ class FitStages:
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: object) -> None:
         self.journal.end(error)
         self.session.close()
+        if error is not None and self.journal.has_begun:
+            place = shlex.quote(self.store.url)
+            self.say(f"report: not made by this job; python jobs/report.py {place} shows what there is")
 
     def current_version(self) -> str:
         """Return the posterior version that a follow-on job works on.
