@@ -30,6 +30,7 @@ class Fitted(Protocol):
     sigma_noise: Tensor
     n_data: int
     n_outputs: int | None
+    input_ndim: int | None
 
     @property
     def backend(self) -> CurvatureInterface:

@@ -32,6 +32,7 @@ def state_dict(la: Fitted) -> dict[str, Any]:
         "sigma_noise": la.sigma_noise.detach(),
         "n_data": la.n_data,
         "n_outputs": la.n_outputs,
+        "input_ndim": la.input_ndim,
         **{name: _plain(getattr(la, name)) for name in la._settings()},
         **la._state(),
     }
@@ -73,6 +74,7 @@ def load_state_dict(la: Fitted, state: dict[str, Any]) -> None:
         for name in names:
             setattr(la, name, state.get(name, 1.0) if name == "logit_temperature" else state[name])
         la._take_state(content)
+        la.input_ndim = state.get("input_ndim")  # a state of an earlier version does not say
     except ValueError:
         forget()
         for name, value in before.items():

@@ -51,6 +51,7 @@ def main(job: str, argv: Sequence[str] | None = None, **defaults: Any) -> int:
         if job != "fit":
             cli_settings.refuse_idle(argv, command.OF_MAPS, "the fit's job")
         config = cli_settings.settings_of_job(job, argv, defaults)
+        cli_settings.keep_config_file(argv, config)
         cli_settings.say_idle(argv, config, command.OF_RECALIBRATIONS, command.RECALIBRATE)
         result = JOBS[job](config)
         show_result(result, loading_lines(config, result.checkpoint))

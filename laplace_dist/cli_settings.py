@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from laplace_dist.config.settings import Config
 from laplace_dist.errors import MissingObjectError, SettingsError
 from laplace_dist.run import settings_file
 from laplace_dist.run.checkpoint import open_store
+from laplace_dist.run.layout import PLAN
+from laplace_dist.run.place import refuse_needed
 
 NOTES = {  # of `--help`
     "fit": "The defaults, in parentheses, are those with a --model of your own. Without --model the bundled demo is fitted, "
@@ -74,6 +77,18 @@ def refuse_idle(argv: Sequence[str], names: Sequence[str], where: str) -> None:
     """
     if idle := [f"--{name}" for name in names if _given(argv, f"--{name}") or _given(argv, f"--no-{name}")]:
         raise SettingsError(f"{', '.join(idle)}: does nothing in this job, but in {where}. Leave it out")
+
+
+def keep_config_file(argv: Sequence[str], config: Config) -> None:
+    """Refuse to delete a run, with --fresh, that the file of --config lies in, as the run's own settings do.
+
+    Raises:
+        SettingsError: Naming it. Nothing was changed.
+    """
+    if config.fresh and _given(argv, "--config") and (store := open_store(config)).exists(PLAN):
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--config")
+        refuse_needed(store, {"--config": parser.parse_known_args(list(argv))[0].config})
 
 
 def say_idle(argv: Sequence[str], config: Config, names: Sequence[str], where: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from laplace_dist.cli import exit_status
-from laplace_dist.cli_settings import refuse_idle, say_idle
+from laplace_dist.cli_settings import keep_config_file, refuse_idle, say_idle
 from laplace_dist.config.command import OF_RECALIBRATIONS, RECALIBRATE
 from laplace_dist.config.command_line import load_config_and
 from laplace_dist.config.plain_yaml import parse_yaml
@@ -40,6 +40,7 @@ def marglik_main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
 
             own = {**demo.settings(), "ood": [], **defaults}
         config, filed = load_config_and(Training.model_fields, rest, defaults=own)
+        keep_config_file(rest, config)
         say_idle(rest, config, OF_RECALIBRATIONS, RECALIBRATE)
         flags = {name: _value(name, text) for name, text in vars(given).items()}
         found = marglik_train(config, Training(**{**{n: _number(n, value) for n, value in filed.items()}, **flags}))

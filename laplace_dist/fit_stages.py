@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,6 +30,7 @@ from laplace_dist.run.journal import Journal
 from laplace_dist.run.partial_manifests import manifests
 from laplace_dist.run.second_pass import open_second, place_of_second
 from laplace_dist.stages import basis, follow_on, map, opening, reduce, resolving
+from laplace_dist.stages.batch_memory import batch_bytes
 from laplace_dist.stages.context import plain
 from laplace_dist.stages.smaller import as_halved, smaller
 from laplace_dist.storage.store import Store
@@ -87,6 +89,9 @@ class FitStages:
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: object) -> None:
         self.journal.end(error)
         self.session.close()
+        if error is not None and self.journal.has_begun:
+            place = shlex.quote(self.store.url)
+            self.say(f"report: not made by this job; python jobs/report.py {place} shows what there is")
 
     def current_version(self) -> str:
         """Return the posterior version that a follow-on job works on.
@@ -127,7 +132,8 @@ class FitStages:
             "halved_from": None if config.batch_size == self.given.batch_size else self.given.batch_size,
         }
         self.plan, self._continued = opening.begin(resolved, config, self.store, self.device_type, self.say, **how)
-        self.session.expected = expected_bytes(self.plan.spec, len(self.plan.groups), resolved.model_bytes)
+        held = resolved.model_bytes + batch_bytes(config, resolved, self.device_type)
+        self.session.expected = expected_bytes(self.plan.spec, len(self.plan.groups), held)
         self.window = Window(self.store, self.plan)
         self.say(f"{'continuing' if self._continued else 'starting'} the run at {self.store.url}")
         self.say(f"estimator: {resolved.cost}")

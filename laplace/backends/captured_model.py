@@ -59,13 +59,34 @@ class CapturedModel:
         self.subnetwork_indices = subnetwork_indices
         self.dict_key_x = dict_key_x
         self.dict_key_y = dict_key_y
-        self.spec: SumsSpec | None = None
+        self._spec: SumsSpec | None = None
+        self._known: list[tuple[str, str | None]] | None = None  # sources of which the two below are
         self._unproven = Unproven()
         self._proven: Proven = {}
         self._sizes: tuple[SumsSpec | None, dict[Any, tuple[int, int]]] = (
             None,
             {},
         )  # of examples, by the shapes of inputs
+
+    @property
+    def spec(self) -> SumsSpec | None:
+        """Names and shapes of the sums, and where every parameter's curvature comes from; None before :meth:`initialize`.
+
+        Of another one than :meth:`initialize` found here, as a stored posterior has it, no batch has shown anything yet.
+        """
+        return self._spec
+
+    @spec.setter
+    def spec(self, value: SumsSpec | None) -> None:
+        self._spec = value
+        if value is None or _sources(value) == self._known:
+            return
+        modules = [name for name, _ in self._whole_model.named_modules()]
+        layers = [] if self.last_layer else [layer or row_key(name) for name, layer in _sources(value)]
+        self._learn(value, Unproven(modules, layers))
+
+    def _learn(self, spec: SumsSpec, unproven: Unproven) -> None:
+        self._spec, self._known, self._unproven, self._proven = spec, _sources(spec), unproven, {}
 
     @property
     def likelihood_object(self) -> BaseLikelihood:
@@ -141,9 +162,8 @@ class CapturedModel:
         self.likelihood_object.warn_of_outputs(f)
         n_outputs = self.likelihood_object.count_outputs(f)
         bare = next(self._whole_model.children(), None) is None
-        self.spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs, kept, bare)
-        self._unproven = Unproven(modules, dead)
-        self._proven = {}
+        spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs, kept, bare)
+        self._learn(spec, Unproven(modules, dead))
         warn_of_diagonal_blocks(self.spec, self._whole_model)
         return self.spec
 
@@ -256,3 +276,8 @@ class CapturedModel:
         """Number of outputs of an example, over all its positions."""
         with eval_mode(self.model), torch.no_grad():
             return run(self.model, part_of(x, slice(0, 2)), "this batch")[0].numel()
+
+
+def _sources(spec: SumsSpec) -> list[tuple[str, str | None]]:
+    """Parameters, and the layers that their curvature comes from."""
+    return [(block.parameter, block.layer) for block in spec.blocks]

@@ -65,8 +65,8 @@ class Unproven:
             for handle in handles:
                 handle.remove()
         if self._found:
-            self.modules -= self._found.keys()
             _ask(model, x, self._found.values())
+            self.modules -= self._found.keys()
 
     def look_at_gradients(self, model: nn.Module, x: Any, gradients: dict[str, Tensor]) -> None:
         """Ask a batch in which one of the layers has a gradient.
@@ -87,9 +87,9 @@ class Unproven:
             if len(alive):
                 rows[layer] = int(alive[0])
         if rows:
-            self.layers -= rows.keys()
             with eval_mode(model):
                 _ask(model, x, rows.values())
+            self.layers -= rows.keys()
 
 
 def _ask(model: nn.Module, x: Any, rows: Iterable[int]) -> None:

@@ -24,6 +24,7 @@ class ParametricLaplace(SummedLaplace):
         H: Curvature of the summed loss in the structure's own form; zero before ``fit``, None while a last layer is not known.
         loss: Summed loss at the MAP.
         n_data: Number of examples that were added up.
+        input_ndim: Number of dimensions of a batch of inputs, if these are tensors and it is known; predictions refuse another.
         sums: The raw sums behind ``H``; what a further ``fit(override=False)`` adds to.
     """
 

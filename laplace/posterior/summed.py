@@ -36,7 +36,7 @@ class SummedLaplace(BaseLaplace):
         self.sums: CurvatureSums | None = None
         self._spec: SumsSpec | None = None
         self._fingerprint: weights.Fingerprint | None = None
-        self._input_ndim: int | None = None
+        self.input_ndim: int | None = None
         super().__init__(**kwargs)
 
     def _check_likelihood(self, value: BaseLikelihood) -> None:
@@ -83,13 +83,13 @@ class SummedLaplace(BaseLaplace):
                 f"requires_grad of {sorted(changed)} has changed since this {type(self).__name__} was made. Set it first, then "
                 "make the posterior."
             )
-        self._input_ndim = x.ndim if isinstance(x, Tensor) else None
+        self.input_ndim = x.ndim if isinstance(x, Tensor) else None
 
     def _check_inputs(self, x: Any) -> None:
         """Refuse inputs of a prediction that are no batch, or not like those of the fit."""
         law = self.likelihood_object
         same = law.fitted is law  # rewards are fitted on pairs, and predicted for single items
-        check_inputs(x, "this prediction", self._input_ndim if same else None)
+        check_inputs(x, "this prediction", self.input_ndim if same else None)
         check_type(self.model, x, "this prediction")
 
     def sums_spec(self) -> SumsSpec:

@@ -178,13 +178,13 @@ def loaded_bytes(plan: Plan) -> int:
 def expected_bytes(spec: Mapping[str, Any], groups: int, model_bytes: int) -> int:
     """Return what a worker is expected to take at least, before any is started: its libraries, the model, and its sums.
 
-    Sums that are committed while the next ones are computed are there twice. What a batch and the data set take is not known
-    before a trial, and not counted.
+    Sums that are committed while the next ones are computed are there twice. What the data set takes is not known before a
+    trial, and not counted.
 
     Args:
         spec: Specification of the sums, as plain values.
         groups: Number of module groups.
-        model_bytes: Of the model's parameters and buffers.
+        model_bytes: Of the model's parameters and buffers, and what a batch keeps where that is known.
     """
     sums = max(group.nbytes for group in plan_groups(spec, groups))
     return PROCESS_BYTES + RAY_BYTES + model_bytes + sums * (2 if sums <= BESIDE else 1)

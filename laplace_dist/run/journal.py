@@ -74,6 +74,11 @@ class Journal:
         return StageRecord(self, self._values["stages"][-1])
 
     @property
+    def has_begun(self) -> bool:
+        """Whether there was a stage, so that there is something to show."""
+        return "plan" in self._values
+
+    @property
     def seconds(self) -> float:
         """Seconds since the job began."""
         return self._clock() - self._begun
@@ -96,7 +101,7 @@ class Journal:
         Args:
             state: What it says of the job.
         """
-        if "plan" not in self._values:
+        if not self.has_begun:
             return
         self._values["state"] = state
         self._shown = self._clock()
@@ -112,7 +117,7 @@ class Journal:
         Args:
             error: What ended it, or None.
         """
-        if "plan" not in self._values:
+        if not self.has_begun:
             return
         ended = "failed" if isinstance(error, Exception) else "interrupted"
         self._values["why"] = str(error).splitlines()[0][:500] if isinstance(error, Exception) and str(error) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ from laplace_dist.run.law import check_law
 from laplace_dist.run.layout import CONFIG, CURRENT, PLAN, TRAINING, WINDOW, partial_key, probe_key
 from laplace_dist.run.ownership import confirm, of_another, of_the_plan, read_plan
 from laplace_dist.run.partial_manifests import check_manifest
-from laplace_dist.run.place import check_place, clear
+from laplace_dist.run.place import check_place, clear, refuse_needed
 from laplace_dist.run.probe import check_probe, open_probe, probe_digest
 from laplace_dist.run.run_weights import RunWeights, are_there
 from laplace_dist.run.second_pass import place_of_second, read_second_plan
@@ -26,10 +27,10 @@ from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
 
 
-def check_model(store: Store, plan: Plan, model: nn.Module, who: str) -> None:
+def check_model(store: Store, plan: Plan, model: nn.Module, who: str) -> Any:
     """Refuse a model whose outputs are not those of the run's, and a likelihood that makes something else of them.
 
-    A run without a probe cannot tell.
+    Returns the inputs that it was asked with. A run without a probe cannot tell, and gives None.
 
     Args:
         store: The checkpoint.
@@ -41,16 +42,18 @@ def check_model(store: Store, plan: Plan, model: nn.Module, who: str) -> None:
         SettingsError: It is another model.
         CheckpointError: The probe is missing, truncated or altered.
     """
-    if plan.probe is not None:
-        key = probe_key(plan.probe)
-        content, label = store.read(key), f"{store.url}/{key}"
-        check_probe(content, plan.probe, model, label, who)
-        _, outputs, law = open_probe(content, plan.probe, label)
-        if law:  # older runs have none
-            with of_the_plan():
-                name, estimator = plan.settings["likelihood"], plan.settings["estimator"]
-                likelihood = likelihood_of(name).fitted
-            check_law(law, outputs, likelihood, name, estimator, who)
+    if plan.probe is None:
+        return None
+    key = probe_key(plan.probe)
+    content, label = store.read(key), f"{store.url}/{key}"
+    check_probe(content, plan.probe, model, label, who)
+    inputs, outputs, law = open_probe(content, plan.probe, label)
+    if law:  # older runs have none
+        with of_the_plan():
+            name, estimator = plan.settings["likelihood"], plan.settings["estimator"]
+            likelihood = likelihood_of(name).fitted
+        check_law(law, outputs, likelihood, name, estimator, who)
+    return inputs
 
 
 def open_run(
@@ -62,6 +65,7 @@ def open_run(
     probe: Callable[[], bytes | None],
     config_yaml: str,
     fresh: bool = False,
+    needed: Mapping[str, str | None] = MappingProxyType({}),
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Plan, bool]:
     """Start a run, or continue the one that is there if it has the same plan.
@@ -74,6 +78,7 @@ def open_run(
         probe: Returns the model's probe, or None where its inputs cannot be stored; called for a new run.
         config_yaml: Snapshot of the settings, without secrets.
         fresh: Delete an existing run first.
+        needed: What must not be deleted with it: paths and URLs by the names of their flags.
         say: Where lines for people go.
 
     Returns:
@@ -89,6 +94,7 @@ def open_run(
         weights.refuse_others(store)
     store.check_writable()
     if fresh and here:
+        refuse_needed(store, needed)
         clear(store, say)
     created = _create_plan(store, plan, probe()) if fresh or not here else None
     if created is None:

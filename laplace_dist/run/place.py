@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from laplace_dist.errors import CheckpointError, SettingsError, StorageError, listed
@@ -58,6 +60,40 @@ def _left_over(store: Store, name: str) -> bool:
         return is_own(name, store.read)
     keys = store.list(name.rstrip("/")) if name in FOLDERS else []
     return bool(keys) and all(is_own(key, store.read) for key in keys)
+
+
+def refuse_needed(store: Store, needed: Mapping[str, str | None]) -> None:
+    """Refuse to delete a run of which something is what the command was given.
+
+    Args:
+        store: The checkpoint.
+        needed: Paths and URLs of files and folders by the names of their flags.
+
+    Raises:
+        SettingsError: Naming the first that would be deleted.
+    """
+    inside = {flag: _within(store.url, place) for flag, place in needed.items() if place is not None}
+    mine = [key for key in store.list() if owned(key)] if any(key is not None for key in inside.values()) else []
+    for flag, name in inside.items():
+        if name is not None and any(not name or key == name or key.startswith(f"{name}/") for key in mine):
+            raise SettingsError(
+                f"{flag}: got {needed[flag]!r}, which would be deleted with the run at {store.url!r} that is to begin anew "
+                "(--fresh). Copy it to another place and name that, or give another --checkpoint. Nothing was deleted"
+            )
+
+
+def _within(url: str, place: str) -> str | None:
+    """Return where under a checkpoint's URL a place lies, "" if it is the checkpoint itself; None where it lies elsewhere."""
+    own, other = _resolved(url), _resolved(place)
+    if own == other:
+        return ""
+    return other.removeprefix(f"{own}/") if other.startswith(f"{own}/") else None
+
+
+def _resolved(place: str) -> str:
+    """Return the one name of a place: of a local one without links."""
+    path = re.sub(r"^(file|local)://", "", place)
+    return place.rstrip("/") if "://" in path else os.path.realpath(os.path.expanduser(path))
 
 
 def clear(store: Store, say: Callable[[str], None] = lambda text: None) -> None:

@@ -71,13 +71,14 @@ def load_posterior(
             f"the model that {plan.model['path']} builds with the arguments {plan.model['args']}."
         )
     model = adapted(model, plan.settings.get("dict_key_y", "labels"))
-    check_model(store, plan, model, "the given model")
+    inputs = check_model(store, plan, model, "the given model")
     current = read_current(store)
     name = version or current["version"]
     try:
         la = build(store, plan, model, name)
     except MissingObjectError as error:
         raise gone(store, name) or error from error
+    la.input_ndim = inputs.ndim if isinstance(inputs, torch.Tensor) else None
     if tuned and name == current["version"] and current["tuning"] is not None:
         apply_tuning(store, la, current["tuning"])
     return la

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from laplace.structures.registry import SECOND_PASSES
 from laplace_dist.config.compatibility import check_example_weights
+from laplace_dist.config.import_path import IMPORT_PATH
 from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.config.settings import Config
 from laplace_dist.data import loader, sources
@@ -83,6 +84,7 @@ def begin(
         probe=lambda: _probe(resolved, config, say),
         config_yaml=snapshot,
         fresh=config.fresh,
+        needed={"--weights": config.weights, "--data": None if IMPORT_PATH.fullmatch(config.data) else config.data},
         say=say,
     )
 

@@ -47,10 +47,21 @@ def open_url(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         raise SettingsError(f"--checkpoint {url!r}: cannot be opened ({reason})") from None
     _check_creates(fs, url)
     if isinstance(fs, LocalFileSystem):
+        _check_heeded(url, options)
         return fs, os.path.realpath(root)  # a//b, ./a and a/../b as the operating system takes them
     if hasattr(fs, "retries"):
         fs.retries = 1  # s3fs would multiply botocore's tries with its own
     return Patient(fs, lambda text: scrub(text, options)), root.rstrip("/")
+
+
+def _check_heeded(url: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that a local file system passes over, without their values."""
+    heeded = inspect.signature(LocalFileSystem.__init__).parameters
+    if idle := [str(name) for name in options if name not in heeded]:
+        raise SettingsError(
+            f"--storage-options: given ({', '.join(idle)}), but --checkpoint is {url!r}, a local place, which takes none of "
+            "them; leave them out, or give a URL"
+        )
 
 
 def create(fs: Patient, path: str, data: bytes) -> bool:

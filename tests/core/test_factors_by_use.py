@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from laplace import Laplace
 
 from . import naive
-from .test_uses import Function, N, P, copied, factors, flat, same_factors, targets
+from .test_factors_of_twins import copied, factors, same_factors
+from .test_uses import Function, N, P, flat, targets
 
 CONVOLUTIONS = {
     "1d": (nn.Conv1d(2, 3, 3, stride=2, padding=1), F.conv1d, (2, 5)),

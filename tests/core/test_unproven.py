@@ -76,8 +76,53 @@ def test_batches_that_are_all_dead_are_fitted_and_one_alive_in_a_prediction_is_r
     model, small, large = made(name)
     la = fit(model, [small, small], "diag")
     la(small)
-    with pytest.raises(ValueError, match=REFUSAL):
-        la(large)
+    for _ in range(2):  # a refusal proves nothing
+        with pytest.raises(ValueError, match=REFUSAL):
+            la(large)
+
+
+@pytest.mark.parametrize("backend", ["NativeGGN", "CurvlinopsGGN"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_loaded_state_refuses_what_the_fitted_posterior_does(name, backend):
+    model, small, large = made(name)
+    la, loaded = (
+        Laplace(model, "regression", "all", "diag", backend=getattr(curvature, backend)) for _ in ("fit", "load")
+    )
+    la.fit([(small, torch.zeros(len(small), 2, dtype=torch.float64))])
+    loaded.load_state_dict(la.state_dict())
+    assert torch.equal(loaded(small)[1], la(small)[1])
+    for posterior in (la, loaded):
+        with pytest.raises(ValueError, match=REFUSAL):
+            posterior(large)
+
+
+def test_sums_of_the_sources_that_a_fit_found_prove_nothing_anew(monkeypatch):
+    """Those of another specification do: what is known of one is not known of the other."""
+    torch.manual_seed(4)
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double().eval(), torch.randn(4, 3).double()
+    la = fit(model, [x], "diag")
+    asked = []
+    monkeypatch.setattr(unproven, "check_function", lambda *args: asked.append(soundness.check_function(*args)))
+    la.load_state_dict(la.state_dict())
+    la(x)
+    assert not asked
+    fresh = Laplace(model, "regression", "all", "diag")
+    fresh.load_state_dict(la.state_dict())
+    for _ in range(3):
+        fresh(x)
+    assert len(asked) == 2  # its modules, and its gradients
+
+
+def test_a_loaded_state_knows_how_many_dimensions_inputs_have():
+    """Of steps of a sequence, one example by itself looks like a batch of steps."""
+    torch.manual_seed(4)
+    model, x = nn.Linear(3, 2).double().eval(), torch.randn(4, 5, 3).double()
+    la, loaded = (Laplace(model, "regression", "all", "diag") for _ in ("fit", "load"))
+    la.fit([(x, torch.zeros(4, 5, 2, dtype=torch.float64))])
+    loaded.load_state_dict(la.state_dict())
+    for posterior in (la, loaded):
+        with pytest.raises(ValueError, match="the batch dimension is missing"):
+            posterior(x[0])
 
 
 @pytest.mark.parametrize("row", [0, 9, 11])
@@ -94,6 +139,19 @@ def test_one_example_that_is_alive_is_found_wherever_it_is(name, row):
 def words(m, x):
     h = m.table(x).mean(1)
     return m.head(over_the_batch(h))
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_a_loaded_state_that_one_example_of_words_proved_nothing_of(subset):
+    torch.manual_seed(2)
+    model = Function(words, table=nn.Embedding(9, 3), head=nn.Linear(3, 2)).double().eval()
+    x = torch.randint(9, (5, 4))
+    la, loaded = (Laplace(model, "regression", subset, "diag") for _ in ("fit", "load"))
+    la.fit([(x[:1], torch.zeros(1, 2, dtype=torch.float64))])
+    loaded.load_state_dict(la.state_dict())
+    for posterior in (la, loaded):
+        with pytest.raises(ValueError, match=REFUSAL):
+            posterior(x)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

@@ -78,6 +78,19 @@ def tiny_data(split: str, name: str) -> TensorDataset:
     return TensorDataset(x, y + 0.1 * torch.randn(y.shape, generator=generator, dtype=torch.float64))
 
 
+class Coupled(nn.Module):
+    """Examples attend to one another where inputs are large, which those of `blobs` are not."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.inner, self.head = nn.Linear(36, 3), nn.Linear(36, 3)
+
+    def forward(self, x):
+        h = (self.inner(x.flatten(1)) - 100).relu()
+        return self.head(x.flatten(1)) + (h @ h.T).softmax(-1) @ h
+
+
 def train_only(split: str) -> TensorDataset:
     if split != "train":
         raise ValueError(f"there is no split {split!r}")

@@ -33,6 +33,16 @@ def test_a_whole_job_runs_in_this_process_by_flag_and_by_argument(tmp_path, caps
     assert current[0] == current[1] and result.version in current[0].decode()
 
 
+def test_a_loaded_posterior_refuses_what_one_fitted_here_would(tmp_path):
+    dist_cases.run_inline(dist_cases.config(tmp_path, model="dist_cases:Coupled", hessian_structure="diag"))
+    la, (x, _) = laplace_dist.load_posterior(str(tmp_path), dist_cases.Coupled().eval()), dist_cases.tensors("test")
+    assert la(x).shape == (20, 3)
+    with pytest.raises(ValueError, match="the output of an example depends on the others of its batch"):
+        la(1000 * x)
+    with pytest.raises(ValueError, match="the batch dimension is missing"):
+        la(x[0])
+
+
 ENTRIES = {
     "fit": laplace_dist.fit,
     "tune": tune_posterior,

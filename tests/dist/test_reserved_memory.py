@@ -7,13 +7,17 @@ from collections import Counter
 
 import dist_cases
 import pytest
+import torch
+from torch import nn
 
 import laplace_dist
+from laplace.capture.saved import saved_bytes
 from laplace_dist.execution.inline import Inline
 from laplace_dist.execution.ray_cluster import Cluster
 from laplace_dist.execution.scaling import Node, Placement
 from laplace_dist.execution.timeouts import Limit
 from laplace_dist.plan.estimate import BESIDE, PROCESS_BYTES, RAY_BYTES, expected_bytes
+from laplace_dist.stages import batch_memory, resolving
 
 GB = 10**9
 
@@ -123,6 +127,45 @@ def test_what_no_node_has_is_not_reserved_and_a_line_says_so(joined):
     assert "memory" not in connection.pool("cpu")._options and told.lines == [told.lines[0]]
 
 
+CONVNET = 4 * (
+    36 + 3 * 36 + 27
+)  # of an example: inputs of the convolution, what tanh gives, inputs of the linear layer
+MLP = 8 * (3 + 4)  # inputs, and what tanh gives, which are the last layer's inputs
+
+
+class Encoded(nn.Module):
+    """Adds what does not grow with the batch, and what two layers share."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        self.register_buffer("table", torch.randn(1000, 3))
+
+    def forward(self, x):
+        return self.layers(x) * (self.table @ torch.ones(3, 2).double()).exp().mean(0)
+
+
+def test_what_autograd_keeps_of_an_example_is_counted_once_and_without_the_model():
+    model, x = Encoded().double().eval(), torch.randn(6, 3).double()
+    kept = [saved_bytes(model, x[:count].clone()) for count in (1, 2, 6)]
+    assert kept[1] - kept[0] == MLP and kept[2] - kept[1] == 4 * MLP
+    frozen = model.requires_grad_(False)
+    assert saved_bytes(frozen, x) == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"subset_of_weights": "last_layer"}, {"backend": "curvlinops"}, {"precision": "bf16"}, {"batch_size": 1000}],
+    ids=str,
+)
+def test_a_batch_is_counted_where_it_is_whole_in_memory(tmp_path, changes):
+    chosen = dist_cases.config(tmp_path, **changes)
+    resolved = resolving.resolve(chosen)
+    counted = batch_memory.batch_bytes(chosen, resolved, "cpu")
+    assert counted == (dist_cases.N * CONVNET if "batch_size" in changes else 0)
+    assert batch_memory.batch_bytes(chosen, resolved, "cuda") == 0
+
+
 def test_a_fit_tells_its_executor_what_a_worker_takes(tmp_path):
     asked = []
 
@@ -133,4 +176,5 @@ def test_a_fit_tells_its_executor_what_a_worker_takes(tmp_path):
 
     laplace_dist.fit(dist_cases.config(tmp_path), executor=Asked)
     sums = 8 * (9**2 + 3**2 + 27**2 + 3**2)
-    assert asked == [PROCESS_BYTES + RAY_BYTES + 4 * 114 + 2 * sums]
+    batch = 4 * CONVNET
+    assert asked == [PROCESS_BYTES + RAY_BYTES + 4 * 114 + 2 * sums + batch]

@@ -266,14 +266,15 @@ def test_no_planted_secret_is_written_or_shown(cluster, tmp_path, monkeypatch, c
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRETS["secret"])
     monkeypatch.setenv("AWS_SESSION_TOKEN", SECRETS["token"])
     url = tmp_path / "run"
-    config = dist_cases.config(url, storage_options=SECRETS, num_workers=1, **SMALL)
+    options = {"auto_mkdir": SECRETS}  # which a local file system takes, for true
+    config = dist_cases.config(url, storage_options=options, num_workers=1, **SMALL)
     fit(config)
-    report = laplace_dist.verify(str(url), SECRETS)
+    report = laplace_dist.verify(str(url), options)
     assert report.ok
-    state = laplace_dist.status(str(url), SECRETS)
+    state = laplace_dist.status(str(url), options)
     with pytest.raises(SettingsError) as caught:
         fit(config.model_copy(update={"estimator": "ef"}))
-    store = Checkpoint(str(url), SECRETS)
+    store = Checkpoint(str(url), options)
     (url / "partials" / "000000.json").write_bytes(b"{")
     with pytest.raises(CheckpointError) as broken:
         fit(config)

@@ -10,14 +10,20 @@ import torch
 import zarr
 from fsspec.implementations.memory import MemoryFileSystem
 
-from laplace_dist import cli
+from laplace_dist import cli, cli_readers, cli_training
 from laplace_dist.config.settings import Config
 from laplace_dist.data.loader import batches
 from laplace_dist.data.sources import hint, load_split, weights_options
 from laplace_dist.errors import ExampleError, SettingsError
 from laplace_dist.run.weights import load_model
+from laplace_dist.storage.store import Store
 
 PASSWORDS = {"checkpoint": "planted-checkpoint", "data": "planted-data", "weights": "planted-weights"}
+TAKEN = {
+    "checkpoint": "auto_mkdir",
+    "data": "password",
+    "weights": "password",
+}  # what a local file system takes: no password
 FLAGS = {"checkpoint": "storage_options", "data": "data_storage_options", "weights": "weights_storage_options"}
 
 
@@ -30,7 +36,7 @@ class _Guarded(MemoryFileSystem):
 
     def __init__(self, password: str = "", **others):
         super().__init__()
-        type(self).offered.add(password)
+        type(self).offered |= {password, others.get("auto_mkdir", password)}
         self.right = password == PASSWORDS[self.owner]
 
     def check(self, path):
@@ -68,7 +74,7 @@ def hosts(tmp_path):
 
 
 def config(tmp_path, *given: str) -> Config:
-    options = {FLAGS[name]: {"password": PASSWORDS[name]} for name in given}
+    options = {FLAGS[name]: {TAKEN[name]: PASSWORDS[name]} for name in given}
     return dist_cases.config(tmp_path / "run", data="datahost://set", weights="weightshost://w.pt", **options)
 
 
@@ -136,6 +142,30 @@ def test_options_for_what_is_no_url_are_refused_and_not_repeated(tmp_path, capsy
     said = capsys.readouterr().err
     assert f"--{name}-storage-options: given, but --{name} is " in said and "is no URL" in said
     assert secret not in said and not (tmp_path / "run").exists()
+
+
+JOBS = {
+    "fit": lambda argv: cli.main("fit", [*argv, "--model=dist_cases:convnet", "--data=dist_cases:blobs"]),
+    "tune": lambda argv: cli.main("tune", argv),
+    "train": lambda argv: cli_training.marglik_main([*argv, "--model=dist_cases:convnet", "--data=dist_cases:blobs"]),
+    "verify": cli.verify_main,
+    "status": cli_readers.status_main,
+}
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+@pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
+def test_options_for_a_local_checkpoint_are_refused_by_every_job_and_not_repeated(tmp_path, capsys, job, scheme):
+    url, secret = f"{scheme}{tmp_path / 'run'}", PASSWORDS["checkpoint"]
+    assert job([f"--checkpoint={url}", f'--storage-options={{"password": "{secret}"}}']) == 2
+    said = capsys.readouterr().err
+    assert f"--storage-options: given (password), but --checkpoint is '{url}', a local place" in said
+    assert secret not in said and not (tmp_path / "run").exists()
+
+
+def test_options_that_a_local_file_system_takes_stay(tmp_path):
+    store = Store(str(tmp_path / "run"), {"auto_mkdir": True})
+    assert store.create("one", b"1") and store.read("one") == b"1"
 
 
 def test_errors_of_a_host_do_not_repeat_its_options(tmp_path, hosts, monkeypatch):

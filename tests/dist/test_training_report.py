@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import signal
 from functools import partial
 from pathlib import Path
 
 import browser
+import dist_cases
 import pytest
 import torch
 from report_cases import HTML
@@ -17,7 +19,8 @@ from training_cases import config, drawn, settings, small
 
 import laplace_dist
 from laplace_dist import cli_readers, cli_training, load_trained
-from laplace_dist.errors import SettingsError
+from laplace_dist.errors import Interrupted, RunFailed, SettingsError
+from laplace_dist.execution import signals
 from laplace_dist.execution.inline import Inline, InlinePool
 from laplace_dist.marglik import marglik_train
 from laplace_dist.report.html import task
@@ -148,6 +151,45 @@ def test_what_a_training_has_not_come_to_is_said(tmp_path):
     assert found["training"]["epochs"][0]["sigma_noise"] is None and "observation noise" not in text
     shutil.rmtree(tmp_path / "run" / "training")
     assert "No epoch is committed yet" in page(facts(store))
+
+
+def diverging(place):
+    marglik_train(small(place), settings(optimizer="sgd", optimizer_args={"lr": 1e200}), Inline)
+
+
+def interrupted(place):
+    marglik_train(small(place), settings(n_epochs=1), Inline)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InlinePool, "submit", lambda *_: signal.raise_signal(signal.SIGTERM))
+        with signals.heeded():
+            marglik_train(small(place), settings(n_epochs=2), Inline)
+
+
+def without_evidence(place):
+    marglik_train(small(place), settings(lr_hyp=1e6, n_hypersteps=50), Inline)
+
+
+def fit(place):
+    nan = {"data": "dist_cases:with_nan", "data_args": {"at": 21}}
+    laplace_dist.fit(dist_cases.config(place, **nan), executor=Inline)
+
+
+@pytest.mark.parametrize("job", [diverging, interrupted, without_evidence, fit])
+def test_a_job_that_failed_says_how_its_report_is_made_and_it_is(job, tmp_path, caplog):
+    with caplog.at_level("INFO", "laplace_dist"), pytest.raises((RunFailed, Interrupted)) as failed:
+        job(tmp_path / "run")
+    (said,) = [line for line in caplog.messages if line.startswith("report:")]
+    words = shlex.split(said.partition("; ")[2])
+    assert words[:2] == ["python", "jobs/report.py"] and cli_readers.report_main([words[2]]) == 0
+    ended = [(found["state"], found["why"]) for found in numbers(tmp_path / "run")["running"]["jobs"]]
+    why = str(failed.value).splitlines()[0][:500]
+    assert (("interrupted", None) if job is interrupted else ("failed", why)) in ended
+
+
+def test_a_job_that_was_refused_before_it_began_says_nothing_of_a_report(tmp_path, caplog):
+    with caplog.at_level("INFO", "laplace_dist"), pytest.raises(SettingsError):
+        marglik_train(small(tmp_path / "run", data="training_cases:none"), settings(), Inline)
+    assert "report" not in caplog.text
 
 
 def test_an_epoch_of_before_priors_were_kept_is_shown_without_them(whole):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dist_cases
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from laplace.likelihoods import GaussianPerOutput
+from laplace_dist import load_posterior
 from laplace_dist.config.settings import Config
+from laplace_dist.run import tunings
+from laplace_dist.run.checkpoint import Checkpoint
 
 FEATURES, SIZES = 5, {"train": 40, "val": 300, "test": 100}
 
@@ -138,3 +142,22 @@ def outliers(split: str) -> TensorDataset:
     x[::50] *= 4.0
     wrong[::50] = True
     return TensorDataset(x, torch.where(wrong, 1 - label, label))
+
+
+def tuned(chosen, **job):
+    """Carry out fit and tuning; returns the key, the manifest, and what was said."""
+    said = []
+    with dist_cases.inline_job(chosen) as work:
+        work.say = said.append
+        work.open()
+        work.map()
+        key = work.tune(work.reduce())
+    return key, tunings.read_tuning(Checkpoint(chosen.checkpoint), key)[0], "\n".join(said)
+
+
+def posterior(chosen, model):
+    return load_posterior(chosen.checkpoint, model)
+
+
+def log_losses(la, x, y):
+    return -la(x, log_probs=True).gather(1, y[:, None])[:, 0]
