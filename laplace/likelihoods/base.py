@@ -245,4 +245,4 @@ class BaseLikelihood(Predictive):
     def _uniform(self, f: Tensor, num_samples: int, seed: int, offset: int) -> tuple[Tensor, ...]:
         examples = torch.arange(offset, offset + len(f), device=f.device)
         numbers = noise.uniform(seed, examples, num_samples * f[0].numel())
-        return numbers.reshape(len(f), num_samples, *f.shape[1:]).unbind(1)
+        return numbers.reshape(len(f), *f.shape[1:-1], num_samples, f.shape[-1]).unbind(-2)  # padding comes last

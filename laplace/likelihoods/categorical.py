@@ -150,7 +150,7 @@ class Categorical(ClassProbabilities):
         examples = torch.arange(offset, offset + len(f), device=f.device)
         draws = noise.uniform(seed, examples, num_samples * f[0, ..., 0].numel())
         probabilities, cumulative = f.softmax(-1), f.double().softmax(-1).cumsum(-1)
-        for u in draws.reshape(len(f), num_samples, *f.shape[1:-1]).unbind(1):
+        for u in draws.reshape(len(f), *f.shape[1:-1], num_samples).unbind(-1):  # padding comes last
             label = _label(cumulative, u)
             yield (probabilities - one_at(label, f)) * num_samples**-0.5
 

@@ -58,13 +58,17 @@ def check_model(
     model = adapted(model, "labels")
     x = to_device(inputs, next(model.parameters()).device)
     la = Laplace(model, likelihood, subset_of_weights, "kron")
-    f = None
     try:
         with torch.no_grad(), eval_mode(model):
             f = model(x)
+    except Exception as error:  # the user's own code
+        return ModelReport(None, refused=f"its forward fails on these inputs ({type(error).__name__}: {error})")
+    if not isinstance(f, torch.Tensor):
+        return ModelReport(None, refused=f"it returns a {type(f).__name__} without logits; expected one tensor")
+    try:
         la.initialize(x)
     except (ValueError, RuntimeError, TypeError) as error:
-        return ModelReport(tuple(f.shape) if isinstance(f, torch.Tensor) else None, refused=str(error))
+        return ModelReport(tuple(f.shape), refused=str(error))
     return ModelReport(tuple(f.shape), list(la.coverage), None, _changes(model, x, f))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from laplace import likelihoods
 from laplace.likelihoods import likelihood_of
 from laplace.noise import normal, uniform
 from laplace.utils.enums import Likelihood
@@ -152,3 +153,12 @@ def test_sampled_regression_gradients_are_standard_normal():
 def test_large_indices_do_not_collide():
     far = uniform(0, torch.arange(10) + 10**12, DRAWS)
     assert torch.cat([far, draws(0, 10)]).unique().numel() == 20 * DRAWS
+
+
+@pytest.mark.parametrize("name", ["Categorical", "Bernoulli"])
+def test_positions_that_are_padded_behind_change_no_draw_of_those_before(name):
+    likelihood = getattr(likelihoods, name)()
+    f = torch.randn(3, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    few, more = (list(likelihood.sampled_gradients(g, None, 3, 1, 7)) for g in (f[:, :4], f))
+    assert len(few) == 3 and not torch.equal(few[0], few[1])
+    assert all(torch.equal(one, other[:, :4]) for one, other in zip(few, more, strict=True))

@@ -57,9 +57,21 @@ def test_what_has_no_factors_is_named_with_its_reason():
     }
 
 
+class Asking(Noisy):
+    def forward(self, x):
+        return self.linear(x.nothing)
+
+
+class Twice(Noisy):
+    def forward(self, x):
+        return self.linear(x), x
+
+
 @pytest.mark.parametrize(
     ("model", "says"),
     [
+        (Asking, "its forward fails on these inputs (AttributeError: 'Tensor' object has no attribute 'nothing')"),
+        (Twice, "it returns a tuple without logits"),
         (Noisy, "two outputs for one input"),
         (Coupled, "depends on the others of its batch"),
         (lambda: nn.Linear(5, 3), "mat1 and mat2"),
