@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 
+from laplace_dist.config.absolute import absolute
 from laplace_dist.config.settings import HF, Config
 from laplace_dist.run import layout
 from laplace_dist.run.pretrained import AUTO_CLASSES
 
 
 def loading_lines(config: Config, checkpoint: str) -> str:
-    """Return the Python lines that load the posterior of a run at `checkpoint`."""
+    """Return the Python lines that load the posterior of a run at `checkpoint`, from whatever folder."""
+    config = absolute(config)
     arguments = ", ".join(f"{name}={value!r}" for name, value in config.model_args.items())
     options = ", storage_options=storage_options" if "://" in checkpoint and config.storage_options else ""
     if config.model.startswith(HF):

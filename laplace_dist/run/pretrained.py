@@ -117,7 +117,21 @@ def _configuration(transformers: Any, config: Config, folder: Path) -> Any:
         raise SettingsError(f"--model-args: {listed(unused)} is no field of the configuration of {str(folder)!r}")
     if hasattr(found, "use_cache"):
         found.use_cache = False
+    _check_problem(config, found, folder)
     return found
+
+
+def _check_problem(config: Config, found: Any, folder: Path) -> None:
+    """Refuse the likelihood of single labels for a classifier that says that it was trained for another problem."""
+    problem = getattr(found, "problem_type", None)
+    other = {
+        "regression": "give --likelihood regression",
+        "multi_label_classification": "give --likelihood my_module:f, whose f returns laplace.likelihoods.Bernoulli()",
+    }.get(problem if config.task == "sequence-classification" else None)
+    if other is not None and config.likelihood == "classification":
+        raise SettingsError(
+            f"--likelihood: got 'classification', but the config.json of {str(folder)!r} says problem_type={problem!r}; {other}"
+        )
 
 
 def _check_complete(model: nn.Module, found: Mapping[str, Any], folder: Path) -> None:

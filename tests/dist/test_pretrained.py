@@ -125,6 +125,20 @@ def test_a_saved_language_model_is_fitted_with_the_next_words_as_labels(folders,
     assert ours.n_data == 10
 
 
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification", "single_label_classification"])
+def test_a_classifier_of_another_problem_is_no_softmax(tmp_path, problem):
+    model = bert()
+    model.config.problem_type = problem
+    model.save_pretrained(tmp_path / "saved")
+    chosen = config(tmp_path / "run", tmp_path / "saved")
+    if problem == "single_label_classification":
+        assert load_model(chosen) is not None
+        return
+    with pytest.raises(SettingsError, match=f"--likelihood: got 'classification'.*problem_type='{problem}'; give"):
+        load_model(chosen)
+    assert load_model(chosen.model_copy(update={"likelihood": "my_module:f"})) is not None
+
+
 def unshifted(split):
     """Labels as Hugging Face's collators make them: the words themselves, padding left out."""
     made = Texts(split, True)
