@@ -231,9 +231,8 @@ class MiniatureJob(Job):
         executor = SimpleNamespace(pool=lambda *_: pool(), close=lambda: None)
         self.session = Session(CONFIG, store, lambda config, say: executor, say)
         self.session.lease = Lease(store, clock)
-        self.journal = SimpleNamespace(
-            end=lambda error: None
-        )  # nothing depends on it, and its key is of the wall's clock
+        # nothing depends on it, and its key is of the wall's clock
+        self.journal = SimpleNamespace(end=lambda error: None, has_begun=False)
         self.kind, self.run_id, self.fresh = kind, run, fresh
         self._continued, self.__dict__["device_type"] = False, "cpu"
 

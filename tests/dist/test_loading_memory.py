@@ -53,6 +53,18 @@ def peak(url: str, environment: dict[str, str]) -> float:
     return float(done.stdout.split()[-1])
 
 
+def is_little_more(held: int, url: str, environment: dict[str, str]) -> bool:
+    """Whether one of a few loads has a peak of what is held, a tenth, and four chunks.
+
+    One in four has up to 24 MB more, as the threads that read and decode happen to meet; what is there twice is in all of them.
+    """
+    found = []
+    while len(found) < 4 and not any(one < 1.1 * held + 4 * CHUNK_BYTES for one in found):
+        found.append(peak(url, environment))
+    assert min(found) > held
+    return min(found) < 1.1 * held + 4 * CHUNK_BYTES
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
 def test_loading_holds_nothing_of_a_posterior_twice(tmp_path, environment):
     """Beside it there are four chunks of stored arrays at most: in hand, read, and being decoded, which is two."""
@@ -63,11 +75,9 @@ def test_loading_holds_nothing_of_a_posterior_twice(tmp_path, environment):
         job.map()
         version = job.reduce()
         store, plan = job.store, job.plan
-    bare = SUMS + FACTORS
-    assert bare < peak(url, environment) < 1.1 * bare + 4 * CHUNK_BYTES
+    assert is_little_more(SUMS + FACTORS, url, environment)
     for name in decompositions.missing(store, plan, version):  # whose values do not matter, and would take a minute
         width = plan.posterior_spec["factors"][name]["shape"][0]
         pair = torch.ones(width, dtype=torch.float64), torch.eye(width)
         decompositions.commit_decomposition(store, plan, version, name, pair, environment_of("cpu"))
-    whole = bare + VECTORS
-    assert whole < peak(url, environment) < 1.1 * whole + 4 * CHUNK_BYTES
+    assert is_little_more(SUMS + FACTORS + VECTORS, url, environment)
