@@ -35,7 +35,10 @@ from laplace_dist.stages.context import plain
 from laplace_dist.stages.smaller import as_halved, smaller
 from laplace_dist.storage.store import Store
 
-_LATER = ("parts", "windows", "posteriors", "passes", "tuning", "evaluation", "recalibration")  # than the first partial
+_LATER = (  # than the first partial
+    *(layout.PARTS, layout.WINDOWS, layout.POSTERIORS, layout.PASSES),
+    *(layout.TUNINGS, layout.EVALUATIONS, layout.RECALIBRATIONS),
+)
 
 
 @dataclass
@@ -179,7 +182,7 @@ class FitStages:
 
     def _begin_smaller(self, error: OutOfMemory) -> None:
         """Begin the run again with what takes less memory, if nothing of it is committed; else raise the error."""
-        first = self.window.store is self.store and not self.store.list("partials", recursive=False)
+        first = self.window.store is self.store and not self.store.list(layout.PARTIALS, recursive=False)
         first = first and not any(self.store.list(folder) for folder in _LATER)
         less = smaller(self.given, self.plan, error) if first else None
         if less is None:

@@ -14,7 +14,7 @@ from laplace_dist.errors import MissingObjectError
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import open_json
-from laplace_dist.run.layout import METRICS, attempt_prefix, evaluation_shard_key
+from laplace_dist.run.layout import EVALUATIONS, METRICS, attempt_prefix, evaluation_shard_key
 from laplace_dist.run.ownership import commit
 from laplace_dist.storage.store import Store
 
@@ -112,7 +112,7 @@ def is_watched(store: Store, key: str) -> bool:
 
 def committed_evaluations(store: Store) -> list[str]:
     """Return the keys of all evaluations of a run."""
-    there = store.list("evaluation", recursive=False)
+    there = store.list(EVALUATIONS, recursive=False)
     return [key for key in there if key.endswith(".json") and key != METRICS]
 
 
@@ -124,7 +124,7 @@ def shown(store: Store) -> str | None:
     except (MissingObjectError, ValueError, KeyError, TypeError, AttributeError):
         return None  # which a verification names
     for key in committed_evaluations(store):
-        if key.startswith(f"evaluation/{version}-"):
+        if key.startswith(f"{EVALUATIONS}/{version}-"):
             sealed = open_json(store.read(key), key)
             if sealed["metrics"] == found and sealed["settings"].get("tuning") == tuning:
                 return key

@@ -37,44 +37,31 @@ from laplace_dist.run.sum_schemas import (
 PLAN, WEIGHTS, CONFIG, CURRENT = "plan.json", "weights.safetensors", "config.yaml", "CURRENT.json"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"  # of a large model, in the place of the one file
 WEIGHTS_SHARD = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
-CLEARED = (
-    CURRENT,
-    "training/",
-    "recalibration/",
-    "evaluation/",
-    "tuning/",
-    "decompositions/",
-    "posteriors/",
-    "windows/",
-    "passes/",
-    "basis/",
-    "window.json",
-    "parts/",
-    "partials/",
-    "report.html",
-    "report/",
-    "coverage.tsv",
-    "status/",
-    "jobs/",
-)  # in the order in which a run is deleted
+# The folders of a checkpoint.
+PARTIALS, PARTS, POSTERIORS, DECOMPOSITIONS, BASIS = "partials", "parts", "posteriors", "decompositions", "basis"
+TUNINGS, EVALUATIONS, RECALIBRATIONS, REPORTS = "tuning", "evaluation", "recalibration", "report"
+WINDOWS = "windows"  # after the first
+PASSES = "passes"  # a window's second pass, which is laid out like a window too
+TRAINING = "training"  # what a training by empirical Bayes commits
+JOBS, STATUS = "jobs", "status"  # who is at work, and the records of jobs
 PROBE = re.compile(r"probe-[0-9a-f]{16}\.safetensors")
-METRICS = "evaluation/metrics.json"
+METRICS = f"{EVALUATIONS}/metrics.json"
 COVERAGE = "coverage.tsv"  # every parameter and what was decided for it
-STATUS = "status"  # the folder of the records of jobs
-REPORT, NUMBERS = "report.html", "report/numbers.json"  # the page, and the numbers in it
-RECALIBRATIONS = "recalibration"  # the folder of what recalibrations have found
-RECALIBRATION_LEASE = "recalibration/lease.json"
-DRIFT = "recalibration/drift.json"
+REPORT, NUMBERS = "report.html", f"{REPORTS}/numbers.json"  # the page, and the numbers in it
+RECALIBRATION_LEASE = f"{RECALIBRATIONS}/lease.json"
+DRIFT = f"{RECALIBRATIONS}/drift.json"
 LOSS = "loss"  # in 0.1 an array beside the factors
 WINDOW = "window.json"
 WINDOW_NAME = (
     r"[\w-][\w.-]*"  # of windows after the first, each of which lies in a folder of its own, laid out like the first
 )
-WINDOWS = "windows"
-PASSES = "passes"  # the folder of a window's second pass, which is laid out like a window too
 
-TRAINING = "training"  # the folder of what a training by empirical Bayes commits
 TRAINED = f"{TRAINING}/weights.safetensors"  # of its best posterior
+CLEARED = (
+    *(CURRENT, f"{TRAINING}/", f"{RECALIBRATIONS}/", f"{EVALUATIONS}/", f"{TUNINGS}/", f"{DECOMPOSITIONS}/"),
+    *(f"{POSTERIORS}/", f"{WINDOWS}/", f"{PASSES}/", f"{BASIS}/", WINDOW, f"{PARTS}/", f"{PARTIALS}/"),
+    *(REPORT, f"{REPORTS}/", COVERAGE, f"{STATUS}/", f"{JOBS}/"),
+)  # in the order in which a run is deleted
 # What is laid out like a checkpoint of its own: windows after the first, and the second pass of any window.
 WITHIN = re.compile(rf"((?:{WINDOWS}/[^/]+/)?{PASSES}/[^/]+|{WINDOWS}/(?:[^/]+)(?!/{PASSES}/))/")
 
@@ -91,22 +78,22 @@ def weights_shard_key(digest: str) -> str:
 
 def partial_key(unit_id: str) -> str:
     """Return the key of a partial's manifest: of a segment, or `<segment>-g<number>` of one module group of it."""
-    return f"partials/{unit_id}.json"
+    return f"{PARTIALS}/{unit_id}.json"
 
 
 def recalibration_key(window: str) -> str:
     """Return the key of what the recalibration with a window has found."""
-    return f"recalibration/{window}/decision.json"
+    return f"{RECALIBRATIONS}/{window}/decision.json"
 
 
 def part_key(part: str) -> str:
     """Return the key of the manifest of a part's sum."""
-    return f"parts/{part}.json"
+    return f"{PARTS}/{part}.json"
 
 
 def lease_key(job: str) -> str:
     """Return the key of the object that says that a job is at work."""
-    return f"jobs/{job}.json"
+    return f"{JOBS}/{job}.json"
 
 
 def status_key(job: str) -> str:
@@ -116,7 +103,7 @@ def status_key(job: str) -> str:
 
 def spectra_key(version: str) -> str:
     """Return the key of the spectra of a posterior version's factors, which a report shows."""
-    return f"report/spectra-{version}.json"
+    return f"{REPORTS}/spectra-{version}.json"
 
 
 def epoch_key(number: int) -> str:
@@ -131,22 +118,22 @@ def training_file_key(digest: str) -> str:
 
 def basis_key(name: str) -> str:
     """Return the key of the manifest of the basis that the second pass of this name is in."""
-    return f"basis/{name}.json"
+    return f"{BASIS}/{name}.json"
 
 
 def version_key(version: str) -> str:
     """Return the key of a posterior version's manifest."""
-    return f"posteriors/{version}.json"
+    return f"{POSTERIORS}/{version}.json"
 
 
 def decomposition_key(version: str, factor: str) -> str:
     """Return the key of the manifest of a factor's eigendecomposition; the factor is given by its number in the plan."""
-    return f"decompositions/{version}/{factor}.json"
+    return f"{DECOMPOSITIONS}/{version}/{factor}.json"
 
 
 def tuning_key(version: str, chosen: Mapping[str, Any]) -> str:
     """Return the key of the manifest of a tuning."""
-    return f"tuning/{version}-{digest(chosen)}.json"
+    return f"{TUNINGS}/{version}-{digest(chosen)}.json"
 
 
 def tuning_shard_key(key: str, shard: str) -> str:
@@ -156,7 +143,7 @@ def tuning_shard_key(key: str, shard: str) -> str:
 
 def evaluation_key(version: str, chosen: Mapping[str, Any]) -> str:
     """Return the key of the metrics of an evaluation."""
-    return f"evaluation/{version}-{digest(chosen)}.json"
+    return f"{EVALUATIONS}/{version}-{digest(chosen)}.json"
 
 
 def evaluation_shard_key(key: str, split: str, shard: str) -> str:
@@ -258,9 +245,9 @@ def problem(key: str, values: Mapping[str, Any]) -> str | None:
 
 def _foreign_prefix(own: str, values: Mapping[str, Any]) -> str | None:
     """Say which prefix in an object is not directly under its own key."""
-    if own.startswith("partials/"):
+    if own.startswith(f"{PARTIALS}/"):
         return None  # compared with the attempt's id by `partial_manifests.parse_manifest`
-    parts = [(f"parts/{name}", place) for name, place in values.get("parts", {}).items()]
+    parts = [(f"{PARTS}/{name}", place) for name, place in values.get("parts", {}).items()]
     for owner, place in [(own, values), *((own, place) for place in values.get("factors", {}).values()), *parts]:
         prefix = place.get("prefix")
         if prefix is not None and not re.fullmatch(rf"{re.escape(owner)}/[^/]+", prefix):

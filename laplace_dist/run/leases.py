@@ -15,7 +15,7 @@ from datetime import datetime
 from laplace_dist.errors import MissingObjectError, StorageError
 from laplace_dist.plan.plan import FORMAT_VERSION
 from laplace_dist.run.checkpoint import open_json
-from laplace_dist.run.layout import lease_key
+from laplace_dist.run.layout import JOBS, lease_key
 from laplace_dist.run.provenance import node
 from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
@@ -71,7 +71,7 @@ def hours_at_work(store: Store, times: Mapping[str, datetime]) -> float | None:
         store: The checkpoint.
         times: When every object was last written.
     """
-    keys = [key for key in times if key.startswith("jobs/")]
+    keys = [key for key in times if key.startswith(f"{JOBS}/")]
     if not keys:
         return None
     now = store.now()

@@ -15,7 +15,7 @@ from laplace_dist.plan.plan import Plan, differences
 from laplace_dist.plan.segments import Segment
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.law import check_law
-from laplace_dist.run.layout import CONFIG, CURRENT, PLAN, TRAINING, WINDOW, partial_key, probe_key
+from laplace_dist.run.layout import CONFIG, CURRENT, PARTIALS, PLAN, TRAINING, WINDOW, partial_key, probe_key
 from laplace_dist.run.ownership import confirm, of_another, of_the_plan, read_plan
 from laplace_dist.run.partial_manifests import check_manifest
 from laplace_dist.run.place import check_place, clear, refuse_needed
@@ -191,7 +191,7 @@ def committed(
         CheckpointError: A manifest is truncated, altered, or of a unit that the plan has not.
     """
     keys = {partial_key(unit.id): unit for unit in plan.units}
-    present = [key for key in store.list("partials", recursive=False) if key.endswith(".json")]
+    present = [key for key in store.list(PARTIALS, recursive=False) if key.endswith(".json")]
     found = {}
     for key, data in store.read_many(present):
         manifest = _of_this_run(store, key, data, plan, keys.get(key))
@@ -224,7 +224,7 @@ def _of_this_run(store: Store, key: str, data: bytes, plan: Plan, unit: Segment 
 
 def missing_units(store: Store, plan: Plan) -> list[Segment]:
     """Return the units that are not committed, told by the names of objects alone; all are, once the window's sum is there."""
-    present = set(store.list("partials", recursive=False))
+    present = set(store.list(PARTIALS, recursive=False))
     return [] if store.exists(WINDOW) else [unit for unit in plan.units if partial_key(unit.id) not in present]
 
 

@@ -10,7 +10,7 @@ from laplace_dist.errors import MissingObjectError
 from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run import evaluations, pointer
 from laplace_dist.run.checkpoint import open_json
-from laplace_dist.run.layout import DRIFT
+from laplace_dist.run.layout import DRIFT, EVALUATIONS
 from laplace_dist.run.ownership import confirm, has
 from laplace_dist.storage.sealed_json import seal_json
 from laplace_dist.storage.store import Store
@@ -49,7 +49,7 @@ def evaluation_of(store: Store, plan: Plan, current: Mapping[str, Any]) -> str |
     entries = takewhile(lambda e: (e["version"], e["tuning"]) == own, reversed(pointer.history_of(current)))
     accepted = [entry["evaluation"] for entry in entries if entry.get("evaluation")]
     key = accepted[-1] if accepted else evaluations.shown(store)
-    if key is None or not key.startswith(f"evaluation/{current['version']}-") or not has(store, plan, key):
+    if key is None or not key.startswith(f"{EVALUATIONS}/{current['version']}-") or not has(store, plan, key):
         return None
     same = open_json(store.read(key), key)["settings"].get("tuning") == current["tuning"]
     return key if same and evaluations.is_watched(store, key) else None

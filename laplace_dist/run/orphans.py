@@ -67,7 +67,9 @@ def _in_one(
             newest[place] = max(time, newest.get(place, time))
     named, readable = _named(store, times, plan)
     newest |= {
-        key: time for key, time in times.items() if key.startswith("jobs/") and now - time > timedelta(hours=GONE)
+        key: time
+        for key, time in times.items()
+        if key.startswith(f"{layout.JOBS}/") and now - time > timedelta(hours=GONE)
     }
     ages = {
         place: max(0.0, (now - time).total_seconds() / 3600) for place, time in newest.items() if place not in named

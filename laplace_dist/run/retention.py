@@ -84,15 +84,15 @@ def collect(
 
 
 def _of(stay: Collection[str]) -> tuple[str, ...]:
-    return tuple(f"evaluation/{version}-" for version in stay)
+    return tuple(f"{layout.EVALUATIONS}/{version}-" for version in stay)
 
 
 def _stems(store: Checkpoint, stay: Collection[str], named: Collection[str | None]) -> Iterator[str]:
     """Yield the keys, without `.json`, of versions that do not stay, and of tunings and evaluations that nothing names."""
-    for folder in ("report", "decompositions", "posteriors", "tuning", "evaluation"):
+    for folder in (layout.REPORTS, layout.DECOMPOSITIONS, layout.POSTERIORS, layout.TUNINGS, layout.EVALUATIONS):
         own = (match for key in store.list(folder) if layout.owned(key) and (match := _STEM.match(key)))
         for stem, version in sorted({(match[0], match[1]) for match in own}):
-            if version not in stay or (folder in ("tuning", "evaluation") and f"{stem}.json" not in named):
+            if version not in stay or (folder in (layout.TUNINGS, layout.EVALUATIONS) and f"{stem}.json" not in named):
                 yield stem
 
 
@@ -129,7 +129,7 @@ def _is_left_over(store: Checkpoint, plan: Plan, name: str) -> bool:
 def _delete(store: Checkpoint, stem: str) -> None:
     """Delete what makes a thing exist for readers, then the rest of it."""
     folder = stem.partition("/")[0]
-    if folder == "decompositions":
+    if folder == layout.DECOMPOSITIONS:
         first = [key for key in store.list(stem, recursive=False) if key.endswith(".json")]
     else:
         first = [f"{stem}/{layout.PLAN}" if folder == layout.WINDOWS else f"{stem}.json"]

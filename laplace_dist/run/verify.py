@@ -103,7 +103,8 @@ def _were_deleted(store: Checkpoint, keys: Iterable[str]) -> bool:
     return not lasting <= set(store.list())
 
 
-_SIGNS = ("jobs/", "status/")  # of life, which come and go
+_OF_VERSIONS = (layout.DECOMPOSITIONS, layout.TUNINGS, layout.EVALUATIONS)
+_SIGNS = (f"{layout.JOBS}/", f"{layout.STATUS}/")  # of life, which come and go
 TIMES = 3  # that a run is checked at most, where something is bad and a job beside this has deleted objects meanwhile
 MARGIN = 0.1  # hours by which this machine's clock and the storage's may differ
 TOGETHER = 64  # manifests of tuning and evaluation that one check looks at
@@ -137,7 +138,7 @@ class _Run:
     def _check_small_objects(self) -> None:
         """Check what the run was begun with, weights, settings and probe, and what is said of it."""
         store, plan, keys, attempt = self.store, self.plan, self.checker.keys, self.checker.attempt
-        begun = any(key.startswith("partials/") for key in keys)
+        begun = any(key.startswith(f"{layout.PARTIALS}/") for key in keys)
         stored = layout.WEIGHTS_INDEX if layout.WEIGHTS_INDEX in keys else layout.WEIGHTS
         if stored in keys or begun:
             attempt(stored, lambda: check_run_weights(store, plan.weights, stored))
@@ -190,7 +191,7 @@ class _Run:
 
     def _follows(self, key: str) -> bool:
         """Say whether an object is a manifest of a decomposition, a tuning or an evaluation, or of one of their shards."""
-        within = key.startswith(("decompositions/", "tuning/", "evaluation/"))
+        within = key.startswith(tuple(f"{folder}/" for folder in _OF_VERSIONS))
         return within and bool(layout.MANIFEST.fullmatch(key)) and key != layout.METRICS
 
     def _of_this_run(self, key: str) -> bool:

@@ -33,7 +33,7 @@ def check_pointers(checker: Checker, plan: Plan, whole: Sequence[str], sums: Sum
         _no_current(checker)
     if layout.METRICS in checker.keys:
         checker.attempt(layout.METRICS, lambda: _check_metrics(checker))
-    elif any(re.fullmatch(r"evaluation/[^/]+\.json", key) for key in checker.keys):
+    elif any(re.fullmatch(rf"{layout.EVALUATIONS}/[^/]+\.json", key) for key in checker.keys):
         text = f"{layout.METRICS} is missing: the evaluation is committed and not yet shown. Run its job again."
         checker.found.notes.append((layout.METRICS, text))
     _note_unmerged(checker)
@@ -54,7 +54,7 @@ def _check_current(checker: Checker, plan: Plan, sums: SumsCheck) -> None:
     current = checker.attempt(layout.CURRENT, lambda: read_current(checker.store))
     if current is None:
         return
-    for key in (f"posteriors/{current['version']}.json", current["tuning"]):
+    for key in (f"{layout.POSTERIORS}/{current['version']}.json", current["tuning"]):
         if key is not None and checker.missing(key):
             checker.found.problem(key, f"{key} is missing, and {layout.CURRENT} names it. Run the fit job again.")
     if sums.window is None or current.get("history") or plan.further is not None:
@@ -67,7 +67,7 @@ def _check_current(checker: Checker, plan: Plan, sums: SumsCheck) -> None:
 
 def _no_current(checker: Checker) -> None:
     """Say that a run with a posterior has no pointer: a problem once the posterior was used."""
-    if any(key.startswith(("tuning/", "evaluation/")) for key in checker.keys):
+    if any(key.startswith((f"{layout.TUNINGS}/", f"{layout.EVALUATIONS}/")) for key in checker.keys):
         text = f"{layout.CURRENT} is missing, though its posterior was used. Run the fit job again: it writes it anew."
         checker.found.problem(layout.CURRENT, text)
     else:
@@ -81,8 +81,8 @@ def _check_metrics(checker: Checker) -> None:
     shown = json.loads(store.read(layout.METRICS))
     version = shown.pop("version")
     tuning = shown.pop("tuning")
-    pattern = re.compile(rf"evaluation/{re.escape(str(version))}-[^/]+\.json")
-    for key in filter(pattern.fullmatch, store.list("evaluation", recursive=False)):
+    pattern = re.compile(rf"{layout.EVALUATIONS}/{re.escape(str(version))}-[^/]+\.json")
+    for key in filter(pattern.fullmatch, store.list(layout.EVALUATIONS, recursive=False)):
         sealed = checker.attempt(key, lambda k=key: open_json(store.read(k), k))
         if sealed and sealed["metrics"] == shown and sealed["settings"]["tuning"] == tuning:
             return

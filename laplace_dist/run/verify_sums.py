@@ -82,12 +82,14 @@ class SumsCheck:
     # -------------------------------------------------------------- partials
 
     def _partials(self) -> None:
-        if self.window is not None and (self.dropped or not any(key.startswith("partials/") for key in self.keys)):
+        if self.window is not None and (
+            self.dropped or not any(key.startswith(f"{layout.PARTIALS}/") for key in self.keys)
+        ):
             self._gone()
             return
         planned = {layout.partial_key(unit.id): unit for unit in self.plan.units}
-        present = [key for key in self.keys if re.fullmatch(r"partials/[^/]+\.json", key)]
-        self.checker.attempt("partials", lambda: self._read_partials(planned, sorted(present)))
+        present = [key for key in self.keys if re.fullmatch(rf"{layout.PARTIALS}/[^/]+\.json", key)]
+        self.checker.attempt(layout.PARTIALS, lambda: self._read_partials(planned, sorted(present)))
         good = [unit for unit in self.plan.units if unit.id in self.manifests]
         self._agreement()
         checks = [CheckPartials(tuple(some)) for some in _batched(good, TOGETHER)]
@@ -147,9 +149,9 @@ class SumsCheck:
         """Check every posterior version alone; return the names of the good ones, each with whether 0.1 wrote it."""
         found, checks = {}, []
         for key in sorted(self.keys):
-            if not re.fullmatch(r"posteriors/[^/]+\.json", key):
+            if not re.fullmatch(rf"{layout.POSTERIORS}/[^/]+\.json", key):
                 continue
-            version = key.removeprefix("posteriors/").removesuffix(".json")
+            version = key.removeprefix(f"{layout.POSTERIORS}/").removesuffix(".json")
             manifest = self.checker.attempt(key, lambda v=version: versions.read_version(self.store, self.plan, v))
             if manifest is not None:
                 found[version] = manifest["format_version"] == 1

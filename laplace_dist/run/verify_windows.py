@@ -49,7 +49,7 @@ def check_windows(
             text = f"{key}: its factors are not the weighted sum of its windows. Delete it and run its job again."
             checker.found.problem(key, text)
     for key in sorted(keys):
-        if re.fullmatch(r"recalibration/(lease|drift|[^/]+/decision)\.json", key):
+        if re.fullmatch(rf"{layout.RECALIBRATIONS}/(lease|drift|[^/]+/decision)\.json", key):
             found = checker.attempt(key, lambda k=key: open_json(checker.store.read(k), k))
             if found is not None:
                 checker.found.came_from(found) if "environment" in found else None

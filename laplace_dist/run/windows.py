@@ -16,7 +16,7 @@ from laplace_dist.plan.plan import FORMAT_VERSION, Plan
 from laplace_dist.run import partial_manifests, partials
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.checkpoint import open_json
-from laplace_dist.run.layout import WINDOW, attempt_prefix, owned, part_key, partial_key
+from laplace_dist.run.layout import PARTIALS, PARTS, WINDOW, attempt_prefix, owned, part_key, partial_key
 from laplace_dist.run.ownership import commit, confirm
 from laplace_dist.run.place import delete_owned
 from laplace_dist.run.provenance import environment
@@ -117,7 +117,7 @@ def missing_parts(store: Store, plan: Plan, manifests: Sequence[Mapping[str, Any
         RunFailed: The module groups of a segment are of other data.
     """
     partial_manifests.check_agreement(plan, manifests)
-    there, missing = set(store.list("parts", recursive=False)), []
+    there, missing = set(store.list(PARTS, recursive=False)), []
     for part in plan.parts:
         of = inputs_digest(manifests, part)
         if part_key(part.id) in there:
@@ -235,7 +235,7 @@ def drop_partials(store: Store, plan: Plan) -> None:
         MissingObjectError: The sum is not committed.
         CheckpointError: It is truncated or altered; nothing is deleted.
     """
-    if not any(owned(key) for key in store.list("partials")):
+    if not any(owned(key) for key in store.list(PARTIALS)):
         return
     manifest = read_window(store, plan)
     if not manifest.get("dropped"):
@@ -243,13 +243,13 @@ def drop_partials(store: Store, plan: Plan) -> None:
         known = {} if manifest.get("read") else _known(store, plan)
         confirm(store, plan)
         store.replace(WINDOW, seal_json({**manifest, **known, "dropped": True}))
-    delete_owned(store, "partials")
+    delete_owned(store, PARTIALS)
 
 
 def _known(store: Store, plan: Plan) -> dict[str, Any]:
     """Return what the sum of a window from before that was kept has to say of its partials, if they all are there."""
     wanted = {partial_key(unit.id) for unit in plan.units}
-    if not wanted <= set(store.list("partials", recursive=False)):
+    if not wanted <= set(store.list(PARTIALS, recursive=False)):
         return {}
     return readings(plan, list(partial_manifests.manifests(store, plan)))
 

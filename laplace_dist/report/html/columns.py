@@ -13,6 +13,7 @@ from laplace_dist.plan.plan import Plan
 from laplace_dist.run import ownership
 from laplace_dist.run.checkpoint import open_json
 from laplace_dist.run.evaluations import joined_groups, joined_scores, shown
+from laplace_dist.run.layout import EVALUATIONS
 from laplace_dist.storage.store import Store
 
 Arrays = dict[str, np.ndarray]
@@ -134,7 +135,7 @@ def latest(store: Store, plan: Plan, current: Mapping[str, Any], decisions: list
             if same and ownership.has(store, plan, side["evaluation"]):
                 return side["evaluation"]
     key = shown(store)
-    if key is None or not key.startswith(f"evaluation/{current['version']}-"):
+    if key is None or not key.startswith(f"{EVALUATIONS}/{current['version']}-"):
         return None
     found = open_json(store.read(key), key)
     mine = not ownership.of_another(found, plan) and found["settings"].get("tuning") == current["tuning"]
