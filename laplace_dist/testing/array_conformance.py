@@ -97,7 +97,7 @@ class ArrayConformance:
     def test_arrays_are_plain_zarr(self, store: Store) -> None:
         """`zarr.open_group` alone reads them, whatever the store."""
         store.write_arrays("p/0", ARRAYS, SYMMETRIC)
-        options = dict(store._options) if "://" in store.url else None
+        options = (dict(store._options) or None) if "://" in store.url else None
         group = zarr.open_group(f"{store.url}/p/0", mode="r", storage_options=options)
         assert group["conv.weight/A"][:].tolist() == [2.0, 1.0, 3.0]
         assert "triangle" in group["conv.weight/A"].attrs["packed"]
