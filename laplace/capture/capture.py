@@ -7,7 +7,8 @@ the same backward pass where the graph says what is done with them (:mod:`laplac
 :mod:`laplace.capture.pullback`.
 
 The directions are taken one at a time rather than stacked under ``vmap``: on CPUs the batched convolution backward is an
-order of magnitude slower, for linear layers the two are equal, and memory stays at one direction.
+order of magnitude slower, for linear layers the two are equal, and memory stays at one direction. Variances of a single example
+are taken otherwise, see :mod:`laplace.capture.every_output`.
 """
 
 from __future__ import annotations
