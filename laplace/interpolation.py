@@ -1,8 +1,8 @@
 r"""Predictive variances of many scalar prior precisions from those of a few.
 
 As a function of the prior precision, a variance is :math:`\sum_i r_i^2 / (h_i + \delta)` with curvatures
-:math:`0 \le h_i \le H`. A rational function in :math:`\delta` with poles :math:`-p_1, \dots, -p_m` in :math:`[-H, 0]` that has the values of
-:math:`1 / (h + \delta)` at nodes :math:`\delta_1, \dots, \delta_m` is off by the share
+:math:`0 \le h_i \le H`. A rational function in :math:`\delta` with poles :math:`-p_1, \dots, -p_m` in :math:`[-H, 0]`
+that has the values of :math:`1 / (h + \delta)` at nodes :math:`\delta_1, \dots, \delta_m` is off by the share
 
 .. math:: \frac{R(\delta)}{R(-h)}, \qquad R(z) = \prod_j \frac{z - \delta_j}{z + p_j} ,
 
