@@ -26,7 +26,7 @@ from harness import Prepare
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {  # by the name of an operation, the first that fits
-    "products": r"aten::(mm|addmm|addmm_|bmm|baddbmm|baddbmm_|mv|dot|_scaled_dot_product|addbmm)",
+    "products": r"aten::(mm|addmm|addmm_|bmm|baddbmm|baddbmm_|mv|dot|addbmm)$",
     "convolutions, backward": r"aten::.*conv.*backward",
     "convolutions, forward": r"aten::.*conv",
     "patches": r"aten::(im2col|col2im)",
