@@ -109,11 +109,13 @@ class DiagLaplace(ParametricLaplace):
     def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor:
         blocks = self.sums_spec().blocks
         sizes = [block.size for block in blocks]
-        curvature = self._in_order_of_sums(self._H_factor * self.H).split(sizes)
+        curvature, factor = self._in_order_of_sums(self.H).split(sizes), float(self._H_factor)
         priors = [self._in_order_of_sums(spread(value, sizes)).split(sizes) for value in prior_precisions]
 
         def weight(index: int):
-            return lambda t: _whole(blocks[index], (curvature[index] + priors[t][index]).reciprocal_())
+            return lambda t: _whole(
+                blocks[index], torch.add(priors[t][index], curvature[index], alpha=factor).reciprocal_()
+            )
 
         weights = [weight(i) for i in range(len(blocks))]
         return block_variance(capture, blocks, [Basis()] * len(blocks), weights, len(prior_precisions), diagonal)
