@@ -29,6 +29,7 @@ from laplace.data.mistakes import check_outputs
 from laplace.enums import Likelihood
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.named import NamedLikelihood
+from laplace.linalg.matmul import faster_products
 from laplace.linalg.memory import at_once, ranges
 from laplace.noise import fixed_directions
 from laplace.structures.registry import sums_spec, warn_of_diagonal_blocks
@@ -144,7 +145,7 @@ class CapturedModel:
         shapes = {name: tuple(named[name].shape) for name in kept}
         check_inputs(x)
         x = few(x)
-        with eval_mode(self.model):
+        with eval_mode(self.model), faster_products(self._whole_model.parameters()):
             check_model(self.model)
             modules = check_function(self._whole_model, x)
             dead: set[str] = set()

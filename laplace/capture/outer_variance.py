@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from laplace.capture.blocks import Basis
-from laplace.linalg.matmul import product, times_transposed
+from laplace.linalg.matmul import batched, product, times_transposed
 from laplace.linalg.memory import at_once, ranges
 
 Inputs = Callable[[int, int], Tensor]
@@ -129,7 +129,7 @@ def _add_rows(total: Tensor, a: Tensor, g: Tensor, basis: Basis, weight: Weight,
             columns = weights[:, o:p].flatten(1)
             for start, stop in ranges(len(g), outputs * columns.shape[1], held):
                 part = g[start:stop, :, o:p].flatten(1, 2)
-                rows = project(torch.bmm(part, a[start:stop]), basis.right).view(stop - start, outputs, p - o, width)
+                rows = project(batched(part, a[start:stop]), basis.right).view(stop - start, outputs, p - o, width)
                 rows = rows if basis.left is None else project(rows.mT, basis.left).mT
                 rows = rows.flatten(2)
                 area = total[first:last, start:stop]

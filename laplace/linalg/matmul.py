@@ -40,6 +40,11 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return left @ right
 
 
+def batched(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` of as many matrices ``(m, k)`` and ``(k, n)``, ``(batch, m, n)``."""
+    return product(left[0], right[0])[None] if len(left) == 1 else torch.bmm(left, right)
+
+
 def turned(rows: Tensor) -> Tensor:
     """Rows ``(n, width)`` transposed, ``(width, n)``, in the memory from which their products with each other are made."""
     return rows.T.contiguous() if _of_float32(rows) and _is_faster() else rows.T
