@@ -1,8 +1,8 @@
 r"""Products of float32 matrices on CPUs, by oneDNN where MKL leaves half of a processor's rate.
 
-torch multiplies float32 matrices by MKL, which uses AVX-512 on Intel's processors alone: a thread of an AMD EPYC that multiplies
-at 115 GFLOP/s so does 250 by oneDNN, which torch brings along for convolutions (``benchmarks/products.py``). Sums and orders of
-additions inside of a product are the library's own in both cases, and neither rounds what it multiplies.
+torch multiplies float32 matrices by MKL, which uses AVX-512 on Intel's processors alone: where a thread of an AMD EPYC reaches
+115 GFLOP/s by it, it does 250 by oneDNN, which torch brings along for convolutions (``benchmarks/products.py``). Neither rounds
+what it multiplies; they differ in the order in which the terms of a product are added.
 
 Which of the two multiplies follows from processor and shapes alone, so that bits do.
 """
@@ -47,7 +47,7 @@ def batched(left: Tensor, right: Tensor) -> Tensor:
 
 def turned(rows: Tensor) -> Tensor:
     """Rows ``(n, width)`` transposed, ``(width, n)``, in the memory from which their products with each other are made."""
-    return rows.T.contiguous() if _of_float32(rows) and _is_faster() else rows.T
+    return rows.T.contiguous() if _of_float32(rows) and is_faster() else rows.T
 
 
 def add_times_transposed_(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def faster_products(weights: Iterable[Tensor]) -> AbstractContextManager[Any]:
 
     Nothing of it is seen above: graphs, hooks and types of tensors are those of torch.
     """
-    if _is_faster() and any(w.ndim == 2 and w.numel() >= _WIDEST and _of_float32(w) for w in weights):
+    if is_faster() and any(w.ndim == 2 and w.numel() >= _WIDEST and _of_float32(w) for w in weights):
         return _FasterProducts()
     return nullcontext()
 
@@ -85,7 +85,7 @@ def _one_dnn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
 def _suits(left: Tensor, right: Tensor) -> bool:
     """Whether oneDNN multiplies ``left @ right.T`` faster."""
     enough = left.numel() * len(right) >= _FEWEST and min(*left.shape, len(right)) >= _NARROWEST
-    return enough and _of_float32(left) and _of_float32(right) and _is_faster()
+    return enough and _of_float32(left) and _of_float32(right) and is_faster()
 
 
 def _of_float32(values: Tensor) -> bool:
@@ -98,7 +98,7 @@ def _dense(matrix: Tensor) -> Tensor:
 
 
 @lru_cache
-def _is_faster() -> bool:
+def is_faster() -> bool:
     """Whether torch multiplies by MKL, on a processor that has AVX-512 and is not Intel's."""
     if not torch.backends.mkl.is_available() or not is_possible() or not _CPUINFO.exists():
         return False

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from laplace.linalg import matmul
 from laplace.linalg.precision import float32_products, matmul_precision
 from laplace_dist import __version__
 
@@ -30,6 +31,7 @@ def environment(device: torch.device | str) -> dict[str, Any]:
         "driver": _driver(device.type),
         "threads": torch.get_num_threads(),
         "precision": precision(device.type),
+        "cpu_products": "oneDNN" if matmul.is_faster() else "torch",
     }
 
 

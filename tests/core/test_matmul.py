@@ -26,7 +26,7 @@ LAYOUTS = {
 def fast(request, monkeypatch):
     """Either way of multiplying, whatever the processor prefers."""
     assert matmul.is_possible()
-    monkeypatch.setattr(matmul, "_is_faster", lambda: request.param)
+    monkeypatch.setattr(matmul, "is_faster", lambda: request.param)
     return request.param
 
 
@@ -70,7 +70,7 @@ class Seen(TorchDispatchMode):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_dnn_is_given_matrices_without_gaps(layout, monkeypatch):
     """Of others it makes products a thousand times more slowly, which no number shows."""
-    monkeypatch.setattr(matmul, "_is_faster", lambda: True)
+    monkeypatch.setattr(matmul, "is_faster", lambda: True)
     matrix = LAYOUTS[layout](torch.randn(200, 160))
     with Seen() as seen:
         matmul.times_transposed(matrix, matrix)
@@ -80,7 +80,7 @@ def test_one_dnn_is_given_matrices_without_gaps(layout, monkeypatch):
 
 
 def test_what_is_small_or_of_another_type_is_torchs_own(monkeypatch):
-    monkeypatch.setattr(matmul, "_is_faster", lambda: True)
+    monkeypatch.setattr(matmul, "is_faster", lambda: True)
     with Seen() as seen:
         matmul.times_transposed(torch.randn(8, 8), torch.randn(8, 8))
         for dtype in (torch.float64, torch.bfloat16, torch.complex64):
@@ -124,7 +124,7 @@ def test_a_network_has_its_outputs_gradients_and_graph(shape, fast):
 
 
 def test_a_network_of_small_or_other_weights_is_left_alone(monkeypatch):
-    monkeypatch.setattr(matmul, "_is_faster", lambda: True)
+    monkeypatch.setattr(matmul, "is_faster", lambda: True)
     for weights in ([torch.randn(20, 20)], [torch.randn(200, 200).double()], [torch.randn(10**5)], []):
         assert isinstance(matmul.faster_products(weights), contextlib.nullcontext)
 
