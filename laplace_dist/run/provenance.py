@@ -31,7 +31,6 @@ def environment(device: torch.device | str) -> dict[str, Any]:
         "driver": _driver(device.type),
         "threads": torch.get_num_threads(),
         "precision": precision(device.type),
-        "cpu_products": "oneDNN" if matmul.is_faster() else "torch",
     }
 
 
@@ -56,7 +55,8 @@ def precision(device_type: str) -> dict[str, Any]:
 def _device_name(kind: str) -> str:
     if kind == "cuda":
         return torch.cuda.get_device_name()
-    return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    products = ", products by oneDNN" if matmul.is_faster() else ""
+    return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}{products}"
 
 
 @lru_cache
