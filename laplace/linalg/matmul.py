@@ -45,6 +45,17 @@ def batched(left: Tensor, right: Tensor) -> Tensor:
     return product(left[0], right[0])[None] if len(left) == 1 else torch.bmm(left, right)
 
 
+def sum_of_squared_products(left: Tensor, right: Tensor) -> Tensor:
+    """The squares of ``leftᵀ right``, entry by entry and added up, of as many matrices ``(k, m)`` and ``(k, n)``."""
+    if not len(left) or not _suits(left[0].T, right[0].T):
+        return torch.bmm(left.mT, right).square_().sum(0)
+    total: Tensor | None = None
+    for one, other in zip(left, right, strict=True):
+        entries = times_transposed(one.T, other.T)
+        total = entries.square_() if total is None else total.addcmul_(entries, entries)
+    return total
+
+
 def turned(rows: Tensor) -> Tensor:
     """Rows ``(n, width)`` transposed, ``(width, n)``, in the memory from which their products with each other are made."""
     return rows.T.contiguous() if _of_float32(rows) and is_faster() else rows.T
@@ -71,9 +82,9 @@ class _FasterProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if types or kwargs:
             return func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.mm.default and _suits(left := args[0], right := args[1].T):
-            return times_transposed(left, right)
-        if func is torch.ops.aten.addmm.default and args[0].ndim == 1 and _suits(left := args[1], right := args[2].T):
+        if func is torch.ops.aten.mm.default and _pays(left := args[0], right := args[1].T):
+            return _one_dnn(left, right)
+        if func is torch.ops.aten.addmm.default and args[0].ndim == 1 and _pays(left := args[1], right := args[2].T):
             return _one_dnn(left, right, args[0].expand(len(right)).contiguous())
         return func(*args)
 
@@ -83,6 +94,12 @@ def _one_dnn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _suits(left: Tensor, right: Tensor) -> bool:
+    """Whether oneDNN makes ``left @ right.T``: where it is faster, and nobody asks for its derivative, which it has not."""
+    differentiated = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+    return not differentiated and _pays(left, right)
+
+
+def _pays(left: Tensor, right: Tensor) -> bool:
     """Whether oneDNN multiplies ``left @ right.T`` faster."""
     enough = left.numel() * len(right) >= _FEWEST and min(*left.shape, len(right)) >= _NARROWEST
     return enough and _of_float32(left) and _of_float32(right) and is_faster()

@@ -54,6 +54,23 @@ def test_values_of_several_dimensions(fast):
         assert error(found, values.double() @ b.double()) < 2e-6
 
 
+def test_what_is_differentiated_has_a_derivative(fast):
+    a, b = torch.randn(100, 160, requires_grad=True), torch.randn(220, 160)
+    (found,) = torch.autograd.grad(matmul.times_transposed(a, b).sin().sum(), a)
+    wide = a.detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad((wide @ b.double().T).sin().sum(), wide)
+    assert error(found, truth) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", [(3, 200, 80, 150), (4, 5, 6, 7), (0, 200, 80, 150)], ids=["large", "small", "none"])
+def test_sums_of_squared_products(sizes, fast):
+    n, k, a, b = sizes
+    left, right = torch.randn(n, a, k).mT, torch.randn(n, k, b)
+    truth = (left.double().mT @ right.double()).square().sum(0)
+    assert matmul.sum_of_squared_products(left, right).shape == (a, b)
+    assert n == 0 or error(matmul.sum_of_squared_products(left, right), truth) < 2e-6
+
+
 class Seen(TorchDispatchMode):
     """The operations that come to be."""
 
