@@ -53,6 +53,11 @@ class CurvatureInterface(CapturedModel):
         likelihood_object: The likelihood itself, of which ``likelihood`` may be the name; setting either sets both.
         params: Parameters with ``requires_grad`` (of the last layer where ``last_layer``).
 
+    Everywhere ``x`` are the inputs ``(batch, …)`` of a batch, or a dict-like batch, ``y`` its targets, ``offset`` the index in
+    the data set of its first example, ``structure`` one of ``'full'``, ``'kron'``, ``'diag'``, ``'ekfac'``, ``'blockdiag'``;
+    ``enable_backprop`` keeps the graph from the inputs. Losses are summed over the batch. What a backend does not have is a
+    NotImplementedError; a batch that does not fit the model and the likelihood a ValueError.
+
     Example:
         >>> import torch
         >>> from laplace import Laplace
@@ -198,7 +203,7 @@ class CurvatureInterface(CapturedModel):
         return self.functorch_jacobians(x, enable_backprop)
 
     def functorch_jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
-        """Dense Jacobians by :mod:`torch.func`: reverse mode for each example."""
+        """Dense Jacobians by :mod:`torch.func`: reverse mode for each example; shapes as of :meth:`jacobians`."""
         self.check_batch(x)
         if self.last_layer:
             return self.last_layer_jacobians(x, enable_backprop)
@@ -267,11 +272,14 @@ class CurvatureInterface(CapturedModel):
         raise NotImplementedError(f"{type(self).__name__} has no diagonal curvature.")
 
     def curvature_product(self, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
-        """Summed loss of one batch, and its curvature times ``vectors`` ``(parameters, k)``."""
+        """Summed loss of one batch, and its curvature times ``vectors``, both of these ``(parameters, k)``."""
         raise NotImplementedError(f"{type(self).__name__} has no products of its curvature with vectors.")
 
     def eig_lowrank(self, data_loader: Iterable) -> tuple[Tensor, Tensor, Tensor]:
         """Leading eigenpairs of the curvature summed over a data set, in several passes over it.
+
+        Args:
+            data_loader: Batches, the same in every pass.
 
         Returns:
             Eigenvectors ``(parameters, k)`` with ``k`` at most ``low_rank``, positive eigenvalues ``(k,)`` in falling order,

@@ -36,6 +36,11 @@ class FeatureExtractor(nn.Module):
         enable_backprop: Keep the graph of the features.
         feature_reduction: How features with a position dimension are reduced.
 
+    Everywhere ``x`` are inputs ``(batch, …)`` or a dict-like batch.
+
+    Raises:
+        ValueError: If there is no such layer or reduction.
+
     Example:
         >>> import torch
         >>> from laplace.utils import FeatureExtractor
@@ -83,6 +88,9 @@ class FeatureExtractor(nn.Module):
 
     def set_last_layer(self, last_layer_name: str) -> None:
         """Choose the last layer by name.
+
+        Args:
+            last_layer_name: As in ``model.named_modules()``.
 
         Raises:
             ValueError: If there is no such module or it is not :class:`torch.nn.Linear`.

@@ -134,6 +134,9 @@ class KronDecomposed(KronSpectrum):
 
         Returns:
             A tensor shaped like ``W``.
+
+        Raises:
+            ValueError: If ``W`` has another number of parameters.
         """
         rows = W.reshape(-1, W.shape[-1])
         sizes = [self._size(i) for i in range(len(self))]

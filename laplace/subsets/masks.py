@@ -28,6 +28,9 @@ class SubnetMask:
 
     Attributes:
         parameter_vector: All parameters with ``requires_grad`` as one vector.
+
+    Raises:
+        ValueError: If there is nothing to choose from, or no such choice; so for every strategy.
     """
 
     def __init__(self, model: nn.Module):
@@ -74,11 +77,21 @@ class SubnetMask:
         return self._indices
 
     def get_subnet_mask(self, train_loader: DataLoader | None) -> Tensor:
-        """The strategy: a mask over the parameter vector, ``(parameters,)`` of booleans or of zeros and ones."""
+        """The strategy.
+
+        Args:
+            train_loader: What :meth:`select` was given.
+
+        Returns:
+            A mask over the parameter vector, ``(parameters,)`` of booleans or of zeros and ones.
+        """
         raise NotImplementedError
 
     def convert_subnet_mask_to_indices(self, subnet_mask: Tensor) -> Tensor:
         """Indices of the ones of a mask.
+
+        Args:
+            subnet_mask: What :meth:`get_subnet_mask` gave.
 
         Raises:
             ValueError: If it is not a mask over the parameter vector, or chooses nothing.
