@@ -48,6 +48,7 @@ class AsdlInterface(PerExampleInterface):
         """
         self._initialize_kron(x, self.package)
         module, inputs = self._module(x)
+        _check_own(module)
         layers = {b.layer: module if self.last_layer else module.get_submodule(b.layer) for b in self.spec.blocks}
         for name, layer in layers.items():
             _check_layer(name, layer)
@@ -62,6 +63,11 @@ class AsdlInterface(PerExampleInterface):
         positions = {name: _positions(name, layers[name], shapes[name], len(f)) for name in layers}
         kfacs = []
         for block in self.spec.blocks:
+            if "B" not in found[block.layer]:
+                raise ValueError(
+                    f"ASDL has not seen the gradient of layer {block.layer!r}: its output is changed in place, or is used "
+                    "without a gradient. Use the native backend."
+                )
             factors = [found[block.layer]["B"]]
             if len(block.factors) == 2:
                 factors.append(found[block.layer]["A"] / (positions[block.layer] * N))
@@ -72,6 +78,7 @@ class AsdlInterface(PerExampleInterface):
     def _linearised(self, module: nn.Module, x: Any) -> Iterator[tuple[Tensor, Gradients]]:
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         owners = _owners(module, named)
+        _check_own(module)
         with _quiet(), asdl.extend(module, asdl.OP_BATCH_GRADS) as context:
             output = module(x)
 
@@ -216,6 +223,17 @@ def _owners(module: nn.Module, named: dict[str, nn.Parameter]) -> dict[str, list
     return owners
 
 
+def _check_own(module: nn.Module) -> None:
+    """Refuse a model which ASDL takes for a layer without trainable parameters, and does not begin with."""
+    own = [getattr(module, name, None) for name in ("weight", "bias")]
+    own = [value for value in own if isinstance(value, Tensor)]
+    if own and not any(value.requires_grad for value in own):
+        raise ValueError(
+            f"ASDL takes a model for a layer that has a 'weight' or 'bias' of its own, and needs a gradient of it, but that of "
+            f"{type(module).__name__} has requires_grad=False. Use the native backend, or give it another name."
+        )
+
+
 def _check_layer(name: str, layer: nn.Module) -> None:
     """Refuse layers whose input ASDL would take apart in another way than the layer does."""
     if isinstance(layer, nn.Linear):
@@ -237,7 +255,10 @@ def _recorded(layers: dict[str, nn.Module]) -> Iterator[dict[str, list[torch.Siz
     """Record inside the block the shapes of the inputs of every layer."""
     shapes: dict[str, list[torch.Size]] = {name: [] for name in layers}
     handles = [
-        layer.register_forward_hook(lambda m, args, out, name=name: shapes[name].append(args[0].shape))
+        layer.register_forward_hook(
+            lambda m, args, kwargs, out, name=name: shapes[name].append((args[0] if args else kwargs["input"]).shape),
+            with_kwargs=True,
+        )
         for name, layer in layers.items()
     ]
     try:

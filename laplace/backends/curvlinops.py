@@ -16,7 +16,6 @@ from laplace.backends.interface import CurvatureInterface
 from laplace.backends.optional import import_optional
 from laplace.backends.options import honours
 from laplace.capture.evaluation import eval_mode
-from laplace.capture.soundness import run
 from laplace.linalg.kronecker import Kron
 from laplace.linalg.precision import coarsest
 from laplace.noise import fixed_directions, fresh_seed
@@ -32,6 +31,7 @@ class CurvlinopsInterface(CurvatureInterface):
 
     _kfac_type: str
     kfac_approx = "expand"
+    checks_targets_first = True
 
     def initialize(self, x: Any, structure: str) -> SumsSpec:
         """Decide from one batch which parameter's curvature comes from where.
@@ -50,8 +50,6 @@ class CurvlinopsInterface(CurvatureInterface):
             ValueError: If the targets do not fit the outputs, or a layer has no Kronecker factors here.
         """
         self.spec = sums.spec
-        with torch.no_grad(), eval_mode(self.model):
-            self.likelihood_object.check(run(self.model, x, "this batch"), y, offset)
         super().accumulate(sums, x, y, offset)
 
     @honours("mc_samples", "kfac_approx")
@@ -86,6 +84,11 @@ class CurvlinopsInterface(CurvatureInterface):
         kfacs = []
         for block in self.spec.blocks:
             key = "" if self.last_layer else block.layer
+            if key not in gradients:
+                raise ValueError(
+                    f"curvlinops has not seen the gradient of layer {block.layer!r}: its output is changed in place, or is "
+                    "used without a gradient. Use the native backend."
+                )
             block_factors = [gradients[key] * self._scale]
             if len(block.factors) == 2:
                 block_factors.append(inputs[key] * (len(y) / N))

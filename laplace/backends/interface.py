@@ -75,6 +75,7 @@ class CurvatureInterface(CapturedModel):
 
     stochastic = False
     contracted: frozenset[str] = frozenset()  # structures without a method of their own that ``accumulate`` adds
+    checks_targets_first = False  # whether what ``full``, ``kron`` and ``diag`` call does not
     weighs_examples = False  # whether ``accumulate`` takes weights of the examples
     exact_products = False  # whether dense sums are of products in float64, so that they have the rank of the rows
 
@@ -147,13 +148,14 @@ class CurvatureInterface(CapturedModel):
         Raises:
             ValueError: If this batch is the first to show that examples depend on one another; names the module.
         """
-        self.check_batch(x)
         step = self.examples_at_once(sums.spec)
-        if len(y) <= step:
+        whole = len(y) <= step
+        self.check_batch(
+            x, None if whole and not self.checks_targets_first else y, offset
+        )  # before the first part is added
+        if whole:
             self._accumulate_part(sums, x, y, offset)
             return
-        with torch.no_grad(), eval_mode(self.model):
-            self.likelihood_object.check(self.model(x), y, offset)  # before the first part is added
         for start, stop in ranges(len(y), 1, step):
             part = slice(start, stop)
             self._accumulate_part(sums, part_of(x, part), y[part], offset + start)
@@ -165,11 +167,11 @@ class CurvatureInterface(CapturedModel):
     def _accumulate_part(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int) -> None:
         n = len(y)
         structure = sums.spec.structure
-        self._offset = offset
+        self._offset, self._is_asked = offset, True
         try:
             loss, curvature = self.kron(x, y, N=n) if structure == "kron" else getattr(self, structure)(x, y)
         finally:
-            self._offset = 0
+            self._offset, self._is_asked = 0, False
         if structure == "kron":
             self._add_kron(sums, curvature, n)
         else:

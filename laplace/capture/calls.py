@@ -69,7 +69,7 @@ class Call:
             )
 
 
-def _whole_base(output: Tensor) -> Tensor | None:
+def whole_base(output: Tensor) -> Tensor | None:
     """What an output is a view of in other dimensions: in-place operations on the view leave its edge alone."""
     base = output._base
     whole = base is not None and base.requires_grad and base.numel() == output.numel()
@@ -93,7 +93,7 @@ def recorded(modules: dict[str, nn.Module]) -> Iterator[tuple[list[Call], set[st
             if not output.requires_grad:
                 without.add(name)
                 return None
-            base, kept = _whole_base(output), None
+            base, kept = whole_base(output), None
             if base is None and output._is_view():
                 output = kept = output.clone()  # a later in-place operation would cut a view's edge off
             value = args[0] if args else kwargs["input"]

@@ -24,6 +24,11 @@ from laplace.noise import fixed_directions
 _SINGLES = 4  # examples that are run by themselves, beside the others together
 _DRAWS = 16  # runs of a model that draws random numbers, of which two may be alike where few values are left to chance
 
+_WAY_OUT = (
+    "Use a layer that sees one example at a time (of batch norms, track_running_stats=True), or let it do so where "
+    "self.training is False."
+)
+
 Record = list[tuple[str, Any, Any]]  # every call of a module in the order in which they end: its name, input and output
 
 
@@ -104,7 +109,7 @@ def _checked(model: nn.Module, x: Any, outputs: int) -> set[str]:
 def _check_apart(model: nn.Module, x: Any, batch: Record, rows: slice, what: str) -> None:
     """Compare some examples of a batch with what they are without the others."""
     part = part_of(x, rows)
-    run(model, part, what)
+    run(model, part, what, f". Every example needs outputs of its own. {_WAY_OUT}")
     _check(batch, _recorded(model, part), rows, model)
 
 
@@ -175,8 +180,7 @@ def _random(module: str) -> ValueError:
 def _coupled(module: str) -> ValueError:
     return ValueError(
         f"In {module}, the output of an example depends on the others of its batch, as with batch statistics or attention "
-        "over the batch, so that no example has curvature of its own. Use a layer that sees one example at a time (of batch "
-        "norms, track_running_stats=True), or let it do so where self.training is False."
+        f"over the batch, so that no example has curvature of its own. {_WAY_OUT}"
     )
 
 
@@ -184,8 +188,14 @@ def _coupled(module: str) -> ValueError:
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 
 
-def run(model: nn.Module, x: Any, of: str = "the first batch") -> Any:
+def run(model: nn.Module, x: Any, of: str = "the first batch", advice: str = "") -> Any:
     """A forward pass.
+
+    Args:
+        model: The network.
+        x: One batch of inputs.
+        of: What that is, for messages.
+        advice: What to do about it, for messages.
 
     Raises:
         ValueError: If it fails; names the module.
@@ -203,7 +213,7 @@ def run(model: nn.Module, x: Any, of: str = "the first batch") -> Any:
         except _FAILURES:
             where = named(running[-1], model) if running else named("", model)
     what = "" if isinstance(failed, (RuntimeError, ValueError)) else f"{type(failed).__name__}: "
-    raise ValueError(f"The model's forward pass of {of} fails in {where}: {what}{failed}") from failed
+    raise ValueError(f"The model's forward pass of {of} fails in {where}: {what}{failed}{advice}") from failed
 
 
 @contextmanager
