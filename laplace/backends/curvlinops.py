@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace.backends.gauss_newton import EFInterface, GGNInterface
 from laplace.backends.hessian import HessianInterface
@@ -97,9 +98,13 @@ class CurvlinopsInterface(CurvatureInterface):
 
     @honours("mc_samples")
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Dense curvature of one batch by applying the operator to the identity."""
+        """Dense curvature of one batch by applying the operator to the identity.
+
+        Raises:
+            ValueError: If something in the model has no derivative in forward mode.
+        """
         f, model, inputs = self._outputs(x)
-        with eval_mode(self.model):
+        with eval_mode(self.model), _in_forward_mode():
             operator = self._dense_operator(_DoubleOutputs(model), inputs, self._loss_targets(y))
             size = sum(p.numel() for p in self.params)
             dense = operator @ torch.eye(size, dtype=self.params[0].dtype, device=self.params[0].device)
@@ -176,6 +181,26 @@ class CurvlinopsInterface(CurvatureInterface):
                 "takes positions between the two."
             )
         return f, model, x
+
+
+@contextmanager
+def _in_forward_mode() -> Iterator[None]:
+    """Take the kernel of attention that has a derivative in forward mode, and say so of what has none.
+
+    Raises:
+        ValueError: If curvlinops' products fail.
+    """
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        what = str(error).partition("\n")[0]
+        raise ValueError(
+            f"curvlinops cannot multiply with the curvature of this model, which it differentiates in forward mode: {what} "
+            "Use the native backend."
+        ) from error
 
 
 class _DoubleOutputs(nn.Module):
@@ -275,7 +300,7 @@ class CurvlinopsHessian(HessianInterface, CurvlinopsInterface):
         """
         f, model, inputs = self._outputs(x)
         self.likelihood_object.check(f, y, offset)
-        with eval_mode(self.model):
+        with eval_mode(self.model), _in_forward_mode():
             operator = curvlinops.HessianLinearOperator(
                 model,
                 self.lossfunc,

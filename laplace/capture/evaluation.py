@@ -22,6 +22,7 @@ from laplace.linalg.process_settings import WhileAny
 # Models in a block of eval_mode by identity, and those of their modules that keep tensors between passes.
 _evaluated: ContextVar[dict[int, list[nn.Module]]] = ContextVar("_evaluated", default={})  # noqa: B039 - never changed
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
+_ATTENTION = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 
 @contextmanager
@@ -30,7 +31,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
     Modules are in evaluation mode, embeddings give the dense gradient of their output and not one scaled by frequency,
     recurrent layers run as the products that they are made of, which are seen and have a gradient on every device, and
-    the model is handed copies of its inputs: a forward pass that changes its input in place changes no data and no later pass.
+    attention as in training, since torch's faster way without gradients has zeros at padded positions. The model is handed
+    copies of its inputs: a forward pass that changes its input in place changes no data and no later pass.
     Inside of ``torch.inference_mode()``, tensors are ordinary ones without gradient. What was compiled runs as it was written:
     hooks see none of the layers of a compiled graph. Autocast keeps no converted weights.
     Gradients of normalisations come in order. A block inside of another one of the same model costs next to nothing: who makes
@@ -62,6 +64,8 @@ def _evaluating(model: nn.Module, around: dict[int, list[nn.Module]]) -> Iterato
         stack.enter_context(without_kept_casts())
         if any(isinstance(module, nn.RNNBase) for module in modules):
             stack.enter_context(_unfused_layers)
+        if any(isinstance(module, _ATTENTION) for module in modules):
+            stack.enter_context(_trained_attention)
         handles = [own.register_forward_pre_hook(_with_own_inputs, prepend=True, with_kwargs=True)]
         handles.append(own.register_forward_hook(_in_order))
         entered = _evaluated.set({**around, id(model): keepers})
@@ -95,7 +99,18 @@ def _unfused() -> Iterator[None]:
             library.enabled = enabled
 
 
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 _eager, _unfused_layers = WhileAny(lambda: torch.compiler.set_stance("force_eager")), WhileAny(_unfused)
+_trained_attention = WhileAny(_without_fast_path)
 
 
 def _set(modules: list[nn.Module], name: str, value: bool) -> None:

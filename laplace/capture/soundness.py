@@ -266,7 +266,8 @@ def _recorded(model: nn.Module, x: Any) -> Record:
 
 def _first(value: Any) -> Tensor | None:
     value = value[0] if isinstance(value, tuple) and value else value
-    return value.clone() if isinstance(value, Tensor) and not is_batched(value) else None
+    ours = isinstance(value, Tensor) and not value.is_nested and not is_batched(value)
+    return value.clone() if ours else None
 
 
 def _rows(value: Tensor | None, rows: slice) -> Tensor | None:

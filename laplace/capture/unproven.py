@@ -52,7 +52,8 @@ class Unproven:
 
         def look(name: str, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) and output else output
-            if isinstance(value, Tensor) and not is_batched(value) and value.ndim and len(value) == n:
+            ours = isinstance(value, Tensor) and not value.is_nested and not is_batched(value)
+            if ours and value.ndim and len(value) == n:
                 row = differing(value.detach())
                 if row is not None:
                     self._found.setdefault(name, row)
