@@ -291,9 +291,15 @@ def _same(one: Tensor | None, two: Tensor | None, tolerance: float, beside: Tens
         return False
     if not one.numel() or not (one.is_floating_point() or one.is_complex()):
         return torch.equal(one, two)
-    scale = max(float(value.abs().amax()) for value in (one, two, beside) if value is not None and value.numel())
+    scale = max(_largest(value) for value in (one, two, beside) if value is not None and value.numel())
     kind = torch.complex128 if one.is_complex() else torch.float64
     difference = float((one.to(kind) - two.to(kind)).abs().amax())
     return (
         not math.isfinite(scale) or difference <= tolerance * scale
     )  # the first is refused with the examples' numbers
+
+
+def _largest(value: Tensor) -> float:
+    """The largest absolute value; torch has none of booleans and of unsigned integers."""
+    numbers = value if value.is_floating_point() or value.is_complex() else value.double()
+    return float(numbers.abs().amax())

@@ -354,3 +354,14 @@ def test_asdl_and_a_frozen_weight_of_the_model_itself(structure):
     la = Laplace(model, "regression", "all", structure, backend=curvature.AsdlGGN)
     with pytest.raises(ValueError, match="that of Function has requires_grad=False"):
         la.fit([(torch.randn(4, 3), torch.zeros(4, 2))])
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.uint16, torch.int64])
+def test_inputs_of_any_kind_of_whole_numbers_are_compared(kind):
+    torch.manual_seed(0)
+    model = Function(lambda m, x: m.head(x.double()), head=nn.Linear(3, 2)).double().eval()
+    x, y = torch.arange(12).reshape(4, 3) % 2, torch.zeros(4, 2, dtype=torch.float64)
+    one, other = (Laplace(model, "regression", "all", "full") for _ in range(2))
+    one.fit([(x.to(kind), y)])
+    other.fit([(x, y)])
+    torch.testing.assert_close(one.H, other.H)
