@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 from laplace import Laplace, curvature
@@ -406,3 +406,33 @@ def test_curvlinops_takes_a_kernel_of_attention_that_has_one():
     one.fit([(x, y)])
     other.fit([(x, y)])
     torch.testing.assert_close(one.H, other.H)
+
+
+class Doubled(nn.Module):
+    def forward(self, w):
+        return 2 * w
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_weights_that_torch_keeps_are_no_others(structure, subset, first):
+    """Inside of ``parametrize.cached``, networks drawn from the posterior ran with the weights of the mean."""
+    torch.manual_seed(0)
+    model, x, y = Net().double().eval(), torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    for layer in (model.body, model.head):
+        parametrize.register_parametrization(layer, "weight", Doubled())
+
+    def predicted():
+        la = Laplace(model, "regression", subset, structure)
+        la.fit([(x, y)])
+        draws = la.functional_samples(x, "nn", 5, generator=torch.Generator().manual_seed(0))
+        return *la(x), draws
+
+    wanted = predicted()
+    with parametrize.cached():
+        kept = model.body.weight if first else None
+        found = predicted()
+        assert kept is None or model.body.weight is kept
+    for value, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(value, other)
