@@ -53,12 +53,14 @@ class AsdlInterface(PerExampleInterface):
         for name, layer in layers.items():
             _check_layer(name, layer)
         with _recorded(layers) as shapes, _quiet(), asdl.no_centered_cov(module, [asdl.SHAPE_KRON]) as context:
-            output = module(inputs)
+            with _hooks_of(module):
+                output = module(inputs)
             f = output.detach()
             self.likelihood_object.check(f, y, self._offset)
             parameters = [p for p in module.parameters() if p.requires_grad]
             for v in self.directions(f.double(), y, self._offset):
-                torch.autograd.grad(output, parameters, v.to(f.dtype), retain_graph=True, allow_unused=True)
+                with _hooks_of(module):
+                    torch.autograd.grad(output, parameters, v.to(f.dtype), retain_graph=True, allow_unused=True)
             found = {name: context.cov_kron(layer) for name, layer in layers.items()}
         positions = {name: _positions(name, layers[name], shapes[name], len(f)) for name in layers}
         kfacs = []
@@ -80,11 +82,13 @@ class AsdlInterface(PerExampleInterface):
         owners = _owners(module, named)
         _check_own(module)
         with _quiet(), asdl.extend(module, asdl.OP_BATCH_GRADS) as context:
-            output = module(x)
+            with _hooks_of(module):
+                output = module(x)
 
             def gradients(v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
                 context.clear_batch_grads()
-                sums = torch.autograd.grad(output, named.values(), v, retain_graph=True, allow_unused=True)
+                with _hooks_of(module):
+                    sums = torch.autograd.grad(output, named.values(), v, retain_graph=True, allow_unused=True)
                 sums = [torch.zeros_like(p) if g is None else g for g, p in zip(sums, named.values(), strict=True)]
                 rows = [_rows(context, owners[name], len(v)) for name in named]
                 rows = [g.new_zeros(len(v), *g.shape) if r is None else r for r, g in zip(rows, sums, strict=True)]
@@ -223,6 +227,24 @@ def _owners(module: nn.Module, named: dict[str, nn.Parameter]) -> dict[str, list
     return owners
 
 
+@contextmanager
+def _hooks_of(module: nn.Module) -> Iterator[None]:
+    """Turn what ASDL's hooks stumble over into advice: they take layers that are given a tensor, by position, and give one.
+
+    Raises:
+        ValueError: If they fail.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"ASDL's hooks fail in {type(module).__name__} ({error}): they take layers that are called with one tensor, by "
+            "position, and return one. Use the native backend."
+        ) from error
+
+
 def _check_own(module: nn.Module) -> None:
     """Refuse a model which ASDL takes for a layer without trainable parameters, and does not begin with."""
     own = [getattr(module, name, None) for name in ("weight", "bias")]
@@ -256,8 +278,7 @@ def _recorded(layers: dict[str, nn.Module]) -> Iterator[dict[str, list[torch.Siz
     shapes: dict[str, list[torch.Size]] = {name: [] for name in layers}
     handles = [
         layer.register_forward_hook(
-            lambda m, args, kwargs, out, name=name: shapes[name].append((args[0] if args else kwargs["input"]).shape),
-            with_kwargs=True,
+            lambda m, args, out, name=name: shapes[name].append(args[0].shape if args else None)
         )
         for name, layer in layers.items()
     ]

@@ -79,7 +79,12 @@ class CurvlinopsInterface(CurvatureInterface):
                 num_data=len(y),
                 batch_size_fn=lambda _: len(y),
             )
-            operator.compute_kronecker_factors()
+            try:
+                operator.compute_kronecker_factors()
+            except (ValueError, NotImplementedError) as error:
+                raise ValueError(
+                    f"curvlinops has no Kronecker factors of this model: {error} Use the native backend."
+                ) from error
         factors = operator.state_dict()
         gradients, inputs = factors["gradient_covariances"], factors["input_covariances"]
         kfacs = []

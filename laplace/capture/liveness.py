@@ -18,7 +18,7 @@ from laplace.capture.stateless import with_tensors
 from laplace.data.batches import length_of, part_of
 from laplace.noise import fixed_directions
 
-_CHUNK = 8  # examples whose graph is held at once
+_CHUNK = 8  # examples whose graph is held at once, after the first one, which shows all that there is in most models
 
 
 def live_rows(model: nn.Module, x: Any) -> dict[str, int | None]:
@@ -30,13 +30,17 @@ def live_rows(model: nn.Module, x: Any) -> dict[str, int | None]:
 
     Returns:
         For every module with parameters in the graph of the output, and every parameter that no module multiplies by itself,
-        the number of that example; None where all gradients are zero. Nothing of models without a backward pass.
+        the number of that example; None where all gradients are zero. Nothing of models without a backward pass, or where
+        there is no memory for one.
     """
     found: dict[str, int | None] = {}
     n = length_of(x)
-    for start in range(0, n, _CHUNK):
-        chunk = slice(start, min(start + _CHUNK, n))
-        for name, row in _live_rows(model, part_of(x, chunk)).items():
+    for start, stop in [(0, 1), *((i, min(i + _CHUNK, n)) for i in range(1, n, _CHUNK))]:
+        try:
+            rows = _live_rows(model, part_of(x, slice(start, stop)))
+        except torch.OutOfMemoryError:  # the graph of a few examples may be too large where their outputs are not
+            break
+        for name, row in rows.items():
             if found.get(name) is None:
                 found[name] = None if row is None else start + row
         if None not in found.values():

@@ -365,3 +365,15 @@ def test_inputs_of_any_kind_of_whole_numbers_are_compared(kind):
     one.fit([(x.to(kind), y)])
     other.fit([(x, y)])
     torch.testing.assert_close(one.H, other.H)
+
+
+def test_a_graph_that_does_not_fit_into_memory_is_done_without():
+    class Large(nn.Module):
+        def forward(self, x):
+            if torch.is_grad_enabled():
+                raise torch.OutOfMemoryError("no room")
+            return x.tanh()
+
+    la = Laplace(nn.Sequential(nn.Linear(3, 3), Large(), nn.Linear(3, 2)), "regression", "last_layer", "full")
+    la.fit([(torch.randn(4, 3), torch.zeros(4, 2))])
+    assert la(torch.randn(2, 3))[1].shape == (2, 2, 2)
