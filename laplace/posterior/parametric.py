@@ -73,7 +73,7 @@ class ParametricLaplace(SummedLaplace):
         r""":math:`J P^{-1} J^\top` jointly for all examples.
 
         Args:
-            Js: Jacobians ``(batch · outputs, parameters)``, or ``(batch, outputs, parameters)``.
+            Js: Jacobians ``(batch · outputs, parameters)``.
 
         Returns:
             One covariance ``(batch · outputs, batch · outputs)``.
