@@ -37,7 +37,7 @@ def tensor_output(output: Any) -> Tensor:
 
     Raises:
         TypeError: If it is a tuple, a dictionary or another object.
-        ValueError: If it has one value per example and no dimension of outputs.
+        ValueError: If it has one value per example and no dimension of outputs, or is complex.
     """
     if not isinstance(output, Tensor):
         raise TypeError(
@@ -48,6 +48,11 @@ def tensor_output(output: Any) -> Tensor:
         raise ValueError(
             f"The model's output has shape {tuple(output.shape)}, but has to be (batch, outputs): end its forward with "
             ".unsqueeze(-1), and give regression targets of shape (batch, 1); binary labels of a Bernoulli may stay (batch,)."
+        )
+    if output.is_complex():
+        raise ValueError(
+            f"The model's output is of {output.dtype}, and likelihoods are of real numbers: end its forward with "
+            "torch.view_as_real(…).flatten(1), and give targets in the same way."
         )
     return output
 
