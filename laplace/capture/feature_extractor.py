@@ -95,7 +95,7 @@ class FeatureExtractor(nn.Module):
         Raises:
             ValueError: If there is no such module or it is not :class:`torch.nn.Linear`.
         """
-        modules = dict(self.model.named_modules())
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         if last_layer_name not in modules:
             linear = [name for name, m in modules.items() if isinstance(m, nn.Linear)]
             raise ValueError(f"last_layer_name={last_layer_name!r} is not a module; linear modules are {linear}.")

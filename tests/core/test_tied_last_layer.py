@@ -44,3 +44,15 @@ def test_its_state_loads(structure):
     other = Laplace(words(True), "classification", "last_layer", structure)
     other.load_state_dict(copy.deepcopy(la.state_dict()))
     torch.testing.assert_close(other(x), la(x))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_last_layer_by_its_second_name(structure):
+    model, x = words(True), torch.arange(9).reshape(3, 3) % 5
+    model.classifier = model.head
+    la = Laplace(model, "classification", "last_layer", structure, last_layer_name="classifier")
+    la.fit([(torch.arange(18).reshape(6, 3) % 5, torch.arange(6) % 5)])
+    torch.testing.assert_close(la(x), fitted(structure, True)(x))
+    other = Laplace(model, "classification", "last_layer", structure)
+    other.load_state_dict(la.state_dict())
+    torch.testing.assert_close(other(x), la(x))
