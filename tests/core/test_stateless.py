@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from laplace import Laplace
+from laplace import Laplace, curvature
 from laplace.capture.stateless import with_tensors
 
 from .naive import relative_error
@@ -84,3 +84,23 @@ def test_networks_of_a_module_with_two_names(structure):
         la.fit([(X, Y)])
         draws.append(la.functional_samples(X, "nn", 5, generator=torch.Generator().manual_seed(0)))
     assert relative_error(draws[1], draws[0]) < 1e-10 and relative_error(draws[2], draws[0]) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("backend", "structure"), [("CurvlinopsGGN", "full"), ("CurvlinopsHessian", "full"), ("AsdlGGN", "diag")]
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_other_packages_leave_it_too(name, backend, structure):
+    """Some of them replace parameters as torch does."""
+    model = MODELS[name]()
+    before = dict(model.named_parameters())
+    la = Laplace(model, "regression", "all", structure, backend=getattr(curvature, backend))
+    try:
+        la.fit([(X, Y)])
+    except ValueError as error:
+        assert "ASDL" in str(error) and name == "tied"
+    assert all(before[key] is p for key, p in model.named_parameters())
+    if backend == "CurvlinopsGGN":
+        other = Laplace(MODELS[name](), "regression", "all", structure)
+        other.fit([(X, Y)])
+        torch.testing.assert_close(la.H, other.H)
