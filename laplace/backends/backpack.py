@@ -148,7 +148,11 @@ class BackPackEF(BackPackInterface, EFInterface):
     """
 
     def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
-        """Refused: BackPACK computes no Kronecker factors of the empirical Fisher."""
+        """Refused.
+
+        Raises:
+            ValueError: Always: BackPACK computes no Kronecker factors of the empirical Fisher.
+        """
         raise ValueError(
             "BackPACK has no Kronecker factors of the empirical Fisher. Use NativeEF, CurvlinopsEF or AsdlEF, or "
             "hessian_structure='diag' or 'full'."

@@ -19,6 +19,7 @@ from laplace.capture.contractions import require_jacobians
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.capture.last_layer import LastLayerCapture, last_layer_sources
+from laplace.capture.liveness import live_rows
 from laplace.capture.padding import kept_tokens
 from laplace.capture.soundness import check_function, check_inputs, failures_named, run
 from laplace.capture.unproven import Unproven
@@ -63,6 +64,7 @@ class CapturedModel:
         self._spec: SumsSpec | None = None
         self._known: list[tuple[str, str | None]] | None = None  # sources of which the two below are
         self._unproven = Unproven()
+        self._is_asked = False  # whether the batch that is being added has been asked what is open
         self._proven: Proven = {}
         self._sizes: tuple[SumsSpec | None, dict[Any, tuple[int, int]]] = (
             None,
@@ -84,7 +86,7 @@ class CapturedModel:
             return
         modules = [name for name, _ in self._whole_model.named_modules()]
         layers = [] if self.last_layer else [layer or row_key(name) for name, layer in _sources(value)]
-        self._learn(value, Unproven(modules, layers))
+        self._learn(value, Unproven(modules, layers, None if self._leaves_parameters_out else ()))
 
     def _learn(self, spec: SumsSpec, unproven: Unproven) -> None:
         self._spec, self._known, self._unproven, self._proven = spec, _sources(spec), unproven, {}
@@ -148,7 +150,7 @@ class CapturedModel:
         with eval_mode(self.model), faster_products(self._whole_model.parameters()):
             check_model(self.model)
             modules = check_function(self._whole_model, x)
-            dead: set[str] = set()
+            before, dead = self._dead_before(x), set[str]()
             if self.last_layer:
                 with torch.no_grad():
                     _, features = self.model.forward_with_features(x)
@@ -164,9 +166,20 @@ class CapturedModel:
         n_outputs = self.likelihood_object.count_outputs(f)
         bare = next(self._whole_model.children(), None) is None
         spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs, kept, bare)
-        self._learn(spec, Unproven(modules, dead))
+        self._learn(spec, Unproven(modules, dead, before))
         warn_of_diagonal_blocks(self.spec, self._whole_model)
         return self.spec
+
+    @property
+    def _leaves_parameters_out(self) -> bool:
+        """Whether the model has parameters that a fit does not differentiate."""
+        return self.last_layer or not all(p.requires_grad for p in self.model.parameters())
+
+    def _dead_before(self, x: Any) -> set[str]:
+        """What has no gradient in this batch of that which a fit does not differentiate."""
+        if not self._leaves_parameters_out or not is_divisible(x):
+            return set()
+        return {name for name, row in live_rows(self._whole_model, x).items() if row is None}
 
     @property
     def _whole_model(self) -> nn.Module:
@@ -180,6 +193,7 @@ class CapturedModel:
                 on one another, which gradients along a direction may do too.
         """
         with eval_mode(self.model), self._unproven.watched(self._whole_model, x):
+            self._unproven.look_before(self._whole_model, x)
             capture = self._unchecked_capture(x)
         if isinstance(capture, Capture):
             if self._unproven.layers:
@@ -190,17 +204,30 @@ class CapturedModel:
             capture.check_attribution()
         return capture
 
-    def check_batch(self, x: Any) -> None:
+    def check_batch(self, x: Any, y: Tensor | None = None, offset: int = 0) -> None:
         """Ask a batch of which others than :meth:`capture` make the passes, if something is still open that it may show.
 
+        Args:
+            x: Inputs.
+            y: Targets that are to be checked beside the outputs; of the same pass, so that there is one more at most.
+            offset: Index in the data set of the batch's first example.
+
         Raises:
-            ValueError: If it is the first to show that examples depend on one another; names the module.
+            NonFiniteError: If an output or target is NaN or Inf; names the examples.
+            ValueError: If it is the first to show that examples depend on one another; names the module. If targets do not fit.
         """
+        if self._is_asked:
+            return
         open_ = self._unproven
-        if not open_.modules and not open_.layers:
+        with eval_mode(self.model):
+            open_.look_before(self._whole_model, x)
+        if y is None and not open_.modules and not open_.layers:
             return
         with eval_mode(self.model), torch.no_grad(), open_.watched(self._whole_model, x):
-            capture = self._unchecked_capture(x) if open_.layers else self.model(x)
+            capture = self._unchecked_capture(x) if open_.layers else None
+            f = run(self.model, x, "this batch") if capture is None else capture.f
+        if y is not None:
+            self.likelihood_object.check(f, y, offset)
         if open_.layers and isinstance(capture, Capture):
             open_.look_at_gradients(self.model, x, capture.gradients(fixed_directions(capture.f)))
 

@@ -87,11 +87,11 @@ class Capture:
     def _forward(self, model: nn.Module, x: Any) -> None:
         hooked = {name: module for name, module in self.modules.items() if name not in self._products}
 
-        def once(x: Any) -> tuple[list[Call], set[str], Tensor]:
-            with recorded(hooked) as (calls, without), torch.enable_grad(), faster_products(model.parameters()):
-                return calls, without, model(x)
+        def once(x: Any) -> tuple[list[Call], set[str], set[str], Tensor]:
+            with recorded(hooked) as (calls, without, others), torch.enable_grad(), faster_products(model.parameters()):
+                return calls, without, others, model(x)
 
-        calls, without, self._output = memory_format.run(once, model, x, hooked.values())
+        calls, without, others, self._output = memory_format.run(once, model, x, hooked.values())
         names = [call.layer for call in calls]
         own = {
             f"{layer}.{key}" if layer else key: parameter
@@ -103,7 +103,7 @@ class Capture:
             name
             for name, number in numbers.items()
             if name not in self._products and number > names.count(name.rpartition(".")[0])
-        }
+        } | others
         products, turned, misused = calls_of(self._output, self._products, len(self._output))
         self.misused |= misused
         self.modules.update(turned)

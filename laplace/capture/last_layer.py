@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace.capture.blocks import row_key
+from laplace.capture.calls import input_of
 from laplace.capture.pullback import pullback
 from laplace.capture.rules import gradients_by_position, inputs_by_position
 from laplace.capture.verify import Source, find_layers
@@ -91,7 +92,7 @@ def apply_last_layer(layer: nn.Module, features: Tensor) -> tuple[Tensor, Tensor
     """Outputs of the last layer, and what its weight was multiplied by: the features after hooks that change them."""
     kept: list[Tensor] = []
     handle = layer.register_forward_hook(
-        lambda module, args, kwargs, output: kept.append(args[0] if args else kwargs["input"]), with_kwargs=True
+        lambda module, args, kwargs, output: kept.append(input_of(args, kwargs)), with_kwargs=True
     )
     try:
         return layer(features), kept[-1]

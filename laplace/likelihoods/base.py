@@ -34,6 +34,11 @@ class BaseLikelihood(Predictive):
     not positive semi-definite); the rest is for likelihoods with closed forms. Two objects with equal :attr:`identity` are
     taken for the same likelihood, so one with settings of its own has to put them there.
 
+    Everywhere ``f`` are outputs ``(batch, …, outputs)``, ``y`` targets as the likelihood takes them, ``offset`` the index in
+    the data set of the batch's first example, ``weights`` those of examples ``(batch,)``, ``u`` uniform numbers shaped like
+    ``f``, ``n_data``, ``n_outputs`` and ``sigma_noise`` what the posterior has under these names, and ``num_samples`` and
+    ``seed`` those of the Monte-Carlo Fisher. Targets that do not fit are a ValueError, values not finite a NonFiniteError.
+
     Attributes:
         word: The name under which users ask for it, where the library has one.
         has_noise: Whether ``sigma_noise`` means something.
@@ -117,7 +122,12 @@ class BaseLikelihood(Predictive):
         return False
 
     def check_shapes(self, f: Tensor, y: Tensor, offset: int = 0) -> None:
-        """Refuse targets that do not fit the outputs; by default those of another number of examples, or not finite."""
+        """Refuse targets that do not fit the outputs; by default those of another number of examples, or not finite.
+
+        Raises:
+            ValueError: If the targets do not fit.
+            NonFiniteError: On NaN or Inf.
+        """
         if len(y) != len(f):
             raise ValueError(f"There are {len(y)} targets for the outputs of {len(f)} examples; give one per example.")
         check_finite("The target", y, offset)
@@ -126,7 +136,11 @@ class BaseLikelihood(Predictive):
         """Say so where outputs, given with their graph, may not be what is meant; asked once, with the first batch of a fit."""
 
     def check_length(self, y: Tensor, n_outputs: int) -> None:
-        """Refuse targets of another number of values per example than the evidence counts on, if it counts any."""
+        """Refuse targets of another number of values per example than the evidence counts on, if it counts any.
+
+        Raises:
+            ValueError: If there are.
+        """
 
     def count_outputs(self, f: Tensor) -> int:
         """Number of outputs that a posterior remembers: of one position, or where they are counted, of an example."""

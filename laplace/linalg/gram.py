@@ -190,7 +190,7 @@ def _add_to_block_(block: Tensor, runs: Iterable[tuple[Tensor, Tensor]], scale: 
 def _add_to_small_(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
     """Add ``leftᵀ right`` to a small sum: one product for each run of rows, many at once."""
     whole = len(left) // _SHORT_RUN * _SHORT_RUN
-    step = _SHORT_RUN * max(1, _SCRATCH // total.numel())
+    step = _SHORT_RUN * max(1, _SCRATCH // max(1, total.numel()))
     for start in range(0, whole, step):
         stop = min(start + step, whole)
         runs = (t[start:stop].unflatten(0, (-1, _SHORT_RUN)) for t in (left, right))

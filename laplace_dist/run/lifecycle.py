@@ -47,13 +47,13 @@ def check_model(store: Store, plan: Plan, model: nn.Module, who: str) -> Any:
     key = probe_key(plan.probe)
     content, label = store.read(key), f"{store.url}/{key}"
     check_probe(content, plan.probe, model, label, who)
-    inputs, outputs, law = open_probe(content, plan.probe, label)
-    if law:  # older runs have none
+    probe = open_probe(content, plan.probe, label)
+    if probe.law:  # older runs have none
         with of_the_plan():
             name, estimator = plan.settings["likelihood"], plan.settings["estimator"]
             likelihood = likelihood_of(name).fitted
-        check_law(law, outputs, likelihood, name, estimator, who)
-    return inputs
+        check_law(probe.law, probe.judged, likelihood, name, estimator, who)
+    return probe.inputs
 
 
 def open_run(
