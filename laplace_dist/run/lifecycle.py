@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from laplace_dist.config.likelihood import likelihood_of
+from laplace_dist.config.likelihood import likelihood_of_run
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan, differences
 from laplace_dist.plan.segments import Segment
@@ -51,7 +51,7 @@ def check_model(store: Store, plan: Plan, model: nn.Module, who: str) -> Any:
     if law:  # older runs have none
         with of_the_plan():
             name, estimator = plan.settings["likelihood"], plan.settings["estimator"]
-            likelihood = likelihood_of(name).fitted
+            likelihood = likelihood_of_run(plan.settings).fitted
         check_law(law, outputs, likelihood, name, estimator, who)
     return inputs
 
