@@ -108,7 +108,10 @@ def check_example_weights(config: Config) -> None:
 def no_groups(config: Config) -> str | None:
     """Say why curvature cannot be added up in several groups of factors; None where it can."""
     if config.hessian_structure == "lowrank":
-        return "with --hessian-structure lowrank, whose sketch is one factor that every row is multiplied with"
+        return (
+            "with --hessian-structure lowrank, whose basis is found from the whole sketch in one worker, which takes more than "
+            "the pass does: a lower --rank or --oversampling takes less"
+        )
     if config.hessian_structure == "full" and config.backend != "native":
         return (
             f"with --hessian-structure full and --backend {config.backend}, whose package makes the whole matrix for every "
@@ -153,7 +156,8 @@ def check_training(config: Config) -> None:
         raise SettingsError(f"--window: got {config.window!r}; a training by empirical Bayes is of all its data")
     if config.module_groups is not None:
         raise SettingsError(
-            f"--module-groups: got {config.module_groups}; a training by empirical Bayes needs all its sums in the driver"
+            f"--module-groups: got {config.module_groups}; a training by empirical Bayes needs all its sums in the driver, "
+            "since the evidence is of all weights at once; leave it out"
         )
     check_predictive(config)
 
