@@ -46,12 +46,12 @@ def check_model(store: Store, plan: Plan, model: nn.Module, who: str) -> Any:
         return None
     key = probe_key(plan.probe)
     content, label = store.read(key), f"{store.url}/{key}"
-    check_probe(content, plan.probe, model, label, who)
+    with of_the_plan():
+        name, estimator = plan.settings["likelihood"], plan.settings["estimator"]
+        likelihood = likelihood_of_run(plan.settings).fitted
+    check_probe(content, plan.probe, model, label, who, likelihood.counts)
     inputs, outputs, law = open_probe(content, plan.probe, label)
     if law:  # older runs have none
-        with of_the_plan():
-            name, estimator = plan.settings["likelihood"], plan.settings["estimator"]
-            likelihood = likelihood_of_run(plan.settings).fitted
         check_law(law, outputs, likelihood, name, estimator, who)
     return inputs
 
