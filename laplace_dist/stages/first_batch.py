@@ -146,7 +146,19 @@ def _outputs(model: nn.Module, x: Any, y: Tensor) -> Tensor:
         raise SettingsError(
             f"--model: it returns {tuple(f.shape)} for {min(FEW, len(y))} examples; expected (batch, …, outputs)"
         )
+    if not bool(f.isfinite().all()):
+        _check_weights(model)
     return f
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Refuse weights that are no numbers, of a model whose outputs are none."""
+    wrong = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
+    if wrong:
+        raise SettingsError(
+            f"--model: its outputs are NaN or Inf, and so are weights in {listed(wrong)}; give --weights of a training that "
+            "has not diverged"
+        )
 
 
 def _check_lengths(x: Any, y: Tensor) -> None:

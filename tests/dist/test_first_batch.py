@@ -273,6 +273,19 @@ def test_a_follow_on_job_looks_at_its_splits_before_anything_starts(tmp_path, mo
         job(chosen, executor=lambda *_: SimpleNamespace(device_type=lambda: "cpu", close=lambda: None))
 
 
+def test_weights_that_are_no_numbers_are_named(tmp_path):
+    broken = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.Linear(4, 4)).eval()
+    with torch.no_grad():
+        broken[2].bias[1] = float("nan")
+    data = TensorDataset(IMAGES, LABELS)
+    with pytest.raises(
+        SettingsError, match=r"its outputs are NaN or Inf, and so are weights in 2.bias; give --weights"
+    ):
+        first_batch.check(dist_cases.config(tmp_path), broken, {"train": data})
+    spoilt = TensorDataset(torch.full_like(IMAGES, float("nan")), LABELS)
+    first_batch.check(dist_cases.config(tmp_path), CLASSES, {"train": spoilt})  # of which a worker names the examples
+
+
 @pytest.mark.parametrize("form", [2, 3])
 def test_chunks_that_are_not_stored_are_said_before_anything_begins(tmp_path, caplog, form):
     """They read as the fill value, as those do that hold nothing else and that Zarr does not write."""
