@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from laplace.enums import LinkApprox
+from laplace.likelihoods import BaseLikelihood
 from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.config.settings import HF, Config
 from laplace_dist.errors import SettingsError
@@ -72,6 +74,12 @@ def _check_predictions(config: Config) -> None:
         raise SettingsError(
             f"--link-approx: got {config.link_approx!r} with --pred-type nn, which samples networks; expected mc"
         )
+    predicting = likelihood.predicting(False)
+    if config.pred_type == "glm" and type(predicting).integrate is BaseLikelihood.integrate:
+        try:
+            predicting.refuse_bridge(LinkApprox(config.link_approx))
+        except ValueError as error:
+            raise SettingsError(f"--link-approx: got {config.link_approx!r}; {error}") from error
     if config.recalibrate != "prior" and not likelihood.scales_logits:
         raise SettingsError(
             f"--recalibrate: got {config.recalibrate!r} for {likelihood.identity}, whose outputs are no logits that a "
