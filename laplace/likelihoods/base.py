@@ -48,6 +48,8 @@ class BaseLikelihood(Predictive):
         grid_needs_variance: Whether the prior precision changes the mean of its predictive under ``pred_type='glm'``.
         scales_logits: Whether its outputs are logits, which a temperature may divide.
         has_confidence: Whether its scores hold a ``confidence``, by which out-of-distribution data can be told.
+        sampling: How the numbers that targets are drawn by are shared out among an example's positions: 2, by turn among those
+            that count, so that what is padded in front of them or behind moves none; 1, as runs of laplace_dist 0.1 have it.
 
     Example:
         >>> import torch
@@ -73,6 +75,7 @@ class BaseLikelihood(Predictive):
     grid_needs_variance = True
     scales_logits = False
     has_confidence = False
+    sampling = 2
 
     def __init_subclass__(cls, **kwargs: Any):
         """A class with a root or checks of its own does not inherit another's closed forms or what stands for its checks."""
@@ -253,10 +256,25 @@ class BaseLikelihood(Predictive):
         Their outer products sum to an unbiased estimate of the Fisher (Kunstner et al., NeurIPS 2019). The draws of an
         example depend on ``seed`` and on its index in the data set only.
         """
-        for u in self._uniform(f, num_samples, seed, offset):
+        for u in self._uniform(f, y, num_samples, seed, offset):
             yield self.gradient(f, self.draw(f, u)) * num_samples**-0.5
 
-    def _uniform(self, f: Tensor, num_samples: int, seed: int, offset: int) -> tuple[Tensor, ...]:
+    def counts(self, y: Tensor) -> Tensor | None:
+        """Which positions are terms of the loss, ``(batch, …)`` bool; None where all are, whatever their target."""
+        return None
+
+    def _uniform(
+        self, f: Tensor, y: Tensor, num_samples: int, seed: int, offset: int, each: int | None = None
+    ) -> Iterator[Tensor]:
+        """Uniform numbers ``(batch, …, each)`` of every sample; as many for each position as it has outputs by default."""
+        each, positions = each or f.shape[-1], f[0, ..., 0].numel()
         examples = torch.arange(offset, offset + len(f), device=f.device)
-        numbers = noise.uniform(seed, examples, num_samples * f[0].numel())
-        return numbers.reshape(len(f), *f.shape[1:-1], num_samples, f.shape[-1]).unbind(-2)  # padding comes last
+        numbers = noise.uniform(seed, examples, num_samples * positions * each)
+        if self.sampling == 1:
+            yield from numbers.reshape(len(f), num_samples, *f.shape[1:-1], each).unbind(1)
+            return
+        numbers = numbers.reshape(len(f), positions, num_samples, each)
+        if (counts := self.counts(y)) is not None:
+            turns = (counts.to(f.device).reshape(len(f), positions).cumsum(1) - 1).clamp_(min=0)
+            numbers = numbers.take_along_dim(turns[:, :, None, None], 1)
+        yield from numbers.reshape(len(f), *f.shape[1:-1], num_samples, each).unbind(-2)

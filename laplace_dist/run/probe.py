@@ -82,8 +82,18 @@ def probe_digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def check_probe(content: bytes, digest: str, model: nn.Module, label: str, who: str) -> None:
+def check_probe(
+    content: bytes,
+    digest: str,
+    model: nn.Module,
+    label: str,
+    who: str,
+    counts: Callable[[Tensor], Tensor | None] = lambda y: None,
+) -> None:
     """Refuse a model whose outputs on the probe's inputs are not those of the run's model.
+
+    Outputs at positions that are no terms of the loss are not compared: of padding, each implementation of attention makes
+    something else.
 
     Args:
         content: The probe.
@@ -91,20 +101,21 @@ def check_probe(content: bytes, digest: str, model: nn.Module, label: str, who: 
         model: In eval mode, with the run's weights.
         label: What to call the probe in messages.
         who: Whose model it is, in a person's words.
+        counts: Returns which positions count, from targets; None where all do.
 
     Raises:
         CheckpointError: The probe is truncated or altered.
         SettingsError: The model is another one.
     """
     probe = open_probe(content, digest, label)
-    inputs, wanted = probe.inputs, probe.outputs
     try:
-        found = _run(model, to_device(inputs, next(model.parameters()).device))
+        found = _run(model, to_device(probe.inputs, next(model.parameters()).device))
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise SettingsError(_refusal(who, f"it fails on the run's inputs ({type(error).__name__}: {error})")) from error
     if found.shape != probe.shape:
         raise SettingsError(_refusal(who, f"outputs of shape {tuple(found.shape)}, the run's {tuple(probe.shape)}"))
-    found = _sample(found)
+    compared = _compared(probe, counts)
+    found, wanted = _sample(found)[compared], probe.outputs[compared]
     error = float((found.double() - wanted.double()).norm())
     scale = max(float(wanted.double().norm()), torch.finfo(torch.float32).tiny)
     if not error <= _tolerance(found) * scale:
@@ -115,8 +126,9 @@ def check_probe(content: bytes, digest: str, model: nn.Module, label: str, who: 
 
 def _refusal(who: str, what: str) -> str:
     return (
-        f"--model: {who} is not the model of the run: {what}, with the same weights. Its code, or a library that it uses, "
-        "was changed since the run began, or is of another version on that node. Restore it, or begin another run."
+        f"--model: {who} is not the model of the run: {what}, with the same weights. Its code, what it was "
+        "built with (such as attn_implementation), or a library that it uses, was changed since the run began, or is of "
+        "another version on that node. Restore it, or begin another run."
     )
 
 
@@ -162,6 +174,16 @@ def _sample(outputs: Tensor) -> Tensor:
     while math.gcd(step, outputs.shape[-1]) > 1:
         step += 1
     return outputs.flatten()[::step].clone()
+
+
+def _compared(probe: Probe, counts: Callable[[Tensor], Tensor | None]) -> Tensor:
+    """Which of the kept outputs are compared: those that are terms of the loss, where targets say so and any is."""
+    counted = counts(probe.law["targets"]) if "targets" in probe.law else None
+    if counted is None or not bool(counted.any()):
+        return torch.ones_like(probe.outputs, dtype=torch.bool)
+    every = torch.zeros(probe.shape, dtype=torch.bool)
+    every[: len(counted)][counted] = True
+    return _sample(every)
 
 
 def _stand_in(shape: torch.Size) -> Tensor:

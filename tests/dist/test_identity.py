@@ -21,7 +21,7 @@ from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
 from laplace_dist.job import evaluate_posterior, tune_posterior
 from laplace_dist.plan.identity import SAMPLE, check_data, fingerprint
 from laplace_dist.plan.plan import Plan
-from laplace_dist.run import layout, lifecycle, partial_manifests
+from laplace_dist.run import layout, lifecycle, partial_manifests, probe
 from laplace_dist.run.checkpoint import Checkpoint, open_json
 from laplace_dist.run.law import check_law, law_of
 from laplace_dist.run.probe import check_probe, make_probe, open_probe, probe_digest
@@ -276,6 +276,39 @@ def test_a_probe_keeps_nested_inputs_and_knows_its_model(batch):
         check_probe(content, probe_digest(content), model, "probe", "it")
     with pytest.raises(CheckpointError, match="probe is truncated or altered"):
         check_probe(content[:-1], probe_digest(content), model, "probe", "it")
+
+
+class PerWord(nn.Module):
+    """Logits of every word, and at padding whatever `filled` says, as implementations of attention differ there."""
+
+    def __init__(self, filled=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.filled = nn.Linear(1, 3), filled
+
+    def forward(self, x):
+        return torch.where((x > 0)[..., None], self.layer(x[..., None]), self.filled)
+
+
+def test_outputs_at_positions_that_do_not_count_are_not_compared():
+    x = torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 3.0], [4.0, 5.0, 6.0], [0.0, 7.0, 8.0]])
+    y = torch.where(x > 0, 1, -100)
+    law = lambda count, outputs: {"targets": y[:count]}  # noqa: E731
+    content = make_probe(PerWord(), lambda n: x[:n], 4, law)
+    counts, how = WeightedCategorical(ignore_index=-100).counts, (content, probe_digest(content))
+    check_probe(*how, PerWord(9.0), "probe", "it", counts)
+    with pytest.raises(SettingsError, match=r"its outputs on the same inputs differ .*such as attn_implementation"):
+        check_probe(*how, PerWord(9.0), "probe", "it")
+    other = PerWord(9.0)
+    with torch.no_grad():
+        other.layer.weight *= 1.1
+    with pytest.raises(SettingsError, match="its outputs on the same inputs differ"):
+        check_probe(*how, other, "probe", "it", counts)
+
+
+def test_padding_is_not_compared_of_outputs_that_are_not_all_kept(monkeypatch):
+    monkeypatch.setattr(probe, "MOST", 8)
+    test_outputs_at_positions_that_do_not_count_are_not_compared()
 
 
 def test_a_rounding_of_the_outputs_is_no_other_model():
