@@ -1,9 +1,11 @@
 """Every row of the table of speeds: this library and its peers in turns, medians, and whether the target is reached.
 
     python benchmarks/bench.py --peer-python PATH/TO/PEER/ENV/bin/python [FAMILY[:ROW] …] [--turns 3] [--write]
+    python benchmarks/bench.py --profile FAMILY[:ROW] …
 
 Each turn is a process of its own. The peers are black boxes in an environment of their own (`make bench` makes it). With
-`--write` the rows that were measured replace those of the same name in the table of `RESULTS.md`.
+`--write` the rows that were measured replace those of the same name in the table of `RESULTS.md`. With `--profile` nothing is
+compared: it prints what our side takes, by kind of operation.
 """
 
 from __future__ import annotations
@@ -52,6 +54,14 @@ def turn(python: str, family: str, name: str, side: str, threads: int) -> dict[s
     environment = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, **own}
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def profiled(family: str, name: str) -> None:
+    """Print the profile of a row's own side, from a process of its own with one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "5", "PYTHONPATH": str(HERE.parent)}
+    subprocess.run(
+        [sys.executable, "-W", "ignore", str(HERE / "rows" / "profiling.py"), family, name], env=environment, check=True
+    )
 
 
 def measured(python: str | None, family: str, name: str, row: Any, turns: int, threads: int) -> dict[str, Any]:
@@ -119,11 +129,17 @@ def main() -> None:
         "--note", help="of the machine's state, for the last column; its load before each row if not given"
     )
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="print what our side of the named rows takes instead")
     options = parser.parse_args()
     if any(name.partition(":")[0] == OF_CUDA for name in options.rows) and not torch.cuda.is_available():
         print(
             f"This machine has no CUDA device that torch {torch.__version__} can use: no row of {OF_CUDA!r} was measured."
         )
+        return
+    if options.profile:
+        print(machine(1))
+        for family, name, _ in chosen(options.rows):
+            profiled(family, name)
         return
     print(machine(options.threads), HEADER, sep="\n")
     for family, name, row in chosen(options.rows):

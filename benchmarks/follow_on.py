@@ -63,21 +63,44 @@ def spent(job: Callable[..., Any], config: Any) -> float:
     return found[0] - found[1]
 
 
-def measured(case: str) -> tuple[float, float, float]:
-    """Return the CPU seconds of the map, the tuning and the evaluation of a case."""
+def stages(case: str, place: str) -> dict[str, tuple[Callable[..., Any], Any]]:
+    """Return the jobs of a case over one checkpoint by name, each with its settings, in the order in which they are run."""
     import laplace_dist
     from laplace_dist.job import evaluate_posterior, tune_posterior
 
     model, structure, classes = CASES[case]
+    config = laplace_dist.Config(
+        model=f"follow_on:{model}", model_args={"classes": classes}, data="follow_on:images",
+        data_args={"classes": classes}, checkpoint=place, hessian_structure=structure, batch_size=32,
+        device="cpu", skip_tune=True, skip_evaluate=True, ood=[],
+    )  # fmt: skip
+    follow = config.model_copy(update={"skip_tune": False, "skip_evaluate": False})
+    return {
+        "map": (laplace_dist.fit, config),
+        "tune": (tune_posterior, follow),
+        "evaluate": (evaluate_posterior, follow),
+    }
+
+
+def measured(case: str) -> tuple[float, float, float]:
+    """Return the CPU seconds of the map, the tuning and the evaluation of a case."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
-        config = laplace_dist.Config(
-            model=f"follow_on:{model}", model_args={"classes": classes}, data="follow_on:images",
-            data_args={"classes": classes}, checkpoint=place, hessian_structure=structure, batch_size=32,
-            device="cpu", skip_tune=True, skip_evaluate=True, ood=[],
-        )  # fmt: skip
-        follow = config.model_copy(update={"skip_tune": False, "skip_evaluate": False})
-        return spent(laplace_dist.fit, config), spent(tune_posterior, follow), spent(evaluate_posterior, follow)
+        mapped, tuned, evaluated = (spent(job, config) for job, config in stages(case, place).values())
+    return mapped, tuned, evaluated
+
+
+def prepared(case: str, stage: str) -> Callable[[], object]:
+    """Return what carries out one stage of a case, of which the ones before are done."""
+    from laplace_dist import Inline
+
+    place = tempfile.TemporaryDirectory()
+    jobs = stages(case, place.name)
+    for name, (job, config) in jobs.items():
+        if name == stage:
+            return lambda place=place: job(config, executor=Inline)  # the folder stays as long as this does
+        job(config, executor=Inline)
+    raise ValueError(f"{stage!r} is none of {', '.join(jobs)}")
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from laplace import predictive
 from laplace.capture.evaluation import eval_mode
 from laplace.enums import LinkApprox, PredType, parse
 from laplace.fitted import Fitted
-from laplace.interpolation import interpolated, nodes_for
+from laplace.interpolation import interpolation_for
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.checks import check_scored_finite
 from laplace.likelihoods.predictive import Prediction
@@ -258,14 +258,13 @@ def _variances(la: Fitted, capture: Any, priors: list[Tensor], diagonal: bool) -
     outputs = capture.f[0].numel()
     step = max(1, _SWEEP // (len(capture.f) * outputs * (1 if diagonal else outputs)))
     scalars = [float(prior) for prior in priors] if diagonal and all(p.numel() == 1 for p in priors) else []
-    nodes = nodes_for(scalars)
-    if nodes is not None:
-        at = [torch.tensor([value], dtype=la._dtype, device=la._device) for value in nodes]
+    between = interpolation_for(scalars, la._largest_curvature()) if len(scalars) > 1 else None
+    if between is not None:
+        at = [torch.tensor([value], dtype=la._dtype, device=la._device) for value in between.nodes]
         known = torch.cat([_of_some(la, capture, at[i : i + step], diagonal) for i in range(0, len(at), step)])
-        if bool((known > 0).all()):  # nothing to take the logarithm of where an output has no variance
-            for i in range(0, len(scalars), step):
-                yield from interpolated(known, scalars[i : i + step], nodes)
-            return
+        for i in range(0, len(scalars), step):
+            yield from between.at(known, scalars[i : i + step])
+        return
     for i in range(0, len(priors), step):
         yield from _of_some(la, capture, priors[i : i + step], diagonal)
 

@@ -61,8 +61,8 @@ def optimize_prior_precision(
             the Gaussian whose variance is the predictive one plus the observation noise's.
         log_prior_prec_min: Lower end of the grid, as an exponent.
         log_prior_prec_max: Upper end of the grid, as an exponent.
-        grid_size: Number of values on the grid. Where there are more than 8 and 3 for every decade, the variances of most
-            come from those of so few, within 1e-4 (:mod:`laplace.interpolation`).
+        grid_size: Number of values on the grid. Where these are more than some 3 for every decade up to the largest
+            curvature, the variances of all come from those of so few, within 2e-5 (:mod:`laplace.interpolation`).
         link_approx: Link of the GLM predictive.
         n_samples: Samples of predictives that draw any.
         verbose: Print the chosen value.

@@ -68,6 +68,7 @@ class Row:
         targets: What is to be reached.
         peers: What is timed in the peers' environment, by the peer's name.
         gflop: What the mathematics needs, in units of 10⁹ floating-point operations.
+        profiled: What a profile is of, by label, where that is less than, or other than, what is timed; or the lines of one.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Row:
     targets: tuple[Target, ...]
     peers: Callable[[], Mapping[str, Prepare]] | None = None
     gflop: Callable[[], float] | None = None
+    profiled: Callable[[], Mapping[str, Prepare | list[str]]] | None = None
 
 
 def seconds(prepare: Prepare, runs: int) -> float:

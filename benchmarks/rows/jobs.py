@@ -11,9 +11,10 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-from harness import Row, Target
+from harness import Prepare, Row, Target
 
 HERE = Path(__file__).resolve().parents[1]
 sys.path.append(str(HERE))  # whose last_layer.py is not that of the rows
@@ -25,6 +26,12 @@ def _map_phase() -> Mapping[str, float]:
 
     bare, one, two = map_phase.bare(map_phase.EXAMPLES), *(map_phase.map_phase(map_phase.EXAMPLES, n) for n in (1, 2))
     return {"ours": two, "one worker": one, "of a bare la.fit with one": one / bare}
+
+
+def _processes() -> Mapping[str, list[str]]:
+    import processes
+
+    return {"CPU seconds by process, a tenth of the images": processes.of_map(6_000, 2)}
 
 
 def _commits() -> Mapping[str, float]:
@@ -66,6 +73,13 @@ def _follow_on(case: str) -> Mapping[str, float]:
     return {"ours": total * (each[1] + each[2]), "map": mapped}
 
 
+def _stages(case: str) -> Mapping[str, Prepare]:
+    import follow_on
+
+    follow_on.SIZES = dict.fromkeys(follow_on.SIZES, 64)
+    return {name: partial(follow_on.prepared, case, name) for name in ("map", "tune", "evaluate")}
+
+
 def _seconds_of(code: str) -> float:
     begun = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
@@ -102,6 +116,7 @@ ROWS = {
         "Map phase and commits, two workers of one thread (60,000)",
         _map_phase,
         (Target("one worker", 1.92, "faster"), Target("of a bare la.fit with one", 1.03, "value")),
+        profiled=_processes,
     ),
     "commits": Row("Commits of three segments (23,040 images)", _commits, (Target("of the map", 0.01, "value"),)),
     "reduction": Row(
@@ -114,7 +129,10 @@ ROWS = {
     ),
     **{
         case: Row(
-            f"Tuning and evaluation of 1,024 images, {name}", lambda case=case: _follow_on(case), (Target("map", 1),)
+            f"Tuning and evaluation of 1,024 images, {name}",
+            partial(_follow_on, case),
+            (Target("map", 1),),
+            profiled=partial(_stages, case),
         )
         for case, name in (
             ("resnet-diag", "ResNet-18 diag"),

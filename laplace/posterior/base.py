@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -205,6 +206,10 @@ class BaseLaplace(Hyperparameters):
         factor = -1 / noise.square() / self.temperature
         loss = torch.as_tensor(self.loss, dtype=torch.float64, device=self._device)
         return factor * loss + self.likelihood_object.noise_constant(self.n_data, self.n_outputs, noise)
+
+    def _largest_curvature(self) -> float:
+        """A bound on the curvature in any direction, to which a prior precision is added; infinity where none is known."""
+        return math.inf
 
     def _check_fitted(self) -> None:
         raise NotImplementedError

@@ -6,6 +6,7 @@ r"""Posteriors whose precision is known in the eigenbasis of Kronecker factors, 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -93,6 +94,12 @@ class DecomposedLaplace(ParametricLaplace):
         precision = self.posterior_precision
         noise = torch.randn(n_samples, self.n_params, device=self._device, dtype=self._dtype, generator=generator)
         return self.mean + precision.bmm(noise, exponent=-0.5)
+
+    def _largest_curvature(self) -> float:
+        if self.H.damping:  # roots of prior precisions are added, as if curvatures had any size
+            return math.inf
+        values = [math.prod(float(factor.max()) for factor in block) for block in self.H.eigenvalues]
+        return float(self._H_factor) * max(values, default=0.0)
 
     def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor:
         blocks = self.sums_spec().blocks

@@ -103,6 +103,9 @@ class DiagLaplace(ParametricLaplace):
         noise = torch.randn(n_samples, len(scale), device=self._device, dtype=self._dtype, generator=generator)
         return self._mean_inferred + noise * scale
 
+    def _largest_curvature(self) -> float:
+        return float((self._H_factor * self.H.max()).item())
+
     def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor:
         blocks = self.sums_spec().blocks
         sizes = [block.size for block in blocks]
@@ -110,7 +113,7 @@ class DiagLaplace(ParametricLaplace):
         priors = [self._in_order_of_sums(spread(value, sizes)).split(sizes) for value in prior_precisions]
 
         def weight(index: int):
-            return lambda t: _whole(blocks[index], (curvature[index] + priors[t][index]).reciprocal())
+            return lambda t: _whole(blocks[index], (curvature[index] + priors[t][index]).reciprocal_())
 
         weights = [weight(i) for i in range(len(blocks))]
         return block_variance(capture, blocks, [Basis()] * len(blocks), weights, len(prior_precisions), diagonal)

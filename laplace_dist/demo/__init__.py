@@ -7,11 +7,16 @@ still err on new ones with too much confidence. The out-of-distribution splits a
 
 from __future__ import annotations
 
+import gzip
+import math
 import os
 import tempfile
 from collections import OrderedDict
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,6 +26,7 @@ SEED = 0
 SIZES = {"train": 1197, "val": 250, "test": 350}
 NOISE = 0.4  # standard deviation, where ink is 1 and paper 0
 EPOCHS, BATCH, RATE, DECAY = 80, 64, 5e-3, 1e-4
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam
 
 
 def settings() -> dict[str, Any]:
@@ -47,15 +53,13 @@ def digits(split: str, week: int | None = None) -> TensorDataset:
     Raises:
         ValueError: For another name or week.
     """
-    from sklearn.datasets import load_digits
-
     if split not in (*SIZES, "inverted", "shuffled"):
         raise ValueError(f"split={split!r} is unknown; valid are {', '.join(SIZES)}, inverted and shuffled")
     if week not in (None, 1, 2, 3, 4):
         raise ValueError(f"week={week!r} is unknown; valid are 1 to 4")
-    bunch = load_digits()
-    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
-    labels = torch.tensor(bunch.target, dtype=torch.int64)
+    table = _table()
+    images = torch.tensor(table[:, :-1], dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    labels = torch.tensor(table[:, -1], dtype=torch.int64)
     generator = torch.Generator().manual_seed(SEED)
     images += NOISE * torch.randn(images.shape, generator=generator)
     order = torch.randperm(len(images), generator=generator).split(list(SIZES.values()))
@@ -69,6 +73,16 @@ def digits(split: str, week: int | None = None) -> TensorDataset:
     if split == "train" and week is not None:
         x, y = x.tensor_split(4)[week - 1], y.tensor_split(4)[week - 1]
     return TensorDataset(x, y)
+
+
+def _table() -> np.ndarray:
+    """Return scikit-learn's table of pixels and labels from the file in its package, whose import takes a second."""
+    package = find_spec("sklearn")
+    if package is None:
+        raise ModuleNotFoundError("the digits of the demo come with scikit-learn: pip install scikit-learn")
+    place = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    with gzip.open(place, "rt") as lines:
+        return np.loadtxt(lines, delimiter=",", dtype=np.int64)
 
 
 def network() -> nn.Module:
@@ -101,13 +115,21 @@ def trained_network() -> nn.Module:
 
 
 def _fit(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+    """Train by Adam on the cross-entropy and a penalty; `torch.optim`'s, with the same bits, takes a second to import."""
+    weights = list(model.parameters())
+    means, squares = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    step = 0
     for _ in range(EPOCHS):
         for index in torch.randperm(len(x)).split(BATCH):
-            optimizer.zero_grad()
-            penalty = sum(p.square().sum() for p in model.parameters())
-            (nn.functional.cross_entropy(model(x[index]), y[index]) + DECAY / 2 * penalty).backward()
-            optimizer.step()
+            step += 1
+            nn.functional.cross_entropy(model(x[index]), y[index]).backward()
+            with torch.no_grad():
+                for w, mean, square in zip(weights, means, squares, strict=True):
+                    g, w.grad = w.grad + DECAY * w, None
+                    mean.lerp_(g, 1 - BETAS[0])
+                    square.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
+                    scale = (square.sqrt() / math.sqrt(1 - BETAS[1] ** step)).add_(EPSILON)
+                    w.addcdiv_(mean, scale, value=-RATE / (1 - BETAS[0] ** step))
 
 
 def train() -> str:

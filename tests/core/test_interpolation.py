@@ -1,44 +1,83 @@
 """Variances of many prior precisions from those of a few."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace import Laplace
-from laplace.interpolation import interpolated, nodes_for
+from laplace import KronLaplace, Laplace
+from laplace.interpolation import ERROR, interpolation_for
 from laplace.tuning import prior_precision_grid, score_grid
 
 
+def variance(h, weights, at):
+    """Of directions with these curvatures, under these prior precisions."""
+    return torch.from_numpy((weights / (h + np.asarray(at)[:, None])).sum(1))
+
+
+@pytest.mark.parametrize("largest", [1e-3, 1.0, 1e3, math.inf])
 @pytest.mark.parametrize("decades", [0.5, 2, 8, 16])
-def test_sums_of_shifted_reciprocals_to_a_part_in_ten_thousand(decades):
+def test_sums_of_shifted_reciprocals_within_the_stated_error(decades, largest):
     values = np.logspace(-decades / 2, decades / 2, 300)
-    nodes, draw = nodes_for(values), np.random.default_rng(0)
+    between, draw = interpolation_for(values, largest), np.random.default_rng(0)
+    top = min(largest, 10 ** (decades / 2 + 2))
     for terms in (1, 2, 5):
         for _ in range(50):
-            h = 10 ** draw.uniform(-decades / 2 - 2, decades / 2 + 2, terms) * (draw.random(terms) > 0.2)
+            h = top * 10 ** draw.uniform(-decades - 4, 0, terms) * (draw.random(terms) > 0.2)
             weights = 10 ** draw.uniform(-3, 3, terms)
+            found = between.at(variance(h, weights, between.nodes), values)
+            torch.testing.assert_close(found, variance(h, weights, values), rtol=ERROR, atol=0)
 
-            def variance(at, h=h, weights=weights):
-                return torch.from_numpy((weights / (h + np.asarray(at)[:, None])).sum(1))
 
-            found = interpolated(variance(nodes), values, nodes)
-            torch.testing.assert_close(found, variance(values), rtol=1e-4, atol=0)
+def test_the_largest_curvature_itself_is_within_the_error():
+    values = np.logspace(-4, 4, 200)
+    between = interpolation_for(values, 10.0)
+    known = variance(np.array([10.0]), 1.0, between.nodes)
+    torch.testing.assert_close(between.at(known, values), variance(np.array([10.0]), 1.0, values), rtol=ERROR, atol=0)
 
 
 def test_few_values_are_taken_themselves():
-    assert nodes_for(np.logspace(-4, 4, 32)) is None
-    assert len(nodes_for(np.logspace(-4, 4, 33))) == 32
-    assert nodes_for([1.0] * 50) is None
-    assert nodes_for([0.0, *np.logspace(-4, 4, 99)]) is None
-    assert nodes_for([]) is None
+    assert interpolation_for(np.logspace(-4, 4, 27)) is None
+    assert len(interpolation_for(np.logspace(-4, 4, 28)).nodes) == 27
+    assert len(interpolation_for(np.logspace(-4, 4, 28), 1.0).nodes) == 15
+    assert len(interpolation_for(np.logspace(-4, 4, 28), 0.0).nodes) == 5
+    assert interpolation_for([1.0] * 50) is None
+    assert interpolation_for([0.0, *np.logspace(-4, 4, 99)]) is None
+    assert interpolation_for([]) is None
 
 
-def test_values_that_are_nodes_are_exact():
-    nodes = nodes_for(np.logspace(-2, 2, 100))
-    known = torch.rand(len(nodes), 3, dtype=torch.float64) + 0.1
-    torch.testing.assert_close(interpolated(known, nodes, nodes), known, rtol=1e-14, atol=0)
+def test_nodes_lie_among_the_values_and_are_exact():
+    between = interpolation_for(np.logspace(-2, 2, 100))
+    assert between.nodes.min() > 1e-2 and between.nodes.max() < 1e2
+    known = torch.rand(len(between.nodes), 3, dtype=torch.float64) + 0.1
+    torch.testing.assert_close(between.at(known, between.nodes), known, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("structure", ["diag", "kron"])
+def test_no_direction_has_more_than_the_largest_curvature(structure):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    data = TensorDataset(torch.randn(30, 4, dtype=torch.float64), torch.randint(3, (30,)))
+    la = Laplace(model, "classification", "all", structure, temperature=0.5)
+    la.fit(DataLoader(data, batch_size=10))
+    dense = torch.diag(la.posterior_precision) if structure == "diag" else la.posterior_precision.to_matrix()
+    assert la._largest_curvature() == pytest.approx(float(torch.linalg.eigvalsh(dense).max()) - 1)  # less the prior's
+
+
+def test_damped_factors_have_no_largest_curvature_and_score_as_their_values_do():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    data = TensorDataset(torch.randn(30, 4, dtype=torch.float64), torch.randint(3, (30,)))
+    la = KronLaplace(model, "classification", damping=True)
+    la.fit(DataLoader(data, batch_size=10))
+    assert la._largest_curvature() == math.inf
+    grid = torch.logspace(-4, 4, 60)
+    found, _ = score_grid(la, DataLoader(data, batch_size=15), grid)
+    alone = torch.cat([score_grid(la, DataLoader(data, batch_size=15), grid[i : i + 1])[0] for i in range(0, 60, 5)])
+    torch.testing.assert_close(found[::5], alone, rtol=ERROR, atol=0)
 
 
 @pytest.mark.parametrize("structure", ["diag", "kron", "full"])

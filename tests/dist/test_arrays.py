@@ -152,6 +152,15 @@ def test_bytes_that_change_while_they_are_written_are_noticed_before_the_commit(
         local.write_arrays("p", {"x": np.ones(4)})
 
 
+@pytest.mark.parametrize("value", [np.arange(6.0), np.zeros((2, 3), np.float32), np.float64(1.0), np.full(3, np.nan)])
+def test_other_numbers_than_were_written_are_noticed_though_their_chunk_is_whole(local, monkeypatch, value):
+    read = local._load_chunk
+    local.write_arrays("right", {"x": value})
+    monkeypatch.setattr(local, "_load_chunk", lambda *args: -read(*args))  # of zero another zero, of NaN another NaN
+    with pytest.raises(CheckpointError, match="what was read back is not what was written"):
+        local.write_arrays("wrong", {"x": value})
+
+
 @pytest.mark.parametrize("how", ["as written here", "big-endian", "other codecs"])
 def test_chunks_are_decoded_as_zarr_decodes_them(how):
     """What this package writes without zarr's copies, and whatever else the metadata describe by zarr itself."""
