@@ -186,13 +186,18 @@ def _refuse_sharing(module: nn.Module) -> None:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """Turn what BackPACK does not implement into an error that names the alternative; its warnings are followed by one."""
+    """Turn what BackPACK does not implement, or stumbles over, into an error that names the alternative.
+
+    Its warnings are followed by one.
+    """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             warnings.filterwarnings("ignore", message="Extension saving to .* does not have an extension")
             yield
-    except NotImplementedError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AttributeError, IndexError) as error:
         raise ValueError(f"BackPACK cannot treat this model: {error}. Use the native backend.") from error
 
 

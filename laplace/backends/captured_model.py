@@ -25,7 +25,7 @@ from laplace.capture.soundness import check_function, check_inputs, failures_nam
 from laplace.capture.unproven import Unproven
 from laplace.capture.uses import Proven
 from laplace.capture.verify import find_layers
-from laplace.data.batches import few, is_divisible, length_of, part_of, tensors_of
+from laplace.data.batches import few, is_divisible, length_of, part_of, tensors_of, which_have_rows
 from laplace.data.mistakes import check_outputs
 from laplace.enums import Likelihood
 from laplace.likelihoods.base import BaseLikelihood
@@ -64,6 +64,7 @@ class CapturedModel:
         self._spec: SumsSpec | None = None
         self._known: list[tuple[str, str | None]] | None = None  # sources of which the two below are
         self._unproven = Unproven()
+        self._with_rows: dict[tuple, bool] = {}  # what in dict-like batches has a row for each example
         self._is_asked = False  # whether the batch that is being added has been asked what is open
         self._proven: Proven = {}
         self._sizes: tuple[SumsSpec | None, dict[Any, tuple[int, int]]] = (
@@ -146,6 +147,7 @@ class CapturedModel:
         named, kept = self.named_params, self.kept_entries()
         shapes = {name: tuple(named[name].shape) for name in kept}
         check_inputs(x)
+        self._with_rows = which_have_rows(x)
         x = few(x)
         with eval_mode(self.model), faster_products(self._whole_model.parameters()):
             check_model(self.model)
@@ -192,6 +194,7 @@ class CapturedModel:
             ValueError: If the batch uses parameters otherwise than the first one, or is the first to show that examples depend
                 on one another, which gradients along a direction may do too.
         """
+        self._check_rows(x)
         with eval_mode(self.model), self._unproven.watched(self._whole_model, x):
             self._unproven.look_before(self._whole_model, x)
             capture = self._unchecked_capture(x)
@@ -203,6 +206,22 @@ class CapturedModel:
             )
             capture.check_attribution()
         return capture
+
+    def _check_rows(self, x: Any) -> None:
+        """Refuse a batch where something would be taken for rows of examples that was for all of them before, or the other way.
+
+        Raises:
+            ValueError: If there is such a thing; names it.
+        """
+        now = which_have_rows(x)
+        self._with_rows = {**now, **self._with_rows}
+        for path in now:
+            if now[path] != self._with_rows[path]:
+                raise ValueError(
+                    f"In a batch of {length_of(x)} examples, {'.'.join(map(str, path))!r} "
+                    f"{'looks as if it had' if now[path] else 'has not'} a row for each of them, other than before. Keep what "
+                    "belongs to all examples together in the model, or give batches of another size."
+                )
 
     def check_batch(self, x: Any, y: Tensor | None = None, offset: int = 0) -> None:
         """Ask a batch of which others than :meth:`capture` make the passes, if something is still open that it may show.
@@ -216,6 +235,7 @@ class CapturedModel:
             NonFiniteError: If an output or target is NaN or Inf; names the examples.
             ValueError: If it is the first to show that examples depend on one another; names the module. If targets do not fit.
         """
+        self._check_rows(x)
         if self._is_asked:
             return
         open_ = self._unproven

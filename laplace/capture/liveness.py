@@ -19,6 +19,8 @@ from laplace.data.batches import length_of, part_of
 from laplace.noise import fixed_directions
 
 _CHUNK = 8  # examples whose graph is held at once, after the first one, which shows all that there is in most models
+# Frozen parts may have no backward pass, and may ask their parameters for what plain tensors do not have.
+_FAILURES = (RuntimeError, TypeError, AttributeError)
 
 
 def live_rows(model: nn.Module, x: Any) -> dict[str, int | None]:
@@ -50,8 +52,8 @@ def live_rows(model: nn.Module, x: Any) -> dict[str, int | None]:
 
 def _live_rows(model: nn.Module, x: Any) -> dict[str, int | None]:
     known = {name: p for name, p in model.named_parameters() if p.is_floating_point() and not p.is_inference()}
-    tracked = {name: p.detach().requires_grad_() for name, p in known.items()}  # frozen ones too
     try:
+        tracked = {name: p.detach().requires_grad_() for name, p in known.items()}  # frozen ones too
         with torch.enable_grad(), _edges(model, {name.rpartition(".")[0] for name in known}) as edges:
             f = with_tensors(model, tracked, x)
         if not f.requires_grad:
@@ -61,7 +63,7 @@ def _live_rows(model: nn.Module, x: Any) -> dict[str, int | None]:
         gradients = torch.autograd.grad(f, [edge for _, edge in edges], fixed_directions(f), allow_unused=True)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # frozen parts may have no backward pass; then there is nothing to see
+    except _FAILURES:  # then there is nothing to see
         return {}
     found: dict[str, int | None] = {}
     for (name, _), gradient in zip(edges, gradients, strict=True):

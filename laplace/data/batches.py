@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from laplace.data import mistakes
 from laplace.data.mistakes import check_loader
+from laplace.data.nested import parts
 
 _FEW = 8  # examples that are enough to check what a model does with each
 
@@ -112,14 +113,23 @@ def _copies(value: Any, count: int) -> Any:
     return [item for item in value for _ in range(count)]
 
 
+def which_have_rows(x: Any) -> dict[tuple, bool]:
+    """Of what a dict-like batch holds, by its path, whether it has a row for each example; nothing of a single one."""
+    n = length_of(x) if isinstance(x, MutableMapping) else 1
+    return {} if n == 1 else {path: len(value) == n for path, value in parts(x).items() if _has_length(value)}
+
+
+def _has_length(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
+
+
 def _by_example(value: Any, n: int, change: Callable[[Any], Any]) -> Any:
     """Change the tensors and lists that have a row for each of ``n`` examples; others belong to all examples together."""
     if isinstance(value, Mapping):
         return {key: _by_example(inner, n, change) for key, inner in value.items()}
     if isinstance(value, list | tuple) and tensors_of(value):
         return [_by_example(inner, n, change) for inner in value]
-    rows = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
-    return change(value) if rows and len(value) == n else value
+    return change(value) if _has_length(value) and len(value) == n else value
 
 
 def joined(rows: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:

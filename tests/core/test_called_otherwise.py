@@ -101,3 +101,30 @@ def test_packages_are_right_or_say_so(name, backend, structure):
         return
     other = fitted(model(nn.Linear, lambda layer, x: layer(x)), structure, "all", backend)
     torch.testing.assert_close(la(X)[1], other(X)[1])
+
+
+class Doubled(nn.Linear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+def with_backward_hook():
+    layer = nn.Linear(4, 2)
+    layer.register_full_backward_pre_hook(lambda module, gradients: tuple(2 * g for g in gradients))
+    return layer
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", "kron", "ekfac"])
+@pytest.mark.parametrize("make", [lambda: Doubled(4, 2), with_backward_hook])
+def test_a_last_layer_that_is_called_with_more_than_its_product(make, structure):
+    """What automatic differentiation gives counts, as for all weights; the product alone had a quarter of the curvature."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), make()).double()
+    one = fitted(network, structure, "last_layer")
+    other = fitted(network, "diag" if structure in ("kron", "ekfac") else structure, "all")
+    wanted = other.H[-10:, -10:] if structure == "full" else other.H[-10:]
+    found = one.H.to_matrix().diagonal() if structure == "kron" else one.H
+    if structure != "ekfac":
+        torch.testing.assert_close(found, wanted)
+    else:
+        assert {kind for _, kind, _ in one.coverage} == {"diag"}

@@ -81,3 +81,24 @@ def test_parts_and_copies_of_batches():
     assert length_of({"words": ["a", "b"]}) == 2
     with pytest.raises(ValueError, match=r"the keys \['a'\] holds no tensor"):
         length_of({"a": 3})
+
+
+@pytest.mark.parametrize(
+    ("structure", "backend"),
+    [("full", "NativeGGN"), ("diag", "GGNInterface"), ("full", "CurvlinopsGGN"), ("gp", "NativeGGN")],
+)
+def test_a_batch_as_long_as_a_table_is_refused(structure, backend):
+    """What belongs to all examples would be cut as if it had a row for each of them."""
+    x, y = torch.cat([X, X]), torch.cat([Y, Y])
+    torch.manual_seed(0)
+    model = Function(factor, inner=nn.Linear(3, 3), head=nn.Linear(3, 2)).double().eval()
+    model.factor = lambda t: t.sum(0)
+    la = Laplace(model, "regression", "all", structure, dict_key_x="x", backend=getattr(curvature, backend))
+    parts = [{"part": TABLE, "x": x[rows], "labels": y[rows]} for rows in (slice(0, 7), slice(7, 12), slice(12, 14))]
+    with pytest.raises(ValueError, match="In a batch of 5 examples, 'part' looks as if it had a row for each of them"):
+        la.fit(parts)
+    la.fit([parts[0], parts[2]])
+    la(parts[0])
+    with pytest.raises(ValueError, match="'part' looks as if it had a row for each of them, other than before"):
+        la(parts[1])
+    assert la({"x": X[:1], "part": TABLE})[0].shape == (1, 2)

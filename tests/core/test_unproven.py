@@ -377,3 +377,14 @@ def test_a_graph_that_does_not_fit_into_memory_is_done_without():
     la = Laplace(nn.Sequential(nn.Linear(3, 3), Large(), nn.Linear(3, 2)), "regression", "last_layer", "full")
     la.fit([(torch.randn(4, 3), torch.zeros(4, 2))])
     assert la(torch.randn(2, 3))[1].shape == (2, 2, 2)
+
+
+def test_a_backbone_that_asks_its_parameters_for_more_is_fitted():
+    """As quantised weights, which hold what turns them into numbers."""
+    model = Function(
+        lambda m, x: m.head(x @ (m.weight * m.weight.scale)), weight=torch.ones(3, 3), head=nn.Linear(3, 2)
+    )
+    model.weight.scale = 2.0
+    la = Laplace(model.eval(), "regression", "last_layer", "full")
+    la.fit([(torch.randn(4, 3), torch.zeros(4, 2))])
+    assert la(torch.randn(2, 3))[1].shape == (2, 2, 2)
