@@ -295,6 +295,15 @@ def samples(
     diagonal_output: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draws of the target's mean: probabilities, or outputs for regression; arguments as of :func:`function_samples`."""
+    """Draws of the target's mean: probabilities, or outputs for regression, ``(n_samples, batch, …, outputs)``.
+
+    Args:
+        la: A fitted posterior.
+        x: Inputs ``(batch, …)`` or a dict-like batch.
+        pred_type: As of :func:`function_samples`.
+        n_samples: Number of draws.
+        diagonal_output: Ignore covariances between outputs, where these are Gaussian.
+        generator: Source of the draws.
+    """
     draws = function_samples(la, x, pred_type, n_samples, diagonal_output, generator)
     return la.likelihood_object.mean(draws / la.logit_temperature)

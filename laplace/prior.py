@@ -64,12 +64,19 @@ def log_det(prior_precision: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def parameters_per_layer(model: nn.Module) -> list[int]:
-    """Number of entries of every parameter tensor with ``requires_grad``."""
+    """Number of entries of every parameter tensor of ``model`` with ``requires_grad``."""
     return [p.numel() for p in model.parameters() if p.requires_grad]
 
 
 def expand_prior_precision(prior_prec: Tensor, model: nn.Module) -> Tensor:
-    """One prior precision per parameter, from a scalar, one value per parameter tensor, or one per parameter.
+    """One prior precision per parameter.
+
+    Args:
+        prior_prec: A scalar, one value per parameter tensor, or one per parameter.
+        model: The network.
+
+    Returns:
+        Precisions ``(parameters,)``.
 
     Raises:
         ValueError: On another number of values.
@@ -85,7 +92,19 @@ def fix_prior_prec_structure(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """A prior precision of the given structure that is ``prior_prec_init`` everywhere."""
+    """A prior precision of the given structure that is ``prior_prec_init`` everywhere.
+
+    Args:
+        prior_prec_init: The one value.
+        prior_structure: ``'scalar'``, ``'layerwise'`` or ``'diag'``.
+        n_layers: Number of parameter tensors.
+        n_params: Number of parameters.
+        device: Where to put it.
+        dtype: Its type.
+
+    Raises:
+        ValueError: On another structure.
+    """
     structure = parse(PriorStructure, prior_structure, "prior_structure")
     sizes = {PriorStructure.SCALAR: 1, PriorStructure.LAYERWISE: n_layers, PriorStructure.DIAG: n_params}
     return torch.as_tensor(prior_prec_init, device=device, dtype=dtype).reshape(1).repeat(sizes[structure])

@@ -24,7 +24,9 @@ def renamed(state: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
         ValueError: If its parameters have other names in the model, not only other beginnings.
     """
     model = model.model if isinstance(model, FeatureExtractor) else model
-    ours = {name for name, _ in model.named_parameters()}
+    ours = {
+        name for name, _ in model.named_parameters(remove_duplicate=False)
+    }  # a last layer's may be an embedding's, too
     theirs = [block["parameter"] for block in state["spec"]["blocks"]]
     if ours.issuperset(theirs):
         return state

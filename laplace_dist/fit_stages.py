@@ -32,7 +32,7 @@ from laplace_dist.run.second_pass import open_second, place_of_second
 from laplace_dist.stages import basis, follow_on, map, opening, reduce, resolving
 from laplace_dist.stages.batch_memory import batch_bytes
 from laplace_dist.stages.context import plain
-from laplace_dist.stages.smaller import as_halved, smaller
+from laplace_dist.stages.smaller import as_halved, one_example, smaller
 from laplace_dist.storage.store import Store
 
 _LATER = (  # than the first partial
@@ -186,7 +186,12 @@ class FitStages:
         first = first and not any(self.store.list(folder) for folder in _LATER)
         less = smaller(self.given, self.plan, error) if first else None
         if less is None:
-            raise error
+            at_one = first and not error.of_sums and self.plan.settings["batch_size"] == 1
+            raise (
+                one_example(error, self.session.expected, self.session.executor.memory(self.device_type))
+                if at_one
+                else error
+            )
         (name, value), size = next(iter(less.items())), self.plan.settings["batch_size"]
         what = "the sums" if error.of_sums else f"a batch of {size}"
         self.say(f"map: {error}")

@@ -12,6 +12,7 @@ from torch import nn
 
 from laplace.empirical_bayes import Hyperparameters, PartOfBatch, is_estimated, refuse_changing_buffers, step
 from laplace.linalg.dense import parameter_vector
+from laplace.linalg.memory import free_bytes
 from laplace.structures.sums import CurvatureSums
 from laplace_dist.config.compatibility import check_training
 from laplace_dist.config.given import check_given
@@ -23,12 +24,21 @@ from laplace_dist.data.collate import Collate
 from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.execution.session import ExecutorType, Stage
 from laplace_dist.fit_stages import FitStages
+from laplace_dist.plan.estimate import too_large
+from laplace_dist.plan.groups import plan_groups
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import layout, place, trained, training, weights
 from laplace_dist.run.training import Epoch
 from laplace_dist.stages import opening, resolving
-from laplace_dist.stages.train import Curvature, Gradient, bytes_of
+from laplace_dist.stages.context import plain
+from laplace_dist.stages.train import Curvature, Gradient, InOrder, bytes_of
 from laplace_dist.stages.weights_steps import check_schedule, optimizer_of, schedule_of
+
+_INSTEAD = (
+    "Use --hessian-structure diag, freeze wide layers, lower --num-workers where they share a machine, or use a larger one. A "
+    "training cannot divide its sums into module groups, since the evidence is of all weights at once; a fit of weights that "
+    "are trained already can (jobs/fit_kron.py)."
+)
 
 
 @dataclass(frozen=True)
@@ -101,12 +111,28 @@ class MarglikJob(FitStages):
         store.check_writable()
         if stored is None:
             self.session.executor.admit(self.device_type)
+            self._refuse_too_large(resolved)
         bits = own.bits(config.prior_structure)
         self.plan, there = opening.begin(resolved, config, store, self.device_type, self.say, bits)
         self.say(f"{'continuing' if there else 'starting'} the training at {store.url}")
         self._history = training.epochs(store, self.plan)
         if self._history:
             self._load(self._history[-1])
+
+    def _refuse_too_large(self, resolved: resolving.Resolved) -> None:
+        """Refuse sums that a worker has no memory for, or the driver, before anything is begun."""
+        config, spec, free = self.config, plain(resolved.la.sums_spec()), free_bytes("cpu")
+        memory = self.session.executor.memory(self.device_type)
+        if why := too_large(spec, resolved.model_bytes, memory, instead=_INSTEAD):
+            raise SettingsError(f"--hessian-structure: got {config.hessian_structure!r}, but {why}")
+        sums = plan_groups(spec, 1)[0].nbytes
+        needed = resolved.model_bytes + 2 * sums  # the total, and a segment's that is added to it
+        if free is not None and needed > free:
+            raise SettingsError(
+                f"--hessian-structure: got {config.hessian_structure!r}, but a training needs at least {needed:,} bytes in the "
+                f"driver, {2 * sums:,} of them for the curvature of all weights and a segment's that is added to it, and "
+                f"{free:,} are free here. {_INSTEAD}"
+            )
 
     def _check(self, model: nn.Module) -> None:
         """Refuse what would fail after an epoch: priors, optimizers, models that keep statistics of batches."""
@@ -213,16 +239,18 @@ class MarglikJob(FitStages):
         """Sum the curvature at the weights of now, in plan order, and give it to the posterior."""
         vector = bytes_of(parameter_vector(self.la.params))
         tasks = (Curvature(self.plan.digest, i, number, s, vector) for i, s in enumerate(self.plan.segments))
-        total: CurvatureSums | None = None
-        for found in self._round(stage, tasks):
-            tensors = {name: torch.from_numpy(array.copy()) for name, array in found["tensors"].items()}
-            sums = CurvatureSums.from_tensors(self.la.sums_spec(), tensors, found["n_data"], own=True)
-            total = sums if total is None else total.merge(sums)
-        total.estimator = self.la.backend.estimator
+        total = InOrder(self._added)
+        stage.carry_out(tasks, each=total.take, keep=False)
+        total.value.estimator = self.la.backend.estimator
         try:
-            self.la.set_sums(total)
+            self.la.set_sums(total.value)
         except ValueError as error:
             raise RunFailed(f"epoch {number}: {error}") from error
+
+    def _added(self, total: CurvatureSums | None, found: Mapping[str, Any]) -> CurvatureSums:
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in found["tensors"].items()}
+        sums = CurvatureSums.from_tensors(self.la.sums_spec(), tensors, found["n_data"], own=True)
+        return sums if total is None else total.merge(sums)
 
     def _round(self, stage: Stage, tasks: Iterable[Any]) -> list[Mapping[str, Any]]:
         """Carry out some tasks and return their receipts in the order of the tasks."""

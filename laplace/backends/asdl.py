@@ -48,20 +48,28 @@ class AsdlInterface(PerExampleInterface):
         """
         self._initialize_kron(x, self.package)
         module, inputs = self._module(x)
+        _check_own(module)
         layers = {b.layer: module if self.last_layer else module.get_submodule(b.layer) for b in self.spec.blocks}
         for name, layer in layers.items():
             _check_layer(name, layer)
         with _recorded(layers) as shapes, _quiet(), asdl.no_centered_cov(module, [asdl.SHAPE_KRON]) as context:
-            output = module(inputs)
+            with _hooks_of(module):
+                output = module(inputs)
             f = output.detach()
             self.likelihood_object.check(f, y, self._offset)
             parameters = [p for p in module.parameters() if p.requires_grad]
             for v in self.directions(f.double(), y, self._offset):
-                torch.autograd.grad(output, parameters, v.to(f.dtype), retain_graph=True, allow_unused=True)
+                with _hooks_of(module):
+                    torch.autograd.grad(output, parameters, v.to(f.dtype), retain_graph=True, allow_unused=True)
             found = {name: context.cov_kron(layer) for name, layer in layers.items()}
         positions = {name: _positions(name, layers[name], shapes[name], len(f)) for name in layers}
         kfacs = []
         for block in self.spec.blocks:
+            if "B" not in found[block.layer]:
+                raise ValueError(
+                    f"ASDL has not seen the gradient of layer {block.layer!r}: its output is changed in place, or is used "
+                    "without a gradient. Use the native backend."
+                )
             factors = [found[block.layer]["B"]]
             if len(block.factors) == 2:
                 factors.append(found[block.layer]["A"] / (positions[block.layer] * N))
@@ -72,12 +80,15 @@ class AsdlInterface(PerExampleInterface):
     def _linearised(self, module: nn.Module, x: Any) -> Iterator[tuple[Tensor, Gradients]]:
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         owners = _owners(module, named)
+        _check_own(module)
         with _quiet(), asdl.extend(module, asdl.OP_BATCH_GRADS) as context:
-            output = module(x)
+            with _hooks_of(module):
+                output = module(x)
 
             def gradients(v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
                 context.clear_batch_grads()
-                sums = torch.autograd.grad(output, named.values(), v, retain_graph=True, allow_unused=True)
+                with _hooks_of(module):
+                    sums = torch.autograd.grad(output, named.values(), v, retain_graph=True, allow_unused=True)
                 sums = [torch.zeros_like(p) if g is None else g for g, p in zip(sums, named.values(), strict=True)]
                 rows = [_rows(context, owners[name], len(v)) for name in named]
                 rows = [g.new_zeros(len(v), *g.shape) if r is None else r for r, g in zip(rows, sums, strict=True)]
@@ -216,6 +227,35 @@ def _owners(module: nn.Module, named: dict[str, nn.Parameter]) -> dict[str, list
     return owners
 
 
+@contextmanager
+def _hooks_of(module: nn.Module) -> Iterator[None]:
+    """Turn what ASDL's hooks stumble over into advice: they take layers that are given a tensor, by position, and give one.
+
+    Raises:
+        ValueError: If they fail.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"ASDL's hooks fail in {type(module).__name__} ({error}): they take layers that are called with one tensor, by "
+            "position, and return one. Use the native backend."
+        ) from error
+
+
+def _check_own(module: nn.Module) -> None:
+    """Refuse a model which ASDL takes for a layer without trainable parameters, and does not begin with."""
+    own = [getattr(module, name, None) for name in ("weight", "bias")]
+    own = [value for value in own if isinstance(value, Tensor)]
+    if own and not any(value.requires_grad for value in own):
+        raise ValueError(
+            f"ASDL takes a model for a layer that has a 'weight' or 'bias' of its own, and needs a gradient of it, but that of "
+            f"{type(module).__name__} has requires_grad=False. Use the native backend, or give it another name."
+        )
+
+
 def _check_layer(name: str, layer: nn.Module) -> None:
     """Refuse layers whose input ASDL would take apart in another way than the layer does."""
     if isinstance(layer, nn.Linear):
@@ -237,7 +277,9 @@ def _recorded(layers: dict[str, nn.Module]) -> Iterator[dict[str, list[torch.Siz
     """Record inside the block the shapes of the inputs of every layer."""
     shapes: dict[str, list[torch.Size]] = {name: [] for name in layers}
     handles = [
-        layer.register_forward_hook(lambda m, args, out, name=name: shapes[name].append(args[0].shape))
+        layer.register_forward_hook(
+            lambda m, args, out, name=name: shapes[name].append(args[0].shape if args else None)
+        )
         for name, layer in layers.items()
     ]
     try:

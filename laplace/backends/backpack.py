@@ -148,7 +148,11 @@ class BackPackEF(BackPackInterface, EFInterface):
     """
 
     def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
-        """Refused: BackPACK computes no Kronecker factors of the empirical Fisher."""
+        """Refused.
+
+        Raises:
+            ValueError: Always: BackPACK computes no Kronecker factors of the empirical Fisher.
+        """
         raise ValueError(
             "BackPACK has no Kronecker factors of the empirical Fisher. Use NativeEF, CurvlinopsEF or AsdlEF, or "
             "hessian_structure='diag' or 'full'."
@@ -182,13 +186,18 @@ def _refuse_sharing(module: nn.Module) -> None:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """Turn what BackPACK does not implement into an error that names the alternative; its warnings are followed by one."""
+    """Turn what BackPACK does not implement, or stumbles over, into an error that names the alternative.
+
+    Its warnings are followed by one.
+    """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             warnings.filterwarnings("ignore", message="Extension saving to .* does not have an extension")
             yield
-    except NotImplementedError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AttributeError, IndexError) as error:
         raise ValueError(f"BackPACK cannot treat this model: {error}. Use the native backend.") from error
 
 

@@ -19,16 +19,18 @@ from laplace.capture.contractions import require_jacobians
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.capture.last_layer import LastLayerCapture, last_layer_sources
+from laplace.capture.liveness import live_rows
 from laplace.capture.padding import kept_tokens
 from laplace.capture.soundness import check_function, check_inputs, failures_named, run
 from laplace.capture.unproven import Unproven
 from laplace.capture.uses import Proven
 from laplace.capture.verify import find_layers
-from laplace.data.batches import few, is_divisible, length_of, part_of, tensors_of
+from laplace.data.batches import few, is_divisible, length_of, part_of, tensors_of, which_have_rows
 from laplace.data.mistakes import check_outputs
 from laplace.enums import Likelihood
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.named import NamedLikelihood
+from laplace.linalg.matmul import faster_products
 from laplace.linalg.memory import at_once, ranges
 from laplace.noise import fixed_directions
 from laplace.structures.registry import sums_spec, warn_of_diagonal_blocks
@@ -62,6 +64,8 @@ class CapturedModel:
         self._spec: SumsSpec | None = None
         self._known: list[tuple[str, str | None]] | None = None  # sources of which the two below are
         self._unproven = Unproven()
+        self._with_rows: dict[tuple, bool] = {}  # what in dict-like batches has a row for each example
+        self._is_asked = False  # whether the batch that is being added has been asked what is open
         self._proven: Proven = {}
         self._sizes: tuple[SumsSpec | None, dict[Any, tuple[int, int]]] = (
             None,
@@ -83,7 +87,7 @@ class CapturedModel:
             return
         modules = [name for name, _ in self._whole_model.named_modules()]
         layers = [] if self.last_layer else [layer or row_key(name) for name, layer in _sources(value)]
-        self._learn(value, Unproven(modules, layers))
+        self._learn(value, Unproven(modules, layers, None if self._leaves_parameters_out else ()))
 
     def _learn(self, spec: SumsSpec, unproven: Unproven) -> None:
         self._spec, self._known, self._unproven, self._proven = spec, _sources(spec), unproven, {}
@@ -143,11 +147,12 @@ class CapturedModel:
         named, kept = self.named_params, self.kept_entries()
         shapes = {name: tuple(named[name].shape) for name in kept}
         check_inputs(x)
+        self._with_rows = which_have_rows(x)
         x = few(x)
-        with eval_mode(self.model):
+        with eval_mode(self.model), faster_products(self._whole_model.parameters()):
             check_model(self.model)
             modules = check_function(self._whole_model, x)
-            dead: set[str] = set()
+            before, dead = self._dead_before(x), set[str]()
             if self.last_layer:
                 with torch.no_grad():
                     _, features = self.model.forward_with_features(x)
@@ -163,9 +168,20 @@ class CapturedModel:
         n_outputs = self.likelihood_object.count_outputs(f)
         bare = next(self._whole_model.children(), None) is None
         spec = sums_spec(structure, shapes, found, self.sums_dtype, n_outputs, kept, bare)
-        self._learn(spec, Unproven(modules, dead))
+        self._learn(spec, Unproven(modules, dead, before))
         warn_of_diagonal_blocks(self.spec, self._whole_model)
         return self.spec
+
+    @property
+    def _leaves_parameters_out(self) -> bool:
+        """Whether the model has parameters that a fit does not differentiate."""
+        return self.last_layer or not all(p.requires_grad for p in self.model.parameters())
+
+    def _dead_before(self, x: Any) -> set[str]:
+        """What has no gradient in this batch of that which a fit does not differentiate."""
+        if not self._leaves_parameters_out or not is_divisible(x):
+            return set()
+        return {name for name, row in live_rows(self._whole_model, x).items() if row is None}
 
     @property
     def _whole_model(self) -> nn.Module:
@@ -178,7 +194,9 @@ class CapturedModel:
             ValueError: If the batch uses parameters otherwise than the first one, or is the first to show that examples depend
                 on one another, which gradients along a direction may do too.
         """
+        self._check_rows(x)
         with eval_mode(self.model), self._unproven.watched(self._whole_model, x):
+            self._unproven.look_before(self._whole_model, x)
             capture = self._unchecked_capture(x)
         if isinstance(capture, Capture):
             if self._unproven.layers:
@@ -189,17 +207,47 @@ class CapturedModel:
             capture.check_attribution()
         return capture
 
-    def check_batch(self, x: Any) -> None:
-        """Ask a batch of which others than :meth:`capture` make the passes, if something is still open that it may show.
+    def _check_rows(self, x: Any) -> None:
+        """Refuse a batch where something would be taken for rows of examples that was for all of them before, or the other way.
 
         Raises:
-            ValueError: If it is the first to show that examples depend on one another; names the module.
+            ValueError: If there is such a thing; names it.
         """
+        now = which_have_rows(x)
+        self._with_rows = {**now, **self._with_rows}
+        for path in now:
+            if now[path] != self._with_rows[path]:
+                raise ValueError(
+                    f"In a batch of {length_of(x)} examples, {'.'.join(map(str, path))!r} "
+                    f"{'looks as if it had' if now[path] else 'has not'} a row for each of them, other than before. Keep what "
+                    "belongs to all examples together in the model, or give batches of another size."
+                )
+
+    def check_batch(self, x: Any, y: Tensor | None = None, offset: int = 0) -> None:
+        """Ask a batch of which others than :meth:`capture` make the passes, if something is still open that it may show.
+
+        Args:
+            x: Inputs.
+            y: Targets that are to be checked beside the outputs; of the same pass, so that there is one more at most.
+            offset: Index in the data set of the batch's first example.
+
+        Raises:
+            NonFiniteError: If an output or target is NaN or Inf; names the examples.
+            ValueError: If it is the first to show that examples depend on one another; names the module. If targets do not fit.
+        """
+        self._check_rows(x)
+        if self._is_asked:
+            return
         open_ = self._unproven
-        if not open_.modules and not open_.layers:
+        with eval_mode(self.model):
+            open_.look_before(self._whole_model, x)
+        if y is None and not open_.modules and not open_.layers:
             return
         with eval_mode(self.model), torch.no_grad(), open_.watched(self._whole_model, x):
-            capture = self._unchecked_capture(x) if open_.layers else self.model(x)
+            capture = self._unchecked_capture(x) if open_.layers else None
+            f = run(self.model, x, "this batch") if capture is None else capture.f
+        if y is not None:
+            self.likelihood_object.check(f, y, offset)
         if open_.layers and isinstance(capture, Capture):
             open_.look_at_gradients(self.model, x, capture.gradients(fixed_directions(capture.f)))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace.backends.gauss_newton import EFInterface, GGNInterface
 from laplace.backends.hessian import HessianInterface
@@ -16,7 +17,7 @@ from laplace.backends.interface import CurvatureInterface
 from laplace.backends.optional import import_optional
 from laplace.backends.options import honours
 from laplace.capture.evaluation import eval_mode
-from laplace.capture.soundness import run
+from laplace.capture.stateless import with_tensors
 from laplace.linalg.kronecker import Kron
 from laplace.linalg.precision import coarsest
 from laplace.noise import fixed_directions, fresh_seed
@@ -32,6 +33,7 @@ class CurvlinopsInterface(CurvatureInterface):
 
     _kfac_type: str
     kfac_approx = "expand"
+    checks_targets_first = True
 
     def initialize(self, x: Any, structure: str) -> SumsSpec:
         """Decide from one batch which parameter's curvature comes from where.
@@ -50,8 +52,6 @@ class CurvlinopsInterface(CurvatureInterface):
             ValueError: If the targets do not fit the outputs, or a layer has no Kronecker factors here.
         """
         self.spec = sums.spec
-        with torch.no_grad(), eval_mode(self.model):
-            self.likelihood_object.check(run(self.model, x, "this batch"), y, offset)
         super().accumulate(sums, x, y, offset)
 
     @honours("mc_samples", "kfac_approx")
@@ -80,12 +80,22 @@ class CurvlinopsInterface(CurvatureInterface):
                 num_data=len(y),
                 batch_size_fn=lambda _: len(y),
             )
-            operator.compute_kronecker_factors()
+            try:
+                operator.compute_kronecker_factors()
+            except (ValueError, NotImplementedError) as error:
+                raise ValueError(
+                    f"curvlinops has no Kronecker factors of this model: {error} Use the native backend."
+                ) from error
         factors = operator.state_dict()
         gradients, inputs = factors["gradient_covariances"], factors["input_covariances"]
         kfacs = []
         for block in self.spec.blocks:
             key = "" if self.last_layer else block.layer
+            if key not in gradients:
+                raise ValueError(
+                    f"curvlinops has not seen the gradient of layer {block.layer!r}: its output is changed in place, or is "
+                    "used without a gradient. Use the native backend."
+                )
             block_factors = [gradients[key] * self._scale]
             if len(block.factors) == 2:
                 block_factors.append(inputs[key] * (len(y) / N))
@@ -94,10 +104,14 @@ class CurvlinopsInterface(CurvatureInterface):
 
     @honours("mc_samples")
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Dense curvature of one batch by applying the operator to the identity."""
+        """Dense curvature of one batch by applying the operator to the identity.
+
+        Raises:
+            ValueError: If something in the model has no derivative in forward mode.
+        """
         f, model, inputs = self._outputs(x)
-        with eval_mode(self.model):
-            operator = self._dense_operator(_DoubleOutputs(model), inputs, self._loss_targets(y))
+        with eval_mode(self.model), _in_forward_mode():
+            operator = self._dense_operator(_DoubleOutputs(_by_one_name(model)), inputs, self._loss_targets(y))
             size = sum(p.numel() for p in self.params)
             dense = operator @ torch.eye(size, dtype=self.params[0].dtype, device=self.params[0].device)
         if self.subnetwork_indices is not None:
@@ -173,6 +187,46 @@ class CurvlinopsInterface(CurvatureInterface):
                 "takes positions between the two."
             )
         return f, model, x
+
+
+@contextmanager
+def _in_forward_mode() -> Iterator[None]:
+    """Take the kernel of attention that has a derivative in forward mode, and say so of what has none.
+
+    Raises:
+        ValueError: If curvlinops' products fail.
+    """
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        what = str(error).partition("\n")[0]
+        raise ValueError(
+            f"curvlinops cannot multiply with the curvature of this model, which it differentiates in forward mode: {what} "
+            "Use the native backend."
+        ) from error
+
+
+def _by_one_name(model: nn.Module) -> nn.Module:
+    """The model, or one with its parameters where a module has several names, by which curvlinops would leave it broken."""
+    names = [len(list(model.named_modules(remove_duplicate=each))) for each in (True, False)]
+    return model if names[0] == names[1] else _OneName(model)
+
+
+class _OneName(nn.Module):
+    """The function of a model, as a module of its own that has the model's parameters and none of its modules."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self._model, self._names = (model,), [name for name, _ in model.named_parameters()]
+        for number, parameter in enumerate(model.parameters()):
+            self.register_parameter(str(number), parameter)
+
+    def forward(self, x: Any) -> Tensor:
+        tensors = {name: getattr(self, str(number)) for number, name in enumerate(self._names)}
+        return with_tensors(self._model[0], tensors, x)
 
 
 class _DoubleOutputs(nn.Module):
@@ -272,9 +326,9 @@ class CurvlinopsHessian(HessianInterface, CurvlinopsInterface):
         """
         f, model, inputs = self._outputs(x)
         self.likelihood_object.check(f, y, offset)
-        with eval_mode(self.model):
+        with eval_mode(self.model), _in_forward_mode():
             operator = curvlinops.HessianLinearOperator(
-                model,
+                _by_one_name(model),
                 self.lossfunc,
                 self.params,
                 [(inputs, self._targets(y))],

@@ -62,6 +62,9 @@ class GGNInterface(_Directional):
         num_samples: Labels drawn per example if ``stochastic``.
         seed: Seed of these draws. None draws a seed from torch's global generator at every batch.
 
+    Raises:
+        ValueError: If ``num_samples`` is not positive.
+
     Example:
         >>> import torch
         >>> from laplace import Laplace
@@ -100,7 +103,7 @@ class GGNInterface(_Directional):
         return "mc" if self.stochastic else "ggn"
 
     def directions(self, f: Tensor, y: Tensor, offset: int = 0):
-        """Output directions whose outer products sum to the output Hessian or its estimate."""
+        """Output directions whose outer products sum to the output Hessian or its estimate, each shaped like ``f``."""
         if not self.stochastic:
             return self.likelihood_object.hessian_root(f, y)
         seed = fresh_seed() if self.seed is None else self.seed
@@ -127,5 +130,5 @@ class EFInterface(_Directional):
     estimator = "ef"
 
     def directions(self, f: Tensor, y: Tensor, offset: int = 0):
-        """The one gradient per example."""
+        """The one gradient per example, of the outputs ``f``."""
         return iter([self.likelihood_object.gradient(f, y)])

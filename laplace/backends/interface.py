@@ -53,6 +53,11 @@ class CurvatureInterface(CapturedModel):
         likelihood_object: The likelihood itself, of which ``likelihood`` may be the name; setting either sets both.
         params: Parameters with ``requires_grad`` (of the last layer where ``last_layer``).
 
+    Everywhere ``x`` are the inputs ``(batch, …)`` of a batch, or a dict-like batch, ``y`` its targets, ``offset`` the index in
+    the data set of its first example, ``structure`` one of ``'full'``, ``'kron'``, ``'diag'``, ``'ekfac'``, ``'blockdiag'``;
+    ``enable_backprop`` keeps the graph from the inputs. Losses are summed over the batch. What a backend does not have is a
+    NotImplementedError; a batch that does not fit the model and the likelihood a ValueError.
+
     Example:
         >>> import torch
         >>> from laplace import Laplace
@@ -70,6 +75,7 @@ class CurvatureInterface(CapturedModel):
 
     stochastic = False
     contracted: frozenset[str] = frozenset()  # structures without a method of their own that ``accumulate`` adds
+    checks_targets_first = False  # whether what ``full``, ``kron`` and ``diag`` call does not
     weighs_examples = False  # whether ``accumulate`` takes weights of the examples
     exact_products = False  # whether dense sums are of products in float64, so that they have the rank of the rows
 
@@ -142,13 +148,14 @@ class CurvatureInterface(CapturedModel):
         Raises:
             ValueError: If this batch is the first to show that examples depend on one another; names the module.
         """
-        self.check_batch(x)
         step = self.examples_at_once(sums.spec)
-        if len(y) <= step:
+        whole = len(y) <= step
+        self.check_batch(
+            x, None if whole and not self.checks_targets_first else y, offset
+        )  # before the first part is added
+        if whole:
             self._accumulate_part(sums, x, y, offset)
             return
-        with torch.no_grad(), eval_mode(self.model):
-            self.likelihood_object.check(self.model(x), y, offset)  # before the first part is added
         for start, stop in ranges(len(y), 1, step):
             part = slice(start, stop)
             self._accumulate_part(sums, part_of(x, part), y[part], offset + start)
@@ -160,11 +167,11 @@ class CurvatureInterface(CapturedModel):
     def _accumulate_part(self, sums: CurvatureSums, x: Any, y: Tensor, offset: int) -> None:
         n = len(y)
         structure = sums.spec.structure
-        self._offset = offset
+        self._offset, self._is_asked = offset, True
         try:
             loss, curvature = self.kron(x, y, N=n) if structure == "kron" else getattr(self, structure)(x, y)
         finally:
-            self._offset = 0
+            self._offset, self._is_asked = 0, False
         if structure == "kron":
             self._add_kron(sums, curvature, n)
         else:
@@ -198,7 +205,7 @@ class CurvatureInterface(CapturedModel):
         return self.functorch_jacobians(x, enable_backprop)
 
     def functorch_jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
-        """Dense Jacobians by :mod:`torch.func`: reverse mode for each example."""
+        """Dense Jacobians by :mod:`torch.func`: reverse mode for each example; shapes as of :meth:`jacobians`."""
         self.check_batch(x)
         if self.last_layer:
             return self.last_layer_jacobians(x, enable_backprop)
@@ -267,11 +274,14 @@ class CurvatureInterface(CapturedModel):
         raise NotImplementedError(f"{type(self).__name__} has no diagonal curvature.")
 
     def curvature_product(self, x: Any, y: Tensor, vectors: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
-        """Summed loss of one batch, and its curvature times ``vectors`` ``(parameters, k)``."""
+        """Summed loss of one batch, and its curvature times ``vectors``, both of these ``(parameters, k)``."""
         raise NotImplementedError(f"{type(self).__name__} has no products of its curvature with vectors.")
 
     def eig_lowrank(self, data_loader: Iterable) -> tuple[Tensor, Tensor, Tensor]:
         """Leading eigenpairs of the curvature summed over a data set, in several passes over it.
+
+        Args:
+            data_loader: Batches, the same in every pass.
 
         Returns:
             Eigenvectors ``(parameters, k)`` with ``k`` at most ``low_rank``, positive eigenvalues ``(k,)`` in falling order,

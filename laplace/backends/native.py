@@ -210,7 +210,11 @@ class NativeGGN(_Native, GGNInterface):
         return super().estimator + ("" if self.outputs is None else f" of outputs {', '.join(map(str, self.outputs))}")
 
     def directions(self, f: Tensor, y: Tensor, offset: int = 0) -> Iterator[Tensor]:
-        """See :class:`laplace.curvature.GGNInterface`."""
+        """See :class:`laplace.curvature.GGNInterface`.
+
+        Raises:
+            ValueError: If the model lacks one of the outputs that were chosen.
+        """
         if self.outputs is None:
             return super().directions(f, y, offset)
         if max(self.outputs) >= f.shape[-1]:
@@ -222,7 +226,7 @@ class NativeGGN(_Native, GGNInterface):
 
 
 class NativeEF(_Native, EFInterface):
-    """Empirical Fisher; arguments as of :class:`NativeGGN`, but for those of sampling.
+    """Empirical Fisher; arguments as of :class:`NativeGGN`, ``kfac_approx`` among them, but for those of sampling.
 
     Example:
         >>> import torch

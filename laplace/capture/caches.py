@@ -2,7 +2,7 @@
 
 Some attention layers keep their position biases indexed while they are in evaluation mode (LeViT and its family): as plain
 attributes or in a dictionary, dropped by their own ``train``. Made without a graph, or inside of a transform, these are of
-no use to any other pass.
+no use to any other pass. So are the weights that torch keeps inside of ``torch.nn.utils.parametrize.cached()``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 def keeps(module: nn.Module) -> bool:
@@ -27,6 +28,17 @@ def renew(keepers: Iterable[nn.Module]) -> None:
             with torch.inference_mode(False), torch.enable_grad():
                 module.train(True)
                 module.train(False)
+
+
+@contextmanager
+def without_kept_weights() -> Iterator[None]:
+    """Have re-parametrised weights computed anew in every pass inside the block, in which others may stand for them."""
+    before = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = before
 
 
 @contextmanager

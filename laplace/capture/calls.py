@@ -69,34 +69,45 @@ class Call:
             )
 
 
-def _whole_base(output: Tensor) -> Tensor | None:
+def whole_base(output: Tensor) -> Tensor | None:
     """What an output is a view of in other dimensions: in-place operations on the view leave its edge alone."""
     base = output._base
     whole = base is not None and base.requires_grad and base.numel() == output.numel()
     return base if whole and base.is_contiguous() and output.is_contiguous() else None
 
 
+def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """What went into a layer: its first argument, by position or by whatever name; None if that is no tensor with examples."""
+    value = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
+    return value if isinstance(value, Tensor) and value.ndim else None
+
+
 @contextmanager
-def recorded(modules: dict[str, nn.Module]) -> Iterator[tuple[list[Call], set[str]]]:
+def recorded(modules: dict[str, nn.Module]) -> Iterator[tuple[list[Call], set[str], set[str]]]:
     """Record the calls of modules inside the block.
 
     Returns:
-        The calls whose outputs have a gradient, and the names of the modules that ran without one.
+        The calls whose outputs have a gradient, the names of the modules that ran without one, and of those that were given or
+        gave something else than a tensor, as subclasses of torch's layers may.
     """
     calls: list[Call] = []
     without: set[str] = set()
+    others: set[str] = set()
 
     def remember(name: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
+            value = input_of(args, kwargs)
+            if value is None or not isinstance(output, Tensor):
+                others.add(name)
+                return None
             if is_batched(output):
                 return None
             if not output.requires_grad:
                 without.add(name)
                 return None
-            base, kept = _whole_base(output), None
+            base, kept = whole_base(output), None
             if base is None and output._is_view():
                 output = kept = output.clone()  # a later in-place operation would cut a view's edge off
-            value = args[0] if args else kwargs["input"]
             edge = torch.autograd.graph.get_gradient_edge(output if base is None else base)
             calls.append(Call(name, value.detach(), value._version, edge, output.shape, output.dtype))
             return kept
@@ -105,7 +116,7 @@ def recorded(modules: dict[str, nn.Module]) -> Iterator[tuple[list[Call], set[st
 
     handles = [module.register_forward_hook(remember(name), with_kwargs=True) for name, module in modules.items()]
     try:
-        yield calls, without
+        yield calls, without, others
     finally:
         for handle in handles:
             handle.remove()

@@ -30,6 +30,7 @@ from laplace.capture.pullback import pullback
 from laplace.capture.rules import gradients_by_position, inputs_by_position, widths
 from laplace.capture.uses import Proven, Uses, numbers_of_uses
 from laplace.data.batches import is_divisible, repeated
+from laplace.linalg.matmul import faster_products
 from laplace.linalg.memory import at_once, ranges
 from laplace.linalg.precision import spacing_of_products, without_autocast
 
@@ -86,11 +87,11 @@ class Capture:
     def _forward(self, model: nn.Module, x: Any) -> None:
         hooked = {name: module for name, module in self.modules.items() if name not in self._products}
 
-        def once(x: Any) -> tuple[list[Call], set[str], Tensor]:
-            with recorded(hooked) as (calls, without), torch.enable_grad():
-                return calls, without, model(x)
+        def once(x: Any) -> tuple[list[Call], set[str], set[str], Tensor]:
+            with recorded(hooked) as (calls, without, others), torch.enable_grad(), faster_products(model.parameters()):
+                return calls, without, others, model(x)
 
-        calls, without, self._output = memory_format.run(once, model, x, hooked.values())
+        calls, without, others, self._output = memory_format.run(once, model, x, hooked.values())
         names = [call.layer for call in calls]
         own = {
             f"{layer}.{key}" if layer else key: parameter
@@ -102,7 +103,7 @@ class Capture:
             name
             for name, number in numbers.items()
             if name not in self._products and number > names.count(name.rpartition(".")[0])
-        }
+        } | others
         products, turned, misused = calls_of(self._output, self._products, len(self._output))
         self.misused |= misused
         self.modules.update(turned)
@@ -220,7 +221,8 @@ class Capture:
         edges = [*(call.edge for call in self._calls), *further]
         if not edges:
             return [], ()
-        with eval_mode(self._model), without_autocast():  # checkpoints run the model again
+        faster = faster_products(self._model.parameters())
+        with eval_mode(self._model), without_autocast(), faster:  # checkpoints run the model again
             grads = torch.autograd.grad(
                 self._output, edges, v.to(self._output.dtype), retain_graph=True, allow_unused=True
             )

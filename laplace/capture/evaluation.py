@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from laplace.capture.caches import keeps, renew
+from laplace.capture.caches import keeps, renew, without_kept_weights
 from laplace.capture.calls import is_batched, nodes
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.capture.turns import turn
@@ -22,6 +23,7 @@ from laplace.linalg.process_settings import WhileAny
 # Models in a block of eval_mode by identity, and those of their modules that keep tensors between passes.
 _evaluated: ContextVar[dict[int, list[nn.Module]]] = ContextVar("_evaluated", default={})  # noqa: B039 - never changed
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
+_ATTENTION = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 
 @contextmanager
@@ -30,7 +32,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
     Modules are in evaluation mode, embeddings give the dense gradient of their output and not one scaled by frequency,
     recurrent layers run as the products that they are made of, which are seen and have a gradient on every device, and
-    the model is handed copies of its inputs: a forward pass that changes its input in place changes no data and no later pass.
+    attention as in training, since torch's faster way without gradients has zeros at padded positions. The model is handed
+    copies of its inputs: a forward pass that changes its input in place changes no data and no later pass. Nor does
+    ``torch.nn.utils.parametrize.cached()`` around it keep weights from one pass to the next.
     Inside of ``torch.inference_mode()``, tensors are ordinary ones without gradient. What was compiled runs as it was written:
     hooks see none of the layers of a compiled graph. Autocast keeps no converted weights.
     Gradients of normalisations come in order. A block inside of another one of the same model costs next to nothing: who makes
@@ -62,6 +66,10 @@ def _evaluating(model: nn.Module, around: dict[int, list[nn.Module]]) -> Iterato
         stack.enter_context(without_kept_casts())
         if any(isinstance(module, nn.RNNBase) for module in modules):
             stack.enter_context(_unfused_layers)
+        if any(parametrize.is_parametrized(module) for module in modules):
+            stack.enter_context(_own_weights)
+        if any(isinstance(module, _ATTENTION) for module in modules):
+            stack.enter_context(_trained_attention)
         handles = [own.register_forward_pre_hook(_with_own_inputs, prepend=True, with_kwargs=True)]
         handles.append(own.register_forward_hook(_in_order))
         entered = _evaluated.set({**around, id(model): keepers})
@@ -95,7 +103,18 @@ def _unfused() -> Iterator[None]:
             library.enabled = enabled
 
 
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 _eager, _unfused_layers = WhileAny(lambda: torch.compiler.set_stance("force_eager")), WhileAny(_unfused)
+_trained_attention, _own_weights = WhileAny(_without_fast_path), WhileAny(without_kept_weights)
 
 
 def _set(modules: list[nn.Module], name: str, value: bool) -> None:

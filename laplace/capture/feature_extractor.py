@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace.capture.calls import is_batched
+from laplace.capture.calls import input_of, is_batched
 from laplace.capture.soundness import run, tensor_output
 from laplace.enums import parse
 from laplace.linalg.precision import coarsest
@@ -35,6 +35,11 @@ class FeatureExtractor(nn.Module):
         last_layer_name: Name of the last layer as in ``model.named_modules()``; found from a forward pass if None.
         enable_backprop: Keep the graph of the features.
         feature_reduction: How features with a position dimension are reduced.
+
+    Everywhere ``x`` are inputs ``(batch, …)`` or a dict-like batch.
+
+    Raises:
+        ValueError: If there is no such layer or reduction.
 
     Example:
         >>> import torch
@@ -84,10 +89,13 @@ class FeatureExtractor(nn.Module):
     def set_last_layer(self, last_layer_name: str) -> None:
         """Choose the last layer by name.
 
+        Args:
+            last_layer_name: As in ``model.named_modules()``.
+
         Raises:
             ValueError: If there is no such module or it is not :class:`torch.nn.Linear`.
         """
-        modules = dict(self.model.named_modules())
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         if last_layer_name not in modules:
             linear = [name for name, m in modules.items() if isinstance(m, nn.Linear)]
             raise ValueError(f"last_layer_name={last_layer_name!r} is not a module; linear modules are {linear}.")
@@ -112,11 +120,11 @@ class FeatureExtractor(nn.Module):
 
     def _run(self, x: Tensor | MutableMapping[str, Any]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Outputs, and input and output of every call of the last layer."""
-        given: list[Tensor] = []
-        logits: list[Tensor] = []
+        given: list[Tensor | None] = []
+        logits: list[Any] = []
 
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            given.append(args[0] if args else kwargs["input"])
+            given.append(input_of(args, kwargs) if len(args) + len(kwargs) == 1 else None)
 
         handles = (
             self.last_layer.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
@@ -127,6 +135,12 @@ class FeatureExtractor(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
+        if any(value is None for value in given) or not all(isinstance(value, Tensor) for value in logits):
+            raise ValueError(
+                f"The last layer {self.last_layer_name!r} ({type(self.last_layer).__name__}) is called with something else "
+                "than one tensor, or gives something else. Let its forward take the features and return the outputs, or use "
+                "subset_of_weights='all'."
+            )
         if any(map(is_batched, logits)):
             raise ValueError(
                 f"The last layer {self.last_layer_name!r} runs inside of torch.func.vmap or another transform in the model's "

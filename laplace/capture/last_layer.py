@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from laplace.capture.blocks import row_key
+from laplace.capture.calls import input_of
+from laplace.capture.capture import Capture
 from laplace.capture.pullback import pullback
 from laplace.capture.rules import gradients_by_position, inputs_by_position
 from laplace.capture.verify import Source, find_layers
+from laplace.noise import fixed_directions
 
 
 def last_layer_sources(layer: nn.Module, name: str, names: Iterable[str], features: Tensor) -> dict[str, Source]:
@@ -31,10 +34,20 @@ def last_layer_sources(layer: nn.Module, name: str, names: Iterable[str], featur
     """
     prefix = f"{name}."
     found = find_layers(layer, [full.removeprefix(prefix) for full in names], features, by_products=False)
+    if any(source.layer is not None for source in found.values()) and not _ends_in_its_product(layer, features):
+        aside = Source(None, f"per-example autograd: {type(layer).__name__} changes its product, or that gradient")
+        found = {local: aside if source.layer is not None else source for local, source in found.items()}
     return {
         prefix + local: source if source.layer is None else Source(name, "last layer", source.kind)
         for local, source in found.items()
     }
+
+
+def _ends_in_its_product(layer: nn.Module, features: Tensor) -> bool:
+    """Whether directions reach the layer's product as they are: a class with a call of its own, or a hook, may change them."""
+    capture = Capture(layer, features, [""])
+    v = fixed_directions(capture.f)
+    return all(g.shape == v.shape and torch.equal(g.to(v), v) for _, g in capture.output_gradients(v))
 
 
 class LastLayerCapture:
@@ -91,7 +104,7 @@ def apply_last_layer(layer: nn.Module, features: Tensor) -> tuple[Tensor, Tensor
     """Outputs of the last layer, and what its weight was multiplied by: the features after hooks that change them."""
     kept: list[Tensor] = []
     handle = layer.register_forward_hook(
-        lambda module, args, kwargs, output: kept.append(args[0] if args else kwargs["input"]), with_kwargs=True
+        lambda module, args, kwargs, output: kept.append(input_of(args, kwargs)), with_kwargs=True
     )
     try:
         return layer(features), kept[-1]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from laplace.capture.contractions import is_bias
+from laplace.linalg.matmul import product, times_transposed
 from laplace.linalg.precision import in_full_precision
 
 _Weights = Sequence[Callable[[int], Tensor]]
@@ -33,11 +34,11 @@ def last_layer_variance(
         squares = None
         if not is_bias(block):
             a = capture.inputs(block.layer)[:, 0]
-            squares = (a if basis.right is None else a @ basis.right.to(a.dtype)).square()
+            squares = (a if basis.right is None else product(a, basis.right.to(a.dtype))).square()
         for t in range(n_priors):
             w = weight(t).to(capture.dtype)
             # Σ_i w_oi (Qᵀa)_i², (batch, outputs)
-            inner = w.flatten().expand(n, -1) if squares is None else squares @ w.T
+            inner = w.flatten().expand(n, -1) if squares is None else times_transposed(squares, w)
             _add(total[t], left, inner, diagonal)
     return total
 
@@ -45,7 +46,7 @@ def last_layer_variance(
 def _add(total: Tensor, left: Tensor | None, inner: Tensor, diagonal: bool) -> None:
     """Add ``Q diag(inner) Qᵀ`` of every example, or its diagonal."""
     if diagonal:
-        total += inner if left is None else inner @ left.square().T
+        total += inner if left is None else times_transposed(inner, left.square())
     elif left is None:
         total.diagonal(dim1=1, dim2=2).add_(inner)
     else:

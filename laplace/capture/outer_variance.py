@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from laplace.capture.blocks import Basis
+from laplace.linalg.matmul import batched, product, times_transposed
 from laplace.linalg.memory import at_once, ranges
 
 Inputs = Callable[[int, int], Tensor]
@@ -71,8 +72,8 @@ def project(values: Tensor, basis: Tensor | None) -> Tensor:
     if basis is None:
         return values
     if values.ndim == 4 and not values.is_contiguous():
-        return (values.transpose(1, 2) @ basis.to(values.dtype)).transpose(1, 2)
-    return values @ basis.to(values.dtype)
+        return product(values.transpose(1, 2), basis.to(values.dtype)).transpose(1, 2)
+    return product(values, basis.to(values.dtype))
 
 
 def _split(basis: Basis, outputs: int, positions: int, out: int, width: int) -> tuple[Basis, Basis]:
@@ -91,7 +92,7 @@ def _by_pairs(a: Tensor, g: Tensor, weight: Weight, priors: int, diagonal: bool)
     products, squares = _pairs(a, 1, r, s), _pairs(g, 2, r, s)  # (batch, pairs, in), (batch, outputs, pairs, out)
     found, kept = [], torch.ones((), dtype=torch.bool, device=a.device)
     for t in range(priors):
-        scale = products @ weight(t).to(g.dtype).T  # (batch, pairs, out)
+        scale = product(products, weight(t).to(g.dtype).T)  # (batch, pairs, out)
         variances = equal = _dot(squares[:, :, :positions], scale[:, :positions])
         if positions > 1:
             variances = equal + 2 * _dot(squares[:, :, positions:], scale[:, positions:])
@@ -128,12 +129,12 @@ def _add_rows(total: Tensor, a: Tensor, g: Tensor, basis: Basis, weight: Weight,
             columns = weights[:, o:p].flatten(1)
             for start, stop in ranges(len(g), outputs * columns.shape[1], held):
                 part = g[start:stop, :, o:p].flatten(1, 2)
-                rows = project(torch.bmm(part, a[start:stop]), basis.right).view(stop - start, outputs, p - o, width)
+                rows = project(batched(part, a[start:stop]), basis.right).view(stop - start, outputs, p - o, width)
                 rows = rows if basis.left is None else project(rows.mT, basis.left).mT
                 rows = rows.flatten(2)
                 area = total[first:last, start:stop]
                 if diagonal:
-                    area += (rows.square_() @ columns.T).permute(2, 0, 1)
+                    area += times_transposed(rows.square_(), columns).permute(2, 0, 1)
                 else:
                     for t in range(len(area)):
                         area[t] += torch.bmm(rows * columns[t], rows.mT)

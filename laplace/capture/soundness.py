@@ -24,6 +24,11 @@ from laplace.noise import fixed_directions
 _SINGLES = 4  # examples that are run by themselves, beside the others together
 _DRAWS = 16  # runs of a model that draws random numbers, of which two may be alike where few values are left to chance
 
+_WAY_OUT = (
+    "Use a layer that sees one example at a time (of batch norms, track_running_stats=True), or let it do so where "
+    "self.training is False."
+)
+
 Record = list[tuple[str, Any, Any]]  # every call of a module in the order in which they end: its name, input and output
 
 
@@ -32,7 +37,7 @@ def tensor_output(output: Any) -> Tensor:
 
     Raises:
         TypeError: If it is a tuple, a dictionary or another object.
-        ValueError: If it has one value per example and no dimension of outputs.
+        ValueError: If it has one value per example and no dimension of outputs, or is complex.
     """
     if not isinstance(output, Tensor):
         raise TypeError(
@@ -43,6 +48,11 @@ def tensor_output(output: Any) -> Tensor:
         raise ValueError(
             f"The model's output has shape {tuple(output.shape)}, but has to be (batch, outputs): end its forward with "
             ".unsqueeze(-1), and give regression targets of shape (batch, 1); binary labels of a Bernoulli may stay (batch,)."
+        )
+    if output.is_complex():
+        raise ValueError(
+            f"The model's output is of {output.dtype}, and likelihoods are of real numbers: end its forward with "
+            "torch.view_as_real(…).flatten(1), and give targets in the same way."
         )
     return output
 
@@ -104,7 +114,7 @@ def _checked(model: nn.Module, x: Any, outputs: int) -> set[str]:
 def _check_apart(model: nn.Module, x: Any, batch: Record, rows: slice, what: str) -> None:
     """Compare some examples of a batch with what they are without the others."""
     part = part_of(x, rows)
-    run(model, part, what)
+    run(model, part, what, f". Every example needs outputs of its own. {_WAY_OUT}")
     _check(batch, _recorded(model, part), rows, model)
 
 
@@ -175,8 +185,7 @@ def _random(module: str) -> ValueError:
 def _coupled(module: str) -> ValueError:
     return ValueError(
         f"In {module}, the output of an example depends on the others of its batch, as with batch statistics or attention "
-        "over the batch, so that no example has curvature of its own. Use a layer that sees one example at a time (of batch "
-        "norms, track_running_stats=True), or let it do so where self.training is False."
+        f"over the batch, so that no example has curvature of its own. {_WAY_OUT}"
     )
 
 
@@ -184,8 +193,14 @@ def _coupled(module: str) -> ValueError:
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 
 
-def run(model: nn.Module, x: Any, of: str = "the first batch") -> Any:
+def run(model: nn.Module, x: Any, of: str = "the first batch", advice: str = "") -> Any:
     """A forward pass.
+
+    Args:
+        model: The network.
+        x: One batch of inputs.
+        of: What that is, for messages.
+        advice: What to do about it, for messages.
 
     Raises:
         ValueError: If it fails; names the module.
@@ -203,7 +218,7 @@ def run(model: nn.Module, x: Any, of: str = "the first batch") -> Any:
         except _FAILURES:
             where = named(running[-1], model) if running else named("", model)
     what = "" if isinstance(failed, (RuntimeError, ValueError)) else f"{type(failed).__name__}: "
-    raise ValueError(f"The model's forward pass of {of} fails in {where}: {what}{failed}") from failed
+    raise ValueError(f"The model's forward pass of {of} fails in {where}: {what}{failed}{advice}") from failed
 
 
 @contextmanager
@@ -256,7 +271,8 @@ def _recorded(model: nn.Module, x: Any) -> Record:
 
 def _first(value: Any) -> Tensor | None:
     value = value[0] if isinstance(value, tuple) and value else value
-    return value.clone() if isinstance(value, Tensor) and not is_batched(value) else None
+    ours = isinstance(value, Tensor) and not value.is_nested and not is_batched(value)
+    return value.clone() if ours else None
 
 
 def _rows(value: Tensor | None, rows: slice) -> Tensor | None:
@@ -280,9 +296,15 @@ def _same(one: Tensor | None, two: Tensor | None, tolerance: float, beside: Tens
         return False
     if not one.numel() or not (one.is_floating_point() or one.is_complex()):
         return torch.equal(one, two)
-    scale = max(float(value.abs().amax()) for value in (one, two, beside) if value is not None and value.numel())
+    scale = max(_largest(value) for value in (one, two, beside) if value is not None and value.numel())
     kind = torch.complex128 if one.is_complex() else torch.float64
     difference = float((one.to(kind) - two.to(kind)).abs().amax())
     return (
         not math.isfinite(scale) or difference <= tolerance * scale
     )  # the first is refused with the examples' numbers
+
+
+def _largest(value: Tensor) -> float:
+    """The largest absolute value; torch has none of booleans and of unsigned integers."""
+    numbers = value if value.is_floating_point() or value.is_complex() else value.double()
+    return float(numbers.abs().amax())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from laplace.capture.calls import is_batched
 from laplace.capture.evaluation import eval_mode
+from laplace.capture.liveness import live_rows
 from laplace.capture.soundness import check_function, differing
 from laplace.data.batches import is_divisible, length_of, part_of
 
@@ -28,11 +29,13 @@ class Unproven:
     Attributes:
         modules: That gave the same for all examples, or did not run.
         layers: That had no gradient; of parameters without a layer, :func:`laplace.capture.blocks.row_key`.
+        before: The same of what is not differentiated by the fit, see :mod:`laplace.capture.liveness`; None before any batch.
     """
 
-    def __init__(self, modules: Iterable[str] = (), layers: Iterable[str] = ()):
+    def __init__(self, modules: Iterable[str] = (), layers: Iterable[str] = (), before: Iterable[str] | None = ()):
         """See the class."""
         self.modules, self.layers = set(modules), set(layers)
+        self.before = None if before is None else set(before)
         self._found: dict[str, int] = {}
 
     @contextmanager
@@ -49,7 +52,8 @@ class Unproven:
 
         def look(name: str, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) and output else output
-            if isinstance(value, Tensor) and not is_batched(value) and value.ndim and len(value) == n:
+            ours = isinstance(value, Tensor) and not value.is_nested and not is_batched(value)
+            if ours and value.ndim and len(value) == n:
                 row = differing(value.detach())
                 if row is not None:
                     self._found.setdefault(name, row)
@@ -67,6 +71,25 @@ class Unproven:
         if self._found:
             _ask(model, x, self._found.values())
             self.modules -= self._found.keys()
+
+    def look_before(self, model: nn.Module, x: Any) -> None:
+        """Ask a batch in which something before the parameters that are inferred has a gradient.
+
+        Args:
+            model: The network in evaluation mode.
+            x: The batch.
+
+        Raises:
+            ValueError: If the examples of that batch depend on one another; names the module.
+        """
+        if self.before == set() or not is_divisible(x) or length_of(x) < 2:
+            return
+        found = live_rows(model, x)
+        open_ = found.keys() if self.before is None else self.before
+        rows = {name: row for name, row in found.items() if name in open_ and row is not None}
+        if rows:
+            _ask(model, x, rows.values())
+        self.before = open_ - rows.keys()
 
     def look_at_gradients(self, model: nn.Module, x: Any, gradients: dict[str, Tensor]) -> None:
         """Ask a batch in which one of the layers has a gradient.

@@ -23,6 +23,7 @@ from laplace.capture.last_layer import LastLayerCapture
 from laplace.capture.last_layer_variance import last_layer_variance
 from laplace.capture.outer_variance import add_outer_variance, project
 from laplace.capture.rules import is_outer, is_transposed, touched_words, weight_rows
+from laplace.linalg.matmul import product
 from laplace.linalg.precision import in_full_precision, without_autocast
 
 
@@ -116,7 +117,7 @@ def _add_rows(total: Tensor, rows: Tensor, weight, diagonal: bool) -> None:
     squared = rows.square()
     for start, stop in chunks(total.shape[0], rows.shape[-1], rows.device):  # several priors share one product
         weights = torch.stack([weight(t).to(rows.dtype).flatten() for t in range(start, stop)], 1)
-        total[start:stop] += (squared @ weights).permute(2, 0, 1)
+        total[start:stop] += product(squared, weights).permute(2, 0, 1)
 
 
 @in_full_precision()
@@ -132,7 +133,7 @@ def dense_variance(rows: Tensor, basis: Tensor, weights: Sequence[Tensor], diago
     Returns:
         ``(priors, batch, outputs)`` if ``diagonal`` else ``(priors, batch, outputs, outputs)``.
     """
-    projected = rows @ basis.to(rows.dtype)
+    projected = product(rows, basis.to(rows.dtype))
     shape = (len(weights), rows.shape[0], rows.shape[1]) + (() if diagonal else (rows.shape[1],))
     total = torch.zeros(shape, dtype=rows.dtype, device=rows.device)
     _add_rows(total, projected, lambda t: weights[t], diagonal)

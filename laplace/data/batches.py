@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from laplace.data import mistakes
 from laplace.data.mistakes import check_loader
+from laplace.data.nested import parts
 
 _FEW = 8  # examples that are enough to check what a model does with each
 
@@ -39,8 +41,17 @@ def batches(
 
 
 def length_of(x: Any) -> int:
-    """Number of examples of a batch of inputs: of a tensor, or of the first tensor of a dict-like batch."""
-    return len(next(v for v in x.values() if isinstance(v, Tensor) and v.ndim) if isinstance(x, MutableMapping) else x)
+    """Number of examples of a batch of inputs: of a tensor, or as most of the tensors of a dict-like batch have it.
+
+    Raises:
+        ValueError: If a dict-like batch holds neither a tensor nor a list.
+    """
+    if not isinstance(x, MutableMapping):
+        return len(x)
+    sizes = [len(value) for value in tensors_of(x)] or [len(value) for value in x.values() if isinstance(value, list)]
+    if not sizes:
+        raise ValueError(f"A batch with the keys {list(x)} holds no tensor, so that it has no number of examples.")
+    return Counter(sizes).most_common(1)[0][0]
 
 
 def is_divisible(x: Any) -> bool:
@@ -49,25 +60,25 @@ def is_divisible(x: Any) -> bool:
 
 
 def tensors_of(x: Any) -> list[Tensor]:
-    """The tensors of a batch of inputs that have a batch dimension."""
-    values = x.values() if isinstance(x, MutableMapping) else [x]
-    return [value for value in values if isinstance(value, Tensor) and value.ndim]
+    """The tensors of a batch of inputs that have a batch dimension, or another one in its place."""
+    if isinstance(x, Mapping):
+        return [tensor for value in x.values() for tensor in tensors_of(value)]
+    if isinstance(x, list | tuple):
+        return [tensor for value in x for tensor in tensors_of(value)]
+    return [x] if isinstance(x, Tensor) and x.ndim else []
 
 
 def few(x: Any) -> Any:
     """A few examples of a batch, but at least two, so that the batch can be told from other dimensions."""
     if isinstance(x, MutableMapping):
-        sizes = {len(value) for value in x.values() if isinstance(value, Tensor) and value.ndim > 0}
-        if sizes != {1}:
-            return x
-        return {key: torch.cat([value, value]) if isinstance(value, Tensor) else value for key, value in x.items()}
+        return repeated(x, 2) if length_of(x) == 1 else x
     if not isinstance(x, Tensor):
         return x
     return torch.cat([x, x]) if len(x) == 1 else x[:_FEW]
 
 
 def part_of(x: Any, part: slice | Tensor) -> Any:
-    """Some examples of a batch of inputs, by a range or by indices: of a tensor, or of every tensor of a dict-like batch.
+    """Some examples of a batch of inputs, by a range or by indices: of a tensor, or of all that has a row for each of them.
 
     Raises:
         ValueError: If it is of another kind.
@@ -78,19 +89,47 @@ def part_of(x: Any, part: slice | Tensor) -> Any:
             "batches, or use the native backend with layers that la.coverage gives a contraction of their own."
         )
     if isinstance(x, MutableMapping):
-        rows = {key: value[part] for key, value in x.items() if isinstance(value, Tensor) and value.ndim}
-        return {**x, **rows}
+        rows = part if isinstance(part, slice) else part.tolist()
+        return _by_example(x, length_of(x), lambda value: _some(value, part, rows))
     return x[part]
+
+
+def _some(value: Any, part: slice | Tensor, rows: slice | list[int]) -> Any:
+    if isinstance(value, Tensor):
+        return value[part]
+    return value[rows] if isinstance(rows, slice) else [value[row] for row in rows]
 
 
 def repeated(x: Any, count: int) -> Any:
     """Inputs, which can be cut into examples, in which every example stands so many times, one copy after the other."""
     if isinstance(x, MutableMapping):
-        rows = {key: v.repeat_interleave(count, 0) for key, v in x.items() if isinstance(v, Tensor) and v.ndim}
-        return {**x, **rows}
-    if isinstance(x, Tensor):
-        return x.repeat_interleave(count, 0)
-    return [item for item in x for _ in range(count)]
+        return _by_example(x, length_of(x), lambda value: _copies(value, count))
+    return _copies(x, count)
+
+
+def _copies(value: Any, count: int) -> Any:
+    if isinstance(value, Tensor):
+        return value.repeat_interleave(count, 0)
+    return [item for item in value for _ in range(count)]
+
+
+def which_have_rows(x: Any) -> dict[tuple, bool]:
+    """Of what a dict-like batch holds, by its path, whether it has a row for each example; nothing of a single one."""
+    n = length_of(x) if isinstance(x, MutableMapping) else 1
+    return {} if n == 1 else {path: len(value) == n for path, value in parts(x).items() if _has_length(value)}
+
+
+def _has_length(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
+
+
+def _by_example(value: Any, n: int, change: Callable[[Any], Any]) -> Any:
+    """Change the tensors and lists that have a row for each of ``n`` examples; others belong to all examples together."""
+    if isinstance(value, Mapping):
+        return {key: _by_example(inner, n, change) for key, inner in value.items()}
+    if isinstance(value, list | tuple) and tensors_of(value):
+        return [_by_example(inner, n, change) for inner in value]
+    return change(value) if _has_length(value) and len(value) == n else value
 
 
 def joined(rows: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:

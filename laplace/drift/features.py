@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace.capture.calls import input_of
+
 WIDTH = 32  # dimensions after the projection
 _SHRINKAGE = 0.1  # share of the average variance that is added to every direction
 
@@ -40,7 +42,7 @@ class LastInputs:
         self._handles = []
 
     def _keep(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._kept = args[0] if args else kwargs["input"]
+        self._kept = input_of(args, kwargs)
 
     def projected(self) -> Tensor | None:
         """Return the inputs of the linear layer that ran last, averaged over positions, ``(batch, at most 32)`` float64.

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from laplace import noise
 from laplace.data.example_weights import along
 from laplace.enums import Likelihood, LinkApprox
 from laplace.likelihoods.checks import first_wrong
@@ -147,11 +146,9 @@ class Categorical(ClassProbabilities):
 
     def sampled_gradients(self, f: Tensor, y: Tensor, num_samples: int, seed: int, offset: int) -> Iterator[Tensor]:
         """See :meth:`BaseLikelihood.sampled_gradients`; one uniform number per position."""
-        examples = torch.arange(offset, offset + len(f), device=f.device)
-        draws = noise.uniform(seed, examples, num_samples * f[0, ..., 0].numel())
         probabilities, cumulative = f.softmax(-1), f.double().softmax(-1).cumsum(-1)
-        for u in draws.reshape(len(f), *f.shape[1:-1], num_samples).unbind(-1):  # padding comes last
-            label = _label(cumulative, u)
+        for u in self._uniform(f, y, num_samples, seed, offset, each=1):
+            label = _label(cumulative, u[..., 0])
             yield (probabilities - one_at(label, f)) * num_samples**-0.5
 
     def mean(self, f: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ class Gaussian(BaseLikelihood):
 
     def sampled_gradients(self, f: Tensor, y: Tensor, num_samples: int, seed: int, offset: int) -> Iterator[Tensor]:
         """The noise itself, without the rounding of adding and subtracting the outputs."""
-        for u in self._uniform(f, num_samples, seed, offset):
+        for u in self._uniform(f, y, num_samples, seed, offset):
             yield torch.special.ndtri(u).to(f.dtype) * num_samples**-0.5
 
     def at(self, f: Tensor) -> Prediction:

@@ -85,7 +85,17 @@ def output_samples(f: Tensor, variance: Tensor, n_samples: int, generator: torch
 def gaussian_samples(
     mean: Tensor, variance: Tensor, n_samples: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draws ``(n_samples, batch, outputs)`` from Gaussians with variances or covariances."""
+    """Draws from Gaussians.
+
+    Args:
+        mean: Means ``(batch, outputs)``.
+        variance: Variances ``(batch, outputs)``, or covariances ``(batch, outputs, outputs)``.
+        n_samples: Number of draws.
+        generator: Source of the draws; torch's global one if None.
+
+    Returns:
+        Draws ``(n_samples, batch, outputs)``.
+    """
     noise = torch.randn(n_samples, *mean.shape, dtype=variance.dtype, device=mean.device, generator=generator)
     if variance.ndim == 2:
         return mean + noise * variance.sqrt()

@@ -21,6 +21,9 @@ NAMED: dict[str, Callable[[], BaseLikelihood]] = {
 def likelihood_of(value: BaseLikelihood | Likelihood | str) -> BaseLikelihood:
     """The object for a name; an object as it is.
 
+    Args:
+        value: ``'classification'``, ``'regression'``, … or an object of :mod:`laplace.likelihoods`.
+
     Raises:
         ValueError: If it is neither; the message lists the names.
     """

@@ -27,6 +27,9 @@ class GaussianPerOutput(Gaussian):
     Args:
         noise: The values :math:`s_c`, one for every output, positive.
 
+    Raises:
+        ValueError: If a value is not positive and finite.
+
     Example:
         >>> import torch
         >>> from laplace import Laplace

@@ -18,7 +18,14 @@ Prediction = tuple[Tensor, ...]
 
 
 class Predictive:
-    """The half of :class:`laplace.likelihoods.base.BaseLikelihood` that predicts; the other one gives what is declared here."""
+    """The half of :class:`laplace.likelihoods.base.BaseLikelihood` that predicts; the other one gives what is declared here.
+
+    Beside what is explained there, a ``prediction`` is what :meth:`at`, :meth:`of_networks` or :meth:`integrate` gave;
+    ``outputs`` are those of several networks ``(networks, batch, …, outputs)``; ``variance`` has the variances of the
+    flattened outputs ``(batch, outputs)``, or their covariances ``(batch, outputs, outputs)``; ``link_approx`` says how to
+    integrate; ``scores`` are of a whole data set, and ``ood_confidence`` the confidences on others by name; ``n_samples`` and
+    ``generator`` belong to draws.
+    """
 
     identity: str
     predicts_outputs: bool
@@ -82,7 +89,11 @@ class Predictive:
         return bool(variance.any())
 
     def refuse_bridge(self, link_approx: LinkApprox) -> None:
-        """Refuse the Laplace bridge, which is a map between softmax and Dirichlet."""
+        """Refuse the Laplace bridge, which is a map between softmax and Dirichlet.
+
+        Raises:
+            ValueError: If it is asked for.
+        """
         if link_approx in (LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM):
             raise ValueError(
                 f"link_approx={link_approx.value!r} is for class probabilities; {self.identity} takes 'probit' or 'mc'."

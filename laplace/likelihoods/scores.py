@@ -99,6 +99,11 @@ def summarize_classification(
 
     The calibration error has equally wide bins of confidence (Naeini et al., AAAI 2015); the AUROC separates in- from
     out-of-distribution examples by confidence.
+
+    Args:
+        scores: Those of :func:`classification_scores` over a whole data set.
+        ood_confidence: Confidences ``(terms,)`` on out-of-distribution sets, by name.
+        bins: Number of bins of the calibration error.
     """
     result = {
         "accuracy": scores["correct"].mean().item(),
@@ -127,7 +132,11 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
 
 def summarize_regression(scores: Mapping[str, Tensor]) -> dict[str, float]:
-    """NLL, root mean squared error, and the share of targets inside the central 90 % interval."""
+    """NLL, root mean squared error, and the share of targets inside the central 90 % interval.
+
+    Args:
+        scores: Those of :func:`regression_scores` over a whole data set.
+    """
     return {
         "nll": scores["nll"].mean().item(),
         "rmse": scores["squared_error"].mean().sqrt().item(),
@@ -136,5 +145,10 @@ def summarize_regression(scores: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def get_nll(out_dist: Tensor, targets: Tensor) -> Tensor:
-    """Mean negative log likelihood of class probabilities ``(batch, classes)`` at labels ``(batch,)``, in nats."""
+    """Mean negative log likelihood in nats.
+
+    Args:
+        out_dist: Class probabilities ``(batch, classes)``.
+        targets: Labels ``(batch,)``.
+    """
     return nn.functional.nll_loss(out_dist.log(), targets)

@@ -122,6 +122,10 @@ class WeightedCategorical(Categorical):
             t = t * torch.tensor(self.class_weights, dtype=f.dtype, device=f.device)
         return t if self.ignore_index is None else t * (y != self.ignore_index)[..., None]
 
+    def counts(self, y: Tensor) -> Tensor | None:
+        """All but the positions with ``ignore_index``."""
+        return None if self.ignore_index is None else y != self.ignore_index
+
     def _counted(self, y: Tensor) -> Tensor:
         """Labels, with a valid one in place of those that are left out."""
         return y if self.ignore_index is None else torch.where(y == self.ignore_index, torch.zeros_like(y), y)

@@ -134,6 +134,9 @@ class KronDecomposed(KronSpectrum):
 
         Returns:
             A tensor shaped like ``W``.
+
+        Raises:
+            ValueError: If ``W`` has another number of parameters.
         """
         rows = W.reshape(-1, W.shape[-1])
         sizes = [self._size(i) for i in range(len(self))]
@@ -170,7 +173,7 @@ class KronDecomposed(KronSpectrum):
 
     def _apply(self, block: int, rows: Tensor, exponent: float) -> Tensor:
         vectors, spectrum = self.eigenvectors[block], self.spectrum(block) ** exponent
-        matrix = rows.reshape(-1, *spectrum.shape)
+        matrix = rows.reshape(len(rows), *spectrum.shape)  # of an empty parameter too
         back = [None if q is None else q.T for q in vectors]
         rotated = _apply_left(back, _apply_right(back, matrix)) * spectrum
         return _apply_left(vectors, _apply_right(vectors, rotated)).flatten(1)

@@ -11,6 +11,9 @@ from torch import Tensor
 def invsqrt_precision(M: Tensor) -> Tensor:
     r"""Lower triangular :math:`L` with :math:`LL^\top = M^{-1}`, from the Cholesky factor of the reversed matrix.
 
+    Args:
+        M: Symmetric matrix ``(n, n)``.
+
     Raises:
         ValueError: If ``M`` is not positive definite.
     """
@@ -37,12 +40,12 @@ def not_positive_definite() -> ValueError:
 
 
 def kron(t1: Tensor, t2: Tensor) -> Tensor:
-    """Kronecker product of two matrices."""
+    """Kronecker product of two matrices ``t1`` and ``t2``."""
     return torch.kron(t1, t2)
 
 
 def block_diag(blocks: Sequence[Tensor]) -> Tensor:
-    """The block-diagonal matrix of a list of matrices."""
+    """The block-diagonal matrix of a list ``blocks`` of matrices."""
     return torch.block_diag(*blocks)
 
 

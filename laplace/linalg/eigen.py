@@ -92,9 +92,13 @@ def _by_qr_iteration(M: Tensor, what: str, first: Exception, **kwargs: bool) -> 
 
 
 def symeig(M: Tensor) -> tuple[Tensor, Tensor]:
-    """Non-negative eigenvalues in ascending order, and eigenvectors, of a symmetric positive semi-definite matrix.
+    """Eigenvalues and eigenvectors of a symmetric positive semi-definite matrix, computed in float64.
 
-    Computed in float64; the order of the pair is that of :func:`torch.linalg.eigh`.
+    Args:
+        M: The matrix ``(n, n)``.
+
+    Returns:
+        Non-negative eigenvalues ``(n,)`` in ascending order, and eigenvectors in columns, like :func:`torch.linalg.eigh`.
     """
     values, vectors = eigh(M)
     return values.clamp(min=0).to(M.dtype), vectors

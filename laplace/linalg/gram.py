@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from laplace.linalg import gram_gpu
+from laplace.linalg.matmul import add_times_transposed_, turned
 from laplace.linalg.precision import in_full_precision
 
 _RUN = 128  # rows that one product adds up
@@ -49,8 +50,9 @@ def add_gram_(total: Tensor, rows: Sequence[Tensor], scale: float = 1.0, exact: 
             r = r.double() if exact else r
             _add_to_small_(total, r, r, scale)
         return
-    for block, start, stop in blocks_of_rows(total):
-        _add_to_block_(block[:, :stop], [(r[:, start:stop], r[:, :stop]) for r in rows], scale, exact)
+    for runs in _turned_runs(rows, exact):
+        for block, start, stop in blocks_of_rows(total):
+            _add_to_block_(block[:, :stop], [(run[start:stop], run[:stop]) for run in runs], scale)
 
 
 def gram(rows: Iterable[Tensor]) -> Tensor:
@@ -84,8 +86,9 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.numel() <= _SMALL:
         _add_to_small_(total, left, right)
         return
-    for start, stop in _blocks(len(total)):
-        _add_to_block_(total[start:stop], [(left[:, start:stop], right)])
+    for runs in zip(_turned_runs([left]), _turned_runs([right]), strict=True):
+        for start, stop in _blocks(len(total)):
+            _add_to_block_(total[start:stop], [(one[start:stop], other) for one, other in zip(*runs, strict=True)])
 
 
 def weighted_gram(rows: Tensor, weights: Tensor, both: bool = True) -> Iterator[tuple[int, int, Tensor]]:
@@ -169,25 +172,25 @@ def _blocks(n: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + BLOCK, n)) for start in range(0, n, BLOCK))
 
 
-def _add_to_block_(
-    block: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], scale: float = 1.0, exact: bool = False
-) -> None:
-    """Add ``Σ leftᵀ right`` to a block of a sum, by runs of rows in a buffer of the block's size."""
-    runs = [run for left, right in pairs for run in zip(left.split(_RUN), right.split(_RUN), strict=True)]
+def _turned_runs(rows: Sequence[Tensor], exact: bool = False) -> Iterator[list[Tensor]]:
+    """Runs of rows, ``(width, run)`` each, as many at once as are added up before they go into the running sum."""
+    runs = [run for r in rows for run in r.split(_RUN)]
     for first in range(0, len(runs), _RUNS):
-        product: Tensor | None = (
-            None  # a buffer, and not the block itself, so that what is around the block changes no bit
-        )
-        for left, right in runs[first : first + _RUNS]:
-            left, right = (left.double(), right.double()) if exact else (left, right)
-            product = left.T @ right if product is None else product.addmm_(left.T, right)
-        block.add_(product, alpha=scale)
+        yield [turned(run.double() if exact else run) for run in runs[first : first + _RUNS]]
+
+
+def _add_to_block_(block: Tensor, runs: Iterable[tuple[Tensor, Tensor]], scale: float = 1.0) -> None:
+    """Add ``Σ left rightᵀ`` to a block of a sum."""
+    product: Tensor | None = None  # a buffer, and not the block itself, so that what is around the block changes no bit
+    for left, right in runs:
+        product = add_times_transposed_(product, left, right)
+    block.add_(product, alpha=scale)
 
 
 def _add_to_small_(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
     """Add ``leftᵀ right`` to a small sum: one product for each run of rows, many at once."""
     whole = len(left) // _SHORT_RUN * _SHORT_RUN
-    step = _SHORT_RUN * max(1, _SCRATCH // total.numel())
+    step = _SHORT_RUN * max(1, _SCRATCH // max(1, total.numel()))
     for start in range(0, whole, step):
         stop = min(start + step, whole)
         runs = (t[start:stop].unflatten(0, (-1, _SHORT_RUN)) for t in (left, right))

@@ -140,7 +140,7 @@ class Kron:
         return KronDecomposed(vectors, values, damping=damping)
 
     def eigenvalues(self, damping: bool = False) -> KronSpectrum:
-        """Eigenvalues alone, at a fraction of the cost; errors as of :meth:`decompose`."""
+        """Eigenvalues alone, at a fraction of the cost; ``damping`` and errors as of :meth:`decompose`."""
         self._require(2)
         found = self._for_each(lambda f, what: eigenvalues(f, what) if f.ndim == 2 else f.clamp(min=0))
         return KronSpectrum([[found[id(f)].to(f.dtype) for f in fs] for fs in self.kfacs], damping=damping)
@@ -190,7 +190,7 @@ class Kron:
         return torch.block_diag(*[dense_block(factors) for factors in self.kfacs])
 
     def bmm(self, W: Tensor, exponent: float = 1) -> Tensor:
-        """``W`` times a power of the matrix; see :meth:`KronDecomposed.bmm`."""
+        """``W`` times the matrix to the power ``exponent``; see :meth:`KronDecomposed.bmm`."""
         return self.decompose().bmm(W, exponent)
 
     def logdet(self) -> Tensor:

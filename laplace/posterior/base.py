@@ -217,17 +217,45 @@ class BaseLaplace(Hyperparameters):
     # --- what every approximation does ---------------------------------------------------------------------------
 
     def fit(self, train_loader: DataLoader) -> None:
-        """Add up curvature over a data loader."""
+        """Add up curvature over a data loader.
+
+        Args:
+            train_loader: Batches ``(x, y)``, or dict-like batches that hold ``dict_key_y``.
+
+        Raises:
+            ValueError: If the data do not fit the model and the likelihood.
+        """
         raise NotImplementedError
 
     def log_marginal_likelihood(
         self, prior_precision: Tensor | None = None, sigma_noise: Tensor | None = None
     ) -> Tensor:
-        """Laplace approximation of the evidence."""
+        """Laplace approximation of the evidence.
+
+        Args:
+            prior_precision: A new prior precision, which is kept; the posterior's own if None.
+            sigma_noise: A new observation noise, likewise.
+
+        Returns:
+            A scalar in float64, differentiable in both.
+
+        Raises:
+            NotFittedError: Before ``fit``.
+        """
         raise NotImplementedError
 
     def __call__(self, x: Any, pred_type: PredType | str = PredType.GLM, **kwargs: Any) -> Any:
-        """Posterior predictive."""
+        """Posterior predictive.
+
+        Args:
+            x: Inputs ``(batch, …)`` or a dict-like batch.
+            pred_type: Which predictive.
+            **kwargs: See :func:`laplace.predictive.predict`.
+
+        Raises:
+            NotFittedError: Before ``fit``.
+            ValueError: If this posterior or its likelihood has no such predictive.
+        """
         raise NotImplementedError
 
     def predictive(
@@ -238,7 +266,10 @@ class BaseLaplace(Hyperparameters):
         n_samples: int = 100,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The same as calling the object; see :func:`laplace.predictive.predict`."""
+        """The same as calling the object, with ``x``, ``pred_type``, ``link_approx`` and ``n_samples`` by position.
+
+        See :func:`laplace.predictive.predict`.
+        """
         return self(x, pred_type=pred_type, link_approx=link_approx, n_samples=n_samples, **kwargs)
 
     optimize_prior_precision = tuning.optimize_prior_precision

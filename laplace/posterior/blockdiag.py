@@ -143,7 +143,11 @@ class BlockDiagLaplace(ParametricLaplace):
 
     @property
     def log_det_ratio(self) -> Tensor:
-        r""":math:`\log\det P - \log\det P_0`, as one sum in float64: the two may be large where this is small."""
+        r""":math:`\log\det P - \log\det P_0`, as one sum in float64: the two may be large where this is small.
+
+        Raises:
+            ValueError: If the precision is not positive definite.
+        """
         self._check_fitted()
         if len(self.prior_precision) == 1:
             prior = self.prior_precision.double()

@@ -175,7 +175,11 @@ class FullLaplace(ParametricLaplace):
 
     @property
     def log_det_ratio(self) -> Tensor:
-        r""":math:`\log\det P - \log\det P_0`, as one sum in float64: the two may be large where this is small."""
+        r""":math:`\log\det P - \log\det P_0`, as one sum in float64: the two may be large where this is small.
+
+        Raises:
+            ValueError: If the precision is not positive definite.
+        """
         if len(self.prior_precision) == 1:
             terms = (self._shifted(self._values, self.prior_precision) / self.prior_precision.double()).log()
         else:

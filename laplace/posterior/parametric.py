@@ -48,19 +48,54 @@ class ParametricLaplace(SummedLaplace):
         raise NotImplementedError
 
     def square_norm(self, value: Tensor) -> Tensor:
-        r""":math:`\Delta^\top P \Delta` with :math:`\Delta` = ``value - mean``, per row of ``value``."""
+        r""":math:`\Delta^\top P \Delta` with :math:`\Delta` = ``value - mean``, per row of ``value``.
+
+        Args:
+            value: Parameter vectors ``(…, parameters)``.
+        """
         raise NotImplementedError
 
     def functional_variance(self, Js: Tensor) -> Tensor:
-        r""":math:`J P^{-1} J^\top` for ``(batch, outputs, parameters)``, giving ``(batch, outputs, outputs)``."""
+        r""":math:`J P^{-1} J^\top` for every example by itself.
+
+        Args:
+            Js: Jacobians ``(batch, outputs, parameters)``.
+
+        Returns:
+            Covariances ``(batch, outputs, outputs)``.
+
+        Raises:
+            NotFittedError: Before ``fit``.
+        """
         raise NotImplementedError
 
     def functional_covariance(self, Js: Tensor) -> Tensor:
-        r""":math:`J P^{-1} J^\top` jointly for ``(batch · outputs, parameters)``."""
+        r""":math:`J P^{-1} J^\top` jointly for all examples.
+
+        Args:
+            Js: Jacobians ``(batch · outputs, parameters)``.
+
+        Returns:
+            One covariance ``(batch · outputs, batch · outputs)``.
+
+        Raises:
+            NotFittedError: Before ``fit``.
+        """
         raise NotImplementedError
 
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
-        """Draw parameter vectors ``(n_samples, parameters)`` from the posterior."""
+        """Draw parameter vectors from the posterior.
+
+        Args:
+            n_samples: Number of draws.
+            generator: Source of the draws; torch's global one if None.
+
+        Returns:
+            Draws ``(n_samples, parameters)``.
+
+        Raises:
+            NotFittedError: Before ``fit``.
+        """
         raise NotImplementedError
 
     # --- evidence ------------------------------------------------------------------------------------------------
@@ -137,5 +172,12 @@ class ParametricLaplace(SummedLaplace):
         self.set_sums(content)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state from :meth:`state_dict`; see :func:`laplace.state.load_state_dict`."""
+        """Take over a state from :meth:`state_dict`; see :func:`laplace.state.load_state_dict`.
+
+        Args:
+            state_dict: What :meth:`state_dict` gave for the same model and class of posterior.
+
+        Raises:
+            ValueError: If it is of another posterior; nothing is changed then.
+        """
         state.load_state_dict(self, state_dict)

@@ -117,7 +117,7 @@ class ConditionedProcess(NoWeights, ParametricLaplace):
         dtype, capture.dtype = capture.dtype, torch.float64
         blocks = self._spec.blocks
         only_diagonal = diagonal or self.independent_outputs
-        widths = [b.shape[0] if b.shape else 1 for b in blocks]
+        widths = [max(b.shape[0], 1) if b.shape else 1 for b in blocks]
         ones = [capture.f.new_ones(w, b.size // w, dtype=torch.float64) for w, b in zip(widths, blocks, strict=True)]
         weights = [lambda t, w=w: w for w in ones]
         prior = block_variance(capture, blocks, [Basis()] * len(blocks), weights, 1, only_diagonal)[0]

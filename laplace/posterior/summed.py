@@ -61,6 +61,12 @@ class SummedLaplace(BaseLaplace):
         """Decide from one batch of inputs how every parameter's curvature is obtained.
 
         ``fit`` does this with its first batch; call it directly only to use :meth:`accumulate`.
+
+        Args:
+            x: Inputs ``(batch, …)`` or a dict-like batch.
+
+        Raises:
+            ValueError: If the model is not one that curvature can be had of; names the module.
         """
         self._check_parameters(x)
         self._spec = self.backend.initialize(x, self._summed)
@@ -131,7 +137,12 @@ class SummedLaplace(BaseLaplace):
         return sums
 
     def set_second_sums(self, sums: CurvatureSums, basis: Mapping[str, Tensor]) -> None:
-        """Finalise the raw sums of the second pass, as :meth:`set_sums` does those of a structure that takes one."""
+        """Finalise the raw sums of the second pass, as :meth:`set_sums` does those of a structure that takes one.
+
+        Args:
+            sums: From :meth:`second_sums`, with the data added.
+            basis: That in which they were added.
+        """
         self.set_sums(SECOND_PASSES[self.structure].finish(sums, basis))
 
     @outside_inference_mode()
@@ -187,6 +198,9 @@ class SummedLaplace(BaseLaplace):
 
     def set_sums(self, sums: CurvatureSums) -> None:
         """Finalise raw sums: from here on this is a fitted posterior, and the sums belong to it.
+
+        Args:
+            sums: From :meth:`zero_sums`, with the data added.
 
         Raises:
             ValueError: If the sums hold no example, NaN or Inf, or belong to other parameters.

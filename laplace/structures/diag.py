@@ -15,6 +15,7 @@ from laplace.capture.blocks import Block
 from laplace.capture.contractions import chunks, is_bias, is_outer_weight, row_of_block
 from laplace.capture.rules import is_outer, is_transposed, touched_words
 from laplace.linalg.gram import add_product_
+from laplace.linalg.matmul import sum_of_squared_products
 from laplace.linalg.precision import in_full_precision
 from laplace.structures.specification import Factor
 from laplace.structures.sums import CurvatureSums
@@ -80,7 +81,7 @@ def _add_squared_rows(total: Tensor, capture, layer: str, g: Tensor) -> None:
     for start, stop in chunks(len(g), max(total.numel(), first.numel()), g.device):
         a, part = capture.inputs(layer, start, stop), g[start:stop]
         left, right = (a, part) if turned else (part, a)
-        total += torch.bmm(left.transpose(1, 2), right).square_().sum(0)
+        total += sum_of_squared_products(left, right)
 
 
 def add_square_of_row_(sums: CurvatureSums, block: Block, gradients: dict[str, Tensor], capture, v: Tensor) -> None:

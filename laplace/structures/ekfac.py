@@ -32,6 +32,7 @@ from laplace.capture.contractions import chunks
 from laplace.capture.rules import is_transposed
 from laplace.linalg.gram import add_product_
 from laplace.linalg.kronecker import Kron
+from laplace.linalg.matmul import product
 from laplace.linalg.precision import in_full_precision
 from laplace.structures import kron
 from laplace.structures.decomposition import decompose, widths
@@ -167,7 +168,7 @@ def _add_single(total: Tensor, block: Block, sides: list[Tensor], capture, squar
         total.add_(squared.sum(0))
         return
     turned = is_transposed(capture.modules[block.layer])
-    a = capture.inputs(block.layer)[:, 0] @ sides[0 if turned else 1]
+    a = product(capture.inputs(block.layer)[:, 0], sides[0 if turned else 1])
     pair = squared.to(a.dtype), a.square()
     left, right = reversed(pair) if turned else pair
     add_product_(total.view(_table(block)), left, right)
@@ -177,7 +178,7 @@ def _add_single(total: Tensor, block: Block, sides: list[Tensor], capture, squar
 def _add_shared(total: Tensor, block: Block, sides: list[Tensor], capture, g: Tensor) -> None:
     """Add the second moments of a layer with several positions per example along one direction, a few examples at a time."""
     if len(sides) == 1:
-        total += (g.sum(1) @ sides[0]).square_().sum(0)
+        total += product(g.sum(1), sides[0]).square_().sum(0)
         return
     turned = is_transposed(capture.modules[block.layer])
     first = capture.inputs(block.layer, 0, 1)
@@ -189,14 +190,14 @@ def _add_shared(total: Tensor, block: Block, sides: list[Tensor], capture, g: Te
 
 @in_full_precision()
 def _turned(g: Tensor, vectors: Tensor) -> Tensor:
-    return g @ vectors
+    return product(g, vectors)
 
 
 def _rows(left: Tensor, right: Tensor, left_basis: Tensor, right_basis: Tensor) -> Tensor:
     r"""``Q_lᵀ (Σᵣ lᵣ rᵣᵀ) Q_r`` of every example; the order of the products is the one with fewer multiplications."""
     positions, rows, columns = left.shape[1], left.shape[2], right.shape[2]
     if positions * (rows**2 + columns**2) < rows * columns * (rows + columns):
-        return torch.bmm((left @ left_basis).mT, right @ right_basis)
+        return torch.bmm(product(left, left_basis).mT, product(right, right_basis))
     return left_basis.mT @ torch.bmm(left.mT, right) @ right_basis
 
 

@@ -96,7 +96,8 @@ def warn_of_diagonal_blocks(spec: SumsSpec, model: nn.Module) -> None:
     if spec.structure != "kron":
         return
     owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False) if is_outer(module)}
-    known, missing = dict(model.named_parameters()), []
+    known: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
+    missing = []
     for parameter, kind, reason in coverage_report(spec):
         own = parameter.removeprefix(".")  # of a model that is its own last layer
         factored = id(known[own]) in owners or product_of(model, own) is not None

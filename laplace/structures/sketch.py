@@ -31,6 +31,7 @@ from laplace.structures.sums import CurvatureSums
 
 SKETCH, CORE = "lowrank-sketch", "lowrank-core"  # the structures of the two passes
 _STREAM = 0x5CE7C4  # keeps the test matrix apart from labels that are drawn with the same seed
+_AT_ONCE = 1 << 20  # elements of the test matrix that are drawn together
 _FINEST = 1e-10 / 4  # of the largest eigenvalue: what is smaller is rounding
 
 
@@ -60,13 +61,15 @@ def random_matrix(spec: SumsSpec, seed: int, device: torch.device | str) -> Tens
     r""":math:`\Omega` ``(parameters, columns)``, standard normal float64: a function of the seed, never stored."""
     size, columns = spec.factors["sketch"].shape
     memory.require(
-        3 * memory.tensor_bytes(size, columns, dtype=torch.float64),
+        memory.tensor_bytes(size, columns, dtype=torch.float64),
         device,
         f"The test matrix of a sketch of {columns} columns over {size:,} parameters",
         "Lower the rank, or use hessian_structure='kron' or 'diag'.",
     )
-    rows = torch.arange(size, device=device)
-    return torch.cat([noise.normal(seed ^ _STREAM, some, columns) for some in rows.split(1 << 16)])
+    found = torch.empty(size, columns, dtype=torch.float64, device=device)
+    for start, stop in memory.ranges(size, columns, _AT_ONCE):
+        found[start:stop] = noise.normal(seed ^ _STREAM, torch.arange(start, stop, device=device), columns)
+    return found
 
 
 def add_sketch_(sums: CurvatureSums, capture, directions: Iterator[Tensor]) -> None:

@@ -31,6 +31,7 @@ _SMALLER = {
     "ekfac": "Use hessian_structure='diag', subset_of_weights='last_layer', or set requires_grad=False on wide layers.",
     "blockdiag": "Use hessian_structure='kron', 'ekfac' or 'diag', or set requires_grad=False on wide layers.",
     "diag": "Use subset_of_weights='last_layer', or set requires_grad=False on parameters to leave out.",
+    "lowrank-sketch": "Lower the rank or the oversampling, or use hessian_structure='kron' or 'diag'.",
 }
 
 

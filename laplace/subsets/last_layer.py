@@ -82,6 +82,12 @@ class LLLaplace(ParametricLaplace):
         """Mean and variances of every output by itself, ``(batch, outputs)`` each, without covariances between outputs.
 
         The documentation names the variances alone; laplace-torch 0.3 returns both, and so does this.
+
+        Args:
+            X: Inputs ``(batch, …)`` or a dict-like batch.
+
+        Raises:
+            NotFittedError: Before ``fit``.
         """
         self._check_fitted()
         self._check_weights()

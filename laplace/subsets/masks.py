@@ -28,11 +28,19 @@ class SubnetMask:
 
     Attributes:
         parameter_vector: All parameters with ``requires_grad`` as one vector.
+
+    Raises:
+        ValueError: If there is nothing to choose from, or no such choice; so for every strategy.
     """
 
     def __init__(self, model: nn.Module):
         """See the class."""
         self.model = model
+        own = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+        named = model.named_parameters(
+            remove_duplicate=False
+        )  # of modules that share a parameter, each has a name for it
+        self._own_names = {name: own[id(p)] for name, p in named if id(p) in own}
         self._sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
         if not self._sizes:
             raise ValueError("The model has no parameter with requires_grad=True, so there is nothing to choose from.")
@@ -74,11 +82,21 @@ class SubnetMask:
         return self._indices
 
     def get_subnet_mask(self, train_loader: DataLoader | None) -> Tensor:
-        """The strategy: a mask over the parameter vector, ``(parameters,)`` of booleans or of zeros and ones."""
+        """The strategy.
+
+        Args:
+            train_loader: What :meth:`select` was given.
+
+        Returns:
+            A mask over the parameter vector, ``(parameters,)`` of booleans or of zeros and ones.
+        """
         raise NotImplementedError
 
     def convert_subnet_mask_to_indices(self, subnet_mask: Tensor) -> Tensor:
         """Indices of the ones of a mask.
+
+        Args:
+            subnet_mask: What :meth:`get_subnet_mask` gave.
 
         Raises:
             ValueError: If it is not a mask over the parameter vector, or chooses nothing.
@@ -95,7 +113,7 @@ class SubnetMask:
 
     def _mask_of(self, chosen: Iterable[str]) -> Tensor:
         """Ones on the parameters of these names."""
-        chosen = set(chosen)
+        chosen = {self._own_names[name] for name in chosen}
         device = self.parameter_vector.device
         return torch.cat([torch.full((n,), name in chosen, device=device) for name, n in self._sizes.items()])
 
@@ -119,7 +137,7 @@ class ParamNameSubnetMask(SubnetMask):
     def __init__(self, model: nn.Module, parameter_names: Sequence[str]):
         """See the class."""
         super().__init__(model)
-        self._parameter_names = _checked_names("parameter_names", parameter_names, self._sizes)
+        self._parameter_names = _checked_names("parameter_names", parameter_names, self._own_names)
 
     def get_subnet_mask(self, train_loader: DataLoader | None) -> Tensor:
         """Ones on these parameters."""
@@ -145,14 +163,14 @@ class ModuleNameSubnetMask(SubnetMask):
     def __init__(self, model: nn.Module, module_names: Sequence[str]):
         """See the class."""
         super().__init__(model)
-        self._module_names = _checked_names("module_names", module_names, dict(model.named_modules()))
+        self._module_names = _checked_names("module_names", module_names, _modules(model))
         for module in self._module_names:
             if not self._parameters_of(module):
                 raise ValueError(f"Module {module!r} has no parameter with requires_grad=True.")
 
     def _parameters_of(self, module: str) -> list[str]:
         prefix = f"{module}." if module else ""
-        return [name for name in self._sizes if name.startswith(prefix)]
+        return [name for name in self._own_names if name.startswith(prefix)]
 
     def get_subnet_mask(self, train_loader: DataLoader | None) -> Tensor:
         """Ones on the parameters of these modules."""
@@ -180,7 +198,7 @@ class LastLayerSubnetMask(ModuleNameSubnetMask):
         """See the class."""
         SubnetMask.__init__(self, model)
         if last_layer_name is not None:
-            self._module_names = _checked_names("last_layer_name", [last_layer_name], dict(model.named_modules()))
+            self._module_names = _checked_names("last_layer_name", [last_layer_name], _modules(model))
             if not self._parameters_of(last_layer_name):
                 raise ValueError(f"last_layer_name={last_layer_name!r} has no parameter with requires_grad=True.")
         self._last_layer_name = last_layer_name
@@ -197,6 +215,11 @@ class LastLayerSubnetMask(ModuleNameSubnetMask):
         with eval_mode(self.model), torch.no_grad():
             extractor.find_last_layer(x)
         return extractor.last_layer_name
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by all of their names."""
+    return dict(model.named_modules(remove_duplicate=False))
 
 
 def required(train_loader: DataLoader | None) -> DataLoader:

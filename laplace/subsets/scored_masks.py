@@ -22,6 +22,18 @@ class ScoreBasedSubnetMask(SubnetMask):
     Args:
         model: Trained network.
         n_params_subnet: Number of parameters to choose.
+
+    Example:
+        >>> import torch
+        >>> from laplace.utils.subnetmask import ScoreBasedSubnetMask
+        >>> class SmallestMagnitude(ScoreBasedSubnetMask):
+        ...     def compute_param_scores(self, train_loader):
+        ...         return -self.parameter_vector.abs()
+        ...
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        >>> indices = SmallestMagnitude(model, n_params_subnet=5).select()
+        >>> len(indices)
+        5
     """
 
     def __init__(self, model: nn.Module, n_params_subnet: int):
@@ -39,7 +51,14 @@ class ScoreBasedSubnetMask(SubnetMask):
         return self._n_params_subnet
 
     def compute_param_scores(self, train_loader: DataLoader | None) -> Tensor:
-        """The strategy: one score per parameter, ``(parameters,)``; the largest win."""
+        """The strategy: one score per parameter; the largest win.
+
+        Args:
+            train_loader: What :meth:`select` was given.
+
+        Returns:
+            Scores ``(parameters,)``.
+        """
         raise NotImplementedError
 
     def get_subnet_mask(self, train_loader: DataLoader | None) -> Tensor:

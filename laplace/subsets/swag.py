@@ -72,7 +72,7 @@ def fit_diagonal_swag_var(
 
 
 def is_batchnorm(module: nn.Module) -> bool:
-    """Whether a module keeps running statistics of batches."""
+    """Whether ``module`` keeps running statistics of batches."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 

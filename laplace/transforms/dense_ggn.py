@@ -42,6 +42,25 @@ def build(
 
     Returns:
         ``init(params)`` and ``update(state, batch, inplace=False)``.
+
+    Example:
+        >>> import torch
+        >>> from laplace.transforms import dense_ggn
+        >>> def forward(params, batch):
+        ...     return batch["x"] @ params["w"] + params["b"], torch.tensor([])
+        ...
+        >>> def outer_log_likelihood(z, batch):
+        ...     return -torch.nn.functional.cross_entropy(z, batch["y"], reduction="sum")
+        ...
+        >>> transform = dense_ggn.build(forward, outer_log_likelihood, init_prec=1.0)
+        >>> state = transform.init({"w": torch.zeros(2, 3), "b": torch.zeros(3)})
+        >>> for _ in range(4):
+        ...     state = transform.update(state, {"x": torch.randn(8, 2), "y": torch.randint(3, (8,))})
+        ...
+        >>> state.prec.shape
+        torch.Size([9, 9])
+        >>> dense_ggn.sample(state, torch.Size([5]))["w"].shape
+        torch.Size([5, 2, 3])
     """
     return Transform(
         partial(init, init_prec=init_prec),
@@ -67,6 +86,25 @@ def update(
 
     Returns:
         The state with the new precision and the auxiliary information of this batch.
+
+    Raises:
+        ValueError: If the parameters are no tree of tensors.
+
+    Example:
+        >>> import torch
+        >>> from laplace.transforms import dense_ggn
+        >>> batch = {"x": torch.ones(4, 2), "y": torch.ones(4)}
+        >>> def forward(params, batch):
+        ...     return batch["x"] @ params["w"], torch.tensor([])
+        ...
+        >>> def outer_log_likelihood(z, batch):
+        ...     return -(z - batch["y"]).square().sum() / 2
+        ...
+        >>> state = dense_ggn.init({"w": torch.zeros(2)}, 1.0)
+        >>> state = dense_ggn.update(state, batch, forward, outer_log_likelihood)
+        >>> state.prec
+        tensor([[5., 4.],
+                [4., 5.]])
     """
     vector, unflatten = flatten(state.params)
     vector = vector.detach()

@@ -33,6 +33,23 @@ def build(log_posterior: Callable[[Any, Any], tuple[Tensor, Any]], init_prec: Te
 
     Returns:
         ``init(params)`` and ``update(state, batch, inplace=False)``.
+
+    Example:
+        >>> import torch
+        >>> from laplace.transforms import dense_hessian
+        >>> def log_posterior(params, batch):
+        ...     z = batch["x"] @ params["w"]
+        ...     return -(z - batch["y"]).square().sum(-1) / 2, z.detach()
+        ...
+        >>> transform = dense_hessian.build(log_posterior, init_prec=1.0)
+        >>> state = transform.init({"w": torch.zeros(2, 3)})
+        >>> for _ in range(4):
+        ...     state = transform.update(state, {"x": torch.randn(8, 2), "y": torch.randn(8, 3)})
+        ...
+        >>> state.prec.shape
+        torch.Size([6, 6])
+        >>> dense_hessian.sample(state, torch.Size([5]))["w"].shape
+        torch.Size([5, 2, 3])
     """
     return Transform(partial(init, init_prec=init_prec), partial(update, log_posterior=log_posterior))
 
@@ -53,6 +70,22 @@ def update(
 
     Returns:
         The state with the new precision and the auxiliary information of this batch.
+
+    Raises:
+        ValueError: If the parameters are no tree of tensors.
+
+    Example:
+        >>> import torch
+        >>> from laplace.transforms import dense_hessian
+        >>> batch = {"x": torch.ones(4, 2), "y": torch.ones(4)}
+        >>> def log_posterior(params, batch):
+        ...     return -(batch["x"] @ params["w"] - batch["y"]).square().sum() / 2, torch.tensor([])
+        ...
+        >>> state = dense_hessian.init({"w": torch.zeros(2)}, 1.0)
+        >>> state = dense_hessian.update(state, batch, log_posterior)
+        >>> state.prec
+        tensor([[5., 4.],
+                [4., 5.]])
     """
     vector, unflatten = flatten(state.params)
     vector = vector.detach()

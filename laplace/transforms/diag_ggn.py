@@ -42,6 +42,25 @@ def build(
 
     Returns:
         ``init(params)`` and ``update(state, batch, inplace=False)``.
+
+    Example:
+        >>> import torch
+        >>> from laplace.transforms import diag_ggn
+        >>> def forward(params, batch):
+        ...     return batch["x"] @ params["w"] + params["b"], torch.tensor([])
+        ...
+        >>> def outer_log_likelihood(z, batch):
+        ...     return -torch.nn.functional.cross_entropy(z, batch["y"], reduction="sum")
+        ...
+        >>> transform = diag_ggn.build(forward, outer_log_likelihood, init_prec_diag=1.0)
+        >>> state = transform.init({"w": torch.zeros(2, 3), "b": torch.zeros(3)})
+        >>> for _ in range(4):
+        ...     state = transform.update(state, {"x": torch.randn(8, 2), "y": torch.randint(3, (8,))})
+        ...
+        >>> state.prec_diag["w"].shape
+        torch.Size([2, 3])
+        >>> diag_ggn.sample(state, torch.Size([5]))["w"].shape
+        torch.Size([5, 2, 3])
     """
     return Transform(
         partial(init, init_prec_diag=init_prec_diag),
@@ -70,6 +89,21 @@ def update(
 
     Raises:
         ValueError: If the likelihood couples the examples.
+
+    Example:
+        >>> import torch
+        >>> from laplace.transforms import diag_ggn
+        >>> batch = {"x": torch.ones(4, 2), "y": torch.ones(4)}
+        >>> def forward(params, batch):
+        ...     return batch["x"] @ params["w"], torch.tensor([])
+        ...
+        >>> def outer_log_likelihood(z, batch):
+        ...     return -(z - batch["y"]).square().sum() / 2
+        ...
+        >>> state = diag_ggn.init({"w": torch.zeros(2)}, 1.0)
+        >>> state = diag_ggn.update(state, batch, forward, outer_log_likelihood)
+        >>> state.prec_diag["w"]
+        tensor([5., 5.])
     """
     vector, unflatten = flatten(state.params)
     vector = vector.detach()

@@ -15,7 +15,23 @@ SCALAR = torch.Size([])  # the shape of one draw
 
 
 class Transform(NamedTuple):
-    """The functions of one algorithm with its settings filled in."""
+    """The functions of one algorithm with its settings filled in.
+
+    Attributes:
+        init: From a parameter tree to a state.
+        update: From a state and a batch to the next state; ``inplace=True`` changes the given one.
+
+    Example:
+        >>> import torch
+        >>> from laplace.transforms import dense_hessian
+        >>> def log_posterior(params, batch):
+        ...     return -(batch @ params).square().sum() / 2, torch.tensor([])
+        ...
+        >>> init, update = dense_hessian.build(log_posterior)
+        >>> update(init(torch.zeros(2)), torch.ones(4, 2)).prec
+        tensor([[4., 4.],
+                [4., 4.]])
+    """
 
     init: Callable[..., Any]
     update: Callable[..., Any]
@@ -28,6 +44,13 @@ class DenseLaplaceState(NamedTuple):
         params: Mean, a tree of tensors.
         prec: Precision ``(entries, entries)`` over the flattened tree.
         aux: What the user's function returned beside its value for the last batch.
+
+    Example:
+        >>> import torch
+        >>> from laplace.transforms import DenseLaplaceState, dense_ggn
+        >>> state = DenseLaplaceState(params=torch.zeros(2), prec=2 * torch.eye(2))
+        >>> dense_ggn.sample(state).shape
+        torch.Size([2])
     """
 
     params: Any
@@ -42,6 +65,13 @@ class DiagLaplaceState(NamedTuple):
         params: Mean, a tree of tensors.
         prec_diag: Diagonal of the precision, a tree like ``params``.
         aux: What the user's function returned beside its value for the last batch.
+
+    Example:
+        >>> import torch
+        >>> from laplace.transforms import DiagLaplaceState, diag_ggn
+        >>> state = DiagLaplaceState(params=torch.zeros(2), prec_diag=torch.full((2,), 2.0))
+        >>> diag_ggn.sample(state).shape
+        torch.Size([2])
     """
 
     params: Any
@@ -56,8 +86,18 @@ def init_dense(params: Any, init_prec: Tensor | float = 0.0) -> DenseLaplaceStat
         params: Mean, a tree of tensors.
         init_prec: Initial precision ``(entries, entries)``, or a multiple of the identity.
 
+    Returns:
+        The state, which shares its ``params`` with the argument.
+
     Raises:
-        ValueError: If the precision does not fit the parameters.
+        ValueError: If the precision does not fit the parameters, or these are no tree of tensors.
+
+    Example:
+        >>> import torch
+        >>> from laplace.transforms import dense_ggn
+        >>> dense_ggn.init({"w": torch.zeros(2)}, 3.0).prec
+        tensor([[3., 0.],
+                [0., 3.]])
     """
     vector, _ = flatten(params)
     size = len(vector)
@@ -78,10 +118,25 @@ def add_dense(state: DenseLaplaceState, curvature: Tensor, aux: Any, inplace: bo
 def sample_dense(
     state: DenseLaplaceState, sample_shape: torch.Size = SCALAR, generator: torch.Generator | None = None
 ) -> Any:
-    """Draw parameter trees whose leaves have ``sample_shape`` in front.
+    """Draw parameter trees from the normal distribution of a state.
+
+    Args:
+        state: The state.
+        sample_shape: Shape of the draws; a single tree by default.
+        generator: Source of the noise.
+
+    Returns:
+        A tree like ``state.params`` whose leaves have ``sample_shape`` in front.
 
     Raises:
         ValueError: If the precision is not positive definite.
+
+    Example:
+        >>> import torch
+        >>> from laplace.transforms import dense_ggn
+        >>> state = dense_ggn.init({"w": torch.zeros(2)}, 3.0)
+        >>> dense_ggn.sample(state, torch.Size([5]))["w"].shape
+        torch.Size([5, 2])
     """
     mean, unflatten = flatten(state.params)
     noise = torch.randn(*sample_shape, len(mean), dtype=mean.dtype, device=mean.device, generator=generator)
@@ -95,8 +150,17 @@ def init_diag(params: Any, init_prec_diag: Any = 0.0) -> DiagLaplaceState:
         params: Mean, a tree of tensors.
         init_prec_diag: Initial precision, a number or a tree like ``params``.
 
+    Returns:
+        The state, which shares its ``params`` with the argument.
+
     Raises:
-        ValueError: If the precision does not fit the parameters.
+        ValueError: If the precision does not fit the parameters, or these are no tree of tensors.
+
+    Example:
+        >>> import torch
+        >>> from laplace.transforms import diag_ggn
+        >>> diag_ggn.init({"w": torch.zeros(2)}, 3.0).prec_diag
+        {'w': tensor([3., 3.])}
     """
     if isinstance(init_prec_diag, (int, float)) or (isinstance(init_prec_diag, Tensor) and init_prec_diag.ndim == 0):
         return DiagLaplaceState(params, tree_map(lambda p: torch.full_like(p.detach(), float(init_prec_diag)), params))
@@ -116,10 +180,25 @@ def add_diag(state: DiagLaplaceState, curvature: Tensor, aux: Any, inplace: bool
 def sample_diag(
     state: DiagLaplaceState, sample_shape: torch.Size = SCALAR, generator: torch.Generator | None = None
 ) -> Any:
-    """Draw parameter trees whose leaves have ``sample_shape`` in front.
+    """Draw parameter trees from the normal distribution of a state.
+
+    Args:
+        state: The state.
+        sample_shape: Shape of the draws; a single tree by default.
+        generator: Source of the noise.
+
+    Returns:
+        A tree like ``state.params`` whose leaves have ``sample_shape`` in front.
 
     Raises:
         ValueError: If the precision is not positive.
+
+    Example:
+        >>> import torch
+        >>> from laplace.transforms import diag_ggn
+        >>> state = diag_ggn.init({"w": torch.zeros(2)}, 3.0)
+        >>> diag_ggn.sample(state, torch.Size([5]))["w"].shape
+        torch.Size([5, 2])
     """
     mean, unflatten = flatten(state.params)
     prec, _ = flatten(state.prec_diag)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from laplace.enums import LinkApprox
+from laplace.likelihoods import BaseLikelihood
 from laplace_dist.config.likelihood import likelihood_of
 from laplace_dist.config.settings import HF, Config
 from laplace_dist.errors import SettingsError
@@ -72,6 +74,12 @@ def _check_predictions(config: Config) -> None:
         raise SettingsError(
             f"--link-approx: got {config.link_approx!r} with --pred-type nn, which samples networks; expected mc"
         )
+    predicting = likelihood.predicting(False)
+    if config.pred_type == "glm" and type(predicting).integrate is BaseLikelihood.integrate:
+        try:
+            predicting.refuse_bridge(LinkApprox(config.link_approx))
+        except ValueError as error:
+            raise SettingsError(f"--link-approx: got {config.link_approx!r}; {error}") from error
     if config.recalibrate != "prior" and not likelihood.scales_logits:
         raise SettingsError(
             f"--recalibrate: got {config.recalibrate!r} for {likelihood.identity}, whose outputs are no logits that a "
@@ -108,7 +116,10 @@ def check_example_weights(config: Config) -> None:
 def no_groups(config: Config) -> str | None:
     """Say why curvature cannot be added up in several groups of factors; None where it can."""
     if config.hessian_structure == "lowrank":
-        return "with --hessian-structure lowrank, whose sketch is one factor that every row is multiplied with"
+        return (
+            "with --hessian-structure lowrank, whose basis is found from the whole sketch in one worker, which takes more than "
+            "the pass does: a lower --rank or --oversampling takes less"
+        )
     if config.hessian_structure == "full" and config.backend != "native":
         return (
             f"with --hessian-structure full and --backend {config.backend}, whose package makes the whole matrix for every "
@@ -153,7 +164,8 @@ def check_training(config: Config) -> None:
         raise SettingsError(f"--window: got {config.window!r}; a training by empirical Bayes is of all its data")
     if config.module_groups is not None:
         raise SettingsError(
-            f"--module-groups: got {config.module_groups}; a training by empirical Bayes needs all its sums in the driver"
+            f"--module-groups: got {config.module_groups}; a training by empirical Bayes needs all its sums in the driver, "
+            "since the evidence is of all weights at once; leave it out"
         )
     check_predictive(config)
 

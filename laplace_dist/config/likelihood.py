@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from copy import copy
+from typing import Any
 
 from laplace.likelihoods import BaseLikelihood
 from laplace.likelihoods import likelihood_of as named
@@ -34,4 +37,21 @@ def likelihood_of(text: str) -> BaseLikelihood:
             f"--likelihood: {text!r} returned a {type(found).__name__}; expected a subclass of "
             "laplace.likelihoods.BaseLikelihood"
         )
+    return found
+
+
+def likelihood_of_run(settings: Mapping[str, Any]) -> BaseLikelihood:
+    """Return the likelihood of a run, which draws targets as that of its sums does.
+
+    Args:
+        settings: Of its plan; that of a run of 0.1 does not say how targets are drawn.
+
+    Raises:
+        SettingsError: As of `likelihood_of`.
+    """
+    found = likelihood_of(settings["likelihood"])
+    sampling = settings.get("sampling", 1)
+    if settings["estimator"] == "mc" and found.sampling != sampling:
+        found = copy(found)
+        found.sampling = sampling
     return found

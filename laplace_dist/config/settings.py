@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from laplace.likelihoods import BaseLikelihood
 from laplace_dist.config.import_path import IMPORT_PATH
 from laplace_dist.config.kinds import (
     Arguments,
@@ -241,7 +242,8 @@ class Config(Checked):
             chosen["kfac_approx"] = self.kfac_approx
         sketch = {"rank": self.rank, "oversampling": self.oversampling} if self.hessian_structure == "lowrank" else {}
         few = {name: value for name in ("mc_samples", "outputs") if (value := getattr(self, name)) is not None}
-        return {**chosen, **sketch, **few, **self.batching, **self.machine(device_type)}
+        drawn = {"sampling": BaseLikelihood.sampling} if self.estimator == "mc" else {}
+        return {**chosen, **sketch, **few, **drawn, **self.batching, **self.machine(device_type)}
 
     def machine(self, device_type: str) -> dict[str, Any]:
         """Return what changes bits of how a worker computes, for `bits` and the keys of follow-on results."""

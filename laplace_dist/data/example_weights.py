@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +20,7 @@ from laplace_dist.errors import SettingsError
 
 FLAG = "--example-weights"
 _STEP = 2**20  # weights that are read at once, where all are
+SLOW_SECONDS = 10.0  # of reading all of them, from which on that is said
 _SCALE = 1e12  # what the largest weight may be, and the least it may be the inverse of: their products are of float32
 _REMEDY = "a weight is a finite number that is not negative, and 0 leaves an example out"
 
@@ -73,6 +76,8 @@ def facts(dataset: Any, name: str) -> dict[str, Any]:
         SettingsError: They are no weights, or all 0; see `read`.
         ExampleError: They cannot be read.
     """
+    if isinstance(dataset, Rows):
+        _say_if_slow(dataset, name)
     digest, parts, most, zero = hashlib.sha256(), [], 0.0, 0
     for start in range(0, len(dataset), _STEP):
         part = read(dataset, name, start, min(start + _STEP, len(dataset)))
@@ -88,6 +93,18 @@ def facts(dataset: Any, name: str) -> dict[str, Any]:
         )
     sampled = {str(index): value for index, value in _sampled(dataset, name)}
     return {"name": name, "sha256": digest.hexdigest(), "sum": float(np.sum(parts)), "zero": zero, "sampled": sampled}
+
+
+def _say_if_slow(dataset: Rows, name: str) -> None:
+    """Say that reading all weights takes long, from what a few chunks take."""
+    begun = time.monotonic()
+    few = len({dataset.chunk_of(index) for index, _ in _sampled(dataset, name)})
+    seconds, chunks = time.monotonic() - begun, dataset.chunk_of(len(dataset) - 1) + 1
+    if (left := seconds / few * chunks) > SLOW_SECONDS:
+        logging.getLogger("laplace_dist").info(
+            f"data: reading the weights {name!r} of all {len(dataset):,} examples, by whose digest they are known again; about "
+            f"{left:.0f} s"
+        )
 
 
 def check_same(dataset: Any, wanted: Mapping[str, Any], where: str) -> None:

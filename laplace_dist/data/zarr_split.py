@@ -83,6 +83,25 @@ class ZarrSplit:
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def absent(self) -> str:
+        """Say how many chunks of `x` and `y` are not stored, which Zarr reads as the fill value; empty where all are.
+
+        An array written with Zarr's own settings lacks the chunks that hold nothing else, and so does an incomplete copy.
+        """
+        said = []
+        for name, array in (("x", self._x.array), ("y", self._y.array)):
+            try:
+                missing = array.nchunks - array.nchunks_initialized if array.store.supports_listing else 0
+            except Exception as error:  # every file system has errors of its own, and reading may need no listing
+                text = scrub(f"{type(error).__name__}: {error}", self._arguments[2])
+                return f"whether all chunks are stored cannot be told ({text})"
+            if missing:
+                said.append(
+                    f"{missing:,} of {array.nchunks:,} chunks of {name} are not stored and read as {array.fill_value}"
+                )
+        return "; ".join(said)
+
     def chunk_of(self, index: int) -> int:
         """Return the chunk of `x` that an example is read with."""
         return index // self._x.step

@@ -177,7 +177,9 @@ class Budget:
             raise RunFailed(
                 f"{self._lost_in_a_row} nodes were lost with nothing finished in between; the last one: "
                 f"{event.task.what}: {event.failure.rstrip('.')}. The nodes live shorter than a task takes: a smaller "
-                f"--segment-size makes tasks shorter (another run: give a new --checkpoint), or use other nodes. {REMEDY}"
+                f"--segment-size makes tasks shorter (another run: give a new --checkpoint), or use other nodes. Or they are "
+                "ended for their memory, as a pod is (OOMKilled): run fewer workers on a node (--num-workers), or larger "
+                f"ones. {REMEDY}"
             )
 
     def _stop_if_it_lasts(self, event: Event, kind: str, elsewhere: bool) -> None:

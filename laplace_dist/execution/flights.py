@@ -17,12 +17,14 @@ class Hired:
         node: The node that it was started on.
         commits: The task whose commit goes on in it.
         since: When it was last given back, by the monotonic clock.
+        kills: Of its answer before: see `Answer`.
     """
 
     actor: Any
     node: str
     commits: Committing | None = None
     since: float = 0.0
+    kills: int | None = None
 
     @property
     def commit_lost(self) -> Event | None:

@@ -2,7 +2,8 @@
 
 Ray's own words for a lost node come late or not at all: while a node goes away its workers may be gone first, and a call
 that breaks off is reported as `ActorUnavailableError` while the head still lists the node as alive. So a node is asked
-itself, and once more a moment later, before a task is blamed.
+itself, and once more a moment later, before a task is blamed. Meanwhile its kernel is asked whether it has ended a process for
+memory, which Ray does not know of.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import Any
 
 from laplace_dist.execution.failures import LESS_MEMORY
 from laplace_dist.execution.flights import Flight
+from laplace_dist.execution.kernel_kills import Poll, ask_node
 from laplace_dist.execution.scaling import Placement
 
 # Seconds until a node is asked again whose worker died. A machine that is being shut down ends its processes within about a
 # second, in any order; and the next worker takes longer to start than this.
 SECOND_LOOK = 2.0
+COUNT_SECONDS = 10.0  # for which its kernel's count is waited for after that: a process may have to be started for it
 ANSWER_SECONDS = 2.0  # for which a node is waited for when it is asked; one that is there answers in milliseconds
 
 
@@ -39,8 +42,8 @@ def short_of_memory(error: Exception) -> bool:
     return isinstance(error, OutOfMemoryError) or "running low on memory" in str(error)
 
 
-def why_it_died(error: Exception, lost: bool = False) -> str:
-    """Return what Ray says of a dead worker as a phrase."""
+def why_it_died(error: Exception, lost: bool = False, killed: bool = False) -> str:
+    """Return as a phrase why a worker died: what Ray says of it, and whether its node's kernel ended processes for memory."""
     if getattr(error, "preempted", False):
         return "its node was preempted"
     if lost:
@@ -49,6 +52,8 @@ def why_it_died(error: Exception, lost: bool = False) -> str:
         return f"a worker could not be set up: {str(error).strip().splitlines()[-1]}"
     if short_of_memory(error):
         return f"Ray ended the worker because its node ran low on memory. {LESS_MEMORY}"
+    if killed:
+        return f"the worker was killed as the kernel of its node ended a process for want of memory. {LESS_MEMORY}"
     return (
         "the worker's process died, and its node lives on (killed, or a crash in native code; if it was killed for its "
         "memory, lower --num-workers or --batch-size)"
@@ -60,6 +65,7 @@ class _Death:
     flight: Flight
     error: Exception
     ask_again: float
+    kills: Poll | None
 
 
 class Deaths:
@@ -81,10 +87,11 @@ class Deaths:
 
     def record(self, flight: Flight, error: Exception, now: float) -> None:
         """Take note of a death."""
-        self._open.append(_Death(flight, error, now + SECOND_LOOK))
+        told = _preempted(error) or short_of_memory(error) or flight.hired.kills is None
+        self._open.append(_Death(flight, error, now + SECOND_LOOK, None if told else ask_node(flight.hired.node)))
 
-    def judged(self, now: float) -> Iterator[tuple[Flight, Exception, bool]]:
-        """Yield the deaths that are clear by now, each with whether the node was lost."""
+    def judged(self, now: float) -> Iterator[tuple[Flight, Exception, bool, bool]]:
+        """Yield the deaths that are clear by now, each with whether the node was lost, or has ended processes for memory."""
         if not self._open:
             return
         self._placement.look_again()
@@ -94,9 +101,11 @@ class Deaths:
             node = death.flight.hired.node
             if node not in lives:
                 lives[node] = not _preempted(death.error) and self._lives(node)
-            if not lives[node] or now >= death.ask_again:
+            answered, kills = (True, None) if death.kills is None or not lives[node] else death.kills()
+            if not lives[node] or (now >= death.ask_again + (0 if answered else COUNT_SECONDS)):
                 self._open.remove(death)
-                yield death.flight, death.error, not lives[node]
+                killed = kills is not None and kills > death.flight.hired.kills
+                yield death.flight, death.error, not lives[node], killed
 
     def _lives(self, node: str) -> bool:
         found = self._placement.nodes.get(node)

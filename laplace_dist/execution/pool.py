@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from laplace_dist.config.settings import Config
@@ -203,7 +204,7 @@ class Pool:
             self._idle.remove(hired)
             begun = time.monotonic() - hired.commits.seconds  # the commit belongs to the task's own time
             call = hired.actor.finish.remote()
-            self._flight[call] = Flight(Hired(hired.actor, hired.node), hired.commits.task, begun)
+            self._flight[call] = Flight(replace(hired, commits=None), hired.commits.task, begun)
 
     def _settle(self, ref: Any) -> list[Event | None]:
         flight = self._flight.pop(ref)
@@ -220,7 +221,8 @@ class Pool:
             self._end(flight.hired)
         else:
             computed = Committing(flight.task, time.monotonic() - flight.begun) if answer.outcome is None else None
-            self._idle.append(Hired(flight.hired.actor, flight.hired.node, computed, time.monotonic()))
+            now = time.monotonic()
+            self._idle.append(replace(flight.hired, commits=computed, since=now, kills=answer.kills))
         return [self._before(flight, answer), self._own(flight, answer)]
 
     def _before(self, flight: Flight, answer: Answer) -> Event | None:
@@ -247,8 +249,8 @@ class Pool:
         self._failed_on.pop(task.what, None)
         return Event(task, receipt=outcome, seconds=seconds)
 
-    def _died(self, flight: Flight, error: Exception, lost: bool) -> list[Event | None]:
-        why, memory = why_it_died(error, lost), not lost and short_of_memory(error)
+    def _died(self, flight: Flight, error: Exception, lost: bool, killed: bool) -> list[Event | None]:
+        why, memory = why_it_died(error, lost, killed), not lost and (killed or short_of_memory(error))
         if flight.task is None:
             return [None if lost else self._not_started(flight, why, memory=memory)]
         at = "" if lost else self._failed(flight.hired.node, flight.task)

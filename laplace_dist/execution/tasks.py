@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from laplace_dist.execution.kernel_kills import kernel_kills
 from laplace_dist.execution.raised import Raised
 from laplace_dist.execution.timeouts import Limit
 
@@ -37,10 +38,12 @@ class Answer:
     Attributes:
         outcome: The task's receipt, or what it raised; None if its commit goes on, which the answer to the next call tells of.
         before: Of the task before, whose commit went on meanwhile: its receipt, or what it raised. None if there was none.
+        kills: How many processes the kernel of the worker's machine had ended for memory by then; None where it does not say.
     """
 
     outcome: Mapping[str, Any] | Raised | None
     before: Mapping[str, Any] | Raised | None = None
+    kills: int | None = field(default_factory=kernel_kills)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Event:
         seconds: How long the task took.
         lost: The failure is the loss of the node, which says nothing of the task; False if the node lives on.
         raised: What the task raised, where the failure is that.
-        memory: Its node ran low on memory, and Ray ended the worker for it.
+        memory: The worker was ended for its node's memory, by Ray or by the kernel.
         node: Where it failed; empty where there is no other node on which it could be tried.
     """
 

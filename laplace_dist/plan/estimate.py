@@ -22,6 +22,12 @@ SMALLER = (
     "Use --hessian-structure diag, --subset-of-weights last_layer, freeze that layer, lower --num-workers where they share a "
     "machine, or use a larger one."
 )
+# Times that a worker holds what has a sketch's shape: sketch and random matrix in the pass, three where the basis is found.
+SKETCH, COPIES = "lowrank-sketch", 3
+FEWER_COLUMNS = (
+    "Lower --rank or --oversampling{room}, use --hessian-structure kron or diag, freeze layers, lower --num-workers where they "
+    "share a machine, or use a larger one."
+)
 # Bytes of sums up to which a segment is committed while the next one is computed: a commit takes about one hundredth of a
 # segment's time, which is not worth a second copy of sums that fill a worker's memory.
 BESIDE = 128 * 2**20
@@ -187,24 +193,32 @@ def expected_bytes(spec: Mapping[str, Any], groups: int, model_bytes: int) -> in
         model_bytes: Of the model's parameters and buffers, and what a batch keeps where that is known.
     """
     sums = max(group.nbytes for group in plan_groups(spec, groups))
-    return PROCESS_BYTES + RAY_BYTES + model_bytes + sums * (2 if sums <= BESIDE else 1)
+    times = COPIES if spec.get("structure") == SKETCH else 2 if sums <= BESIDE else 1
+    return PROCESS_BYTES + RAY_BYTES + model_bytes + sums * times
 
 
-def too_large(spec: Mapping[str, Any], model_bytes: int, memory: int | None, groups: int = 1) -> str | None:
+def too_large(
+    spec: Mapping[str, Any], model_bytes: int, memory: int | None, groups: int = 1, instead: str = SMALLER
+) -> str | None:
     """Say why a fit cannot go on in the memory that a worker has, and what to change; None where it may.
 
-    What is counted is what no worker can do without: the running sums of one module group, in float64, and the model.
+    What is counted is what no worker can do without: the running sums of one module group, in float64, and the model; of a
+    sketch what has its shape too.
 
     Args:
         spec: Specification of the sums, as plain values.
         model_bytes: Of the model's parameters and buffers.
         memory: Bytes that a worker can have; None where that is not known.
         groups: Number of module groups.
+        instead: What to change, where it is no sketch.
     """
-    sums = max(group.nbytes for group in plan_groups(spec, groups))
+    sketched = spec.get("structure") == SKETCH
+    sums = max(group.nbytes for group in plan_groups(spec, groups)) * (COPIES if sketched else 1)
     needed = sums + model_bytes
     if memory is None or needed <= memory:
         return None
+    if sketched:
+        return _too_wide(spec, needed, sums, memory - model_bytes, memory)
     sizes = {name: 8 * prod(factor["shape"]) for name, factor in spec["factors"].items()}
     name = max(sizes, key=lambda name: sizes[name])
     parameters = sum(prod(block["shape"]) for block in spec["blocks"])
@@ -212,7 +226,18 @@ def too_large(spec: Mapping[str, Any], model_bytes: int, memory: int | None, gro
     return (
         f"a worker needs at least {needed:,} bytes, {sums:,} of them for {share}the sums of a {spec['structure']} "
         f"posterior over {parameters:,} weights, but can have {memory:,} at most. The largest sum is {name}, "
-        f"{shape_of(spec, name)}. {SMALLER}"
+        f"{shape_of(spec, name)}. {instead}"
+    )
+
+
+def _too_wide(spec: Mapping[str, Any], needed: int, sums: int, left: int, memory: int) -> str:
+    """Say why a sketch has too many columns, and how many there is room for."""
+    (weights, columns), width = spec["factors"]["sketch"]["shape"], COPIES * 8
+    room = max(0, left) // (width * weights)
+    return (
+        f"a worker needs at least {needed:,} bytes, {sums:,} of them for a sketch of {weights:,} weights × {columns} columns "
+        f"(rank and oversampling), the random matrix and the basis of the same shape, but can have {memory:,} at most. "
+        + FEWER_COLUMNS.format(room=f" to {room} columns together" if room else "")
     )
 
 
@@ -250,9 +275,9 @@ def _advice(plan: Plan, trial: Trial, found: dict) -> list[str]:
     said = []
     if trial.node_bytes is not None and found["peak_bytes"] > trial.node_bytes:
         name, width = found["largest"]
+        remedy = FEWER_COLUMNS.format(room="") if plan.spec.get("structure") == SKETCH else SMALLER
         said.append(
-            f"A worker needs more memory than this machine has; the largest of its sums is {name} of width {width:,}. "
-            f"{SMALLER}"
+            f"A worker needs more memory than this machine has; the largest of its sums is {name} of width {width:,}. {remedy}"
         )
     loaded = PROCESS_BYTES + RAY_BYTES + found["posterior_bytes"]
     if trial.node_bytes is not None and loaded > trial.node_bytes:

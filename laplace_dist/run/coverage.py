@@ -64,8 +64,10 @@ def rows_of(spec: SumsSpec, model: nn.Module | None = None) -> list[Row]:
     """
     sizes = {block.parameter: block.size for block in spec.blocks}
     rows = [Row(name, kind, sizes[name], why) for name, kind, why in coverage_report(spec)]
+    named = dict(model.named_parameters(remove_duplicate=False)) if model is not None else {}
+    covered = {id(named[name]): size for name, size in sizes.items() if name in named}  # tied ones have several names
     for name, parameter in model.named_parameters() if model is not None else ():
-        left = parameter.numel() - sizes.get(name, 0)
+        left = parameter.numel() - covered.get(id(parameter), 0)
         if left:
             why = "not among the weights that are uncertain" if parameter.requires_grad else "requires_grad=False"
             rows.append(Row(name, "map", left, why))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from laplace_dist.config.likelihood import likelihood_of
+from laplace_dist.config.likelihood import likelihood_of_run
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan, differences
 from laplace_dist.plan.segments import Segment
@@ -46,14 +46,14 @@ def check_model(store: Store, plan: Plan, model: nn.Module, who: str) -> Any:
         return None
     key = probe_key(plan.probe)
     content, label = store.read(key), f"{store.url}/{key}"
-    check_probe(content, plan.probe, model, label, who)
-    inputs, outputs, law = open_probe(content, plan.probe, label)
-    if law:  # older runs have none
-        with of_the_plan():
-            name, estimator = plan.settings["likelihood"], plan.settings["estimator"]
-            likelihood = likelihood_of(name).fitted
-        check_law(law, outputs, likelihood, name, estimator, who)
-    return inputs
+    with of_the_plan():
+        name, estimator = plan.settings["likelihood"], plan.settings["estimator"]
+        likelihood = likelihood_of_run(plan.settings).fitted
+    check_probe(content, plan.probe, model, label, who, likelihood.counts)
+    probe = open_probe(content, plan.probe, label)
+    if probe.law:  # older runs have none
+        check_law(probe.law, probe.judged, likelihood, name, estimator, who)
+    return probe.inputs
 
 
 def open_run(

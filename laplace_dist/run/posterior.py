@@ -14,7 +14,7 @@ from laplace.data.calling import adapted
 from laplace.posterior.sketched import SketchedLowRankLaplace
 from laplace.structures.specification import SumsSpec
 from laplace.structures.sums import CurvatureSums
-from laplace_dist.config.likelihood import likelihood_of
+from laplace_dist.config.likelihood import likelihood_of_run
 from laplace_dist.errors import MissingObjectError, SettingsError
 from laplace_dist.plan.plan import Plan
 from laplace_dist.run import bases, decompositions
@@ -168,7 +168,7 @@ def new_laplace(settings: Mapping[str, Any], model: nn.Module, spec: SumsSpec | 
         arguments = {**arguments, "outputs": settings["outputs"]}
     if settings.get("kfac_approx", "expand") != "expand":
         arguments = {**arguments, "kfac_approx": settings["kfac_approx"]}
-    subset, likelihood = settings["subset_of_weights"], likelihood_of(settings["likelihood"])
+    subset, likelihood = settings["subset_of_weights"], likelihood_of_run(settings)
     if settings["hessian_structure"] == "lowrank":
         sketch = {name: settings[name] for name in ("rank", "oversampling", "seed")}
         return SketchedLowRankLaplace(model, likelihood, backend=backend, backend_kwargs=arguments, **sketch)

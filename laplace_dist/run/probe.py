@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
@@ -20,12 +22,14 @@ from torch import Tensor, nn
 from laplace.capture.evaluation import eval_mode
 from laplace.data.nested import flat, is_flat, nested
 from laplace.linalg.precision import spacing_of_products, without_autocast
+from laplace.noise import fixed_directions
 from laplace_dist.data.device import to_device
 from laplace_dist.errors import CheckpointError, SettingsError
 
 EXAMPLES = 4
 _LAW = "law/"  # before the names of what the likelihood makes of them
 LARGEST = 4 * 2**20  # bytes of inputs, if more than one example has them
+MOST = 1 << 20  # outputs that are kept; of more, as those of a language model, every so many
 TOLERANCE = {
     "float32": 1e-3,
     "float64": 1e-3,
@@ -45,7 +49,8 @@ def make_probe(
         model: In eval mode.
         batch: Returns the first so many examples' inputs as the model takes them.
         length: Number of examples that there are.
-        law: Returns what the likelihood makes of the first so many examples, whose outputs it is given.
+        law: Returns what the likelihood makes of the first so many examples, whose outputs it is given; numbers of the same
+            shape in their place, where not all of them are kept.
 
     Raises:
         SettingsError: The model gives other outputs when it is run again.
@@ -53,7 +58,7 @@ def make_probe(
     """
     x = batch(1)
     one = sum(tensor.nbytes for tensor in _flatten(x)[0].values())
-    count = max(1, min(EXAMPLES, length, LARGEST // max(one, 1)))
+    count = max(1, min(EXAMPLES, length, LARGEST // max(one, 1), MOST // max(_run(model, x).numel(), 1)))
     x = batch(count)
     tensors, form = _flatten(nested(x) if is_flat(x) else x)
     outputs = _run(model, x)
@@ -63,7 +68,11 @@ def make_probe(
             "time. Switch off what is random in eval mode (functional dropout without training=self.training, noise)."
         )
     header = {"form": json.dumps(form)}
-    kept = {"outputs": outputs} | {f"{_LAW}{name}": value for name, value in law(count, outputs).items()}
+    kept = {"outputs": _sample(outputs)}
+    if outputs.numel() > MOST:
+        header["shape"] = json.dumps(list(outputs.shape))
+        outputs = _stand_in(outputs.shape)
+    kept |= {f"{_LAW}{name}": value for name, value in law(count, outputs).items()}
     tensors |= {name: value.cpu().contiguous() for name, value in kept.items()}
     return safetensors.torch.save(tensors, metadata=header)
 
@@ -73,8 +82,18 @@ def probe_digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def check_probe(content: bytes, digest: str, model: nn.Module, label: str, who: str) -> None:
+def check_probe(
+    content: bytes,
+    digest: str,
+    model: nn.Module,
+    label: str,
+    who: str,
+    counts: Callable[[Tensor], Tensor | None] = lambda y: None,
+) -> None:
     """Refuse a model whose outputs on the probe's inputs are not those of the run's model.
+
+    Outputs at positions that are no terms of the loss are not compared: of padding, each implementation of attention makes
+    something else.
 
     Args:
         content: The probe.
@@ -82,18 +101,21 @@ def check_probe(content: bytes, digest: str, model: nn.Module, label: str, who: 
         model: In eval mode, with the run's weights.
         label: What to call the probe in messages.
         who: Whose model it is, in a person's words.
+        counts: Returns which positions count, from targets; None where all do.
 
     Raises:
         CheckpointError: The probe is truncated or altered.
         SettingsError: The model is another one.
     """
-    inputs, wanted, _ = open_probe(content, digest, label)
+    probe = open_probe(content, digest, label)
     try:
-        found = _run(model, to_device(inputs, next(model.parameters()).device))
+        found = _run(model, to_device(probe.inputs, next(model.parameters()).device))
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise SettingsError(_refusal(who, f"it fails on the run's inputs ({type(error).__name__}: {error})")) from error
-    if found.shape != wanted.shape:
-        raise SettingsError(_refusal(who, f"outputs of shape {tuple(found.shape)}, the run's {tuple(wanted.shape)}"))
+    if found.shape != probe.shape:
+        raise SettingsError(_refusal(who, f"outputs of shape {tuple(found.shape)}, the run's {tuple(probe.shape)}"))
+    compared = _compared(probe, counts)
+    found, wanted = _sample(found)[compared], probe.outputs[compared]
     error = float((found.double() - wanted.double()).norm())
     scale = max(float(wanted.double().norm()), torch.finfo(torch.float32).tiny)
     if not error <= _tolerance(found) * scale:
@@ -104,8 +126,9 @@ def check_probe(content: bytes, digest: str, model: nn.Module, label: str, who: 
 
 def _refusal(who: str, what: str) -> str:
     return (
-        f"--model: {who} is not the model of the run: {what}, with the same weights. Its code, or a library that it uses, "
-        "was changed since the run began, or is of another version on that node. Restore it, or begin another run."
+        f"--model: {who} is not the model of the run: {what}, with the same weights. Its code, what it was "
+        "built with (such as attn_implementation), or a library that it uses, was changed since the run began, or is of "
+        "another version on that node. Restore it, or begin another run."
     )
 
 
@@ -121,8 +144,55 @@ def _run(model: nn.Module, x: Any) -> Tensor:
         return model(x).detach().cpu().nan_to_num()  # NaN is another check's business, and equals itself here
 
 
-def open_probe(content: bytes, digest: str, label: str) -> tuple[Any, Tensor, dict[str, Tensor]]:
-    """Return the inputs and outputs of a probe, and what the likelihood makes of them; nothing of that of older runs.
+@dataclass(frozen=True)
+class Probe:
+    """What a probe holds.
+
+    Attributes:
+        inputs: As the model takes them.
+        outputs: All of them, or a sample.
+        shape: That of all of them.
+        law: What the likelihood makes of :attr:`judged`; nothing in older runs.
+    """
+
+    inputs: Any
+    outputs: Tensor
+    shape: torch.Size
+    law: dict[str, Tensor]
+
+    @property
+    def judged(self) -> Tensor:
+        """The outputs, or numbers of their shape where they are not all kept."""
+        return self.outputs if self.outputs.shape == self.shape else _stand_in(self.shape)
+
+
+def _sample(outputs: Tensor) -> Tensor:
+    """At most `MOST` outputs: all of them, or one of every so many, in turn of other positions and classes."""
+    if outputs.numel() <= MOST:
+        return outputs
+    step = -(-outputs.numel() // MOST)
+    while math.gcd(step, outputs.shape[-1]) > 1:
+        step += 1
+    return outputs.flatten()[::step].clone()
+
+
+def _compared(probe: Probe, counts: Callable[[Tensor], Tensor | None]) -> Tensor:
+    """Which of the kept outputs are compared: those that are terms of the loss, where targets say so and any is."""
+    counted = counts(probe.law["targets"]) if "targets" in probe.law else None
+    if counted is None or not bool(counted.any()):
+        return torch.ones_like(probe.outputs, dtype=torch.bool)
+    every = torch.zeros(probe.shape, dtype=torch.bool)
+    every[: len(counted)][counted] = True
+    return _sample(every)
+
+
+def _stand_in(shape: torch.Size) -> Tensor:
+    """Numbers in place of outputs: random ones, which rise from output to output so that targets are not as good as chance."""
+    return fixed_directions(torch.empty(shape)) + torch.linspace(-3, 3, shape[-1])
+
+
+def open_probe(content: bytes, digest: str, label: str) -> Probe:
+    """Return what a probe holds.
 
     Raises:
         CheckpointError: It is truncated or altered.
@@ -135,7 +205,13 @@ def open_probe(content: bytes, digest: str, label: str) -> tuple[Any, Tensor, di
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         form = json.loads(header["__metadata__"]["form"])
         law = {name.removeprefix(_LAW): value for name, value in tensors.items() if name.startswith(_LAW)}
-        return flat(_rebuilt(form, tensors)), tensors["outputs"], law
+        outputs = tensors["outputs"]
+        shape = (
+            torch.Size(json.loads(header["__metadata__"]["shape"]))
+            if "shape" in header["__metadata__"]
+            else outputs.shape
+        )
+        return Probe(flat(_rebuilt(form, tensors)), outputs, shape, law)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(bad) from error
 

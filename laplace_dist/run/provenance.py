@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from laplace.linalg import matmul
 from laplace.linalg.precision import float32_products, matmul_precision
 from laplace_dist import __version__
 
@@ -54,7 +55,8 @@ def precision(device_type: str) -> dict[str, Any]:
 def _device_name(kind: str) -> str:
     if kind == "cuda":
         return torch.cuda.get_device_name()
-    return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    products = ", products by oneDNN" if matmul.is_faster() else ""
+    return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}{products}"
 
 
 @lru_cache

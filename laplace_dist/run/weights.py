@@ -122,7 +122,15 @@ def check_fit(model: nn.Module, label: str, names: Collection[str], state: Mappi
     }
     if any(wrong.values()):
         found = "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names)
-        raise SettingsError(f"{label}: these weights do not fit the model. {found}")
+        raise SettingsError(f"{label}: these weights do not fit the model. {found}{_of_a_wrapper(names, wanted)}")
+
+
+def _of_a_wrapper(names: Collection[str], wanted: Collection[str]) -> str:
+    """Say so where the names are the model's but for what a wrapper puts before them."""
+    for prefix, wrapper in (("module.", "DataParallel"), ("_orig_mod.", "torch.compile")):
+        if names and {name.removeprefix(prefix) for name in names if name.startswith(prefix)} >= set(wanted):
+            return f". They are those of a model in {wrapper}: take {prefix!r} off every name"
+    return ""
 
 
 def _place(tensor: Tensor) -> tuple:

@@ -7,6 +7,7 @@ for more have the same shape.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,6 +26,7 @@ from laplace_dist.data.collate import Collate
 from laplace_dist.data.device import to_device
 from laplace_dist.data.loader import read_batch, read_example
 from laplace_dist.data.processes import check_sendable
+from laplace_dist.data.zarr_split import ZarrSplit
 from laplace_dist.errors import ExampleError, SettingsError, listed
 
 FEW = 2
@@ -51,6 +53,7 @@ def check(config: Config, model: nn.Module, splits: Mapping[str, Any]) -> dict[s
         try:
             if config.loader_workers:
                 check_sendable(dataset)
+            _say_absent(name, dataset)
             if collate.path is None:
                 _check_example(read_example(dataset, 0))
             x, y = read_batch(dataset, 0, min(config.batch_size if name == "train" else 1, len(dataset)), collate)
@@ -63,6 +66,14 @@ def check(config: Config, model: nn.Module, splits: Mapping[str, Any]) -> dict[s
             where = "" if name == "train" else f" (split {name!r}{any_})"
             raise SettingsError(f"{error}{where}") from (error.__cause__ or error)
     return found
+
+
+def _say_absent(split: str, dataset: Any) -> None:
+    if isinstance(dataset, ZarrSplit) and (what := dataset.absent):
+        logging.getLogger("laplace_dist").info(
+            f"data: split {split!r}: {what}. That is right where these examples hold nothing else, and what an incomplete copy "
+            "looks like"
+        )
 
 
 # ------------------------------------------------------------------ one example
@@ -135,7 +146,19 @@ def _outputs(model: nn.Module, x: Any, y: Tensor) -> Tensor:
         raise SettingsError(
             f"--model: it returns {tuple(f.shape)} for {min(FEW, len(y))} examples; expected (batch, …, outputs)"
         )
+    if not bool(f.isfinite().all()):
+        _check_weights(model)
     return f
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Refuse weights that are no numbers, of a model whose outputs are none."""
+    wrong = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
+    if wrong:
+        raise SettingsError(
+            f"--model: its outputs are NaN or Inf, and so are weights in {listed(wrong)}; give --weights of a training that "
+            "has not diverged"
+        )
 
 
 def _check_lengths(x: Any, y: Tensor) -> None:

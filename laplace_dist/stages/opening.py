@@ -61,8 +61,9 @@ def begin(
         CheckpointError: What is there is damaged.
     """
     model = resolved.model
+    stored = read_plan(store).settings if store.exists(layout.PLAN) and not config.fresh else None
     wanted = build_plan(
-        {**config.bits(device_type=device_type), **(training or {})},
+        {**_bits(config, device_type, stored), **(training or {})},
         data=resolved.data,
         weights=weights.weights_digest(model),
         model={"path": config.model, "args": config.model_args},
@@ -87,6 +88,15 @@ def begin(
         needed={"--weights": config.weights, "--data": None if IMPORT_PATH.fullmatch(config.data) else config.data},
         say=say,
     )
+
+
+def _bits(config: Config, device_type: str, stored: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the settings that change bits; targets are drawn as in the run that is there, which an older version has begun."""
+    found = config.bits(device_type=device_type)
+    if stored is None or stored.get("estimator") != config.estimator:
+        return found
+    kept = {name: stored[name] for name in ("sampling",) if name in stored}
+    return {**{name: value for name, value in found.items() if name != "sampling"}, **kept}
 
 
 def further(la: Any) -> dict[str, Any] | None:
@@ -138,7 +148,7 @@ def begin_window(
     data = fingerprint(config, train, "train")
     number = max(window.plan.window_number for window in there) + 1
     wanted = build_plan(
-        config.bits(device_type=device_type),
+        _bits(config, device_type, run.settings),
         data=data,
         weights=run.weights,
         model={"path": config.model, "args": config.model_args},

@@ -33,6 +33,27 @@ def smaller(given: Config, plan: Plan, error: OutOfMemory) -> dict[str, Any] | N
     return None if size == 1 else {"batch_size": size // 2}
 
 
+def one_example(error: OutOfMemory, expected: int | None, memory: int | None) -> OutOfMemory:
+    """Return the error of a run whose batches are of one example already, with what was expected of a worker's memory.
+
+    Args:
+        error: Memory ran out.
+        expected: Bytes that a worker was expected to take at least, if that is known.
+        memory: Bytes that a worker can have at most, if that is known.
+    """
+    said = [f"{str(error)}\nBatches are of one example already, so no smaller one helps."]
+    if expected is not None:
+        there = "" if memory is None else f", and one can have {memory:,} at most"
+        said.append(
+            f"A worker was expected to take at least {expected:,} bytes, for its libraries, the model, the sums and, on CPUs, "
+            f"what the forward pass keeps{there}; examples and what else a backward pass needs come on top."
+        )
+    said.append(
+        "Run fewer workers on a node, or larger nodes; as another run give --subset-of-weights last_layer or shorter examples."
+    )
+    return OutOfMemory(" ".join(said), of_sums=False)
+
+
 def as_halved(config: Config, plan: Plan) -> Config:
     """Return the settings with the batch size of the run, where that was halved from the one that they say."""
     if plan.halved_from is None or config.batch_size != plan.halved_from:

@@ -6,6 +6,7 @@ of the plan. What is lost or done twice changes no bit; what is committed is the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,29 @@ class Curvature:
             context.la.accumulate(sums, x, y, offset=offset)
         tensors = {name: value.cpu().numpy() for name, value in sums.to_tensors().items()}
         return {"number": self.number, "tensors": tensors, "n_data": sums.n_data}
+
+
+class InOrder:
+    """Adds up receipts in the order of their tasks as they come; only those that come early are kept.
+
+    Args:
+        add: Returns a total with a receipt added to it; the total is None before the first one.
+
+    Attributes:
+        value: The total.
+    """
+
+    def __init__(self, add: Callable[[Any, Mapping[str, Any]], Any]) -> None:
+        self.value: Any = None
+        self._add, self._next = add, 0
+        self._early: dict[int, Mapping[str, Any]] = {}
+
+    def take(self, receipt: Mapping[str, Any]) -> None:
+        """Add a receipt, or keep it until those before it are there."""
+        self._early[receipt["number"]] = receipt
+        while self._next in self._early:
+            self.value = self._add(self.value, self._early.pop(self._next))
+            self._next += 1
 
 
 def bytes_of(vector: torch.Tensor) -> bytes:

@@ -226,3 +226,25 @@ def test_models_that_cannot_be_copied_are_refused():
     model.cache = model[0](torch.randn(2, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="cannot be copied.*Use the native backend"):
         BackPackGGN(model, "classification").jacobians(torch.randn(2, 3, dtype=torch.float64))
+
+
+def transposed():
+    layers = (
+        nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1, output_padding=1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(48, 2),
+    )
+    return nn.Sequential(nn.Unflatten(1, (2, 2, 2)), *layers)
+
+
+def twice():
+    layer = nn.Linear(8, 8)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize(("make", "structure"), [(transposed, "diag"), (transposed, "full"), (twice, "kron")])
+def test_what_backpack_stumbles_over_is_one_sentence(make, structure):
+    la = Laplace(make(), "regression", "all", structure, backend=BackPackGGN)
+    with pytest.raises(ValueError, match=r"BackPACK cannot treat this model: .* Use the native backend"):
+        la.fit([(torch.randn(4, 8), torch.randn(4, 2))])

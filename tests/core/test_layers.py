@@ -319,3 +319,31 @@ def test_a_large_table_costs_what_its_words_do(structure, sparse):
         ours = la.H[:4000] if structure == "diag" else la.H_facs.kfacs[0][0]
         torch.testing.assert_close(ours, diagonal)
     assert bool(found.isfinite().all())
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", "kron", "ekfac", "blockdiag", "lowrank", "gp"])
+def test_an_empty_parameter_changes_nothing(structure):
+    """Modules have one to ask for their device."""
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+
+    def fitted(empty):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+        if empty:
+            model.register_parameter("empty", nn.Parameter(torch.empty(0)))
+        la = Laplace(model.double(), "regression", "all", structure)
+        la.fit([(x, y)])
+        return la
+
+    one, other = fitted(True), fitted(False)
+    for joint in (False, True):
+        for value, wanted in zip(one(x, joint=joint), other(x, joint=joint), strict=True):
+            torch.testing.assert_close(value, wanted)
+    if structure == "gp":
+        return
+    torch.testing.assert_close(one.log_marginal_likelihood(), other.log_marginal_likelihood())
+    assert one.sample(4).shape == other.sample(4).shape == (4, 20)
+    torch.testing.assert_close(one.log_prob(one.mean + 1), other.log_prob(other.mean + 1))
+    again = Laplace(one.model, "regression", "all", structure)
+    again.load_state_dict(one.state_dict())
+    torch.testing.assert_close(again(x)[1], one(x)[1])

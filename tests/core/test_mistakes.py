@@ -510,3 +510,14 @@ def test_parameters_without_values_or_dense_ones_are_named(name):
     made, message = UNUSABLE[name]
     with pytest.raises(ValueError, match=message):
         Laplace(made(), "regression", "all", "diag")
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_complex_outputs_are_refused(subset):
+    class Spectrum(nn.Linear):
+        def forward(self, x):
+            return torch.fft.fft(super().forward(x))
+
+    la = Laplace(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Spectrum(4, 2)), "regression", subset, "full")
+    with pytest.raises(ValueError, match=r"output is of torch.complex64, .* torch.view_as_real"):
+        la.fit([(torch.randn(5, 3), torch.randn(5, 2))])

@@ -162,3 +162,58 @@ def test_positions_that_are_padded_behind_change_no_draw_of_those_before(name):
     few, more = (list(likelihood.sampled_gradients(g, None, 3, 1, 7)) for g in (f[:, :4], f))
     assert len(few) == 3 and not torch.equal(few[0], few[1])
     assert all(torch.equal(one, other[:, :4]) for one, other in zip(few, more, strict=True))
+
+
+def left_padded(f, y, before, behind):
+    """Positions that do not count before, behind, and one after the second of those that do."""
+    g = torch.randn(len(f), before + f.shape[1] + 1 + behind, f.shape[2], dtype=f.dtype)
+    labels = torch.full(g.shape[:2], -100)
+    kept = torch.tensor([before, before + 1, *range(before + 3, before + f.shape[1] + 1)])
+    g[:, kept], labels[:, kept] = f, y
+    return g, labels, kept
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+@pytest.mark.parametrize(("before", "behind"), [(0, 0), (4, 0), (3, 2)])
+def test_positions_that_do_not_count_change_no_draw_wherever_they_are(num_samples, before, behind):
+    law = likelihoods.WeightedCategorical(class_weights=[1.0, 2.0, 0.5, 0.0], ignore_index=-100)
+    f = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(15).reshape(3, 5) % 4
+    g, labels, kept = left_padded(f, y, before, behind)
+    few, more = (list(law.sampled_gradients(*pair, num_samples, 1, 7)) for pair in ((f, y), (g, labels)))
+    assert len(few) == num_samples
+    for one, other in zip(few, more, strict=True):
+        assert torch.equal(one, other[:, kept]) and bool(one.any())
+        others = [i for i in range(g.shape[1]) if i not in kept]
+        assert not other[:, others].any()
+
+
+def test_examples_are_padded_each_by_its_own_length():
+    law = likelihoods.WeightedCategorical(ignore_index=-100)
+    f = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.zeros(2, 6, dtype=torch.long)
+    wanted = next(law.sampled_gradients(f, y, 1, 1, 0))
+    shifted, labels = f.roll(2, 1), y.clone()
+    shifted[0], labels[1, :2] = f[0], -100
+    found = next(law.sampled_gradients(shifted, labels, 1, 1, 0))
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1, 2:], wanted[1, :4])
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_the_first_sampling_numbers_draws_by_sample_and_place(num_samples):
+    """As runs of 0.1 have it, that go on; the same where there is one position."""
+    law = likelihoods.WeightedCategorical(ignore_index=-100)
+    f = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.zeros(3, 5, dtype=torch.long)
+    y[:, 0] = -100
+    now = list(law.sampled_gradients(f[:, 1], y[:, 1], num_samples, 1, 7))
+    law.sampling = 1
+    then = list(law.sampled_gradients(f, y, num_samples, 1, 7))
+    u = uniform(1, torch.arange(7, 10), num_samples * 5).reshape(3, num_samples, 5)
+    for s in range(num_samples):
+        label = (u[:, s, :, None] >= f.softmax(-1).cumsum(-1)).sum(-1)
+        wanted = f.softmax(-1) - torch.nn.functional.one_hot(label, 4)
+        wanted[:, 0] = 0
+        torch.testing.assert_close(then[s], wanted * num_samples**-0.5)
+    alone = list(law.sampled_gradients(f[:, 1], y[:, 1], num_samples, 1, 7))
+    assert all(torch.equal(*pair) for pair in zip(now, alone, strict=True))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace import Laplace, LowRankLaplace, SketchedLowRankLaplace
+from laplace import Laplace, LowRankLaplace, SketchedLowRankLaplace, noise
 from laplace.curvature import NativeEF, NativeGGN, NativeHessian
 from laplace.structures import sketch
 from laplace.structures.registry import SECOND_PASSES
@@ -214,3 +214,13 @@ class Changing:
     def __iter__(self):
         self.passes += 1
         return iter(DataLoader(TensorDataset(self.x * self.passes, self.y), batch_size=4))
+
+
+def test_the_test_matrix_is_one_of_rows_however_many_are_drawn_together(monkeypatch):
+    la, _, x, _, _ = made("mlp", rank=3)
+    spec = la.initialize(x)
+    whole = sketch.random_matrix(spec, 5, "cpu")
+    monkeypatch.setattr(sketch, "_AT_ONCE", 2 * whole.shape[1])
+    assert torch.equal(sketch.random_matrix(spec, 5, "cpu"), whole)
+    size, columns = whole.shape
+    assert torch.equal(whole, noise.normal(5 ^ sketch._STREAM, torch.arange(size), columns))

@@ -255,3 +255,33 @@ def test_the_last_layer_s_mask_names_its_own_argument():
         LastLayerSubnetMask(mlp(), last_layer_name="head")
     with pytest.raises(ValueError, match="last_layer_name='1' has no parameter"):
         LastLayerSubnetMask(mlp(), last_layer_name="1")
+
+
+class Words(nn.Module):
+    """The last layer shares its weight with a table, and is registered by a second name."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 4), nn.Linear(4, 5)
+        self.head.weight = self.table.weight
+        self.classifier = self.head
+
+    def forward(self, x):
+        return self.head(self.table(x).mean(1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: LastLayerSubnetMask(model),
+        lambda model: LastLayerSubnetMask(model, last_layer_name="head"),
+        lambda model: LastLayerSubnetMask(model, last_layer_name="classifier"),
+        lambda model: ModuleNameSubnetMask(model, module_names=["head"]),
+        lambda model: ModuleNameSubnetMask(model, module_names=["classifier"]),
+        lambda model: ParamNameSubnetMask(model, parameter_names=["head.weight", "classifier.bias"]),
+    ],
+)
+def test_parameters_and_modules_with_several_names(make):
+    """A weight is listed under its first name, and was left out by its others."""
+    chosen = make(Words()).select([(torch.arange(8).reshape(4, 2) % 5, torch.arange(4))])
+    assert chosen.tolist() == list(range(25))

@@ -242,3 +242,149 @@ def test_a_prediction_is_refused_whoever_makes_the_passes(backend, how):
     la(small, joint=how == "joint")
     with pytest.raises(ValueError, match=REFUSAL):
         la(large, joint=how == "joint")
+
+
+# --- what a fit does not differentiate -----------------------------------------------------------------------------------
+
+
+def frozen(model):
+    """The model with its head alone to be inferred."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("head"))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("backend", "structure"),
+    [("NativeGGN", s) for s in [*STRUCTURES, "gp"]]
+    + [("CurvlinopsGGN", "kron"), ("AsdlGGN", "diag"), ("GGNInterface", "full")],
+)
+@pytest.mark.parametrize("subset", ["last_layer", "all"])
+@pytest.mark.parametrize("name", ["dead branch", "dead product"])
+def test_what_comes_alive_before_the_inferred_parameters_is_refused(name, subset, backend, structure):
+    model, small, large = made(name)
+    if name == "dead product":  # ASDL takes a model with a frozen weight for a frozen layer
+        model.matrix = model.weight
+        del model.weight
+        model.function = lambda m, x: m.head(x + over_the_batch((x @ m.matrix - 5).relu()))
+    model = frozen(model) if subset == "all" else model
+    zeros = torch.zeros(4, 2, dtype=torch.float64)
+    la, loaded = (
+        Laplace(model, "regression", subset, structure, backend=getattr(curvature, backend)) for _ in ("fit", "load")
+    )
+    with pytest.raises(ValueError, match=REFUSAL):
+        la.fit([(x, zeros) for x in (small, small, large)])
+    la.fit([(x, zeros) for x in (small, small)])
+    if structure != "gp":
+        loaded.load_state_dict(la.state_dict())
+    for posterior in (la, loaded) if structure != "gp" else (la,):
+        posterior(small)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=REFUSAL):
+                posterior(large)
+
+
+def test_backbones_that_are_alive_take_no_backward_pass_again(monkeypatch):
+    seen = []
+    monkeypatch.setattr(unproven, "live_rows", lambda *args: seen.append(1) or {})
+    torch.manual_seed(4)
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)).double().eval(), torch.randn(4, 3).double()
+    la = Laplace(model, "regression", "last_layer", "kron")
+    la.fit([(x, torch.zeros(4, 2, dtype=torch.float64))] * 3)
+    la(x)
+    assert not seen
+
+
+class OneWay(torch.autograd.Function):
+    """A kernel without a backward pass, as quantised ones are."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        return x @ w
+
+
+def test_a_backbone_without_a_backward_pass_is_fitted():
+    torch.manual_seed(4)
+    model = (
+        Function(lambda m, x: m.head(OneWay.apply(x, m.weight)), weight=P(3, 3), head=nn.Linear(3, 2)).double().eval()
+    )
+    x, y = torch.randn(4, 3).double(), torch.zeros(4, 2, dtype=torch.float64)
+    la = Laplace(model, "regression", "last_layer", "full")
+    la.fit([(x, y)])
+    plain = Laplace(nn.Sequential(model.head), "regression", "all", "full")
+    plain.fit([(x @ model.weight.detach(), y)])
+    torch.testing.assert_close(la.H, plain.H)
+
+
+@pytest.mark.parametrize("structure", ["kron", "full", "diag"])
+def test_a_module_that_never_runs_costs_no_pass_where_there_is_one_already(structure):
+    torch.manual_seed(4)
+    x, y = torch.randn(4, 3).double(), torch.zeros(4, 2, dtype=torch.float64)
+
+    def passes(batches, **modules):
+        model = Function(lambda m, x: (counts.append(1), m.head(x))[1], head=nn.Linear(3, 2), **modules).double().eval()
+        if modules:
+            model.spare.requires_grad_(False)
+        counts = []
+        fit_by = Laplace(model, "regression", "all", structure, backend=curvature.CurvlinopsGGN)
+        fit_by.fit([(x, y)] * batches)
+        return len(counts)
+
+    def of_a_batch(**modules):
+        return passes(3, **modules) - passes(2, **modules)
+
+    assert of_a_batch(spare=nn.Linear(3, 3)) == of_a_batch()
+
+
+@pytest.mark.parametrize(("backend", "package"), [("CurvlinopsGGN", "curvlinops"), ("AsdlGGN", "ASDL")])
+def test_packages_that_lose_a_layer_are_refused_by_name(backend, package):
+    torch.manual_seed(4)
+    model = Function(
+        lambda m, x: m.head(m.inner(x[:, None]).relu_()[:, 0]), inner=nn.Linear(3, 3), head=nn.Linear(3, 2)
+    )
+    la = Laplace(model.eval(), "regression", "all", "kron", backend=getattr(curvature, backend))
+    with pytest.raises(ValueError, match=f"{package} has not seen the gradient of layer 'inner'"):
+        la.fit([(torch.randn(4, 3), torch.zeros(4, 2))])
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", "kron"])
+def test_asdl_and_a_frozen_weight_of_the_model_itself(structure):
+    model = Function(lambda m, x: m.head(x @ m.weight), weight=P(3, 3), head=nn.Linear(3, 2)).eval()
+    model.weight.requires_grad_(False)
+    la = Laplace(model, "regression", "all", structure, backend=curvature.AsdlGGN)
+    with pytest.raises(ValueError, match="that of Function has requires_grad=False"):
+        la.fit([(torch.randn(4, 3), torch.zeros(4, 2))])
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.uint16, torch.int64])
+def test_inputs_of_any_kind_of_whole_numbers_are_compared(kind):
+    torch.manual_seed(0)
+    model = Function(lambda m, x: m.head(x.double()), head=nn.Linear(3, 2)).double().eval()
+    x, y = torch.arange(12).reshape(4, 3) % 2, torch.zeros(4, 2, dtype=torch.float64)
+    one, other = (Laplace(model, "regression", "all", "full") for _ in range(2))
+    one.fit([(x.to(kind), y)])
+    other.fit([(x, y)])
+    torch.testing.assert_close(one.H, other.H)
+
+
+def test_a_graph_that_does_not_fit_into_memory_is_done_without():
+    class Large(nn.Module):
+        def forward(self, x):
+            if torch.is_grad_enabled():
+                raise torch.OutOfMemoryError("no room")
+            return x.tanh()
+
+    la = Laplace(nn.Sequential(nn.Linear(3, 3), Large(), nn.Linear(3, 2)), "regression", "last_layer", "full")
+    la.fit([(torch.randn(4, 3), torch.zeros(4, 2))])
+    assert la(torch.randn(2, 3))[1].shape == (2, 2, 2)
+
+
+def test_a_backbone_that_asks_its_parameters_for_more_is_fitted():
+    """As quantised weights, which hold what turns them into numbers."""
+    model = Function(
+        lambda m, x: m.head(x @ (m.weight * m.weight.scale)), weight=torch.ones(3, 3), head=nn.Linear(3, 2)
+    )
+    model.weight.scale = 2.0
+    la = Laplace(model.eval(), "regression", "last_layer", "full")
+    la.fit([(torch.randn(4, 3), torch.zeros(4, 2))])
+    assert la(torch.randn(2, 3))[1].shape == (2, 2, 2)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
-from laplace import Laplace
+from laplace import Laplace, curvature
 from laplace.likelihoods import Bernoulli
 
 from .planned import planned
@@ -87,6 +87,16 @@ def trained_encoder():
     return Block(lambda m, x: m.head(m.encoder(x).mean(1)), encoder=encoder, head=nn.Linear(4, 2)).eval()
 
 
+def padded_encoder():
+    """A stack that torch runs on nested tensors without gradients, of which positions that are padding come back as zeros."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 3, batch_first=True), 2)
+
+    def run(m, x):
+        return m.head(m.encoder(x, src_key_padding_mask=x[..., 0] > 0.5).mean(1))
+
+    return Block(run, encoder=encoder, head=nn.Linear(4, 2)).eval()
+
+
 def without_gradient(m, x):
     with torch.no_grad():
         h = torch.tanh(m.body(x))
@@ -126,6 +136,7 @@ MODELS = {
     "causal attention": lambda: sequences(Attention(causal=True), "head"),
     "frozen encoder": lambda: sequences(frozen_encoder(), "head"),
     "trained encoder": lambda: sequences(trained_encoder(), "head"),
+    "padded encoder": lambda: sequences(padded_encoder(), "head"),
     "frozen backbone": lambda: vectors(frozen_backbone(), "head"),
     "non-reentrant checkpoint": lambda: vectors(Net(checkpointed(False)), "head"),
     "spectral norm": lambda: vectors(with_spectral_norm(), "head"),
@@ -351,3 +362,77 @@ def test_sampled_networks_of_data_parallel_models(structure):
         draws = {"n_samples": 3, "generator": torch.Generator().manual_seed(0)}
         found += [la(x, pred_type="nn", link_approx="mc", **draws)]
     assert torch.allclose(*found, atol=1e-6)
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_attention_is_evaluated_as_it_is_trained_and_torchs_way_is_restored(subset):
+    torch.manual_seed(0)
+    model, x = padded_encoder().double(), torch.randn(5, 3, 4).double()
+    la = Laplace(model, "regression", subset, "diag")
+    la.fit([(x, torch.zeros(5, 2).double())])
+    mean, _ = la(x)
+    torch.testing.assert_close(mean, model(x).detach())  # with gradients, so as in training
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Sine(torch.autograd.Function):
+    """Has no derivative in forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize("backend", ["CurvlinopsGGN", "CurvlinopsHessian"])
+def test_curvlinops_says_that_a_function_has_no_derivative_in_forward_mode(backend):
+    model = Net(lambda m, x: m.head(Sine.apply(m.body(x))))
+    la = Laplace(model, "regression", "all", "full", backend=getattr(curvature, backend))
+    with pytest.raises(ValueError, match="which it differentiates in forward mode"):
+        la.fit([(torch.randn(4, 3), torch.zeros(4, 2))])
+
+
+def test_curvlinops_takes_a_kernel_of_attention_that_has_one():
+    torch.manual_seed(0)
+    model, x, y = Attention().double(), torch.randn(5, 3, 4).double(), torch.zeros(5, 2).double()
+    one, other = (
+        Laplace(model, "regression", "all", "full", backend=getattr(curvature, name))
+        for name in ("CurvlinopsGGN", "NativeGGN")
+    )
+    one.fit([(x, y)])
+    other.fit([(x, y)])
+    torch.testing.assert_close(one.H, other.H)
+
+
+class Doubled(nn.Module):
+    def forward(self, w):
+        return 2 * w
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_weights_that_torch_keeps_are_no_others(structure, subset, first):
+    """Inside of ``parametrize.cached``, networks drawn from the posterior ran with the weights of the mean."""
+    torch.manual_seed(0)
+    model, x, y = Net().double().eval(), torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    for layer in (model.body, model.head):
+        parametrize.register_parametrization(layer, "weight", Doubled())
+
+    def predicted():
+        la = Laplace(model, "regression", subset, structure)
+        la.fit([(x, y)])
+        draws = la.functional_samples(x, "nn", 5, generator=torch.Generator().manual_seed(0))
+        return *la(x), draws
+
+    wanted = predicted()
+    with parametrize.cached():
+        kept = model.body.weight if first else None
+        found = predicted()
+        assert kept is None or model.body.weight is kept
+    for value, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(value, other)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
+import dist_cases
 import torch
 from torch import nn
 
@@ -11,7 +14,13 @@ ERRORS = {
     "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has 1.00 GiB free"),
     "cpu": lambda: torch.empty(1 << 55),  # which torch's own allocator refuses
     "python": lambda: MemoryError(),
+    "kernel": lambda: _killed(),  # as by a kernel that has no memory left
 }
+
+
+def _killed() -> None:
+    if dist_cases.in_worker():
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Hungry(nn.Module):

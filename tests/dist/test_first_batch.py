@@ -10,11 +10,13 @@ import dist_cases
 import numpy as np
 import pytest
 import torch
+import zarr
 from calling_cases import Rows
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from laplace_dist import cli
+from laplace_dist.data.sources import load_split
 from laplace_dist.errors import SettingsError
 from laplace_dist.job import evaluate_posterior, tune_posterior
 from laplace_dist.run.weights import load_model
@@ -269,3 +271,42 @@ def test_a_follow_on_job_looks_at_its_splits_before_anything_starts(tmp_path, mo
     chosen = chosen.model_copy(update={"tuning": "gridsearch"})
     with pytest.raises(SettingsError, match=rf"inputs are torch.float64, but .* torch.float32.*\(split '{split}'\)"):
         job(chosen, executor=lambda *_: SimpleNamespace(device_type=lambda: "cpu", close=lambda: None))
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path):
+    broken = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.Linear(4, 4)).eval()
+    with torch.no_grad():
+        broken[2].bias[1] = float("nan")
+    data = TensorDataset(IMAGES, LABELS)
+    with pytest.raises(
+        SettingsError, match=r"its outputs are NaN or Inf, and so are weights in 2.bias; give --weights"
+    ):
+        first_batch.check(dist_cases.config(tmp_path), broken, {"train": data})
+    spoilt = TensorDataset(torch.full_like(IMAGES, float("nan")), LABELS)
+    first_batch.check(dist_cases.config(tmp_path), CLASSES, {"train": spoilt})  # of which a worker names the examples
+
+
+@pytest.mark.parametrize("form", [2, 3])
+def test_chunks_that_are_not_stored_are_said_before_anything_begins(tmp_path, caplog, form):
+    """They read as the fill value, as those do that hold nothing else and that Zarr does not write."""
+    group = zarr.open_group(tmp_path / "data", mode="w", zarr_format=form)
+    for name, values in (("x", IMAGES.numpy() + 2), ("y", LABELS.numpy() + 1)):
+        array = group.create_array(
+            f"train/{name}", shape=values.shape, dtype=values.dtype, chunks=(4, *values.shape[1:])
+        )
+        array[:] = values
+    chosen = dist_cases.config(tmp_path / "run", data=str(tmp_path / "data"), model_args={}, skip_tune=True)
+
+    def said():
+        caplog.clear()
+        with caplog.at_level("INFO", logger="laplace_dist"):
+            first_batch.check(chosen, CLASSES, {"train": load_split(chosen, "train")})
+        return caplog.text
+
+    assert "not stored" not in said()
+    [chunk] = (tmp_path / "data" / "train" / "x").glob("1.0.0.0" if form == 2 else "c/1/0/0/0")
+    chunk.unlink()
+    assert "data: split 'train': 1 of 3 chunks of x are not stored and read as 0.0" in said()
+
+
+CLASSES = nn.Sequential(nn.Flatten(), nn.Linear(36, 4)).eval()

@@ -64,7 +64,7 @@ def test_what_a_plan_of_several_groups_takes(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"hessian_structure": "lowrank"}, "--module-groups: got 2 with --hessian-structure lowrank, whose sketch"),
+        ({"hessian_structure": "lowrank"}, "--module-groups: got 2 with --hessian-structure lowrank, whose basis"),
         ({"backend": "curvlinops"}, "--module-groups: got 2 with --hessian-structure full and --backend curvlinops"),
     ],
 )

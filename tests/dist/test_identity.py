@@ -15,15 +15,16 @@ from torch.utils.data import Dataset, TensorDataset
 import laplace_dist
 from laplace.data.calling import adapted
 from laplace.data.nested import parts
-from laplace.likelihoods import BaseLikelihood
+from laplace.likelihoods import BaseLikelihood, Categorical, WeightedCategorical
 from laplace_dist import load_posterior
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
 from laplace_dist.job import evaluate_posterior, tune_posterior
 from laplace_dist.plan.identity import SAMPLE, check_data, fingerprint
 from laplace_dist.plan.plan import Plan
-from laplace_dist.run import layout, lifecycle, partial_manifests
+from laplace_dist.run import layout, lifecycle, partial_manifests, probe
 from laplace_dist.run.checkpoint import Checkpoint, open_json
-from laplace_dist.run.probe import check_probe, make_probe, probe_digest
+from laplace_dist.run.law import check_law, law_of
+from laplace_dist.run.probe import check_probe, make_probe, open_probe, probe_digest
 from laplace_dist.stages.context import Context
 from laplace_dist.stages.map import MapSegment
 
@@ -277,12 +278,83 @@ def test_a_probe_keeps_nested_inputs_and_knows_its_model(batch):
         check_probe(content[:-1], probe_digest(content), model, "probe", "it")
 
 
+class PerWord(nn.Module):
+    """Logits of every word, and at padding whatever `filled` says, as implementations of attention differ there."""
+
+    def __init__(self, filled=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.filled = nn.Linear(1, 3), filled
+
+    def forward(self, x):
+        return torch.where((x > 0)[..., None], self.layer(x[..., None]), self.filled)
+
+
+def test_outputs_at_positions_that_do_not_count_are_not_compared():
+    x = torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 3.0], [4.0, 5.0, 6.0], [0.0, 7.0, 8.0]])
+    y = torch.where(x > 0, 1, -100)
+    law = lambda count, outputs: {"targets": y[:count]}  # noqa: E731
+    content = make_probe(PerWord(), lambda n: x[:n], 4, law)
+    counts, how = WeightedCategorical(ignore_index=-100).counts, (content, probe_digest(content))
+    check_probe(*how, PerWord(9.0), "probe", "it", counts)
+    with pytest.raises(SettingsError, match=r"its outputs on the same inputs differ .*such as attn_implementation"):
+        check_probe(*how, PerWord(9.0), "probe", "it")
+    other = PerWord(9.0)
+    with torch.no_grad():
+        other.layer.weight *= 1.1
+    with pytest.raises(SettingsError, match="its outputs on the same inputs differ"):
+        check_probe(*how, other, "probe", "it", counts)
+
+
+def test_padding_is_not_compared_of_outputs_that_are_not_all_kept(monkeypatch):
+    monkeypatch.setattr(probe, "MOST", 8)
+    test_outputs_at_positions_that_do_not_count_are_not_compared()
+
+
 def test_a_rounding_of_the_outputs_is_no_other_model():
     model = Takes()
     content = make_probe(model, NESTED[0], 4)
     with torch.no_grad():
         model.layer.weight *= 1 + 1e-5
     check_probe(content, probe_digest(content), model, "probe", "it")
+
+
+class Vocabulary(nn.Module):
+    """As many outputs as a language model has."""
+
+    def __init__(self, words=5000, positions=300):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(words, 3, generator=torch.Generator().manual_seed(0)))
+        self.positions, self.slope = positions, 0.1
+
+    def forward(self, x):
+        places = torch.linspace(0.5, 1, self.positions)[:, None]
+        return nn.functional.leaky_relu(x[:, None] * places @ self.table.T, self.slope)
+
+
+def judged(count, outputs):
+    y = torch.zeros(outputs.shape[:-1], dtype=torch.int64)
+    return law_of(Categorical(), outputs, y[:count], "ggn")
+
+
+def test_little_is_kept_of_the_outputs_of_a_language_model():
+    model = Vocabulary()
+    content = make_probe(model, NESTED[0], 4, judged)
+    assert len(content) < 5 * 2**20  # 6 MB each are the outputs of an example
+    probe = open_probe(content, probe_digest(content), "probe")
+    assert probe.shape == (1, 300, 5000) and len(probe.outputs) <= 1 << 20 and len(probe.inputs) == 1
+    every = torch.arange(300 * 5000)[:: -(-300 * 5000 // len(probe.outputs))]
+    assert set((every % 5000).tolist()) == set(range(5000)) and set((every // 5000).tolist()) == set(range(300))
+    check_probe(content, probe_digest(content), model, "probe", "it")
+    check_law(probe.law, probe.judged, Categorical(), "classification", "ggn", "it")
+    with pytest.raises(SettingsError, match="the loss of the same outputs differs"):
+        check_law(probe.law, probe.judged, WeightedCategorical(label_smoothing=0.1), "classification", "ggn", "it")
+    model.slope = 0.2  # an edited activation
+    with pytest.raises(SettingsError, match="its outputs on the same inputs differ by"):
+        check_probe(content, probe_digest(content), model, "probe", "it")
+    model.slope, model.positions = 0.1, 299
+    with pytest.raises(SettingsError, match=r"outputs of shape \(1, 299, 5000\), the run's \(1, 300, 5000\)"):
+        check_probe(content, probe_digest(content), model, "probe", "it")
 
 
 # ------------------------------------------------------------------ plan, device, place

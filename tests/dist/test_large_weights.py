@@ -17,7 +17,7 @@ from laplace_dist.data import weight_files
 from laplace_dist.errors import CheckpointError, SettingsError
 from laplace_dist.run import weight_shards
 from laplace_dist.run.checkpoint import Checkpoint
-from laplace_dist.run.weights import load_model, weights_digest
+from laplace_dist.run.weights import check_fit, load_model, weights_digest
 
 INDEX = "weights.safetensors.index.json"
 
@@ -191,3 +191,13 @@ def test_the_lines_that_load_a_posterior_do_not_name_a_file_that_is_not_there(tm
     assert cli.main("fit", flags) == 0
     said = capsys.readouterr().out
     assert "load_weights=True" in said and "load_file" not in said
+
+
+@pytest.mark.parametrize(("prefix", "wrapper"), [("module.", "DataParallel"), ("_orig_mod.", "torch.compile")])
+def test_weights_of_a_wrapped_model_say_what_to_take_off(prefix, wrapper):
+    model = torch.nn.Linear(2, 3)
+    state = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
+    with pytest.raises(SettingsError, match=f"missing: bias, weight; .* in {wrapper}: take '{prefix}' off every name"):
+        check_fit(model, "w", state, state)
+    with pytest.raises(SettingsError, match="unexpected: module.other$"):
+        check_fit(model, "w", [*model.state_dict(), "module.other"], {})

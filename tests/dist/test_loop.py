@@ -244,7 +244,10 @@ def test_a_poisoned_segment_is_set_aside_after_three_failures_on_living_nodes():
 
 def test_losses_are_endless_only_while_something_finishes():
     pool = SimulatedPool(5, preempted=1.0)
-    with pytest.raises(RunFailed, match="100 nodes were lost with nothing finished in between.*--segment-size"):
+    with pytest.raises(
+        RunFailed,
+        match="100 nodes were lost with nothing finished in between.*--segment-size.*OOMKilled.*--num-workers",
+    ):
         run_tasks(pool, tasks(50), lambda task, receipt: None)
 
 

@@ -13,7 +13,7 @@ import laplace_dist
 from laplace import Laplace, LowRankLaplace, SketchedLowRankLaplace
 from laplace_dist import cli
 from laplace_dist.errors import CheckpointError, MissingObjectError, SettingsError
-from laplace_dist.execution.inline import InlinePool
+from laplace_dist.execution.inline import Inline, InlinePool
 from laplace_dist.job import tune_posterior
 from laplace_dist.run import bases, layout
 from laplace_dist.run.checkpoint import Checkpoint, open_json
@@ -266,3 +266,22 @@ def days(split, day, kind):
 
 def test_tasks_of_the_basis_say_what_they_are():
     assert FindBasis("p", ("range",)).what == "basis range" and FindBasis("p", ("a", "b")).what == "basis a, …"
+
+
+class Little(Inline):
+    """A machine with room for sixteen columns and no more: sketch, random matrix and basis."""
+
+    memory_of = 3 * 8 * 114 * 16 + 8 * 114
+
+    def memory(self, device):
+        return self.memory_of
+
+
+def test_a_sketch_that_no_worker_has_the_memory_for_is_refused_with_what_fits(tmp_path):
+    weights = sum(p.numel() for p in dist_cases.convnet().parameters())
+    assert weights == 114
+    laplace_dist.fit(config(tmp_path / "run", rank=12, oversampling=4), Little)
+    why = r"got 'lowrank', but a worker needs at least [\d,]+ bytes, 46,512 of them for a sketch of 114 weights × 17 columns"
+    with pytest.raises(SettingsError, match=why + r".*Lower --rank or --oversampling to 16 columns together"):
+        laplace_dist.fit(config(tmp_path / "no", rank=13, oversampling=4), Little)
+    assert not (tmp_path / "no" / "plan.json").exists()

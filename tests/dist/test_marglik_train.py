@@ -20,6 +20,7 @@ from laplace_dist.marglik import MarglikJob, marglik_train
 from laplace_dist.run import training
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.ownership import read_plan
+from laplace_dist.stages.train import InOrder
 
 
 def epochs_of(url):
@@ -216,12 +217,48 @@ def test_the_order_in_which_receipts_arrive_changes_no_bit(tmp_path, monkeypatch
     chosen, own = {"batch_size": 24, "segment_size": 12}, settings(parts=7)
     marglik_train(small(tmp_path / "in order", **chosen), own, Inline)
     real = Stage.carry_out
-    monkeypatch.setattr(Stage, "carry_out", lambda self, tasks, **how: real(self, tasks, **how)[::-1])
+
+    def backwards(self, tasks, each=lambda receipt: None, keep=True):
+        receipts = real(self, tasks)[::-1]
+        for receipt in receipts:
+            each(receipt)
+        return receipts if keep else []
+
+    monkeypatch.setattr(Stage, "carry_out", backwards)
     marglik_train(small(tmp_path / "reversed", **chosen), own, Inline)
     assert epochs_of(tmp_path / "reversed") == epochs_of(tmp_path / "in order")
 
 
+def test_the_curvature_of_segments_is_added_up_as_it_comes():
+    """What the driver holds of segments is one total, and those that came early."""
+    held, seen = InOrder(lambda total, receipt: [*(total or []), receipt["number"]]), []
+    for number in (2, 0, 1, 4, 3):
+        held.take({"number": number})
+        seen.append((held.value, len(held._early)))
+    assert seen == [(None, 1), ([0], 1), ([0, 1, 2], 0), ([0, 1, 2], 1), ([0, 1, 2, 3, 4], 0)]
+
+
 # ------------------------------------------------------------------ what is refused
+
+
+class Little(Inline):
+    def memory(self, device):
+        return 900
+
+
+def test_sums_that_do_not_fit_are_refused_before_anything_begins(tmp_path, monkeypatch):
+    chosen = small(tmp_path / "run", hessian_structure="full")
+    why = r"--hessian-structure: got 'full', but {}.* A training cannot divide its sums into module groups"
+    with pytest.raises(SettingsError, match=why.format(r"a worker needs at least [\d,]+ bytes")):
+        marglik_train(chosen, settings(), Little)
+    weights = sum(p.numel() for p in drawn().parameters())
+    needed = 8 * weights + 2 * 8 * weights**2
+    monkeypatch.setattr("laplace_dist.marglik.free_bytes", lambda device: needed - 1)
+    with pytest.raises(SettingsError, match=why.format(f"a training needs at least {needed:,} bytes in the driver")):
+        marglik_train(chosen, settings(), Inline)
+    assert not (tmp_path / "run" / "plan.json").exists()
+    monkeypatch.setattr("laplace_dist.marglik.free_bytes", lambda device: needed)
+    marglik_train(chosen, settings(n_epochs=1), Inline)
 
 
 @pytest.mark.parametrize(

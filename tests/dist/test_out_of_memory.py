@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 
 import laplace_dist
 from laplace_dist.errors import OutOfMemory, RunFailed, SettingsError
+from laplace_dist.execution import liveness
 from laplace_dist.execution.failures import Budget, event_of
 from laplace_dist.execution.inline import Inline, InlinePool
+from laplace_dist.execution.kernel_kills import ask_node, kernel_kills
 from laplace_dist.execution.liveness import LESS_MEMORY
 from laplace_dist.execution.raised import Raised
 from laplace_dist.execution.tasks import Event
@@ -55,7 +57,7 @@ def sums_of(place):
     return {name: value.numpy().tobytes() for name, value in found.items()}
 
 
-@pytest.mark.parametrize("error", memory_cases.ERRORS)
+@pytest.mark.parametrize("error", ["cuda", "cpu", "python"])
 def test_before_anything_is_committed_the_run_begins_again_with_half_the_batch(error, tmp_path, weights, caplog):
     place = tmp_path / "run"
     with caplog.at_level("INFO", logger="laplace_dist"):
@@ -199,15 +201,17 @@ def test_what_ran_out_of_memory_is_told_from_what_else_failed():
 
 
 class Monitored(Inline):
-    """Whose workers Ray's monitor ends at segments in batches of more than 8, as the pool of actors tells of it."""
+    """Whose workers Ray's monitor ends at segments in batches of more than `most`, as the pool of actors tells of it."""
 
     def pool(self, device, expected=None):
         return MonitoredPool(self._config, device)
 
 
 class MonitoredPool(InlinePool):
+    most = 8
+
     def _outcome(self, task):
-        if task.what.startswith("segment") and self._context.plan.settings["batch_size"] > 8:
+        if task.what.startswith("segment") and self._context.plan.settings["batch_size"] > self.most:
             why = f"Ray ended the worker because its node ran low on memory. {LESS_MEMORY}"
             return Event(task, failure=why, memory=True)
         return super()._outcome(task)
@@ -243,6 +247,53 @@ def test_a_worker_that_died_of_no_known_cause_is_no_sign_of_too_large_batches():
     for _ in range(3):
         again = budget.failure(Event(Task, failure="the worker's process died, and its node lives on"), 1)
     assert again is False
+
+
+@pytest.fixture
+def rising(monkeypatch):
+    """Have nodes answer that their kernel has ended one more process for memory whenever they are asked."""
+    monkeypatch.setattr(liveness, "ask_node", lambda node: lambda: (True, (kernel_kills() or 0) + 1))
+
+
+def test_workers_that_the_kernel_kills_begin_the_run_again_with_half_the_batch(
+    tmp_path, weights, cluster, rising, capsys
+):
+    """Real processes are killed; what their kernel counts is another's, since here it has no reason to."""
+    chosen = config(tmp_path / "run", weights, error="kernel", ray_address=cluster, num_workers=1)
+    found = laplace_dist.fit(chosen)
+    plan = plan_of(tmp_path / "run")
+    assert (plan.settings["batch_size"], plan.halved_from) == (8, 16)
+    said = capsys.readouterr().out
+    assert said.count("the kernel of its node ended a process for want of memory. Run fewer workers at once") >= 3
+    assert said.count("no worker has the memory for a batch of 16, and nothing is committed yet") == 1
+    assert found.version == fit(config(tmp_path / "other", weights, batch_size=8, error="kernel")).version
+
+
+def test_batches_of_one_example_that_do_not_fit_say_what_was_expected_and_what_to_change(
+    tmp_path, weights, monkeypatch
+):
+    monkeypatch.setattr(MonitoredPool, "most", 0)
+    why = (
+        r"(?s)low on memory.*Batches are of one example already.*expected to take at least \d.*can have \d.*last_layer"
+    )
+    with pytest.raises(OutOfMemory, match=why):
+        fit(config(tmp_path / "run", weights, batch_size=2, most=99), Monitored)
+    assert plan_of(tmp_path / "run").settings["batch_size"] == 1
+
+
+def test_a_node_is_asked_for_its_own_kernels_count(cluster, monkeypatch):
+    import ray
+
+    def answer_of(poll):
+        while not (found := poll())[0]:
+            ray.wait([ray.remote(num_cpus=0)(lambda: None).remote()])
+        return found[1]
+
+    [node] = [node["NodeID"] for node in ray.nodes()]
+    assert answer_of(ask_node(node)) == kernel_kills()
+    assert answer_of(ask_node("0" * len(node))) is None, "a node that is gone"
+    monkeypatch.setattr("laplace_dist.execution.kernel_kills.VMSTAT", "/proc/no such file")
+    assert answer_of(ask_node(node)) is None and kernel_kills() is None
 
 
 def test_on_a_pool_of_workers_too(tmp_path, weights, cluster):

@@ -12,7 +12,7 @@ import pytest
 from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.execution import liveness, pool
 from laplace_dist.execution.failures import STARTS_PER_NODE, STARTS_WITHOUT_MEMORY
-from laplace_dist.execution.liveness import SECOND_LOOK
+from laplace_dist.execution.liveness import COUNT_SECONDS, SECOND_LOOK
 from laplace_dist.execution.pool import SPARE_SECONDS, Pool
 from laplace_dist.execution.raised import Raised
 from laplace_dist.execution.scaling import LOOK_SECONDS, Placement, nodes_of
@@ -40,6 +40,7 @@ class FakeRay:
         cpus: CPUs of each node that is listed as alive.
         used: Of these, the ones that somebody else has.
         silent: Nodes that are listed as alive and do not answer.
+        kernel: What nodes answer that are asked for the processes that their kernels have ended: whether, and how many.
     """
 
     exceptions = SimpleNamespace(RayTaskError=type("Task", (Exception,), {}), RayError=Died)
@@ -49,6 +50,7 @@ class FakeRay:
 
     def __init__(self, **cpus):
         self.cpus, self.used, self.silent = cpus, Counter(), set()
+        self.kernel = {}
         self.results, self.killed, self.where, self.now = {}, [], [], 1000.0
         self._private = SimpleNamespace(state=self)
         self.hired = Counter()
@@ -105,8 +107,10 @@ def fake(monkeypatch):
         ray, said = FakeRay(**cpus), []
         clock = SimpleNamespace(monotonic=lambda: ray.now, sleep=lambda s: None)
         monkeypatch.setattr(pool, "time", clock)
-        monkeypatch.setattr(pool, "why_it_died", lambda error, lost: "lost" if lost else str(error))
+        monkeypatch.setattr(pool, "why_it_died", lambda error, lost, killed: "lost" if lost else str(error))
         monkeypatch.setattr(pool, "short_of_memory", lambda error: isinstance(error, Evicted))
+        monkeypatch.setattr(liveness, "short_of_memory", pool.short_of_memory)
+        monkeypatch.setattr(liveness, "ask_node", lambda node: lambda: ray.kernel.get(node, (True, None)))
         monkeypatch.setitem(__import__("sys").modules, "ray", ray)
         ray.demanded = []
         demand = ray.demanded.append if elastic else None
@@ -270,10 +274,12 @@ def test_a_commit_on_a_node_that_leaves_is_done_again(fake):
     assert (event.task.what, event.lost, workers.busy) == ("one", True, 0)
 
 
-def death(fake, error, **cpus):
-    """Have the worker of one task die; returns the pool and its Ray."""
+def death(fake, error, kills=None, **cpus):
+    """Have the worker of one task die, whose kernel had ended so many processes before; returns the pool and its Ray."""
     workers, ray, _ = fake(**cpus)
-    started(workers, ray, 1)
+    workers.top_up(1)
+    ray.results["actor 1 start"] = Answer({}, kills=kills)
+    assert workers.wait(1, Limit()) == [] and workers.idle == 1
     workers.submit(task("x"))
     ray.results["actor 1 run"] = error
     return workers, ray
@@ -295,6 +301,54 @@ def test_a_death_for_memory_is_told_apart_where_the_node_lives_on(fake, error, l
         assert workers.wait(1, Limit()) == []
     [event] = later(ray, SECOND_LOOK, workers)
     assert (event.memory, event.lost) == (error is Evicted and not lost, lost)
+
+
+@pytest.mark.parametrize(
+    "before, after, memory", [(7, 8, True), (7, 7, False), (7, None, False), (None, 8, False), (0, 1, True)]
+)
+def test_a_death_is_the_kernels_where_its_count_has_risen_since_the_workers_last_answer(fake, before, after, memory):
+    workers, ray = death(fake, Died("killed"), kills=before, a=1)
+    ray.kernel["a"] = True, after
+    assert workers.wait(1, Limit()) == []
+    [event] = later(ray, SECOND_LOOK, workers)
+    assert (event.memory, event.lost) == (memory, False)
+
+
+def test_the_kernels_count_is_waited_for_and_no_longer_than_a_process_may_take_to_start(fake):
+    workers, ray = death(fake, Died("killed"), kills=7, a=1, b=1)
+    ray.kernel = {"a": (False, None), "b": (False, None)}
+    assert workers.wait(1, Limit()) == [] and later(ray, SECOND_LOOK, workers) == [] and workers.busy == 1
+    ray.kernel = {"a": (True, 8), "b": (True, 8)}
+    [event] = later(ray, 1, workers)
+    assert event.memory
+    workers, ray = death(fake, Died("killed"), kills=7, a=1)
+    ray.kernel["a"] = False, None
+    assert workers.wait(1, Limit()) == []
+    [event] = later(ray, SECOND_LOOK + COUNT_SECONDS, workers)
+    assert not event.memory
+
+
+def test_a_lost_node_is_no_matter_of_memory_whatever_its_kernel_has_counted(fake):
+    workers, ray = death(fake, Died("killed"), kills=7, a=1)
+    ray.kernel["a"] = True, 8
+    ray.silent.add("a")
+    [event] = later(ray, SECOND_LOOK, workers)
+    assert (event.memory, event.lost) == (False, True)
+
+
+def test_a_worker_keeps_its_kernels_count_from_answer_to_answer(fake):
+    """Also where it commits one task while it is at the next: what another worker was killed for before is not its own."""
+    workers, ray, _ = fake(only=1)
+    started(workers, ray, 1)
+    ray.kernel["only"] = True, 9
+    workers.submit(task("a"))
+    ray.results["actor 1 run"] = Answer(None, kills=9)
+    assert workers.wait(1, Limit()) == []
+    workers.submit(task("b"))
+    ray.results["actor 1 run"] = Died("killed")
+    assert workers.wait(1, Limit()) == []
+    lost, event = later(ray, SECOND_LOOK, workers)
+    assert (lost.lost, event.task.what, event.memory) == (True, "b", False)
 
 
 @pytest.mark.parametrize("how", ["the list says so", "it does not answer", "Ray's own word", "a moment later"])

@@ -11,7 +11,7 @@ import source_cases
 import torch
 from source_cases import Counting, add, counted, load, npy, shard
 
-from laplace_dist.data import tar_index
+from laplace_dist.data import example_weights, tar_index
 from laplace_dist.data.collate import Collate
 from laplace_dist.data.loader import batches
 from laplace_dist.errors import ExampleError, SettingsError
@@ -214,3 +214,19 @@ def test_a_read_that_comes_back_short_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(Counting, "cat_ranges", lambda *a, **k: [content[:-1] for content in whole(*a, **k)])
     with pytest.raises(ExampleError, match=r"train/0.tar ends within bytes \d+ to \d+: it is truncated; restore it"):
         first(dataset)
+
+
+def test_weights_that_take_long_to_read_are_said_before_they_are_read(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("laplace_dist.data.tar_shards.MOST", 4)
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for i in range(40):
+            add(tar, f"{i:02d}.x.npy", npy(float(i)))
+            add(tar, f"{i:02d}.y.cls", b"1")
+            add(tar, f"{i:02d}.w.json", str(i + 0.5).encode())
+    dataset = load(tmp_path, example_weights="w")
+    with caplog.at_level("INFO", logger="laplace_dist"):
+        found = example_weights.facts(dataset, "w")
+        assert caplog.text == ""
+        monkeypatch.setattr(example_weights, "SLOW_SECONDS", 0.0)
+        assert example_weights.facts(dataset, "w") == found
+    assert "data: reading the weights 'w' of all 40 examples" in caplog.text and found["sum"] == 800.0

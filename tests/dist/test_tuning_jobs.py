@@ -11,6 +11,7 @@ from tuning_cases import config, posterior, tuned
 
 from laplace_dist import fit
 from laplace_dist.config.command_line import load_config
+from laplace_dist.config.compatibility import check_predictive
 from laplace_dist.errors import CheckpointError, RunFailed, SettingsError
 from laplace_dist.plan.segments import plan_shards
 from laplace_dist.run import tunings
@@ -145,6 +146,25 @@ def test_a_range_on_the_command_line():
         load_config([*FLAGS, "--prior-range", "a", "b"])
     with pytest.raises(SettingsError, match="expected one of prior, temperature, both"):
         load_config([*FLAGS, "--recalibrate", "all"])
+
+
+@pytest.mark.parametrize(
+    ("law", "refused"),
+    [
+        ("laplace.likelihoods:Poisson", True),
+        ("laplace.likelihoods:Bernoulli", True),
+        ("classification", False),
+        ("regression", False),
+    ],
+)
+def test_a_bridge_that_a_likelihood_has_not_is_refused_before_anything_begins(tmp_path, law, refused):
+    """It failed at the first validation shard, after the fit."""
+    chosen = config(tmp_path, "line", likelihood=law, link_approx="bridge")
+    if not refused:
+        check_predictive(chosen)
+        return
+    with pytest.raises(SettingsError, match="--link-approx: got 'bridge'; .*takes 'probit' or 'mc'"):
+        check_predictive(chosen)
 
 
 def test_a_temperature_of_a_regression_is_refused(tmp_path, capsys):
