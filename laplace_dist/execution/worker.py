@@ -81,8 +81,9 @@ class Worker:
 
 
 _MEGABYTE = 1 << 20
-# M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h. Larger blocks, as sums are, go back to the kernel at once.
-_HABITS = {-8: 1, -3: 16 * _MEGABYTE, -1: 128 * _MEGABYTE}
+# M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h. Larger blocks, as sums and whole chunks of them that were
+# compressed are, go back to the kernel at once.
+_HABITS = {-8: 1, -3: 14 * _MEGABYTE, -1: 128 * _MEGABYTE}
 
 
 def _settle_allocator() -> None:
