@@ -26,7 +26,7 @@ from harness import Prepare
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {  # by the name of an operation, the first that fits
-    "products": r"aten::(mm|addmm|addmm_|bmm|baddbmm|baddbmm_|mv|dot|addbmm)$",
+    "products": r"aten::(mm|addmm|addmm_|bmm|baddbmm|baddbmm_|mv|dot|addbmm)$|mkldnn::_linear_pointwise",
     "convolutions, backward": r"aten::.*conv.*backward",
     "convolutions, forward": r"aten::.*conv",
     "patches": r"aten::(im2col|col2im)",
@@ -49,16 +49,18 @@ FUNCTIONS = 8
 def kind_of(name: str, shapes: Iterable[Any]) -> str:
     """Return the kind of an operation; that of products says how short their shortest side is."""
     kind = next((kind for kind, pattern in KINDS.items() if re.match(pattern, name)), "backward passes' bookkeeping")
-    if kind != "products" or (sides := sides_of(shapes)) is None:
+    if kind != "products" or (sides := sides_of(name, shapes)) is None:
         return kind
     shortest = min(sides[-3:])
     bound = next((bound for bound in SIDES if shortest >= bound), None)
     return f"products, shortest side ≥ {bound}" if bound else f"products, shortest side < {SIDES[-1]}"
 
 
-def sides_of(shapes: Iterable[Any]) -> tuple[int, ...] | None:
+def sides_of(name: str, shapes: Iterable[Any]) -> tuple[int, ...] | None:
     """Return `(batch, m, k, n)` of the last two matrices among an operation's inputs; None if there are no two."""
     matrices = [tuple(shape) for shape in shapes if len(shape) in (2, 3)][-2:]
+    if name.startswith("mkldnn::") and len(matrices) == 2:  # which takes the second one transposed
+        matrices[1] = matrices[1][::-1]
     if len(matrices) < 2 or matrices[0][-1] != matrices[1][-2]:
         return None
     left, right = matrices
@@ -66,7 +68,7 @@ def sides_of(shapes: Iterable[Any]) -> tuple[int, ...] | None:
 
 
 def _operations(name: str, shapes: Iterable[Any]) -> float:
-    sides = sides_of(shapes)
+    sides = sides_of(name, shapes)
     return 0.0 if sides is None else 2.0 * sides[0] * sides[1] * sides[2] * sides[3]
 
 
