@@ -46,13 +46,15 @@ def check_model(store: Store, plan: Plan, model: nn.Module, who: str) -> Any:
         return None
     key = probe_key(plan.probe)
     content, label = store.read(key), f"{store.url}/{key}"
+    probe = open_probe(content, plan.probe, label)
+    if not probe.law:  # as in older runs
+        check_probe(content, plan.probe, model, label, who)
+        return probe.inputs
     with of_the_plan():
         name, estimator = plan.settings["likelihood"], plan.settings["estimator"]
         likelihood = likelihood_of_run(plan.settings).fitted
     check_probe(content, plan.probe, model, label, who, likelihood.counts)
-    probe = open_probe(content, plan.probe, label)
-    if probe.law:  # older runs have none
-        check_law(probe.law, probe.judged, likelihood, name, estimator, who)
+    check_law(probe.law, probe.judged, likelihood, name, estimator, who)
     return probe.inputs
 
 
