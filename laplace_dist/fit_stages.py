@@ -16,9 +16,9 @@ from laplace_dist.config.settings import Config
 from laplace_dist.errors import CheckpointError, MissingObjectError, OutOfMemory, RunFailed, SettingsError
 from laplace_dist.execution.session import ExecutorType, Session
 from laplace_dist.execution.tasks import Task
-from laplace_dist.plan.estimate import expected_bytes
 from laplace_dist.plan.groups import plan_groups
 from laplace_dist.plan.plan import Plan, same_sums
+from laplace_dist.plan.worker_memory import expected_bytes
 from laplace_dist.report.html.subject import is_up_to_date
 from laplace_dist.report.html.task import WriteReport
 from laplace_dist.report.planned import weights_line

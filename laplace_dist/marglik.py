@@ -24,8 +24,8 @@ from laplace_dist.data.collate import Collate
 from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.execution.session import ExecutorType, Stage
 from laplace_dist.fit_stages import FitStages
-from laplace_dist.plan.estimate import too_large
 from laplace_dist.plan.groups import plan_groups
+from laplace_dist.plan.worker_memory import too_large
 from laplace_dist.report.progress import Progress
 from laplace_dist.run import layout, place, trained, training, weights
 from laplace_dist.run.training import Epoch

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from laplace_dist.plan.estimate import BESIDE
 from laplace_dist.plan.plan import Plan
 from laplace_dist.plan.segments import Segment
 from laplace_dist.plan.sketch import ExampleDigests, limit_of
+from laplace_dist.plan.worker_memory import BESIDE
 from laplace_dist.run import lifecycle, partial_manifests, partials
 from laplace_dist.run.attempts import new_attempt
 from laplace_dist.run.provenance import environment, node

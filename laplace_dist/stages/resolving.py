@@ -14,8 +14,8 @@ from laplace_dist.data import example_weights, sources
 from laplace_dist.data.collate import Collate
 from laplace_dist.errors import ExampleError, SettingsError
 from laplace_dist.plan import identity
-from laplace_dist.plan.estimate import groups_for, too_large
 from laplace_dist.plan.groups import plan_groups
+from laplace_dist.plan.worker_memory import groups_for, too_large
 from laplace_dist.run import weights
 from laplace_dist.stages import estimator, first_batch
 from laplace_dist.stages.context import initialized, plain

@@ -15,9 +15,9 @@ import laplace_dist
 from laplace_dist import cli
 from laplace_dist.errors import SettingsError
 from laplace_dist.execution.inline import Inline
-from laplace_dist.plan.estimate import groups_for
 from laplace_dist.plan.groups import fewest, most, plan_groups
 from laplace_dist.plan.parts import places, triangle
+from laplace_dist.plan.worker_memory import groups_for
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.ownership import read_plan
 

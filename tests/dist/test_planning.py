@@ -18,7 +18,8 @@ from laplace_dist.errors import RunFailed, SettingsError
 from laplace_dist.execution.inline import Inline
 from laplace_dist.execution.ray_cluster import Cluster
 from laplace_dist.job import fit
-from laplace_dist.plan.estimate import GET_PRICE, PUT_PRICE, RAY_BYTES, Trial, estimate, loaded_bytes
+from laplace_dist.plan.estimate import GET_PRICE, PUT_PRICE, Trial, estimate, loaded_bytes
+from laplace_dist.plan.worker_memory import RAY_BYTES
 from laplace_dist.report.planned import lines, size
 from laplace_dist.run.checkpoint import Checkpoint
 from laplace_dist.run.ownership import read_plan

@@ -16,7 +16,7 @@ from laplace_dist.execution.inline import Inline
 from laplace_dist.execution.ray_cluster import Cluster
 from laplace_dist.execution.scaling import Node, Placement
 from laplace_dist.execution.timeouts import Limit
-from laplace_dist.plan.estimate import BESIDE, PROCESS_BYTES, RAY_BYTES, expected_bytes
+from laplace_dist.plan.worker_memory import BESIDE, PROCESS_BYTES, RAY_BYTES, expected_bytes
 from laplace_dist.stages import batch_memory, resolving
 
 GB = 10**9
