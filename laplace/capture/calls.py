@@ -122,6 +122,20 @@ def recorded(modules: dict[str, nn.Module]) -> Iterator[tuple[list[Call], set[st
             handle.remove()
 
 
+def join_positions(values: Tensor, n: int) -> Tensor:
+    """``(batch · parts, positions, width)`` as ``(batch, parts · positions, width)``."""
+    rows = values.shape[0]
+    if rows == n or rows % n != 0:
+        return values
+    return values.reshape(n, -1, values.shape[-1])
+
+
+def side_by_side(parts: list[Tensor], n: int) -> Tensor:
+    """Positions of several calls, one after the other; alone what is no batch of the examples, which is refused later."""
+    parts = [part for part in parts if part.shape[0] != n][:1] or parts
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
 def is_batched(value: Tensor) -> bool:
     """Whether a tensor belongs to a ``vmap`` or another transform of the model's own, outside of which it means nothing."""
     return torch._C._functorch.is_functorch_wrapped_tensor(value)

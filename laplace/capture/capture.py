@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from laplace.capture import memory_format
 from laplace.capture.attribution import check_attribution, picks_by_mask, picks_rows
 from laplace.capture.blocks import row_key
-from laplace.capture.calls import Call, recorded, that_reach
+from laplace.capture.calls import Call, join_positions, recorded, side_by_side, that_reach
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.padding import kept_tokens
 from laplace.capture.products import calls_of, product
@@ -164,8 +164,8 @@ class Capture:
             if call.layer == layer:
                 value = call.by_example(len(self.f))[start:stop]
                 a = inputs_by_position(self.modules[layer], value.flatten(0, 1)).to(self.dtype)
-                parts.append(_join_positions(a, len(value)))
-        return _side_by_side(parts, stop - start)
+                parts.append(join_positions(a, len(value)))
+        return side_by_side(parts, stop - start)
 
     def gradients(self, v: Tensor) -> dict[str, Tensor]:
         """Output gradients of every layer for one direction, and the rows of parameters without a layer.
@@ -209,8 +209,8 @@ class Capture:
         for call, g in gradients:
             if call.layer == layer:
                 g = gradients_by_position(self.modules[layer], g).to(self.dtype)
-                parts.append(_join_positions(g, len(self.f)))
-        return _side_by_side(parts, len(self.f))
+                parts.append(join_positions(g, len(self.f)))
+        return side_by_side(parts, len(self.f))
 
     def output_gradients(self, v: Tensor) -> list[tuple[Call, Tensor]]:
         """The calls of all layers and the gradients of what came out, in its shape."""
@@ -287,17 +287,3 @@ def _dead(layer: str) -> ValueError:
         "(torch.no_grad, torch.inference_mode, detach, a re-entrant checkpoint in the model's forward), so autograd gives "
         "it no curvature. Let its gradient through, or set requires_grad=False on its parameters to leave them out."
     )
-
-
-def _join_positions(values: Tensor, n: int) -> Tensor:
-    """``(batch · parts, positions, width)`` as ``(batch, parts · positions, width)``."""
-    rows = values.shape[0]
-    if rows == n or rows % n != 0:
-        return values
-    return values.reshape(n, -1, values.shape[-1])
-
-
-def _side_by_side(parts: list[Tensor], n: int) -> Tensor:
-    """Positions of several calls, one after the other; alone what is no batch of the examples, which is refused later."""
-    parts = [part for part in parts if part.shape[0] != n][:1] or parts
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
