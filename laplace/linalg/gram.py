@@ -176,7 +176,7 @@ def _turned_runs(rows: Sequence[Tensor], exact: bool = False) -> Iterator[list[T
     """Runs of rows, ``(width, run)`` each, as many at once as are added up before they go into the running sum."""
     runs = [run for r in rows for run in r.split(_RUN)]
     for first in range(0, len(runs), _RUNS):
-        yield [turned(run.double() if exact else run) for run in runs[first : first + _RUNS]]
+        yield [turned(run.double() if exact else run, BLOCK) for run in runs[first : first + _RUNS]]
 
 
 def _add_to_block_(block: Tensor, runs: Iterable[tuple[Tensor, Tensor]], scale: float = 1.0) -> None:

@@ -4,7 +4,7 @@ torch multiplies float32 matrices by MKL, which uses AVX-512 on Intel's processo
 115 GFLOP/s by it, it does 250 by oneDNN, which torch brings along for convolutions (``benchmarks/products.py``). Neither rounds
 what it multiplies; they differ in the order in which the terms of a product are added.
 
-Which of the two multiplies follows from processor and shapes alone, so that bits do.
+Which of the two multiplies follows from processor, number of threads and shapes alone, so that bits do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _CPUINFO = Path("/proc/cpuinfo")
-_FEWEST = 1 << 21  # multiplications from which on oneDNN's preparations pay
+_FEWEST = 1 << 21  # multiplications from which on oneDNN's preparations pay on one thread
 _NARROWEST = 8  # rows, columns and terms of a product
 _WIDEST = 1 << 14  # entries of a weight from which on a batch of 128 has as many
 
@@ -56,9 +56,10 @@ def sum_of_squared_products(left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def turned(rows: Tensor) -> Tensor:
-    """Rows ``(n, width)`` transposed, ``(width, n)``, in the memory from which their products with each other are made."""
-    return rows.T.contiguous() if _of_float32(rows) and is_faster() else rows.T
+def turned(rows: Tensor, most: int) -> Tensor:
+    """Rows ``(n, width)`` transposed, ``(width, n)``, in the memory from which their outer products are made, ``most`` high."""
+    pays = rows.numel() * most >= _fewest() and _of_float32(rows) and is_faster()
+    return rows.T.contiguous() if pays else rows.T
 
 
 def add_times_transposed_(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -101,8 +102,14 @@ def _suits(left: Tensor, right: Tensor) -> bool:
 
 def _pays(left: Tensor, right: Tensor) -> bool:
     """Whether oneDNN multiplies ``left @ right.T`` faster."""
-    enough = left.numel() * len(right) >= _FEWEST and min(*left.shape, len(right)) >= _NARROWEST
+    enough = left.numel() * len(right) >= _fewest() and min(*left.shape, len(right)) >= _NARROWEST
     return enough and _of_float32(left) and _of_float32(right) and is_faster()
+
+
+def _fewest() -> int:
+    """Multiplications from which on oneDNN's preparations pay; several threads have to be called together each time too."""
+    threads = torch.get_num_threads()
+    return _FEWEST if threads == 1 else 2 * threads * _FEWEST
 
 
 def _of_float32(values: Tensor) -> bool:

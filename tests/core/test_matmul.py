@@ -27,6 +27,7 @@ def fast(request, monkeypatch):
     """Either way of multiplying, whatever the processor prefers."""
     assert matmul.is_possible()
     monkeypatch.setattr(matmul, "is_faster", lambda: request.param)
+    monkeypatch.setattr(matmul, "_fewest", lambda: 1 << 21)
     return request.param
 
 
@@ -88,6 +89,7 @@ class Seen(TorchDispatchMode):
 def test_one_dnn_is_given_matrices_without_gaps(layout, monkeypatch):
     """Of others it makes products a thousand times more slowly, which no number shows."""
     monkeypatch.setattr(matmul, "is_faster", lambda: True)
+    monkeypatch.setattr(matmul, "_fewest", lambda: 1 << 21)
     matrix = LAYOUTS[layout](torch.randn(200, 160))
     with Seen() as seen:
         matmul.times_transposed(matrix, matrix)
@@ -98,12 +100,13 @@ def test_one_dnn_is_given_matrices_without_gaps(layout, monkeypatch):
 
 def test_what_is_small_or_of_another_type_is_torchs_own(monkeypatch):
     monkeypatch.setattr(matmul, "is_faster", lambda: True)
+    monkeypatch.setattr(matmul, "_fewest", lambda: 1 << 21)
     with Seen() as seen:
         matmul.times_transposed(torch.randn(8, 8), torch.randn(8, 8))
         for dtype in (torch.float64, torch.bfloat16, torch.complex64):
             matmul.times_transposed(torch.randn(200, 200).to(dtype), torch.randn(200, 200).to(dtype))
         matmul.times_transposed(torch.randn(0, 200), torch.randn(200, 200))
-        assert matmul.turned(torch.randn(3, 2, dtype=torch.float64)).stride() == (1, 2)
+        assert matmul.turned(torch.randn(3, 2, dtype=torch.float64), 1 << 21).stride() == (1, 2)
     assert seen.products == []
 
 
@@ -142,6 +145,7 @@ def test_a_network_has_its_outputs_gradients_and_graph(shape, fast):
 
 def test_a_network_of_small_or_other_weights_is_left_alone(monkeypatch):
     monkeypatch.setattr(matmul, "is_faster", lambda: True)
+    monkeypatch.setattr(matmul, "_fewest", lambda: 1 << 21)
     for weights in ([torch.randn(20, 20)], [torch.randn(200, 200).double()], [torch.randn(10**5)], []):
         assert isinstance(matmul.faster_products(weights), contextlib.nullcontext)
 
