@@ -27,6 +27,7 @@ _RUN = 128  # rows that one product adds up
 _RUNS = 32  # results of products that are added up before they go into the running sum
 _SHORT_RUN = 32  # rows that one product adds up for a small sum, where products are cheap
 BLOCK = 192  # rows of a block of a sum
+_WEIGHTED_BLOCK = BLOCK // 2  # of a weighted sum in float64, whose products lose less by being narrow than by what they make twice
 _SMALL = 1 << 14  # elements up to which a sum is small
 _SCRATCH = 1 << 19  # elements of the products of short runs that are held at once
 _POSITIONS = 64  # width up to which per-example Gram matrices are cheaper than a transposed copy
@@ -103,7 +104,7 @@ def weighted_gram(rows: Tensor, weights: Tensor, both: bool = True) -> Iterator[
     if width**2 <= _SMALL:
         yield 0, 0, (rows * weights).T @ rows
         return
-    for start, stop in _blocks(width):
+    for start, stop in _blocks(width, _WEIGHTED_BLOCK):
         product = (rows[:, start:stop] * weights).T @ rows[:, :stop]
         yield start, 0, product
         if both and start:
@@ -113,7 +114,7 @@ def weighted_gram(rows: Tensor, weights: Tensor, both: bool = True) -> Iterator[
 def mirror_weighted_(total: Tensor) -> None:
     """Copy what is left of the block diagonal of a whole sum of :func:`weighted_gram` to right of it."""
     if total.numel() > _SMALL:
-        for start, stop in _blocks(len(total)):
+        for start, stop in _blocks(len(total), _WEIGHTED_BLOCK):
             total[start:stop, stop:] = total[stop:, start:stop].T
 
 
@@ -168,8 +169,8 @@ def blocks_of_rows(total: Tensor) -> Iterator[tuple[Tensor, int, int]]:
         yield total[start - first : stop - first], start, stop
 
 
-def _blocks(n: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + BLOCK, n)) for start in range(0, n, BLOCK))
+def _blocks(n: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + size, n)) for start in range(0, n, size))
 
 
 def _turned_runs(rows: Sequence[Tensor], exact: bool = False) -> Iterator[list[Tensor]]:
