@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace.backends.asdl_limits import check_layer, check_own, hooks_of, owners_of
 from laplace.backends.gauss_newton import EFInterface, GGNInterface
 from laplace.backends.hessian import HessianInterface
 from laplace.backends.optional import import_optional
@@ -19,8 +20,6 @@ from laplace.enums import Likelihood
 from laplace.linalg.kronecker import Kron
 
 asdl = import_optional("asdl", "asdfghjkl==0.1a4", "asdl")
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
 
 
 class AsdlInterface(PerExampleInterface):
@@ -48,18 +47,18 @@ class AsdlInterface(PerExampleInterface):
         """
         self._initialize_kron(x, self.package)
         module, inputs = self._module(x)
-        _check_own(module)
+        check_own(module)
         layers = {b.layer: module if self.last_layer else module.get_submodule(b.layer) for b in self.spec.blocks}
         for name, layer in layers.items():
-            _check_layer(name, layer)
+            check_layer(name, layer)
         with _recorded(layers) as shapes, _quiet(), asdl.no_centered_cov(module, [asdl.SHAPE_KRON]) as context:
-            with _hooks_of(module):
+            with hooks_of(module):
                 output = module(inputs)
             f = output.detach()
             self.likelihood_object.check(f, y, self._offset)
             parameters = [p for p in module.parameters() if p.requires_grad]
             for v in self.directions(f.double(), y, self._offset):
-                with _hooks_of(module):
+                with hooks_of(module):
                     torch.autograd.grad(output, parameters, v.to(f.dtype), retain_graph=True, allow_unused=True)
             found = {name: context.cov_kron(layer) for name, layer in layers.items()}
         positions = {name: _positions(name, layers[name], shapes[name], len(f)) for name in layers}
@@ -79,15 +78,15 @@ class AsdlInterface(PerExampleInterface):
     @contextmanager
     def _linearised(self, module: nn.Module, x: Any) -> Iterator[tuple[Tensor, Gradients]]:
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        owners = _owners(module, named)
-        _check_own(module)
+        owners = owners_of(module, named)
+        check_own(module)
         with _quiet(), asdl.extend(module, asdl.OP_BATCH_GRADS) as context:
-            with _hooks_of(module):
+            with hooks_of(module):
                 output = module(x)
 
             def gradients(v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
                 context.clear_batch_grads()
-                with _hooks_of(module):
+                with hooks_of(module):
                     sums = torch.autograd.grad(output, named.values(), v, retain_graph=True, allow_unused=True)
                 sums = [torch.zeros_like(p) if g is None else g for g, p in zip(sums, named.values(), strict=True)]
                 rows = [_rows(context, owners[name], len(v)) for name in named]
@@ -201,75 +200,6 @@ class AsdlHessian(_Order, HessianInterface, AsdlInterface):
         maker = asdl.HessianMaker(module, asdl.HessianConfig(hessian_shapes=[asdl.SHAPE_FULL]))
         maker.setup_loss_call(self.likelihood_object.loss, maker.setup_model_call(module, inputs), y)
         return module, maker, self.likelihood_object.loss(f, y)
-
-
-def _owners(module: nn.Module, named: dict[str, nn.Parameter]) -> dict[str, list[tuple[nn.Module, str]]]:
-    """The modules that hold each parameter, and under which attribute.
-
-    Raises:
-        ValueError: If ASDL computes no gradients for one of them.
-    """
-    owners: dict[str, list[tuple[nn.Module, str]]] = {}
-    for name, parameter in named.items():
-        owners[name] = [
-            (m, k) for m in module.modules() for k, p in m.named_parameters(recurse=False) if p is parameter
-        ]
-        for owner, attribute in owners[name]:
-            kind = type(owner).__name__
-            known = isinstance(owner, (nn.Linear, nn.Conv2d, *_NORMS)) and attribute in ("weight", "bias")
-            if not known or (isinstance(owner, _NORMS) and (owner.weight is None or owner.bias is None)):
-                raise ValueError(
-                    f"ASDL has no per-example gradients for {name!r} ({kind}). Use the native backend, or set "
-                    "requires_grad=False on it."
-                )
-            if isinstance(owner, nn.Conv2d):
-                _check_layer(name, owner)
-    return owners
-
-
-@contextmanager
-def _hooks_of(module: nn.Module) -> Iterator[None]:
-    """Turn what ASDL's hooks stumble over into advice: they take layers that are given a tensor, by position, and give one.
-
-    Raises:
-        ValueError: If they fail.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (IndexError, AttributeError, RuntimeError) as error:
-        raise ValueError(
-            f"ASDL's hooks fail in {type(module).__name__} ({error}): they take layers that are called with one tensor, by "
-            "position, and return one. Use the native backend."
-        ) from error
-
-
-def _check_own(module: nn.Module) -> None:
-    """Refuse a model which ASDL takes for a layer without trainable parameters, and does not begin with."""
-    own = [getattr(module, name, None) for name in ("weight", "bias")]
-    own = [value for value in own if isinstance(value, Tensor)]
-    if own and not any(value.requires_grad for value in own):
-        raise ValueError(
-            f"ASDL takes a model for a layer that has a 'weight' or 'bias' of its own, and needs a gradient of it, but that of "
-            f"{type(module).__name__} has requires_grad=False. Use the native backend, or give it another name."
-        )
-
-
-def _check_layer(name: str, layer: nn.Module) -> None:
-    """Refuse layers whose input ASDL would take apart in another way than the layer does."""
-    if isinstance(layer, nn.Linear):
-        return
-    if not isinstance(layer, nn.Conv2d):
-        raise ValueError(
-            f"ASDL has no Kronecker factors for {name!r} ({type(layer).__name__}). Use the native backend."
-        )
-    plain = layer.padding != "same" and layer.padding_mode == "zeros" and layer.groups == 1 and layer.dilation == (1, 1)
-    if not plain:
-        raise ValueError(
-            f"ASDL takes convolutions without groups and dilation, padded with a number of zeros, but {name!r} is {layer}. "
-            "Use the native backend."
-        )
 
 
 @contextmanager

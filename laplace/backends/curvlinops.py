@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from laplace.backends.forward_mode import DoubleOutputs, by_one_name, in_forward_mode
 from laplace.backends.gauss_newton import EFInterface, GGNInterface
 from laplace.backends.hessian import HessianInterface
 from laplace.backends.interface import CurvatureInterface
 from laplace.backends.optional import import_optional
 from laplace.backends.options import honours
 from laplace.capture.evaluation import eval_mode
-from laplace.capture.stateless import with_tensors
 from laplace.linalg.kronecker import Kron
 from laplace.linalg.precision import coarsest
 from laplace.noise import fixed_directions, fresh_seed
@@ -110,8 +109,8 @@ class CurvlinopsInterface(CurvatureInterface):
             ValueError: If something in the model has no derivative in forward mode.
         """
         f, model, inputs = self._outputs(x)
-        with eval_mode(self.model), _in_forward_mode():
-            operator = self._dense_operator(_DoubleOutputs(_by_one_name(model)), inputs, self._loss_targets(y))
+        with eval_mode(self.model), in_forward_mode():
+            operator = self._dense_operator(DoubleOutputs(by_one_name(model)), inputs, self._loss_targets(y))
             size = sum(p.numel() for p in self.params)
             dense = operator @ torch.eye(size, dtype=self.params[0].dtype, device=self.params[0].device)
         if self.subnetwork_indices is not None:
@@ -187,57 +186,6 @@ class CurvlinopsInterface(CurvatureInterface):
                 "takes positions between the two."
             )
         return f, model, x
-
-
-@contextmanager
-def _in_forward_mode() -> Iterator[None]:
-    """Take the kernel of attention that has a derivative in forward mode, and say so of what has none.
-
-    Raises:
-        ValueError: If curvlinops' products fail.
-    """
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        what = str(error).partition("\n")[0]
-        raise ValueError(
-            f"curvlinops cannot multiply with the curvature of this model, which it differentiates in forward mode: {what} "
-            "Use the native backend."
-        ) from error
-
-
-def _by_one_name(model: nn.Module) -> nn.Module:
-    """The model, or one with its parameters where a module has several names, by which curvlinops would leave it broken."""
-    names = [len(list(model.named_modules(remove_duplicate=each))) for each in (True, False)]
-    return model if names[0] == names[1] else _OneName(model)
-
-
-class _OneName(nn.Module):
-    """The function of a model, as a module of its own that has the model's parameters and none of its modules."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self._model, self._names = (model,), [name for name, _ in model.named_parameters()]
-        for number, parameter in enumerate(model.parameters()):
-            self.register_parameter(str(number), parameter)
-
-    def forward(self, x: Any) -> Tensor:
-        tensors = {name: getattr(self, str(number)) for number, name in enumerate(self._names)}
-        return with_tensors(self._model[0], tensors, x)
-
-
-class _DoubleOutputs(nn.Module):
-    """A model whose outputs are of float64, and so its loss: in float32, the 1 - p of a sure example has no digits."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Any) -> Tensor:
-        return self.model(x).double()
 
 
 class CurvlinopsGGN(CurvlinopsInterface, GGNInterface):
@@ -326,9 +274,9 @@ class CurvlinopsHessian(HessianInterface, CurvlinopsInterface):
         """
         f, model, inputs = self._outputs(x)
         self.likelihood_object.check(f, y, offset)
-        with eval_mode(self.model), _in_forward_mode():
+        with eval_mode(self.model), in_forward_mode():
             operator = curvlinops.HessianLinearOperator(
-                _by_one_name(model),
+                by_one_name(model),
                 self.lossfunc,
                 self.params,
                 [(inputs, self._targets(y))],
