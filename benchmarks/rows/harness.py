@@ -12,6 +12,7 @@ import torch
 
 Prepare = Callable[[], Callable[[], object]]  # everything that is not timed; returns what is
 WARM_UPS = 1
+LONG = 20.0  # seconds: what warms up is little beside a first run that takes longer, which counts, and no other is made
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,16 @@ class Row:
 
 
 def seconds(prepare: Prepare, runs: int) -> float:
-    """Return the median time of some runs, after one that does not count."""
+    """Return the median time of some runs, after one that does not count; that of the first one if it is long."""
     times = []
     for _ in range(WARM_UPS + runs):
         run = prepare()
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[WARM_UPS:])
+        if times[0] > LONG:
+            break
+    return statistics.median(times[WARM_UPS:] or times)
 
 
 def machine_rate() -> float:

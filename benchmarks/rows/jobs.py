@@ -31,7 +31,10 @@ def _map_phase() -> Mapping[str, float]:
 def _processes() -> Mapping[str, list[str]]:
     import processes
 
-    return {"CPU seconds by process, a tenth of the images": processes.of_map(6_000, 2)}
+    return {
+        "CPU seconds by process, a tenth of the images": processes.of_map(6_000, 2),
+        "two processes without Ray, a quarter of the images": processes.side_by_side(15_000),
+    }
 
 
 def _commits() -> Mapping[str, float]:

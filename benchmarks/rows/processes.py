@@ -1,4 +1,4 @@
-"""What every process of a job's private cluster takes of the processors during a map phase, in CPU seconds."""
+"""What every process of a job's private cluster takes of the processors during a map phase, and what two processes can gain."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -43,6 +44,19 @@ def of_map(examples: int, workers: int) -> list[str]:
         "| process | itself | kernel |",
         "| --- | --- | --- |",
         *rows,
+    ]
+
+
+def side_by_side(examples: int) -> list[str]:
+    """Return the line that says what a plain `la.fit` takes alone and beside another: what the machine itself leaves of 2 ×."""
+    import map_phase
+
+    with ThreadPoolExecutor(2) as pool:
+        alone, two = map_phase.bare(examples), list(pool.map(map_phase.bare, [examples] * 2))
+    beside = " and ".join(f"{seconds:.1f}" for seconds in two)
+    return [
+        f"la.fit of {examples:,} images by one thread takes {alone:.1f} s alone, and {beside} s beside another process of its "
+        f"kind: two processes do {2 * alone / max(two):.2f} × the work of one."
     ]
 
 

@@ -29,7 +29,7 @@ class Vector:
         found = np.empty(stop - start, np.float64)
         for place, left, right in overlaps(self.places, start, stop):
             at = place.start + left - start
-            found[at : at + right - left] = _entries(place, self.arrays[place.name], left, right)
+            _read(place, self.arrays[place.name], left, right, found[at : at + right - left])
         return found
 
     def part(self, start: int, stop: int) -> Slice:
@@ -97,13 +97,16 @@ def complete(places: Sequence[Place], arrays: Mapping[str, np.ndarray]) -> None:
                 mirror(matrix)
 
 
-def _entries(place: Place, array: np.ndarray, left: int, right: int) -> np.ndarray:
+def _read(place: Place, array: np.ndarray, left: int, right: int, found: np.ndarray) -> None:
+    """Put a range of a factor's entries into an array of its length."""
+    above = triangle(place.rows[0]) if place.symmetric else 0  # entries of rows that are not held
     if not place.symmetric:
-        return np.ascontiguousarray(array).reshape(-1)[left:right]
-    above = triangle(place.rows[0])  # entries of rows that are not held
-    if above:
-        return pack(array, above + left, above + right)
-    return np.concatenate([pack(matrix, first, last) for matrix, first, last, _ in _pieces(place, array, left, right)])
+        found[:] = np.ascontiguousarray(array).reshape(-1)[left:right]
+    elif above:
+        pack(array, above + left, above + right, found)
+    else:
+        for matrix, first, last, at in _pieces(place, array, left, right):
+            pack(matrix, first, last, found[at : at + last - first])
 
 
 def _pieces(place: Place, array: np.ndarray, left: int, right: int) -> Iterator[tuple[np.ndarray, int, int, int]]:

@@ -77,6 +77,7 @@ def test_arrays_are_plain_zarr(local):
     assert names == ["bytes", "blosc", "crc32c"]
     blosc = metadata.to_dict()["codecs"][1]["configuration"]
     assert (blosc["cname"], blosc["clevel"], blosc["shuffle"]) == ("zstd", 1, "bitshuffle")
+    assert blosc["blocksize"] == 512 * 2**10
     assert np.isnan(metadata.fill_value)
     assert (group["H"][:] == 0).all()  # a chunk of zeros is there
     assert local.exists("p/0/H/c/0")
