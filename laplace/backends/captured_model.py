@@ -18,10 +18,11 @@ from laplace.capture.capture import Capture
 from laplace.capture.contractions import require_jacobians
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor
+from laplace.capture.forward import failures_named, run
 from laplace.capture.last_layer import LastLayerCapture, last_layer_sources
 from laplace.capture.liveness import live_rows
 from laplace.capture.padding import kept_tokens
-from laplace.capture.soundness import check_function, check_inputs, failures_named, run
+from laplace.capture.soundness import check_function, check_inputs
 from laplace.capture.unproven import Unproven
 from laplace.capture.uses import Proven
 from laplace.capture.verify import find_layers

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace.capture.calls import input_of, is_batched
-from laplace.capture.soundness import run, tensor_output
+from laplace.capture.forward import run, tensor_output
 from laplace.enums import parse
 from laplace.linalg.precision import coarsest
 
