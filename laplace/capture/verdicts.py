@@ -1,0 +1,105 @@
+"""Whether what a capture gives for single examples is what automatic differentiation gives, up to rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from laplace.capture import contractions
+from laplace.capture.agreement import allowed
+from laplace.capture.blocks import Block
+from laplace.capture.capture import Capture
+from laplace.capture.fallback import dense, refusal
+from laplace.capture.rules import is_outer
+from laplace.linalg.precision import without_autocast
+from laplace.noise import fixed_directions
+
+PROBES = 8  # examples that are asked at most
+_ALWAYS = 3  # of these, how many are asked even if the first ones have a gradient
+
+
+@without_autocast()
+def verdicts(capture: Capture, layers: dict[str, str], params: dict[str, nn.Parameter]) -> dict[str, list[bool | None]]:
+    """For every parameter, whether each of the first examples has the captured gradient; None where there is none."""
+    v = fixed_directions(capture.f)
+    found: dict[str, list[bool | None]] = {name: [] for name in params}
+    for number, example in enumerate(_order(min(len(v), PROBES))):
+        if number >= _ALWAYS and all(set(asked) - {None} for asked in found.values()):
+            break
+        direction = torch.zeros_like(v)
+        direction[example] = v[example]
+        truth = gradients_of(capture, params, direction)
+        gradients = capture.output_gradients(direction)
+        for (name, p), expected in zip(params.items(), truth, strict=True):
+            expected = dense(expected, p).detach()
+            block = Block(name, tuple(p.shape), layers[name], (), "")
+            found[name].append(_is_row(capture, block, gradients, expected, example))
+    return found
+
+
+def gradients_of(
+    capture: Capture, params: dict[str, nn.Parameter], direction: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """Those of automatic differentiation.
+
+    Raises:
+        ValueError: If it cannot differentiate the model with respect to a parameter; names it.
+    """
+    try:
+        return _differentiated(capture, list(params.values()), direction)
+    except RuntimeError as error:
+        raise refusal(capture._model, [n for n, p in params.items() if _fails(capture, p, direction)], error) from error
+
+
+def _differentiated(capture: Capture, params: list[nn.Parameter], direction: torch.Tensor):
+    return torch.autograd.grad(capture._output, params, direction, retain_graph=True, allow_unused=True)
+
+
+def _fails(capture: Capture, parameter: nn.Parameter, direction: torch.Tensor) -> bool:
+    try:
+        _differentiated(capture, [parameter], direction)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _order(n: int) -> list[int]:
+    """The last of so many examples, the first, the middle one, then the others."""
+    return list(dict.fromkeys([n - 1, 0, n // 2, *range(n)]))
+
+
+def _is_row(capture: Capture, block: Block, gradients: list, expected: torch.Tensor, example: int) -> bool | None:
+    """Whether one example's inputs and output gradients give this parameter's gradient; None if there is no gradient.
+
+    An error means that they do not: the layer's class does something else with its inputs than its base class.
+    """
+    if block.layer not in capture.called:
+        return None
+    try:
+        g = capture.positions_of(block.layer, gradients)
+        a = None if contractions.is_bias(block) else capture.inputs(block.layer)
+        if len(g) != len(capture.f) or (a is not None and a.shape[:2] != g.shape[:2]):
+            return False
+        module, a, g = capture.modules[block.layer], None if a is None else a[example, None], g[example, None]
+        ours = contractions.row_of_layer(block, module, a, g).flatten()
+        terms = _norms_of_terms(block, module, a, g)
+        spacing, size = torch.finfo(expected.dtype).eps, torch.linalg.vector_norm(expected, dtype=torch.float64)
+        error = ours.sub_(expected.flatten()).norm()
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    if size == 0 and terms[0] == 0:
+        return None
+    return bool(error <= allowed(size, terms[1], terms[0], max(spacing, capture.coarsest)))
+
+
+def _norms_of_terms(
+    block: Block, module: nn.Module, a: torch.Tensor | None, g: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Norms of the row of absolute values, and of that of root sums of squares, over the terms of the sum over positions."""
+    if a is not None and g.shape[1] == 1 and is_outer(module):
+        return (a.norm() * g.norm(),) * 2
+    found = []
+    for power in (1, 2):
+        values = a if a is None or isinstance(module, nn.Embedding) else a.abs() ** power
+        found.append(contractions.row_of_layer(block, module, values, g.abs() ** power) ** (1 / power))
+    return found[0].norm(), found[1].norm()
