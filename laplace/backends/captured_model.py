@@ -31,7 +31,6 @@ from laplace.data.mistakes import check_outputs
 from laplace.enums import Likelihood
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.named import NamedLikelihood
-from laplace.linalg.matmul import faster_products
 from laplace.linalg.memory import at_once, ranges
 from laplace.noise import fixed_directions
 from laplace.structures.registry import sums_spec, warn_of_diagonal_blocks
@@ -150,20 +149,20 @@ class CapturedModel:
         check_inputs(x)
         self._with_rows = which_have_rows(x)
         x = few(x)
-        with eval_mode(self.model), faster_products(self._whole_model.parameters()):
+        with eval_mode(self.model):
             check_model(self.model)
             modules = check_function(self._whole_model, x)
             before, dead = self._dead_before(x), set[str]()
             if self.last_layer:
-                with torch.no_grad():
-                    _, features = self.model.forward_with_features(x)
+                with torch.no_grad():  # a last layer ends the model, so its graph shows nothing
+                    f, features = self.model.forward_with_features(x)
                 found = last_layer_sources(self.model.last_layer, self.model.last_layer_name, shapes, features.detach())
             else:
                 found = find_layers(self.model, list(shapes), x)
                 keys = [(source.layer or row_key(name), source.alive) for name, source in found.items()]
                 dead = {key for key, _ in keys} - {key for key, alive in keys if alive}
-            with torch.set_grad_enabled(not self.last_layer):  # a last layer ends the model, so there is nothing to see
-                f = self.model(x)
+                with torch.enable_grad():
+                    f = self.model(x)
         check_outputs(x, f)
         self.likelihood_object.warn_of_outputs(f)
         n_outputs = self.likelihood_object.count_outputs(f)

@@ -18,7 +18,8 @@ from laplace.capture.calls import is_batched
 from laplace.capture.forward import run, tensor_output
 from laplace.data.batches import is_divisible, length_of, part_of
 from laplace.data.mistakes import check_outputs
-from laplace.linalg.precision import spacing_of_products, without_autocast
+from laplace.linalg.matmul import faster_products
+from laplace.linalg.precision import is_autocast_enabled, spacing_of_products, without_autocast
 from laplace.noise import fixed_directions
 
 _SINGLES = 4  # examples that are run by themselves, beside the others together
@@ -60,13 +61,15 @@ def check_function(model: nn.Module, x: Any) -> set[str]:
         TypeError: If the output is no tensor.
         ValueError: If the model cannot run, is random, or makes examples depend on one another; names the module.
     """
-    f = run(model, x)
+    with faster_products(model.parameters()):
+        f = run(model, x)
     if isinstance(f, Tensor) and f.ndim:
         check_outputs(x, f)
     f = tensor_output(f)
     if _all_equal(x) and _runs(model, x + fixed_directions(x)):
         x = x + fixed_directions(x)  # blank examples show neither noise nor what they do to one another
-    with without_autocast() if _runs_without_autocast(model, x) else nullcontext():
+    exact = is_autocast_enabled() and _runs_without_autocast(model, x)
+    with without_autocast() if exact else nullcontext():
         return _checked(model, x, len(f))
 
 
@@ -88,9 +91,8 @@ def _checked(model: nn.Module, x: Any, outputs: int) -> set[str]:
 
 def _check_apart(model: nn.Module, x: Any, batch: Record, rows: slice, what: str) -> None:
     """Compare some examples of a batch with what they are without the others."""
-    part = part_of(x, rows)
-    run(model, part, what, f". Every example needs outputs of its own. {_WAY_OUT}")
-    _check(batch, _recorded(model, part), rows, model)
+    found = _recorded(model, part_of(x, rows), what, f". Every example needs outputs of its own. {_WAY_OUT}")
+    _check(batch, found, rows, model)
 
 
 def differing(values: Tensor | None) -> int | None:
@@ -142,7 +144,7 @@ def _check(batch: Record, other: Record, rows: slice | None, model: nn.Module) -
             if g.shape[:1] != (rows.stop - rows.start,):
                 continue  # what is given for these examples is no row of a batch, as encodings of positions are none
             a, f = _rows(a, rows), _rows(f, rows)
-        if a is not None and f is not None and _same(a, b, tolerance) and not _same(f, g, tolerance, a):
+        if a is not None and f is not None and not _same(f, g, tolerance, a) and _same(a, b, tolerance):
             raise (_random if rows is None else _coupled)(named(name, model))
     if rows is None and not _same(batch[-1][2], other[-1][2], tolerance):
         raise _random(named("", model))
@@ -164,8 +166,8 @@ def _coupled(module: str) -> ValueError:
     )
 
 
-def _recorded(model: nn.Module, x: Any) -> Record:
-    """Every call of a module in the order in which they end."""
+def _recorded(model: nn.Module, x: Any, of: str = "the first batch", advice: str = "") -> Record:
+    """Every call of a module in the order in which they end, in a forward pass as of :func:`laplace.capture.forward.run`."""
     found: Record = []
     handles = [
         module.register_forward_hook(
@@ -174,7 +176,8 @@ def _recorded(model: nn.Module, x: Any) -> Record:
         for name, module in model.named_modules()
     ]
     try:
-        model(x)
+        with faster_products(model.parameters()):
+            run(model, x, of, advice)
     finally:
         for handle in handles:
             handle.remove()
@@ -208,12 +211,16 @@ def _same(one: Tensor | None, two: Tensor | None, tolerance: float, beside: Tens
         return False
     if not one.numel() or not (one.is_floating_point() or one.is_complex()):
         return torch.equal(one, two)
-    scale = max(_largest(value) for value in (one, two, beside) if value is not None and value.numel())
+    if one.dtype == two.dtype and torch.equal(one, two):
+        return True
     kind = torch.complex128 if one.is_complex() else torch.float64
-    difference = float((one.to(kind) - two.to(kind)).abs().amax())
-    return (
-        not math.isfinite(scale) or difference <= tolerance * scale
-    )  # the first is refused with the examples' numbers
+    difference, scale = float((one.to(kind) - two.to(kind)).abs().amax()), None
+    for value in (one, two, beside):
+        if value is not None and value.numel():
+            scale = _largest(value) if scale is None else max(scale, _largest(value))
+            if not math.isfinite(scale) or difference <= tolerance * scale:
+                return True  # what is not finite is refused with the examples' numbers
+    return False
 
 
 def _largest(value: Tensor) -> float:

@@ -37,10 +37,18 @@ def widened(values: Tensor) -> Tensor:
 def without_autocast() -> Iterator[None]:
     """Switch autocast off inside the block, or the function that this decorates: it would round sums to 8 bits."""
     with ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        for device in _with_autocast():
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+def is_autocast_enabled() -> bool:
+    """Whether autocast is on, on any device."""
+    return bool(_with_autocast())
+
+
+def _with_autocast() -> list[str]:
+    return [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
 
 
 @contextmanager
