@@ -19,9 +19,8 @@ from laplace.capture.contractions import require_jacobians
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.capture.forward import failures_named, run
-from laplace.capture.last_layer import LastLayerCapture, last_layer_sources
+from laplace.capture.last_layer import LastLayerCapture, capture_last_layer, last_layer_sources
 from laplace.capture.liveness import live_rows
-from laplace.capture.padding import kept_tokens
 from laplace.capture.soundness import check_function, check_inputs
 from laplace.capture.unproven import Unproven
 from laplace.capture.uses import Proven
@@ -257,14 +256,7 @@ class CapturedModel:
         with eval_mode(self.model), failures_named(self._whole_model, x, "this batch"):
             others = [block.parameter for block in self.spec.blocks if block.layer is None]
             if self.last_layer:
-                with torch.no_grad():
-                    out, features = self.model.forward_with_features(x)
-                    name, layer = self.model.last_layer_name, self.model.last_layer
-                    capture = LastLayerCapture(
-                        features.detach(), layer, name, self.spec.torch_dtype, others, kept_tokens(x)
-                    )
-                self.model.check_output(capture.f, out)
-                return capture
+                return capture_last_layer(self.model, x, self.spec.torch_dtype, others)
             layers = dict.fromkeys(block.layer for block in self.spec.blocks if block.layer is not None)
             return Capture(self.model, x, layers, others, self.spec.torch_dtype, self._proven)
 

@@ -103,3 +103,77 @@ def test_other_layers_and_several_positions_are_looked_at_closer():
 def test_values_are_the_same_up_to_rounding_of_the_largest(one, two, beside, same):
     """What is not finite is refused elsewhere, with the numbers of its examples."""
     assert _same(torch.tensor(one), torch.tensor(two), 1e-6, None if beside is None else torch.tensor(beside)) is same
+
+
+class Ended(nn.Module):
+    """A network that does something with what its last layer gives."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.body, self.head, self.end = nn.Linear(3, 4), nn.Linear(4, 2), end
+
+    def forward(self, x):
+        return self.end(self.head(self.body(x).tanh()), x)
+
+
+def in_place(logits, x):
+    return logits.clamp_(-1, 1)
+
+
+def past_counting(logits, x):
+    """Torch counts no change of this one."""
+    logits.data.clamp_(-1, 1)
+    return logits
+
+
+def anew(logits, x):
+    return logits.clamp(-1, 1)
+
+
+def sometimes(logits, x):
+    return logits * 2 if float(x.abs().max()) > 50 else logits
+
+
+@pytest.mark.parametrize("end", [in_place, past_counting, anew, sometimes])
+@pytest.mark.parametrize("structure", ["diag", "kron", "full"])
+def test_what_follows_the_last_layer_is_seen_in_any_batch(end, structure):
+    """In the first one, of small outputs, nothing does."""
+    torch.manual_seed(0)
+    model = Ended(end).eval()
+    with torch.no_grad():
+        model.head.weight *= 0.01
+        model.head.bias.zero_()
+    small, large, y = torch.randn(8, 3), torch.randn(8, 3) * 100, torch.zeros(8, 2)
+    la = Laplace(model, "regression", "last_layer", structure, last_layer_name="head")
+    la.fit([(small, y)])
+    with torch.no_grad():
+        model.head.weight *= 1000
+    with pytest.raises(ValueError, match="is not the output of its last layer 'head'"):
+        la.fit([(small * 1e-3, y), (large, y)])
+
+
+@pytest.mark.parametrize("structure", ["diag", "kron", "full"])
+def test_a_last_layer_runs_once_for_every_batch(structure):
+    """Once in the model, and not again to see that nothing follows it."""
+    model, x, y = net(3, 4, 2), torch.randn(8, 3), torch.arange(8) % 2
+    la = Laplace(model, "classification", "last_layer", structure)
+    counts = [passes(model[-1], lambda n=n: la.fit([(x, y)] * n)) for n in (1, 2, 4)]
+    assert counts[2] - counts[1] == 2
+
+
+def test_outputs_that_a_model_overwrites_in_its_next_pass_are_kept():
+    """As those that it writes into memory of its own."""
+
+    def into_memory(logits, x):
+        if not hasattr(into_memory, "kept"):
+            into_memory.kept = torch.zeros_like(logits)
+        return into_memory.kept.copy_(logits) if len(logits) == 8 else logits
+
+    torch.manual_seed(0)
+    model, x, y = Ended(into_memory).eval(), torch.randn(8, 3), torch.zeros(8, 2)
+    la = Laplace(model, "regression", "last_layer", "diag", last_layer_name="head")
+    la.fit([(x, y)])
+    capture = la.backend.capture(x)
+    before = capture.f.clone()
+    la.backend.capture(x + 1)
+    assert torch.equal(capture.f, before)
