@@ -27,6 +27,7 @@ def verdicts(capture: Capture, layers: dict[str, str], params: dict[str, nn.Para
     """For every parameter, whether each of the first examples has the captured gradient; None where there is none."""
     v = fixed_directions(capture.f)
     found: dict[str, list[bool | None]] = {name: [] for name in params}
+    coarsest = capture.coarsest
     for number, example in enumerate(_order(min(len(v), PROBES))):
         if number >= _ALWAYS and all(set(asked) - {None} for asked in found.values()):
             break
@@ -34,10 +35,14 @@ def verdicts(capture: Capture, layers: dict[str, str], params: dict[str, nn.Para
         direction[example] = v[example]
         with _refusals(capture, params, direction):  # both by one backward pass
             gradients, truth = capture._pulled(direction, list(params.values()))
+        own: dict[str, list] = {}
+        for call, g in gradients:
+            own.setdefault(call.layer, []).append((call, g))
         for (name, p), expected in zip(params.items(), truth, strict=True):
             expected = dense(expected, p).detach()
             block = Block(name, tuple(p.shape), layers[name], (), "")
-            found[name].append(_is_row(capture, block, gradients, expected, example))
+            spacing = max(torch.finfo(expected.dtype).eps, coarsest)
+            found[name].append(_is_row(capture, block, own.get(layers[name], []), expected, example, spacing))
     return found
 
 
@@ -79,10 +84,20 @@ def _order(n: int) -> list[int]:
     return list(dict.fromkeys([n - 1, 0, n // 2, *range(n)]))
 
 
-def _is_row(capture: Capture, block: Block, gradients: list, expected: torch.Tensor, example: int) -> bool | None:
+def _is_row(
+    capture: Capture, block: Block, gradients: list, expected: torch.Tensor, example: int, spacing: float
+) -> bool | None:
     """Whether one example's inputs and output gradients give this parameter's gradient; None if there is no gradient.
 
     An error means that they do not: the layer's class does something else with its inputs than its base class.
+
+    Args:
+        capture: Of the batch.
+        block: The parameter.
+        gradients: The calls of its layer, and the gradients of what came out.
+        expected: The gradient by automatic differentiation.
+        example: Number of the example.
+        spacing: Of the coarsest numbers near 1 in all these.
     """
     if block.layer not in capture.called:
         return None
@@ -92,7 +107,6 @@ def _is_row(capture: Capture, block: Block, gradients: list, expected: torch.Ten
         if len(g) != len(capture.f) or (a is not None and a.shape[:2] != g.shape[:2]):
             return False
         module, a, g = capture.modules[block.layer], None if a is None else a[example, None], g[example, None]
-        spacing = max(torch.finfo(expected.dtype).eps, capture.coarsest)
         if a is not None and _is_product(module, expected, a, g, spacing):
             return True
         ours = contractions.row_of_layer(block, module, a, g).flatten()
