@@ -117,7 +117,10 @@ class Categorical(ClassProbabilities):
 
     def hessian_diagonal(self, f: Tensor, y: Tensor) -> Tensor:
         r"""Variances :math:`p (1 - p)` of the classes; :math:`1 - p` of a sure example keeps its digits."""
-        return _variances(f.softmax(-1))
+        p = f.softmax(-1)
+        top = p.argmax(-1, keepdim=True)
+        others = p.scatter(-1, top, 0).sum(-1, keepdim=True)
+        return (1 - p).scatter_(-1, top, others).mul_(p)
 
     def hessian_sum(self, f: Tensor, y: Tensor) -> Tensor:
         r""":math:`\mathrm{diag}(\sum_n p_n) - P^\top P`, but for the diagonal, which would lose digits."""
@@ -125,7 +128,7 @@ class Categorical(ClassProbabilities):
         total = torch.zeros(p.shape[-1], p.shape[-1], dtype=p.dtype, device=p.device)
         add_gram_(total, [p], -1.0)
         mirror_(total)
-        total.diagonal().copy_(_variances(p).sum(0))
+        total.diagonal().copy_(self.hessian_diagonal(f, y).sum(0))
         return total
 
     def weighted_hessian_sum(self, f: Tensor, y: Tensor, weights: Tensor) -> Tensor:
@@ -134,7 +137,7 @@ class Categorical(ClassProbabilities):
         total = torch.zeros(p.shape[-1], p.shape[-1], dtype=p.dtype, device=p.device)
         add_gram_(total, [along(weights.sqrt(), p) * p], -1.0)
         mirror_(total)
-        total.diagonal().copy_((along(weights, p) * _variances(p)).sum(0))
+        total.diagonal().copy_((along(weights, p) * self.hessian_diagonal(f, y)).sum(0))
         return total
 
     def draw(self, f: Tensor, u: Tensor) -> Tensor:
@@ -195,12 +198,6 @@ class Categorical(ClassProbabilities):
     def tuning_loss(self, prediction: Prediction, y: Tensor, sigma_noise: float = 1.0) -> float:
         """Summed negative log likelihood."""
         return float(-prediction[0].double().gather(-1, y.long()[..., None]).sum())
-
-
-def _variances(p: Tensor) -> Tensor:
-    top = p.argmax(-1, keepdim=True)
-    others = p.scatter(-1, top, 0).sum(-1, keepdim=True)
-    return (1 - p).scatter_(-1, top, others).mul_(p)
 
 
 def _label(cumulative: Tensor, u: Tensor) -> Tensor:
