@@ -16,7 +16,7 @@ from torch import Tensor
 
 from laplace.capture.chosen_outputs import ChosenOutputs
 from laplace.capture.evaluation import eval_mode
-from laplace.capture.soundness import failures_named
+from laplace.capture.forward import failures_named
 from laplace.capture.stateless import with_tensors
 from laplace.data.batches import joined
 from laplace.enums import LinkApprox, PredType, parse

@@ -18,10 +18,10 @@ from laplace.capture.capture import Capture
 from laplace.capture.contractions import require_jacobians
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.feature_extractor import FeatureExtractor
-from laplace.capture.last_layer import LastLayerCapture, last_layer_sources
+from laplace.capture.forward import failures_named, run
+from laplace.capture.last_layer import LastLayerCapture, capture_last_layer, last_layer_sources
 from laplace.capture.liveness import live_rows
-from laplace.capture.padding import kept_tokens
-from laplace.capture.soundness import check_function, check_inputs, failures_named, run
+from laplace.capture.soundness import check_function, check_inputs
 from laplace.capture.unproven import Unproven
 from laplace.capture.uses import Proven
 from laplace.capture.verify import find_layers
@@ -30,7 +30,6 @@ from laplace.data.mistakes import check_outputs
 from laplace.enums import Likelihood
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.named import NamedLikelihood
-from laplace.linalg.matmul import faster_products
 from laplace.linalg.memory import at_once, ranges
 from laplace.noise import fixed_directions
 from laplace.structures.registry import sums_spec, warn_of_diagonal_blocks
@@ -149,20 +148,20 @@ class CapturedModel:
         check_inputs(x)
         self._with_rows = which_have_rows(x)
         x = few(x)
-        with eval_mode(self.model), faster_products(self._whole_model.parameters()):
+        with eval_mode(self.model):
             check_model(self.model)
             modules = check_function(self._whole_model, x)
             before, dead = self._dead_before(x), set[str]()
             if self.last_layer:
-                with torch.no_grad():
-                    _, features = self.model.forward_with_features(x)
+                with torch.no_grad():  # a last layer ends the model, so its graph shows nothing
+                    f, features = self.model.forward_with_features(x)
                 found = last_layer_sources(self.model.last_layer, self.model.last_layer_name, shapes, features.detach())
             else:
                 found = find_layers(self.model, list(shapes), x)
                 keys = [(source.layer or row_key(name), source.alive) for name, source in found.items()]
                 dead = {key for key, _ in keys} - {key for key, alive in keys if alive}
-            with torch.set_grad_enabled(not self.last_layer):  # a last layer ends the model, so there is nothing to see
-                f = self.model(x)
+                with torch.enable_grad():
+                    f = self.model(x)
         check_outputs(x, f)
         self.likelihood_object.warn_of_outputs(f)
         n_outputs = self.likelihood_object.count_outputs(f)
@@ -257,14 +256,7 @@ class CapturedModel:
         with eval_mode(self.model), failures_named(self._whole_model, x, "this batch"):
             others = [block.parameter for block in self.spec.blocks if block.layer is None]
             if self.last_layer:
-                with torch.no_grad():
-                    out, features = self.model.forward_with_features(x)
-                    name, layer = self.model.last_layer_name, self.model.last_layer
-                    capture = LastLayerCapture(
-                        features.detach(), layer, name, self.spec.torch_dtype, others, kept_tokens(x)
-                    )
-                self.model.check_output(capture.f, out)
-                return capture
+                return capture_last_layer(self.model, x, self.spec.torch_dtype, others)
             layers = dict.fromkeys(block.layer for block in self.spec.blocks if block.layer is not None)
             return Capture(self.model, x, layers, others, self.spec.torch_dtype, self._proven)
 

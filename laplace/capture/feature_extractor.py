@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace.capture.calls import input_of, is_batched
-from laplace.capture.soundness import run, tensor_output
+from laplace.capture.forward import run, tensor_output
 from laplace.enums import parse
 from laplace.linalg.precision import coarsest
 
@@ -117,6 +117,31 @@ class FeatureExtractor(nn.Module):
         out, kept = self._run(x)
         features = self._reduce(*kept[-1], out)
         return out, features if self.enable_backprop else features.detach()
+
+    def forward_with_call(
+        self, x: Tensor | MutableMapping[str, Any]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """As :meth:`forward_with_features`, and the last call of the last layer where the model's output is what it gave.
+
+        Returns:
+            Outputs, features, and copies of what the layer's weight was multiplied by and of what the layer gave; None for the
+            two where the output differs from that in shape or in any number, or where features are reduced.
+        """
+        last: list[tuple[Tensor, Tensor]] = []
+
+        def copy(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            value, last[:] = input_of(args, kwargs), []
+            if value is not None and isinstance(output, Tensor) and not is_batched(output):
+                last.append((value.clone(), output.clone()))  # either may be changed in place later
+
+        handle = self.last_layer.register_forward_hook(copy, with_kwargs=True)
+        try:
+            out, features = self.forward_with_features(x)
+        finally:
+            handle.remove()
+        value, given = last[0] if last else (None, None)
+        same = value is not None and value.shape == features.shape and out.dtype == given.dtype
+        return out, features, (value, given) if same and torch.equal(out, given) else None
 
     def _run(self, x: Tensor | MutableMapping[str, Any]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Outputs, and input and output of every call of the last layer."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace.capture.evaluation import eval_mode
-from laplace.capture.soundness import run
+from laplace.capture.forward import run
 
 
 @torch.no_grad()

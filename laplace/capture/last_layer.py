@@ -6,7 +6,8 @@ hooks, the parameters are differentiated one example at a time, as those of any 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 from laplace.capture.blocks import row_key
 from laplace.capture.calls import input_of
 from laplace.capture.capture import Capture
+from laplace.capture.feature_extractor import FeatureExtractor
+from laplace.capture.padding import kept_tokens
 from laplace.capture.pullback import pullback
 from laplace.capture.rules import gradients_by_position, inputs_by_position
 from laplace.capture.verify import Source, find_layers
+from laplace.linalg.matmul import faster_products
 from laplace.noise import fixed_directions
 
 
@@ -67,13 +71,24 @@ class LastLayerCapture:
         dtype: torch.dtype,
         others: Iterable[str] = (),
         kept_tokens: Tensor | None = None,
+        call: tuple[Tensor, Tensor] | None = None,
     ):
-        """Apply the last layer to features ``(batch, …, in)``; ``others`` are the parameters without a closed form."""
+        """Apply the last layer to features ``(batch, …, in)``, unless it was called on them.
+
+        Args:
+            features: Its inputs, before its own hooks.
+            layer: The last layer.
+            name: Its name.
+            dtype: Type in which inputs and gradients are handed out.
+            others: Its parameters without a closed form.
+            kept_tokens: See the class.
+            call: What its weight was multiplied by, and what came out, if the layer was called on these features.
+        """
         self.dtype = dtype
         self.kept_tokens = kept_tokens
         self.modules = {name: layer}
         self._name = name
-        f, self._features = apply_last_layer(layer, features)
+        f, self._features = apply_last_layer(layer, features) if call is None else reversed(call)
         self.f = f.detach()
         prefix = f"{name}."
         self._rows = pullback(layer, features, [other.removeprefix(prefix) for other in others])
@@ -98,6 +113,31 @@ class LastLayerCapture:
             for local, row in self._rows(v).items()
         }
         return {self._name: gradients_by_position(self.modules[self._name], v).to(self.dtype), **rows}
+
+
+@torch.no_grad()
+def capture_last_layer(
+    extractor: FeatureExtractor, x: Any, dtype: torch.dtype, others: Sequence[str] = ()
+) -> LastLayerCapture:
+    """The capture of one batch; the layer is applied once more only where that has to show that nothing follows it.
+
+    Args:
+        extractor: The model and its last layer.
+        x: Inputs.
+        dtype: Type in which inputs and gradients are handed out.
+        others: Parameters of the last layer without a closed form.
+
+    Raises:
+        ValueError: If the model's output is not that of its last layer.
+    """
+    with faster_products(extractor.model.parameters()):
+        out, features, call = extractor.forward_with_call(x)
+    name, layer = extractor.last_layer_name, extractor.last_layer
+    call = None if others else call  # of others the features themselves are needed, as they were
+    capture = LastLayerCapture(features.detach(), layer, name, dtype, others, kept_tokens(x), call)
+    if call is None:
+        extractor.check_output(capture.f, out)
+    return capture
 
 
 def apply_last_layer(layer: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,7 @@ none of its own for any of them. Neither shows in the numbers, so a few examples
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,9 +15,11 @@ from torch import Tensor, nn
 
 from laplace.capture.admission import named
 from laplace.capture.calls import is_batched
+from laplace.capture.forward import run, tensor_output
 from laplace.data.batches import is_divisible, length_of, part_of
 from laplace.data.mistakes import check_outputs
-from laplace.linalg.precision import spacing_of_products, without_autocast
+from laplace.linalg.matmul import faster_products
+from laplace.linalg.precision import is_autocast_enabled, spacing_of_products, without_autocast
 from laplace.noise import fixed_directions
 
 _SINGLES = 4  # examples that are run by themselves, beside the others together
@@ -30,31 +31,6 @@ _WAY_OUT = (
 )
 
 Record = list[tuple[str, Any, Any]]  # every call of a module in the order in which they end: its name, input and output
-
-
-def tensor_output(output: Any) -> Tensor:
-    """A model's output, if it is one tensor with a batch dimension and one of outputs.
-
-    Raises:
-        TypeError: If it is a tuple, a dictionary or another object.
-        ValueError: If it has one value per example and no dimension of outputs, or is complex.
-    """
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"The model's output is a {type(output).__name__}, but has to be a tensor (batch, outputs). Wrap the model in a "
-            "module whose forward returns the logits or predictions alone, as output.logits, output['logits'] or output[0]."
-        )
-    if output.ndim < 2:
-        raise ValueError(
-            f"The model's output has shape {tuple(output.shape)}, but has to be (batch, outputs): end its forward with "
-            ".unsqueeze(-1), and give regression targets of shape (batch, 1); binary labels of a Bernoulli may stay (batch,)."
-        )
-    if output.is_complex():
-        raise ValueError(
-            f"The model's output is of {output.dtype}, and likelihoods are of real numbers: end its forward with "
-            "torch.view_as_real(…).flatten(1), and give targets in the same way."
-        )
-    return output
 
 
 def check_inputs(x: Any) -> None:
@@ -85,13 +61,15 @@ def check_function(model: nn.Module, x: Any) -> set[str]:
         TypeError: If the output is no tensor.
         ValueError: If the model cannot run, is random, or makes examples depend on one another; names the module.
     """
-    f = run(model, x)
+    with faster_products(model.parameters()):
+        f = run(model, x)
     if isinstance(f, Tensor) and f.ndim:
         check_outputs(x, f)
     f = tensor_output(f)
     if _all_equal(x) and _runs(model, x + fixed_directions(x)):
         x = x + fixed_directions(x)  # blank examples show neither noise nor what they do to one another
-    with without_autocast() if _runs_without_autocast(model, x) else nullcontext():
+    exact = is_autocast_enabled() and _runs_without_autocast(model, x)
+    with without_autocast() if exact else nullcontext():
         return _checked(model, x, len(f))
 
 
@@ -113,9 +91,8 @@ def _checked(model: nn.Module, x: Any, outputs: int) -> set[str]:
 
 def _check_apart(model: nn.Module, x: Any, batch: Record, rows: slice, what: str) -> None:
     """Compare some examples of a batch with what they are without the others."""
-    part = part_of(x, rows)
-    run(model, part, what, f". Every example needs outputs of its own. {_WAY_OUT}")
-    _check(batch, _recorded(model, part), rows, model)
+    found = _recorded(model, part_of(x, rows), what, f". Every example needs outputs of its own. {_WAY_OUT}")
+    _check(batch, found, rows, model)
 
 
 def differing(values: Tensor | None) -> int | None:
@@ -167,7 +144,7 @@ def _check(batch: Record, other: Record, rows: slice | None, model: nn.Module) -
             if g.shape[:1] != (rows.stop - rows.start,):
                 continue  # what is given for these examples is no row of a batch, as encodings of positions are none
             a, f = _rows(a, rows), _rows(f, rows)
-        if a is not None and f is not None and _same(a, b, tolerance) and not _same(f, g, tolerance, a):
+        if a is not None and f is not None and not _same(f, g, tolerance, a) and _same(a, b, tolerance):
             raise (_random if rows is None else _coupled)(named(name, model))
     if rows is None and not _same(batch[-1][2], other[-1][2], tolerance):
         raise _random(named("", model))
@@ -189,71 +166,8 @@ def _coupled(module: str) -> ValueError:
     )
 
 
-# Of a forward pass that gets other inputs than it was written for, such as a mapping in place of a tensor.
-_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
-
-
-def run(model: nn.Module, x: Any, of: str = "the first batch", advice: str = "") -> Any:
-    """A forward pass.
-
-    Args:
-        model: The network.
-        x: One batch of inputs.
-        of: What that is, for messages.
-        advice: What to do about it, for messages.
-
-    Raises:
-        ValueError: If it fails; names the module.
-    """
-    running: list[str] = []
-    try:
-        return model(x)
-    except torch.OutOfMemoryError:  # which callers know by its class
-        raise
-    except _FAILURES as error:
-        failed = error
-    with _entered(model, running):
-        try:
-            return model(x)
-        except _FAILURES:
-            where = named(running[-1], model) if running else named("", model)
-    what = "" if isinstance(failed, (RuntimeError, ValueError)) else f"{type(failed).__name__}: "
-    raise ValueError(f"The model's forward pass of {of} fails in {where}: {what}{failed}{advice}") from failed
-
-
-@contextmanager
-def failures_named(model: nn.Module, x: Any, of: str) -> Iterator[None]:
-    """Where what is done with a batch inside the block fails, and so does the forward pass by itself, say in which module.
-
-    Raises:
-        ValueError: As :func:`run`.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except _FAILURES:
-        with torch.no_grad():
-            run(model, x, of)
-        raise
-
-
-@contextmanager
-def _entered(model: nn.Module, running: list[str]) -> Iterator[None]:
-    """Keep the modules that are running at the moment in a list, the innermost last."""
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda m, args, name=name: running.append(name)))
-        handles.append(module.register_forward_hook(lambda m, args, output: running.pop() and None))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _recorded(model: nn.Module, x: Any) -> Record:
-    """Every call of a module in the order in which they end."""
+def _recorded(model: nn.Module, x: Any, of: str = "the first batch", advice: str = "") -> Record:
+    """Every call of a module in the order in which they end, in a forward pass as of :func:`laplace.capture.forward.run`."""
     found: Record = []
     handles = [
         module.register_forward_hook(
@@ -262,7 +176,8 @@ def _recorded(model: nn.Module, x: Any) -> Record:
         for name, module in model.named_modules()
     ]
     try:
-        model(x)
+        with faster_products(model.parameters()):
+            run(model, x, of, advice)
     finally:
         for handle in handles:
             handle.remove()
@@ -296,12 +211,16 @@ def _same(one: Tensor | None, two: Tensor | None, tolerance: float, beside: Tens
         return False
     if not one.numel() or not (one.is_floating_point() or one.is_complex()):
         return torch.equal(one, two)
-    scale = max(_largest(value) for value in (one, two, beside) if value is not None and value.numel())
+    if one.dtype == two.dtype and torch.equal(one, two):
+        return True
     kind = torch.complex128 if one.is_complex() else torch.float64
-    difference = float((one.to(kind) - two.to(kind)).abs().amax())
-    return (
-        not math.isfinite(scale) or difference <= tolerance * scale
-    )  # the first is refused with the examples' numbers
+    difference, scale = float((one.to(kind) - two.to(kind)).abs().amax()), None
+    for value in (one, two, beside):
+        if value is not None and value.numel():
+            scale = _largest(value) if scale is None else max(scale, _largest(value))
+            if not math.isfinite(scale) or difference <= tolerance * scale:
+                return True  # what is not finite is refused with the examples' numbers
+    return False
 
 
 def _largest(value: Tensor) -> float:

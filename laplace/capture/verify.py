@@ -14,20 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from laplace.capture import contractions
-from laplace.capture.agreement import allowed
-from laplace.capture.blocks import Block
 from laplace.capture.calls import that_reach
 from laplace.capture.capture import Capture
-from laplace.capture.fallback import dense, refusal
 from laplace.capture.products import product_of
-from laplace.capture.rules import covers, has_output_factor, is_convolution, is_outer, is_transposed
+from laplace.capture.rules import covers, has_output_factor, is_convolution, is_transposed
 from laplace.capture.uses import Uses
-from laplace.linalg.precision import without_autocast
-from laplace.noise import fixed_directions
+from laplace.capture.verdicts import PROBES, gradients_of, verdicts
 
-_PROBES = 8  # examples that are asked at most
-_ALWAYS = 3  # of these, how many are asked even if the first ones have a gradient
 _AUTOGRAD = "per-example autograd: "
 UNSHOWN = "no gradient in the first batch"
 _MISUSED = "used outside its module's calls, changed by them, or batch not in the first dimension"
@@ -148,7 +141,7 @@ def _verified(model: nn.Module, found: dict[str, Source], x: Any, alone: bool = 
         aside = Source(None, f"{_AUTOGRAD}its gradient does not come through the output of its module")
         return _verified(model, {n: aside if s.layer in passed else s for n, s in found.items()}, x, alone)
     capture.check_called()
-    verdicts = _verdicts(capture, found, {name: known[name] for name in names})
+    asked = verdicts(capture, {name: found[name].layer for name in names}, {name: known[name] for name in names})
     picked = capture.folded if capture.picks_by_mask else set()
     result = dict(found)
     for name in names:
@@ -159,11 +152,11 @@ def _verified(model: nn.Module, found: dict[str, Source], x: Any, alone: bool = 
             result[name] = Source(None, f"{_AUTOGRAD}its module did not run")
         elif layer in picked:
             result[name] = Source(None, f"{_AUTOGRAD}its module is given rows that are picked by their values")
-        elif False in verdicts[name] or (True not in verdicts[name] and (alone or not _is_plain(capture, name, layer))):
+        elif False in asked[name] or (True not in asked[name] and (alone or not _is_plain(capture, name, layer))):
             result[name] = Source(None, f"{_AUTOGRAD}{_MISUSED}")
         elif is_transposed(capture.modules[layer]):
             result[name] = found[name]._replace(kind="transposed")
-        result[name] = result[name]._replace(alive=layer not in capture.called or bool(set(verdicts[name]) - {None}))
+        result[name] = result[name]._replace(alive=layer not in capture.called or bool(set(asked[name]) - {None}))
     return result
 
 
@@ -181,13 +174,13 @@ def _passed_by(capture: Capture, found: dict[str, Source], params: dict[str, nn.
     }
     if not lost:
         return set()
-    gradients = _gradients(capture, lost, torch.ones_like(capture._output))
+    gradients = gradients_of(capture, lost, torch.ones_like(capture._output))
     return {found[name].layer for name, g in zip(lost, gradients, strict=True) if g is not None}
 
 
 def _is_plain(capture: Capture, name: str, layer: str) -> bool:
     """Whether a layer by itself, on other inputs of its own shape, has the captured gradient."""
-    value = capture.first_value(layer)[:_PROBES]
+    value = capture.first_value(layer)[:PROBES]
     value = torch.randn_like(value) if value.is_floating_point() else value
     local = name[len(layer) + 1 :] if layer else name
     module = capture.modules[layer]
@@ -199,92 +192,3 @@ def _is_plain(capture: Capture, name: str, layer: str) -> bool:
         )
     except (RuntimeError, ValueError, IndexError):
         return False
-
-
-@without_autocast()
-def _verdicts(
-    capture: Capture, found: dict[str, Source], params: dict[str, nn.Parameter]
-) -> dict[str, list[bool | None]]:
-    """For every parameter, whether each of the first examples has the captured gradient; None where there is none."""
-    v = fixed_directions(capture.f)
-    verdicts: dict[str, list[bool | None]] = {name: [] for name in params}
-    for number, example in enumerate(_order(min(len(v), _PROBES))):
-        if number >= _ALWAYS and all(set(asked) - {None} for asked in verdicts.values()):
-            break
-        direction = torch.zeros_like(v)
-        direction[example] = v[example]
-        truth = _gradients(capture, params, direction)
-        gradients = capture.output_gradients(direction)
-        for (name, p), expected in zip(params.items(), truth, strict=True):
-            expected = dense(expected, p).detach()
-            block = Block(name, tuple(p.shape), found[name].layer, (), "")
-            verdicts[name].append(_is_row(capture, block, gradients, expected, example))
-    return verdicts
-
-
-def _gradients(
-    capture: Capture, params: dict[str, nn.Parameter], direction: torch.Tensor
-) -> tuple[torch.Tensor | None, ...]:
-    """Those of automatic differentiation.
-
-    Raises:
-        ValueError: If it cannot differentiate the model with respect to a parameter; names it.
-    """
-    try:
-        return _differentiated(capture, list(params.values()), direction)
-    except RuntimeError as error:
-        raise refusal(capture._model, [n for n, p in params.items() if _fails(capture, p, direction)], error) from error
-
-
-def _differentiated(capture: Capture, params: list[nn.Parameter], direction: torch.Tensor):
-    return torch.autograd.grad(capture._output, params, direction, retain_graph=True, allow_unused=True)
-
-
-def _fails(capture: Capture, parameter: nn.Parameter, direction: torch.Tensor) -> bool:
-    try:
-        _differentiated(capture, [parameter], direction)
-    except RuntimeError:
-        return True
-    return False
-
-
-def _order(n: int) -> list[int]:
-    """The last of so many examples, the first, the middle one, then the others."""
-    return list(dict.fromkeys([n - 1, 0, n // 2, *range(n)]))
-
-
-def _is_row(capture: Capture, block: Block, gradients: list, expected: torch.Tensor, example: int) -> bool | None:
-    """Whether one example's inputs and output gradients give this parameter's gradient; None if there is no gradient.
-
-    An error means that they do not: the layer's class does something else with its inputs than its base class.
-    """
-    if block.layer not in capture.called:
-        return None
-    try:
-        g = capture.positions_of(block.layer, gradients)
-        a = None if contractions.is_bias(block) else capture.inputs(block.layer)
-        if len(g) != len(capture.f) or (a is not None and a.shape[:2] != g.shape[:2]):
-            return False
-        module, a, g = capture.modules[block.layer], None if a is None else a[example, None], g[example, None]
-        ours = contractions.row_of_layer(block, module, a, g).flatten()
-        terms = _norms_of_terms(block, module, a, g)
-        spacing, size = torch.finfo(expected.dtype).eps, torch.linalg.vector_norm(expected, dtype=torch.float64)
-        error = ours.sub_(expected.flatten()).norm()
-    except (RuntimeError, ValueError, IndexError):
-        return False
-    if size == 0 and terms[0] == 0:
-        return None
-    return bool(error <= allowed(size, terms[1], terms[0], max(spacing, capture.coarsest)))
-
-
-def _norms_of_terms(
-    block: Block, module: nn.Module, a: torch.Tensor | None, g: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Norms of the row of absolute values, and of that of root sums of squares, over the terms of the sum over positions."""
-    if a is not None and g.shape[1] == 1 and is_outer(module):
-        return (a.norm() * g.norm(),) * 2
-    found = []
-    for power in (1, 2):
-        values = a if a is None or isinstance(module, nn.Embedding) else a.abs() ** power
-        found.append(contractions.row_of_layer(block, module, values, g.abs() ** power) ** (1 / power))
-    return found[0].norm(), found[1].norm()

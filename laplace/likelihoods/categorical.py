@@ -120,7 +120,7 @@ class Categorical(ClassProbabilities):
         p = f.softmax(-1)
         top = p.argmax(-1, keepdim=True)
         others = p.scatter(-1, top, 0).sum(-1, keepdim=True)
-        return p * (1 - p).scatter(-1, top, others)
+        return (1 - p).scatter_(-1, top, others).mul_(p)
 
     def hessian_sum(self, f: Tensor, y: Tensor) -> Tensor:
         r""":math:`\mathrm{diag}(\sum_n p_n) - P^\top P`, but for the diagonal, which would lose digits."""

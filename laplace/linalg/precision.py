@@ -8,14 +8,15 @@ contracted from what was captured does not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace.linalg.process_settings import WhileAny
+from laplace.linalg.process_settings import Block, WhileAny
 
 _SPACING = {"tf32": 2.0**-10, "bf16": 2.0**-7}
 _OF_DEVICE = {"cuda": ("cuda.matmul", "cudnn.conv", "cudnn.rnn"), "cpu": ("mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")}
@@ -33,14 +34,28 @@ def widened(values: Tensor) -> Tensor:
     return values.float() if torch.finfo(values.dtype).bits < 32 else values
 
 
-@contextmanager
-def without_autocast() -> Iterator[None]:
+class without_autocast(Block):  # noqa: N801 - used as a function
     """Switch autocast off inside the block, or the function that this decorates: it would round sums to 8 bits."""
-    with ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+
+    def __enter__(self) -> None:
+        """Switch it off where it is on."""
+        self._inside = [torch.autocast(device, enabled=False) for device in _with_autocast()]
+        for block in self._inside:
+            block.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Switch it on again."""
+        for block in reversed(self._inside):
+            block.__exit__(*error)
+
+
+def is_autocast_enabled() -> bool:
+    """Whether autocast is on, on any device."""
+    return bool(_with_autocast())
+
+
+def _with_autocast() -> list[str]:
+    return [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
 
 
 @contextmanager
@@ -59,28 +74,34 @@ def without_kept_casts() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
-@contextmanager
-def in_full_precision() -> Iterator[None]:
+class in_full_precision(without_autocast):  # noqa: N801 - used as a function
     """Switch autocast off inside the block, or the function that this decorates, and products of rounded numbers.
 
     Other threads stay in full precision as long as they need it.
     """
-    with _unrounded, without_autocast():
-        yield
+
+    def __enter__(self) -> None:
+        """Switch off what is on."""
+        _unrounded.__enter__()
+        super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Switch it on again."""
+        super().__exit__(*error)
+        _unrounded.__exit__(*error)
 
 
-@contextmanager
-def _without_rounding() -> Iterator[None]:
-    kinds = _CONTRACTED["cpu"] + (_CONTRACTED["cuda"] if torch.cuda.is_initialized() else ())
-    rounded = {kind: found for kind, found in float32_products(kinds).items() if found in _SPACING}
-    _set(dict.fromkeys(rounded, "ieee"))
-    try:
-        yield
-    finally:
-        _set(rounded)
+class _WithoutRounding(Block):
+    def __enter__(self) -> None:
+        kinds = _CONTRACTED["cpu"] + (_CONTRACTED["cuda"] if torch.cuda.is_initialized() else ())
+        self._rounded = {kind: found for kind, found in float32_products(kinds).items() if found in _SPACING}
+        _set(dict.fromkeys(self._rounded, "ieee"))
+
+    def __exit__(self, *error: Any) -> None:
+        _set(self._rounded)
 
 
-_unrounded = WhileAny(_without_rounding)
+_unrounded = WhileAny(_WithoutRounding)
 
 
 @contextmanager
@@ -143,6 +164,7 @@ def coarsest(*tensors: Tensor) -> float:
     return max(*spacings, *(spacing_of_products(device) for device in {t.device for t in tensors}))
 
 
+@lru_cache
 def _is_set_by_kind() -> bool:
     """Whether this torch knows kinds of products, as it does from 2.9 on; they then are what counts.
 
@@ -164,6 +186,7 @@ def _set_as_before_2_9(wanted: Mapping[str, str]) -> None:
     torch.backends.cudnn.allow_tf32 = wanted["cudnn.conv"] == "tf32"
 
 
+@lru_cache
 def _place(kind: str) -> Any:
     """What of torch.backends holds the precision of a kind of products."""
     return attrgetter(kind)(torch.backends)

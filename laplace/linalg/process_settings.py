@@ -1,11 +1,27 @@
-"""Settings of the whole process, which hold as long as any block in any thread needs them."""
+"""Blocks of settings: some of the whole process, which hold as long as any block in any thread needs them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import wraps
 from threading import Lock
 from types import TracebackType
+from typing import Any
+
+
+class Block:
+    """Base of context managers that decorate functions too, which begin and end in a fraction of a generator's time."""
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Have a function run inside a block of its own."""
+
+        @wraps(function)
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with type(self)():
+                return function(*args, **kwargs)
+
+        return inside
 
 
 class WhileAny:

@@ -17,7 +17,7 @@ from laplace.backends.gauss_newton import EFInterface, GGNInterface
 from laplace.capture import contractions
 from laplace.capture.contractions import output_directions
 from laplace.capture.evaluation import eval_mode
-from laplace.capture.soundness import run
+from laplace.capture.forward import run
 from laplace.data.subset import subset_of
 from laplace.enums import PredType
 from laplace.linalg import memory

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.fallback import input_tensors, rebuild_inputs
-from laplace.capture.soundness import failures_named
+from laplace.capture.forward import failures_named
 from laplace.capture.stateless import with_tensors
 from laplace.data.batches import batches
 from laplace.linalg.lowrank import block_lanczos

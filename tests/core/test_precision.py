@@ -71,6 +71,23 @@ def test_checks_know_how_coarse_products_are(medium):
     assert spacing_of_products(torch.device("meta")) == 0.0
 
 
+def test_a_decorated_function_that_calls_itself_and_fails_leaves_all_as_it_was(medium):
+    """Each call has a block of its own, and every one of them ends."""
+    seen = []
+
+    @in_full_precision()
+    def count(n):
+        seen.append((float32_products()["mkldnn.matmul"], torch.is_autocast_enabled("cpu")))
+        return count(n - 1) if n else 1 / n
+
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ZeroDivisionError):
+            count(2)
+        assert torch.is_autocast_enabled("cpu")
+        assert float32_products()["mkldnn.matmul"] == "bf16"
+    assert seen == [("ieee", False)] * 3
+
+
 def test_the_word_for_what_was_found(medium):
     assert matmul_precision(float32_products()) == "medium" == torch.get_float32_matmul_precision()
     with products_in("tf32"):
