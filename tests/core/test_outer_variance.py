@@ -5,7 +5,9 @@ import torch
 
 from laplace.capture import outer_variance
 from laplace.capture.blocks import Basis
+from laplace.capture.every_output import OutputGradients
 from laplace.capture.outer_variance import add_outer_variance
+from laplace.capture.weights import constant
 
 
 def _case(positions, outputs=3, batch=5, out=7, width=11, priors=2, dtype=torch.float64):
@@ -25,7 +27,9 @@ _PLAIN = Basis()
 
 def _added(a, g, w, diagonal, basis=_PLAIN):
     total = torch.zeros_like(_naive(a, g, w, diagonal)).to(a.dtype)
-    add_outer_variance(total, lambda i, j: a[i:j], g, basis, lambda t: w[t], a.shape[1:], diagonal)
+    add_outer_variance(
+        total, lambda i, j: a[i:j], OutputGradients(g.unbind(1)), basis, constant(*w), a.shape[1:], diagonal
+    )
     return total
 
 
