@@ -21,14 +21,14 @@ from torch import Tensor
 
 from laplace.capture.blocks import Basis
 from laplace.capture.every_output import OutputGradients
-from laplace.capture.weights import ALL, Weight
+from laplace.capture.weights import ALL, Part, Weight
 from laplace.linalg.matmul import is_faster, product, times_transposed
 from laplace.linalg.memory import at_once, ranges
 
 Inputs = Callable[[int, int], Tensor]
 
 _PAIRS = 1 << 21  # elements of gradients, or of products of pairs, that are held at once
-_TILE = 1 << 19  # elements of rows, or of weights, that are held at once: what a processor's cache holds
+_TILE = 1 << 20  # elements of rows, or of weights, that are held at once: few enough for a processor's cache
 _WEIGHTS = 1 << 24  # elements of weights by which rows are multiplied
 _HEIGHT = 40  # rows from which on a product with few columns is fast
 _ONE_BY_ONE = 1 << 18  # multiplications from which on a call for each example pays
@@ -96,12 +96,12 @@ def _by_pairs(a: Tensor, g: Tensor, weight: Weight, priors: int, diagonal: bool)
     """The variances from the pairs of positions; None where they cancel."""
     n, outputs, positions, out = g.shape
     r, s = torch.triu_indices(positions, positions, 1, device=a.device)
-    products = _pairs(a, 1, r, s).flatten(0, 1)  # (batch · pairs, in)
+    products, columns = _without_zeros(_pairs(a, 1, r, s).flatten(0, 1))  # (batch · pairs, in)
     found = g.new_zeros((priors, n, outputs) + (() if diagonal else (outputs,)))
     equal, others = g.new_zeros(2, priors, n, outputs)
     for first, last in ranges(out, priors * max(products.shape), at_once(_TILE, a.device)):
         part = g[..., first:last]
-        weights = weight(ALL, slice(first, last), ALL).to(g.dtype)
+        weights = weight(ALL, slice(first, last), columns).to(g.dtype)
         scale = times_transposed(products, weights.flatten(0, 1)).view(n, -1, priors, last - first).transpose(1, 2)
         own, mixed = scale.split([positions, len(r)], 2)  # (batch, priors, pairs, rows)
         equal += _dot(part.square(), own)
@@ -120,6 +120,15 @@ def _pairs(values: Tensor, dim: int, r: Tensor, s: Tensor) -> Tensor:
     """Products of equal positions, and of those numbered ``r`` and ``s``."""
     equal = values.square()
     return torch.cat((equal, values.index_select(dim, r) * values.index_select(dim, s)), dim) if len(r) else equal
+
+
+def _without_zeros(products: Tensor) -> tuple[Tensor, Part]:
+    """Products without the columns that are zero in all rows, if these are most, and which columns are left.
+
+    Where an image has become smaller than a kernel, most of the kernel's taps read padding.
+    """
+    live = (products != 0).any(0).nonzero()[:, 0]
+    return (products[:, live], live) if 2 * len(live) <= products.shape[1] else (products, ALL)
 
 
 def _covariance(g: Tensor, r: Tensor, s: Tensor, equal: Tensor, half: Tensor) -> Tensor:

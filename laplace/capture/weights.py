@@ -14,8 +14,11 @@ from torch import Tensor
 
 ALL = slice(None)
 
-Weight = Callable[[slice, slice, slice], Tensor]
-"""From ranges of the priors, and of the rows and columns of the weight ``(out, in)``, to ``(priors, rows, columns)``.
+Part = slice | Tensor
+Weight = Callable[[slice, Part, Part], Tensor]
+"""From a range of the priors, and some rows and columns of the weight ``(out, in)``, to ``(priors, rows, columns)``.
+
+Rows or columns may be given by their numbers, not both.
 
 Parameters that are no matrices have one column.
 """

@@ -73,13 +73,13 @@ class KronSpectrum:
         found = self.part(block, self.deltas[block][None], slice(None), slice(None))[0]
         return found if self._is_matrix(block) else found[:, 0]
 
-    def part(self, block: int, deltas: Tensor, rows: slice, columns: slice) -> Tensor:
+    def part(self, block: int, deltas: Tensor, rows: slice | Tensor, columns: slice | Tensor) -> Tensor:
         """Rows and columns of one block's eigenvalues, of those without a matrix in one column, under several deltas.
 
         Args:
             block: Its number.
             deltas: Instead of the block's own, ``(deltas,)``.
-            rows: Of ``(out, in)``.
+            rows: Of ``(out, in)``, all or by a range or numbers.
             columns: Of them.
 
         Returns:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from laplace.capture.blocks import Basis, Block
-from laplace.capture.weights import Weight, as_matrix
+from laplace.capture.weights import Part, Weight, as_matrix
 from laplace.linalg.precision import in_full_precision, widened
 from laplace.noise import check_samples
 from laplace.posterior.by_block import ByBlockLaplace
@@ -134,7 +134,7 @@ def _variances(curvature: Tensor, priors: Sequence[Tensor], factor: float) -> We
     numbers = all(prior.numel() == 1 for prior in priors)
     stacked = torch.stack([prior.reshape(1, 1) if numbers else prior.expand_as(curvature) for prior in priors])
 
-    def weight(of: slice, rows: slice, columns: slice) -> Tensor:
+    def weight(of: slice, rows: Part, columns: Part) -> Tensor:
         prior = stacked[of] if numbers else stacked[of, rows, columns]
         return torch.add(prior, curvature[rows, columns], alpha=factor).reciprocal_()
 

@@ -66,6 +66,26 @@ def test_positions_that_cancel_lose_no_digits(monkeypatch, diagonal):
     assert bool((variances >= 0).all()) and float(variances.max()) < 1e-5  # 1e4 from pairs, of either sign
 
 
+@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize("positions", [1, 4])
+def test_inputs_that_are_zero_everywhere_take_no_products(monkeypatch, positions, diagonal):
+    monkeypatch.setattr(outer_variance, "_TRAFFIC", 10**9)
+    a, g, w = _case(positions)
+    a[..., 1:10] = 0
+    asked = []
+
+    def weight(priors, rows, columns):
+        asked.append(columns)
+        return constant(*w)(priors, rows, columns)
+
+    total = torch.zeros_like(_naive(a, g, w, diagonal))
+    gradients = OutputGradients(g.unbind(1))
+    add_outer_variance(total, lambda i, j: a[i:j], gradients, Basis(), weight, a.shape[1:], diagonal)
+    assert [columns.tolist() for columns in asked] == [[0, 10]]
+    torch.testing.assert_close(total, _naive(a, g, w, diagonal), rtol=1e-12, atol=1e-12)
+    assert not _added(a * 0, g, w, diagonal).any()
+
+
 def test_few_positions_are_taken_in_pairs_and_many_by_rows(monkeypatch):
     taken = []
     for name in ("_by_pairs", "_add_rows"):
