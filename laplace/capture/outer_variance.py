@@ -95,45 +95,54 @@ def _split(basis: Basis, outputs: int, positions: int, out: int, width: int) -> 
 def _by_pairs(a: Tensor, g: Tensor, weight: Weight, priors: int, diagonal: bool) -> Tensor | None:
     """The variances from the pairs of positions; None where they cancel."""
     n, outputs, positions, out = g.shape
-    r, s = torch.triu_indices(positions, positions, 1, device=a.device)
-    products, columns = _without_zeros(_pairs(a, 1, r, s).flatten(0, 1))  # (batch · pairs, in)
+    a, columns = _without_zeros(a)
+    products = _pairs(a, 1).flatten(0, 1)  # (batch · pairs, in)
     found = g.new_zeros((priors, n, outputs) + (() if diagonal else (outputs,)))
     equal, others = g.new_zeros(2, priors, n, outputs)
     for first, last in ranges(out, priors * max(products.shape), at_once(_TILE, a.device)):
         part = g[..., first:last]
+        squares = _pairs(part, 2)
         weights = weight(ALL, slice(first, last), columns).to(g.dtype)
         scale = times_transposed(products, weights.flatten(0, 1)).view(n, -1, priors, last - first).transpose(1, 2)
-        own, mixed = scale.split([positions, len(r)], 2)  # (batch, priors, pairs, rows)
-        equal += _dot(part.square(), own)
-        if len(r):
-            others += _dot(part.index_select(2, r) * part.index_select(2, s), mixed)
+        equal += _dot(squares[:, :, :positions], scale[:, :, :positions])  # (batch, priors, pairs, rows)
+        if positions > 1:
+            others += _dot(squares[:, :, positions:], scale[:, :, positions:])
         if not diagonal:
             for t in range(priors):
-                found[t] += _covariance(part, r, s, own[:, t], mixed[:, t])
+                found[t] += _covariance(part, scale[:, t])
     variances = equal + 2 * others
-    if len(r) and not (variances >= _CANCELLED * equal).all():
+    if positions > 1 and not (variances >= _CANCELLED * equal).all():
         return None
     return variances if diagonal else found
 
 
-def _pairs(values: Tensor, dim: int, r: Tensor, s: Tensor) -> Tensor:
-    """Products of equal positions, and of those numbered ``r`` and ``s``."""
-    equal = values.square()
-    return torch.cat((equal, values.index_select(dim, r) * values.index_select(dim, s)), dim) if len(r) else equal
+def _pairs(values: Tensor, dim: int) -> Tensor:
+    """Products of equal positions, then of those that are one apart, and so on."""
+    n = values.shape[dim]
+    return torch.cat([values.narrow(dim, 0, n - d) * values.narrow(dim, d, n - d) for d in range(n)], dim)
 
 
-def _without_zeros(products: Tensor) -> tuple[Tensor, Part]:
-    """Products without the columns that are zero in all rows, if these are most, and which columns are left.
+def _without_zeros(a: Tensor) -> tuple[Tensor, Part]:
+    """Inputs without what is zero at all positions of all examples, if that is most, and which are left.
 
     Where an image has become smaller than a kernel, most of the kernel's taps read padding.
     """
-    live = (products != 0).any(0).nonzero()[:, 0]
-    return (products[:, live], live) if 2 * len(live) <= products.shape[1] else (products, ALL)
+    if 2 * int((a[0] != 0).any(0).sum()) > a.shape[2]:
+        return a, ALL
+    live = (a != 0).flatten(0, 1).any(0).nonzero()[:, 0]
+    return (a[..., live], live) if 2 * len(live) <= a.shape[2] else (a, ALL)
 
 
-def _covariance(g: Tensor, r: Tensor, s: Tensor, equal: Tensor, half: Tensor) -> Tensor:
+def _covariance(g: Tensor, scale: Tensor) -> Tensor:
+    positions = g.shape[2]
+    equal, others = scale.split([positions, scale.shape[1] - positions], 1)
     total = torch.bmm((g * equal[:, None]).flatten(2), g.flatten(2).mT)
-    half = torch.bmm((g[:, :, r] * half[:, None]).flatten(2), g[:, :, s].flatten(2).mT)
+    if positions == 1:
+        return total
+    every = torch.arange(positions, device=g.device)  # the pairs in the order of _pairs
+    r = torch.cat([every[: positions - d] for d in range(1, positions)])
+    s = torch.cat([every[d:] for d in range(1, positions)])
+    half = torch.bmm((g[:, :, r] * others[:, None]).flatten(2), g[:, :, s].flatten(2).mT)
     return total + half + half.mT
 
 
