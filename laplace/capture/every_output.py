@@ -24,20 +24,22 @@ class OutputGradients:
     """Gradients of what comes out of one layer, of every output, which are put side by side for a few examples at a time.
 
     Args:
-        parts: ``(batch, positions, out)`` of each output.
+        parts: ``(batch, positions, out)`` of each output; or of all of them ``(batch, outputs, positions, out)``.
 
     Attributes:
         shape: ``(batch, outputs, positions, out)``.
     """
 
-    def __init__(self, parts: Sequence[Tensor]) -> None:
+    def __init__(self, parts: Sequence[Tensor] | Tensor) -> None:
         """See the class."""
         self._parts = parts
-        n, positions, out = parts[0].shape
-        self.shape = torch.Size((n, len(parts), positions, out))
+        whole = isinstance(parts, Tensor)
+        self.shape = parts.shape if whole else torch.Size((len(parts[0]), len(parts), *parts[0].shape[1:]))
 
     def of(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Those of a range of examples, in the memory of which rows are made without a copy."""
+        if isinstance(self._parts, Tensor):
+            return self._parts[start:stop]
         parts = [g[start:stop] for g in self._parts]
         if parts[0].stride(1) == 1 and parts[0].stride(2) != 1:  # channels first
             return torch.stack([g.mT for g in parts], 1).mT
@@ -45,6 +47,8 @@ class OutputGradients:
 
     def sums(self) -> Tensor:
         """Sums over the positions, ``(batch, outputs, out)``."""
+        if isinstance(self._parts, Tensor):
+            return self._parts.sum(2)
         return torch.stack([g.sum(1) for g in self._parts], 1)
 
 
@@ -87,6 +91,5 @@ def _of_copies(copies: Capture, directions: Tensor) -> dict[str, OutputGradients
         v = torch.zeros_like(copies.f)
         v[: len(part)] = part
         found.append({name: g[: len(part)] for name, g in copies.gradients(v).items()})
-    return {
-        name: _joined([one for gradients in found for one in gradients.pop(name).split(1)]) for name in list(found[0])
-    }
+    whole = {name: torch.cat([gradients.pop(name) for gradients in found])[None] for name in list(found[0])}
+    return {name: g if g.ndim == 3 else OutputGradients(g) for name, g in whole.items()}

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from laplace.capture.blocks import Basis
 from laplace.capture.every_output import OutputGradients
-from laplace.capture.weights import ALL, Part, Weight
-from laplace.linalg.matmul import is_faster, product, times_transposed
+from laplace.capture.weights import ALL, Weight
+from laplace.linalg.matmul import batched, is_faster, product, times_transposed
 from laplace.linalg.memory import at_once, ranges
 
 Inputs = Callable[[int, int], Tensor]
@@ -32,6 +32,7 @@ _TILE = 1 << 20  # elements of rows, or of weights, that are held at once: few e
 _WEIGHTS = 1 << 24  # elements of weights by which rows are multiplied
 _HEIGHT = 40  # rows from which on a product with few columns is fast
 _ONE_BY_ONE = 1 << 18  # multiplications from which on a call for each example pays
+_RANGE = 1 << 13  # elements at a position from which on products of ranges pay
 _CANCELLED = 1 / 64  # share of the pairs of equal positions below which others cancel them
 _TRAFFIC = 16  # multiplications in whose time an element of a row is written, squared and read again
 
@@ -65,7 +66,7 @@ def add_outer_variance(
         return
     for start, stop in ranges(n, pairs * max(width, outputs * out), at_once(_PAIRS, total.device)):
         a, part = project(inputs(start, stop), basis.right), project(g.of(start, stop), basis.left)
-        found = _by_pairs(a, part, weight, len(total), diagonal)
+        found = _by_pairs(a, part, basis, weight, len(total), diagonal)
         if found is not None:
             total[:, start:stop] += found
             continue
@@ -92,56 +93,72 @@ def _split(basis: Basis, outputs: int, positions: int, out: int, width: int) -> 
     return first, Basis(basis.left if left else None, basis.right if right else None)
 
 
-def _by_pairs(a: Tensor, g: Tensor, weight: Weight, priors: int, diagonal: bool) -> Tensor | None:
+def _by_pairs(a: Tensor, g: Tensor, basis: Basis, weight: Weight, priors: int, diagonal: bool) -> Tensor | None:
     """The variances from the pairs of positions; None where they cancel."""
+    (a, columns), (g, rows) = _without_zeros(a, basis.right), _without_zeros(g, basis.left)
     n, outputs, positions, out = g.shape
-    a, columns = _without_zeros(a)
-    products = _pairs(a, 1).flatten(0, 1)  # (batch · pairs, in)
+    r, s = _places(positions, a.device)
+    products = _pairs(a, 1, r, s).flatten(0, 1)  # (batch · pairs, in)
     found = g.new_zeros((priors, n, outputs) + (() if diagonal else (outputs,)))
     equal, others = g.new_zeros(2, priors, n, outputs)
     for first, last in ranges(out, priors * max(products.shape), at_once(_TILE, a.device)):
         part = g[..., first:last]
-        squares = _pairs(part, 2)
-        weights = weight(ALL, slice(first, last), columns).to(g.dtype)
+        squares = _pairs(part, 2, r, s)
+        weights = weight(
+            ALL, slice(first, last) if rows is None else rows[first:last], ALL if columns is None else columns
+        ).to(g.dtype)
         scale = times_transposed(products, weights.flatten(0, 1)).view(n, -1, priors, last - first).transpose(1, 2)
         equal += _dot(squares[:, :, :positions], scale[:, :, :positions])  # (batch, priors, pairs, rows)
         if positions > 1:
             others += _dot(squares[:, :, positions:], scale[:, :, positions:])
         if not diagonal:
             for t in range(priors):
-                found[t] += _covariance(part, scale[:, t])
+                found[t] += _covariance(part, scale[:, t], r, s)
     variances = equal + 2 * others
     if positions > 1 and not (variances >= _CANCELLED * equal).all():
         return None
     return variances if diagonal else found
 
 
-def _pairs(values: Tensor, dim: int) -> Tensor:
-    """Products of equal positions, then of those that are one apart, and so on."""
+def _places(positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Numbers of the positions of all pairs: equal ones, then those that are one apart, and so on."""
+    pairs = [(r, r + apart) for apart in range(positions) for r in range(positions - apart)]
+    r, s = torch.tensor(pairs, device=device).T
+    return r, s
+
+
+def _pairs(values: Tensor, dim: int, r: Tensor, s: Tensor) -> Tensor:
+    """Products of the pairs of :func:`_places` along a dimension; of many values in ranges, which gather nothing."""
     n = values.shape[dim]
+    if n == 1:
+        return values.square()
+    if values.numel() < n * _RANGE:
+        return values.index_select(dim, r) * values.index_select(dim, s)
     return torch.cat([values.narrow(dim, 0, n - d) * values.narrow(dim, d, n - d) for d in range(n)], dim)
 
 
-def _without_zeros(a: Tensor) -> tuple[Tensor, Part]:
-    """Inputs without what is zero at all positions of all examples, if that is most, and which are left.
+def _without_zeros(values: Tensor, basis: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Values ``(batch, …, width)`` without what is zero everywhere, if that is much, and the numbers of what is left, or None.
 
-    Where an image has become smaller than a kernel, most of the kernel's taps read padding.
+    Units of a single example, or a few, that a ReLU has switched off are many; and where an image has become smaller than a
+    kernel, most of the kernel's taps read padding.
     """
-    if 2 * int((a[0] != 0).any(0).sum()) > a.shape[2]:
-        return a, ALL
-    live = (a != 0).flatten(0, 1).any(0).nonzero()[:, 0]
-    return (a[..., live], live) if 2 * len(live) <= a.shape[2] else (a, ALL)
+    if basis is not None:  # in which hardly anything is zero
+        return values, None
+    for part in (values[:1], values):
+        live = (part != 0).flatten(0, -2).any(0).nonzero()[:, 0]
+        if 4 * len(live) > 3 * values.shape[-1]:
+            return values, None
+    return values[..., live], live
 
 
-def _covariance(g: Tensor, scale: Tensor) -> Tensor:
+def _covariance(g: Tensor, scale: Tensor, r: Tensor, s: Tensor) -> Tensor:
     positions = g.shape[2]
     equal, others = scale.split([positions, scale.shape[1] - positions], 1)
     total = torch.bmm((g * equal[:, None]).flatten(2), g.flatten(2).mT)
     if positions == 1:
         return total
-    every = torch.arange(positions, device=g.device)  # the pairs in the order of _pairs
-    r = torch.cat([every[: positions - d] for d in range(1, positions)])
-    s = torch.cat([every[d:] for d in range(1, positions)])
+    r, s = r[positions:], s[positions:]
     half = torch.bmm((g[:, :, r] * others[:, None]).flatten(2), g[:, :, s].flatten(2).mT)
     return total + half + half.mT
 
@@ -212,7 +229,7 @@ def _rows(a: Tensor, g: Tensor, basis: Basis, squared: bool) -> Tensor:
             found = product(left, right)
             torch.mul(found, found, out=row) if squared else row.copy_(found)
         return rows.view(n, outputs, -1)
-    rows = project(torch.bmm(turned, a), basis.right).view(n, outputs, out, -1)
+    rows = project(batched(turned, a), basis.right).view(n, outputs, out, -1)
     rows = rows if basis.left is None else project(rows.mT, basis.left).mT
     rows = rows.flatten(2)
     return rows.square_() if squared else rows
@@ -221,4 +238,4 @@ def _rows(a: Tensor, g: Tensor, basis: Basis, squared: bool) -> Tensor:
 def _pays_one_by_one(left: Tensor, right: Tensor) -> bool:
     """Whether oneDNN, which makes one product at a time, is faster than MKL for all of them."""
     suits = left.dtype == torch.float32 and left.device.type == "cpu" and is_faster()
-    return len(left) == 1 or (suits and left[0].numel() * right.shape[2] >= _ONE_BY_ONE)
+    return suits and len(left) > 1 and left[0].numel() * right.shape[2] >= _ONE_BY_ONE

@@ -18,7 +18,7 @@ Part = slice | Tensor
 Weight = Callable[[slice, Part, Part], Tensor]
 """From a range of the priors, and some rows and columns of the weight ``(out, in)``, to ``(priors, rows, columns)``.
 
-Rows or columns may be given by their numbers, not both.
+Rows and columns may be given by their numbers.
 
 Parameters that are no matrices have one column.
 """
@@ -27,7 +27,7 @@ Parameters that are no matrices have one column.
 def constant(*matrices: Tensor) -> Weight:
     """Variances that are there already, ``(out, in)`` or ``(out,)`` for each prior."""
     whole = torch.stack([as_matrix(matrix) for matrix in matrices])
-    return lambda priors, rows, columns: whole[priors, rows, columns]
+    return lambda priors, rows, columns: whole[priors][:, rows][:, :, columns]
 
 
 def transposed(weight: Weight) -> Weight:

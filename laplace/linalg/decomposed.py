@@ -88,8 +88,8 @@ class KronSpectrum:
         values, deltas = self.eigenvalues[block], deltas[:, None, None]
         if len(values) == 1:
             table = values[0] if self._is_matrix(block) else values[0][:, None]
-            return shifted(table[rows, columns], deltas)
-        left, right = values[0][rows, None], values[1][columns]
+            return shifted(table[rows][:, columns], deltas)
+        left, right = values[0][rows][:, None], values[1][columns]
         if self.damping:
             return shifted(left, deltas.sqrt()) * shifted(right, deltas.sqrt())
         return shifted(left * right, deltas)

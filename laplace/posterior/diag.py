@@ -135,8 +135,8 @@ def _variances(curvature: Tensor, priors: Sequence[Tensor], factor: float) -> We
     stacked = torch.stack([prior.reshape(1, 1) if numbers else prior.expand_as(curvature) for prior in priors])
 
     def weight(of: slice, rows: Part, columns: Part) -> Tensor:
-        prior = stacked[of] if numbers else stacked[of, rows, columns]
-        return torch.add(prior, curvature[rows, columns], alpha=factor).reciprocal_()
+        prior = stacked[of] if numbers else stacked[of][:, rows][:, :, columns]
+        return torch.add(prior, curvature[rows][:, columns], alpha=factor).reciprocal_()
 
     return weight
 

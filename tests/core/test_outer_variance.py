@@ -33,10 +33,11 @@ def _added(a, g, w, diagonal, basis=_PLAIN):
     return total
 
 
-@pytest.fixture(params=["pairs", "rows", "small tiles"])
+@pytest.fixture(params=["pairs", "pairs in ranges", "rows", "small tiles"])
 def way(request, monkeypatch):
-    if request.param == "pairs":
+    if "pairs" in request.param:
         monkeypatch.setattr(outer_variance, "_TRAFFIC", 10**9)
+        monkeypatch.setattr(outer_variance, "_RANGE", 0 if "ranges" in request.param else 10**9)
         return
     monkeypatch.setattr(outer_variance, "_TRAFFIC", -(10**9))
     if request.param == "small tiles":
@@ -68,20 +69,21 @@ def test_positions_that_cancel_lose_no_digits(monkeypatch, diagonal):
 
 @pytest.mark.parametrize("diagonal", [True, False])
 @pytest.mark.parametrize("positions", [1, 4])
-def test_inputs_that_are_zero_everywhere_take_no_products(monkeypatch, positions, diagonal):
+def test_units_that_are_off_in_all_examples_take_no_products(monkeypatch, positions, diagonal):
     monkeypatch.setattr(outer_variance, "_TRAFFIC", 10**9)
     a, g, w = _case(positions)
     a[..., 1:10] = 0
+    g[..., :3] = 0
     asked = []
 
     def weight(priors, rows, columns):
-        asked.append(columns)
+        asked.append((rows.tolist(), columns.tolist()))
         return constant(*w)(priors, rows, columns)
 
     total = torch.zeros_like(_naive(a, g, w, diagonal))
     gradients = OutputGradients(g.unbind(1))
     add_outer_variance(total, lambda i, j: a[i:j], gradients, Basis(), weight, a.shape[1:], diagonal)
-    assert [columns.tolist() for columns in asked] == [[0, 10]]
+    assert asked == [([3, 4, 5, 6], [0, 10])]
     torch.testing.assert_close(total, _naive(a, g, w, diagonal), rtol=1e-12, atol=1e-12)
     assert not _added(a * 0, g, w, diagonal).any()
 
