@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -76,7 +76,7 @@ class Fitted(Protocol):
 
     def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor: ...
 
-    def _largest_curvature(self) -> float: ...
+    def _grid_variance(self, capture: Any, values: Sequence[float]) -> Tensor: ...
 
     def _check_fitted(self) -> None: ...
 

@@ -73,15 +73,25 @@ def interpolation_for(values: Sequence[float], largest: float = math.inf) -> Int
         values: Positive prior precisions.
         largest: A bound on the curvature that they are added to; infinity if there is none.
     """
-    if len(values) < 2 or not min(values) > 0:
-        return None
-    low, high = min(values), max(values)
-    if not high > low:
-        return None
-    largest = max(largest, low)
+    return interpolations(values, [largest])[0]
+
+
+def interpolations(values: Sequence[float], largest: Sequence[float]) -> list[Interpolation | None]:
+    """As :func:`interpolation_for`, for several bounds on curvatures; those that ask for as many nodes share theirs."""
+    if len(values) < 2 or not min(values) > 0 or not max(values) > min(values):
+        return [None] * len(largest)
+    low, high, several = min(values), max(values), len(set(values))
+    bounds = [max(bound, low) for bound in largest]
+    counts = [_count(low, high, bound) for bound in bounds]
+    widest = {count: max(b for b, c in zip(bounds, counts, strict=True) if c == count) for count in set(counts)}
+    made = {count: Interpolation(low, high, b, count) for count, b in widest.items() if count < several}
+    return [made.get(count) for count in counts]
+
+
+def _count(low: float, high: float, largest: float) -> int:
+    """Nodes that keep the error."""
     rate = math.pi**2 / math.log(16 * _cross_ratio(low, high, largest))
-    count = max(2, math.ceil(math.log(4 / ERROR) / rate))
-    return None if count >= len(set(values)) else Interpolation(low, high, largest, count)
+    return max(2, math.ceil(math.log(4 / ERROR) / rate))
 
 
 def _cross_ratio(low: float, high: float, largest: float) -> float:

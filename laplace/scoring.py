@@ -14,14 +14,14 @@ from laplace import predictive
 from laplace.capture.evaluation import eval_mode
 from laplace.enums import LinkApprox, PredType, parse
 from laplace.fitted import Fitted
-from laplace.interpolation import interpolation_for
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.checks import check_scored_finite
 from laplace.likelihoods.predictive import Prediction
 from laplace.linalg.precision import widened
 from laplace.search import vertex
 
-_SWEEP = 1 << 24  # elements of the variances of one sweep over priors
+_SWEEP = 1 << 24  # elements of the covariances of one sweep over priors
+_GRID = 1 << 26  # elements of the variances of one sweep; every further one takes all backward passes again
 MAP = None  # in place of a prior's number
 
 
@@ -256,22 +256,16 @@ def sweep(
 def _variances(la: Fitted, capture: Any, priors: list[Tensor], diagonal: bool) -> Iterator[Tensor]:
     """Variances of the outputs, or their covariances, of every prior; of many scalar ones most are interpolated."""
     outputs = capture.f[0].numel()
-    step = max(1, _SWEEP // (len(capture.f) * outputs * (1 if diagonal else outputs)))
-    scalars = [float(prior) for prior in priors] if diagonal and all(p.numel() == 1 for p in priors) else []
-    between = interpolation_for(scalars, la._largest_curvature()) if len(scalars) > 1 else None
-    if between is not None:
-        at = [torch.tensor([value], dtype=la._dtype, device=la._device) for value in between.nodes]
-        known = torch.cat([_of_some(la, capture, at[i : i + step], diagonal) for i in range(0, len(at), step)])
-        for i in range(0, len(scalars), step):
-            yield from between.at(known, scalars[i : i + step])
-        return
+    several = diagonal and len(priors) > 1 and all(prior.numel() == 1 for prior in priors)
+    step = max(1, (_GRID if several else _SWEEP) // (len(capture.f) * outputs * (1 if diagonal else outputs)))
     for i in range(0, len(priors), step):
-        yield from _of_some(la, capture, priors[i : i + step], diagonal)
-
-
-def _of_some(la: Fitted, capture: Any, priors: list[Tensor], diagonal: bool) -> Tensor:
-    with eval_mode(la.backend.model):
-        return la._glm_variance(capture, priors, diagonal).detach()
+        part = priors[i : i + step]
+        with eval_mode(la.backend.model):
+            if several:
+                found = la._grid_variance(capture, [float(prior) for prior in part])
+            else:
+                found = la._glm_variance(capture, part, diagonal)
+        yield from found.detach()
 
 
 def _sweep_networks(la, x: Any, priors, n_samples: int, seed: int, temperatures):

@@ -6,6 +6,7 @@ is given a direction of its own: that costs a forward pass more, and makes as ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,18 +20,54 @@ _TOGETHER = 1 << 22  # elements that come out of the layers for all copies
 _FEWEST = 8  # copies that are worth a forward pass more; of fewer outputs, one backward pass each costs less
 
 
-def gradients_of_outputs(capture: Any) -> dict[str, Tensor]:
+class OutputGradients:
+    """Gradients of what comes out of one layer, of every output, which are put side by side for a few examples at a time.
+
+    Args:
+        parts: ``(batch, positions, out)`` of each output; or of all of them ``(batch, outputs, positions, out)``.
+
+    Attributes:
+        shape: ``(batch, outputs, positions, out)``.
+    """
+
+    def __init__(self, parts: Sequence[Tensor] | Tensor) -> None:
+        """See the class."""
+        self._parts = parts
+        whole = isinstance(parts, Tensor)
+        self.shape = parts.shape if whole else torch.Size((len(parts[0]), len(parts), *parts[0].shape[1:]))
+
+    def of(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Those of a range of examples, in the memory of which rows are made without a copy."""
+        if isinstance(self._parts, Tensor):
+            return self._parts[start:stop]
+        parts = [g[start:stop] for g in self._parts]
+        if parts[0].stride(1) == 1 and parts[0].stride(2) != 1:  # channels first
+            return torch.stack([g.mT for g in parts], 1).mT
+        return torch.stack(parts, 2).transpose(1, 2)
+
+    def sums(self) -> Tensor:
+        """Sums over the positions, ``(batch, outputs, out)``."""
+        if isinstance(self._parts, Tensor):
+            return self._parts.sum(2)
+        return torch.stack([g.sum(1) for g in self._parts], 1)
+
+
+def gradients_of_outputs(capture: Any) -> dict[str, OutputGradients | Tensor]:
     """As :meth:`laplace.capture.capture.Capture.gradients`, for every output.
 
     Returns:
-        ``(batch, outputs, positions, out)`` by layer, ``(batch, outputs, size)`` by :func:`laplace.capture.blocks.row_key`.
+        By layer, and ``(batch, outputs, size)`` by :func:`laplace.capture.blocks.row_key`.
     """
     directions = list(output_directions(capture.f))
     copies = _copies(capture, len(directions))
     if copies is not None:
         return _of_copies(copies, torch.cat(directions))
     found = [capture.gradients(v) for v in directions]
-    return {name: _stacked([gradients.pop(name) for gradients in found]) for name in list(found[0])}
+    return {name: _joined([gradients.pop(name) for gradients in found]) for name in list(found[0])}
+
+
+def _joined(gradients: list[Tensor]) -> OutputGradients | Tensor:
+    return torch.stack(gradients, 1) if gradients[0].ndim == 2 else OutputGradients(gradients)
 
 
 def _copies(capture: Any, outputs: int) -> Capture | None:
@@ -47,20 +84,12 @@ def _copies(capture: Any, outputs: int) -> Capture | None:
     return copies if bool(off <= 1e3 * capture.coarsest * f.abs().max()) else None
 
 
-def _of_copies(copies: Capture, directions: Tensor) -> dict[str, Tensor]:
+def _of_copies(copies: Capture, directions: Tensor) -> dict[str, OutputGradients | Tensor]:
     """Gradients of one example along ``(directions, …)``, as many at once as there are copies."""
     count, found = len(copies.f), []
     for part in directions.split(count):
         v = torch.zeros_like(copies.f)
         v[: len(part)] = part
         found.append({name: g[: len(part)] for name, g in copies.gradients(v).items()})
-    return {name: torch.cat([gradients.pop(name) for gradients in found])[None] for name in list(found[0])}
-
-
-def _stacked(gradients: list[Tensor]) -> Tensor:
-    """Along a second dimension, for the outputs; of layers in the memory of which rows are made without a copy."""
-    if gradients[0].ndim == 2:
-        return torch.stack(gradients, 1)
-    if gradients[0].stride(1) == 1 and gradients[0].stride(2) != 1:  # channels first
-        return torch.stack([g.mT for g in gradients], 1).mT
-    return torch.stack(gradients, 2).transpose(1, 2)
+    whole = {name: torch.cat([gradients.pop(name) for gradients in found])[None] for name in list(found[0])}
+    return {name: g if g.ndim == 3 else OutputGradients(g) for name, g in whole.items()}

@@ -20,21 +20,31 @@ import torch
 from torch import Tensor
 
 from laplace.capture.blocks import Basis
-from laplace.linalg.matmul import batched, product, times_transposed
+from laplace.capture.every_output import OutputGradients
+from laplace.capture.weights import ALL, Weight
+from laplace.linalg.matmul import batched, is_faster, product, times_transposed
 from laplace.linalg.memory import at_once, ranges
 
 Inputs = Callable[[int, int], Tensor]
-Weight = Callable[[int], Tensor]
 
-_PAIRS = 1 << 21  # elements of products of pairs that are held at once
-_TILE = 1 << 18  # elements of rows that are held at once: what a processor's cache holds
-_WEIGHTS = 1 << 24  # elements of weights that are held at once
+_PAIRS = 1 << 21  # elements of gradients, or of products of pairs, that are held at once
+_TILE = 1 << 20  # elements of rows, or of weights, that are held at once: few enough for a processor's cache
+_WEIGHTS = 1 << 24  # elements of weights by which rows are multiplied
+_HEIGHT = 40  # rows from which on a product with few columns is fast
+_ONE_BY_ONE = 1 << 18  # multiplications from which on a call for each example pays
+_RANGE = 1 << 13  # elements at a position from which on products of ranges pay
 _CANCELLED = 1 / 64  # share of the pairs of equal positions below which others cancel them
 _TRAFFIC = 16  # multiplications in whose time an element of a row is written, squared and read again
 
 
 def add_outer_variance(
-    total: Tensor, inputs: Inputs, g: Tensor, basis: Basis, weight: Weight, shape: torch.Size, diagonal: bool
+    total: Tensor,
+    inputs: Inputs,
+    g: OutputGradients,
+    basis: Basis,
+    weight: Weight,
+    shape: torch.Size,
+    diagonal: bool,
 ) -> None:
     """Add the variances of one weight ``(out, in)`` for several priors.
 
@@ -43,28 +53,26 @@ def add_outer_variance(
         inputs: From a range of examples to ``(examples, positions, in)``.
         g: Output gradients ``(batch, outputs, positions, out)``.
         basis: In which the covariance is diagonal.
-        weight: From the number of a prior to its variances ``(out, in)`` in the basis.
+        weight: The variances in the basis.
         shape: ``(positions, in)`` of the inputs.
         diagonal: Add the variances of the outputs alone instead of their covariance.
     """
-    (_, outputs, positions, out), width = g.shape, shape[1]
+    (n, outputs, positions, out), width = g.shape, shape[1]
     pairs, others = positions * (positions + 1) // 2, 1 if diagonal else outputs
     by_pairs = len(total) * pairs
     by_rows = outputs * (positions + _TRAFFIC + len(total) * others)
-    cheap = by_pairs <= by_rows
-    step = pairs * max(width, outputs * out) if cheap else positions * width
-    first, last = (basis, Basis()) if cheap else _split(basis, outputs, positions, out, width)
-    for start, stop in ranges(len(g), step, at_once(_PAIRS, g.device)):
-        a, part, area = (
-            project(inputs(start, stop), first.right),
-            project(g[start:stop], first.left),
-            total[:, start:stop],
-        )
-        found = _by_pairs(a, part, weight, len(total), diagonal) if cheap else None
-        if found is None:
-            _add_rows(area, a, part, last, weight, diagonal)
-        else:
-            area += found
+    if by_pairs > by_rows:
+        _add_by_rows(total, inputs, g, basis, weight, width, diagonal)
+        return
+    for start, stop in ranges(n, pairs * max(width, outputs * out), at_once(_PAIRS, total.device)):
+        a, part = project(inputs(start, stop), basis.right), project(g.of(start, stop), basis.left)
+        found = _by_pairs(a, part, basis, weight, len(total), diagonal)
+        if found is not None:
+            total[:, start:stop] += found
+            continue
+        for t, u in ranges(len(total), out * width, at_once(_WEIGHTS, total.device)):
+            tiles = _tiles(weight, slice(t, u), part, width)
+            _add_rows(total[t:u, start:stop], a, part, Basis(), tiles, diagonal)
 
 
 def project(values: Tensor, basis: Tensor | None) -> Tensor:
@@ -85,56 +93,149 @@ def _split(basis: Basis, outputs: int, positions: int, out: int, width: int) -> 
     return first, Basis(basis.left if left else None, basis.right if right else None)
 
 
-def _by_pairs(a: Tensor, g: Tensor, weight: Weight, priors: int, diagonal: bool) -> Tensor | None:
+def _by_pairs(a: Tensor, g: Tensor, basis: Basis, weight: Weight, priors: int, diagonal: bool) -> Tensor | None:
     """The variances from the pairs of positions; None where they cancel."""
-    positions = a.shape[1]
-    r, s = torch.triu_indices(positions, positions, 1, device=a.device)
-    products, squares = _pairs(a, 1, r, s), _pairs(g, 2, r, s)  # (batch, pairs, in), (batch, outputs, pairs, out)
-    found, kept = [], torch.ones((), dtype=torch.bool, device=a.device)
-    for t in range(priors):
-        scale = product(products, weight(t).to(g.dtype).T)  # (batch, pairs, out)
-        variances = equal = _dot(squares[:, :, :positions], scale[:, :positions])
+    (a, columns), (g, rows) = _without_zeros(a, basis.right), _without_zeros(g, basis.left)
+    n, outputs, positions, out = g.shape
+    r, s = _places(positions, a.device)
+    products = _pairs(a, 1, r, s).flatten(0, 1)  # (batch · pairs, in)
+    found = g.new_zeros((priors, n, outputs) + (() if diagonal else (outputs,)))
+    equal, others = g.new_zeros(2, priors, n, outputs)
+    for first, last in ranges(out, priors * max(products.shape), at_once(_TILE, a.device)):
+        part = g[..., first:last]
+        squares = _pairs(part, 2, r, s)
+        weights = weight(
+            ALL, slice(first, last) if rows is None else rows[first:last], ALL if columns is None else columns
+        ).to(g.dtype)
+        scale = times_transposed(products, weights.flatten(0, 1)).view(n, -1, priors, last - first).transpose(1, 2)
+        equal += _dot(squares[:, :, :positions], scale[:, :, :positions])  # (batch, priors, pairs, rows)
         if positions > 1:
-            variances = equal + 2 * _dot(squares[:, :, positions:], scale[:, positions:])
-            kept &= (variances >= _CANCELLED * equal).all()
-        found.append(variances if diagonal else _covariance(g, r, s, scale))
-    return torch.stack(found) if kept else None
+            others += _dot(squares[:, :, positions:], scale[:, :, positions:])
+        if not diagonal:
+            for t in range(priors):
+                found[t] += _covariance(part, scale[:, t], r, s)
+    variances = equal + 2 * others
+    if positions > 1 and not (variances >= _CANCELLED * equal).all():
+        return None
+    return variances if diagonal else found
+
+
+def _places(positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Numbers of the positions of all pairs: equal ones, then those that are one apart, and so on."""
+    pairs = [(r, r + apart) for apart in range(positions) for r in range(positions - apart)]
+    r, s = torch.tensor(pairs, device=device).T
+    return r, s
 
 
 def _pairs(values: Tensor, dim: int, r: Tensor, s: Tensor) -> Tensor:
-    """Products of equal positions, and of those numbered ``r`` and ``s``."""
-    equal = values.square()
-    return torch.cat((equal, values.index_select(dim, r) * values.index_select(dim, s)), dim) if len(r) else equal
+    """Products of the pairs of :func:`_places` along a dimension; of many values in ranges, which gather nothing."""
+    n = values.shape[dim]
+    if n == 1:
+        return values.square()
+    if values.numel() < n * _RANGE:
+        return values.index_select(dim, r) * values.index_select(dim, s)
+    return torch.cat([values.narrow(dim, 0, n - d) * values.narrow(dim, d, n - d) for d in range(n)], dim)
 
 
-def _covariance(g: Tensor, r: Tensor, s: Tensor, scale: Tensor) -> Tensor:
-    equal, half = scale.split([scale.shape[1] - len(r), len(r)], 1)
+def _without_zeros(values: Tensor, basis: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Values ``(batch, …, width)`` without what is zero everywhere, if that is much, and the numbers of what is left, or None.
+
+    Units of a single example, or a few, that a ReLU has switched off are many; and where an image has become smaller than a
+    kernel, most of the kernel's taps read padding.
+    """
+    if basis is not None:  # in which hardly anything is zero
+        return values, None
+    for part in (values[:1], values):
+        live = (part != 0).flatten(0, -2).any(0).nonzero()[:, 0]
+        if 4 * len(live) > 3 * values.shape[-1]:
+            return values, None
+    return values[..., live], live
+
+
+def _covariance(g: Tensor, scale: Tensor, r: Tensor, s: Tensor) -> Tensor:
+    positions = g.shape[2]
+    equal, others = scale.split([positions, scale.shape[1] - positions], 1)
     total = torch.bmm((g * equal[:, None]).flatten(2), g.flatten(2).mT)
-    half = torch.bmm((g[:, :, r] * half[:, None]).flatten(2), g[:, :, s].flatten(2).mT)
+    if positions == 1:
+        return total
+    r, s = r[positions:], s[positions:]
+    half = torch.bmm((g[:, :, r] * others[:, None]).flatten(2), g[:, :, s].flatten(2).mT)
     return total + half + half.mT
 
 
 def _dot(squares: Tensor, scale: Tensor) -> Tensor:
-    return torch.bmm(squares.flatten(2), scale.flatten(1)[:, :, None])[:, :, 0]
+    """``(batch, outputs, …)`` times ``(batch, priors, …)``, added up over the rest, ``(priors, batch, outputs)``."""
+    return torch.bmm(scale.flatten(2), squares.flatten(2).mT).transpose(0, 1)
 
 
-def _add_rows(total: Tensor, a: Tensor, g: Tensor, basis: Basis, weight: Weight, diagonal: bool) -> None:
-    (_, outputs, _, out), width = g.shape, a.shape[2]
-    g = g.transpose(2, 3)  # (batch, outputs, out, positions)
-    held = at_once(_TILE, g.device)
-    tile = out * width if basis.left is not None else held // 8
-    for first, last in ranges(len(total), out * width, at_once(_WEIGHTS, g.device)):
-        weights = torch.stack([weight(t).to(g.dtype) for t in range(first, last)])  # (priors, out, in)
-        for o, p in ranges(out, width, tile):
-            columns = weights[:, o:p].flatten(1)
-            for start, stop in ranges(len(g), outputs * columns.shape[1], held):
-                part = g[start:stop, :, o:p].flatten(1, 2)
-                rows = project(batched(part, a[start:stop]), basis.right).view(stop - start, outputs, p - o, width)
-                rows = rows if basis.left is None else project(rows.mT, basis.left).mT
-                rows = rows.flatten(2)
-                area = total[first:last, start:stop]
-                if diagonal:
-                    area += times_transposed(rows.square_(), columns).permute(2, 0, 1)
-                else:
-                    for t in range(len(area)):
-                        area[t] += torch.bmm(rows * columns[t], rows.mT)
+def _add_by_rows(
+    total: Tensor, inputs: Inputs, g: OutputGradients, basis: Basis, weight: Weight, width: int, diagonal: bool
+) -> None:
+    n, outputs, positions, out = g.shape
+    first, last = _split(basis, outputs, positions, out, width)
+    step = max(_high(outputs), at_once(_PAIRS, total.device) // (positions * max(width, outputs * out)))
+    for t, u in ranges(len(total), out * width, at_once(_WEIGHTS, total.device)):
+        tiles = None
+        for start, stop in ranges(n, 1, step):
+            a, part = project(inputs(start, stop), first.right).contiguous(), project(g.of(start, stop), first.left)
+            if tiles is None:
+                tiles = _tiles(weight, slice(t, u), part, width, out if last.left is not None else 1)
+            _add_rows(total[t:u, start:stop], a, part, last, tiles, diagonal)
+
+
+def _high(outputs: int) -> int:
+    """Examples whose rows of all outputs make products with few columns fast."""
+    return -(-_HEIGHT // outputs)
+
+
+def _tiles(weight: Weight, priors: slice, g: Tensor, width: int, rows: int = 1) -> list[tuple[int, int, Tensor]]:
+    """Ranges of a weight's rows, at least so many, and their variances, ``(priors, rows · in)``."""
+    each = min(len(g), _high(g.shape[1])) * g.shape[1] * width
+    found = []
+    for first, last in ranges(g.shape[3], 1, max(rows, at_once(_TILE, g.device) // each)):
+        found.append((first, last, weight(priors, slice(first, last), ALL).to(g.dtype).flatten(1)))
+    return found
+
+
+def _add_rows(
+    total: Tensor, a: Tensor, g: Tensor, basis: Basis, tiles: list[tuple[int, int, Tensor]], diagonal: bool
+) -> None:
+    """Add the variances from the rows of a few examples."""
+    n, outputs = g.shape[:2]
+    for first, last, weights in tiles:
+        step = max(_high(outputs), at_once(_TILE, g.device) // (outputs * weights.shape[1]))
+        for start, stop in ranges(n, 1, step):
+            part = g[start:stop, :, :, first:last]
+            rows = _rows(a[start:stop], part, basis, diagonal)
+            area = total[:, start:stop]
+            if diagonal:
+                area += times_transposed(rows.flatten(0, 1), weights).view(stop - start, outputs, -1).permute(2, 0, 1)
+            else:
+                for t in range(len(area)):
+                    area[t] += torch.bmm(rows * weights[t], rows.mT)
+
+
+def _rows(a: Tensor, g: Tensor, basis: Basis, squared: bool) -> Tensor:
+    """The rows of inputs ``(batch, positions, in)`` and gradients ``(batch, outputs, positions, out)``, or their squares.
+
+    Returns:
+        ``(batch, outputs, out · in)``.
+    """
+    n, outputs, _, out = g.shape
+    turned = g.transpose(2, 3).flatten(1, 2) if g.stride(3) != 1 else g.transpose(1, 2).flatten(2).mT
+    if basis.left is None and basis.right is None and _pays_one_by_one(turned, a):
+        rows = torch.empty(n, outputs * out, a.shape[2], dtype=g.dtype, device=g.device)
+        for row, left, right in zip(rows, turned, a, strict=True):
+            found = product(left, right)
+            torch.mul(found, found, out=row) if squared else row.copy_(found)
+        return rows.view(n, outputs, -1)
+    rows = project(batched(turned, a), basis.right).view(n, outputs, out, -1)
+    rows = rows if basis.left is None else project(rows.mT, basis.left).mT
+    rows = rows.flatten(2)
+    return rows.square_() if squared else rows
+
+
+def _pays_one_by_one(left: Tensor, right: Tensor) -> bool:
+    """Whether oneDNN, which makes one product at a time, is faster than MKL for all of them."""
+    suits = left.dtype == torch.float32 and left.device.type == "cpu" and is_faster()
+    return suits and len(left) > 1 and left[0].numel() * right.shape[2] >= _ONE_BY_ONE

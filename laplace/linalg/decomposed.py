@@ -70,12 +70,33 @@ class KronSpectrum:
 
     def spectrum(self, block: int) -> Tensor:
         """Eigenvalues of one block including its delta, ``(out, in)`` or ``(out,)``."""
-        values, delta = self.eigenvalues[block], self.deltas[block]
+        found = self.part(block, self.deltas[block][None], slice(None), slice(None))[0]
+        return found if self._is_matrix(block) else found[:, 0]
+
+    def part(self, block: int, deltas: Tensor, rows: slice | Tensor, columns: slice | Tensor) -> Tensor:
+        """Rows and columns of one block's eigenvalues, of those without a matrix in one column, under several deltas.
+
+        Args:
+            block: Its number.
+            deltas: Instead of the block's own, ``(deltas,)``.
+            rows: Of ``(out, in)``, all or by a range or numbers.
+            columns: Of them.
+
+        Returns:
+            ``(deltas, rows, columns)``.
+        """
+        values, deltas = self.eigenvalues[block], deltas[:, None, None]
         if len(values) == 1:
-            return shifted(values[0], delta)
+            table = values[0] if self._is_matrix(block) else values[0][:, None]
+            return shifted(table[rows][:, columns], deltas)
+        left, right = values[0][rows][:, None], values[1][columns]
         if self.damping:
-            return torch.outer(shifted(values[0], delta.sqrt()), shifted(values[1], delta.sqrt()))
-        return shifted(torch.outer(values[0], values[1]), delta)
+            return shifted(left, deltas.sqrt()) * shifted(right, deltas.sqrt())
+        return shifted(left * right, deltas)
+
+    def _is_matrix(self, block: int) -> bool:
+        values = self.eigenvalues[block]
+        return len(values) == 2 or values[0].ndim == 2
 
     def logdet(self) -> Tensor:
         """Log determinant in float64, differentiable in the deltas and in a scalar factor."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from laplace.capture import admission
 from laplace.capture.feature_extractor import FeatureExtractor
 from laplace.data.calling import called_by_batch
 from laplace.enums import Likelihood, LinkApprox, PredType, PriorStructure
+from laplace.interpolation import interpolation_for
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.likelihoods.named import NamedLikelihood
 from laplace.posterior.arguments import ORDER, by_name, check_model, signature
@@ -210,6 +211,18 @@ class BaseLaplace(Hyperparameters):
     def _largest_curvature(self) -> float:
         """A bound on the curvature in any direction, to which a prior precision is added; infinity where none is known."""
         return math.inf
+
+    def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor:
+        """Predictive variances of one batch for several prior precisions; see :mod:`laplace.capture.variance`."""
+        raise NotImplementedError
+
+    def _grid_variance(self, capture: Any, values: Sequence[float]) -> Tensor:
+        """Variances of the outputs for many scalar prior precisions, within :data:`laplace.interpolation.ERROR`."""
+        between = interpolation_for(values, self._largest_curvature())
+        known = values if between is None else between.nodes
+        priors = [torch.tensor([value], dtype=self._dtype, device=self._device) for value in known]
+        variances = self._glm_variance(capture, priors, True)
+        return variances if between is None else between.at(variances, values)
 
     def _check_fitted(self) -> None:
         raise NotImplementedError

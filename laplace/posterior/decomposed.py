@@ -7,22 +7,23 @@ r"""Posteriors whose precision is known in the eigenbasis of Kronecker factors, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from laplace.capture.blocks import Basis
-from laplace.capture.variance import block_variance
+from laplace.capture.weights import Weight
 from laplace.linalg.decomposed import KronDecomposed, KronSpectrum
 from laplace.linalg.kronecker import Kron
 from laplace.linalg.precision import widened
 from laplace.noise import check_samples
-from laplace.posterior.parametric import ParametricLaplace
+from laplace.posterior.by_block import ByBlockLaplace
 from laplace.posterior.weights import check_type
 
 
-class DecomposedLaplace(ParametricLaplace):
+class DecomposedLaplace(ByBlockLaplace):
     """Algebra of a posterior whose ``H`` is a :class:`laplace.utils.matrix.KronDecomposed`; subclasses say how it is found."""
 
     title: str  # of the structure, in errors
@@ -95,15 +96,25 @@ class DecomposedLaplace(ParametricLaplace):
         noise = torch.randn(n_samples, self.n_params, device=self._device, dtype=self._dtype, generator=generator)
         return self.mean + precision.bmm(noise, exponent=-0.5)
 
-    def _largest_curvature(self) -> float:
+    def _largest_curvatures(self) -> list[float]:
         if self.H.damping:  # roots of prior precisions are added, as if curvatures had any size
-            return math.inf
-        values = [math.prod(float(factor.max()) for factor in block) for block in self.H.eigenvalues]
-        return float(self._H_factor) * max(values, default=0.0)
+            return [math.inf] * len(self.H)
+        factor = float(self._H_factor)
+        return [factor * math.prod(float(values.max()) for values in block) for block in self.H.eigenvalues]
 
-    def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor:
-        blocks = self.sums_spec().blocks
-        precisions = [self._precision(p) for p in prior_precisions]
-        bases = [Basis(*vectors) for vectors in self.H.eigenvectors]
-        weights = [lambda t, i=i: precisions[t].spectrum(i).reciprocal() for i in range(len(blocks))]
-        return block_variance(capture, blocks, bases, weights, len(precisions), diagonal)
+    def _bases(self) -> list[Basis]:
+        return [Basis(*vectors) for vectors in self.H.eigenvectors]
+
+    def _by_block(self, prior_precision: Tensor) -> Sequence[Tensor]:
+        return prior_precision.expand(len(self.sums_spec().blocks))[:, None].unbind()
+
+    def _variances(self, priors: Sequence[Sequence[Tensor]]) -> list[Weight]:
+        self._check_fitted()
+        curvature = self.H * self._H_factor
+        return [_variances(curvature, i, torch.cat(list(of_block))) for i, of_block in enumerate(priors)]
+
+
+def _variances(curvature: KronDecomposed, block: int, priors: Tensor) -> Weight:
+    """Reciprocals of one block's eigenvalues plus prior precisions."""
+    deltas = curvature.deltas[block] + priors.to(curvature.deltas)
+    return lambda of, rows, columns: curvature.part(block, deltas[of], rows, columns).reciprocal()

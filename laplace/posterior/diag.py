@@ -2,23 +2,24 @@ r"""Diagonal posterior: :math:`P = \mathrm{diag}(h / (\sigma^2 T) + p_0)`."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from laplace.capture.blocks import Basis, Block
-from laplace.capture.variance import block_variance
+from laplace.capture.weights import Part, Weight, as_matrix
 from laplace.linalg.precision import in_full_precision, widened
 from laplace.noise import check_samples
-from laplace.posterior.parametric import ParametricLaplace
+from laplace.posterior.by_block import ByBlockLaplace
 from laplace.posterior.weights import check_type
 from laplace.prior import spread
 from laplace.structures.diag import diag_vector
 from laplace.structures.sums import CurvatureSums
 
 
-class DiagLaplace(ParametricLaplace):
+class DiagLaplace(ByBlockLaplace):
     """Laplace approximation with diagonal curvature.
 
     Example:
@@ -103,27 +104,54 @@ class DiagLaplace(ParametricLaplace):
         noise = torch.randn(n_samples, len(scale), device=self._device, dtype=self._dtype, generator=generator)
         return self._mean_inferred + noise * scale
 
-    def _largest_curvature(self) -> float:
-        return float((self._H_factor * self.H.max()).item())
+    def _largest_curvatures(self) -> list[float]:
+        factor = float(self._H_factor)
+        return [factor * float(h.max()) for h in self._curvatures()]
 
-    def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor:
-        blocks = self.sums_spec().blocks
-        sizes = [block.size for block in blocks]
-        curvature, factor = self._in_order_of_sums(self.H).split(sizes), float(self._H_factor)
-        priors = [self._in_order_of_sums(spread(value, sizes)).split(sizes) for value in prior_precisions]
+    def _curvatures(self) -> Sequence[Tensor]:
+        """Diagonal of the summed curvature by block."""
+        return self._in_order_of_sums(self.H).split([block.size for block in self.sums_spec().blocks])
 
-        def weight(index: int):
-            return lambda t: _whole(
-                blocks[index], torch.add(priors[t][index], curvature[index], alpha=factor).reciprocal_()
-            )
+    def _bases(self) -> list[Basis]:
+        return [Basis()] * len(self.sums_spec().blocks)
 
-        weights = [weight(i) for i in range(len(blocks))]
-        return block_variance(capture, blocks, [Basis()] * len(blocks), weights, len(prior_precisions), diagonal)
+    def _by_block(self, prior_precision: Tensor) -> Sequence[Tensor]:
+        sizes = [block.size for block in self.sums_spec().blocks]
+        if len(prior_precision) == 1:
+            return [prior_precision] * len(sizes)
+        return self._in_order_of_sums(spread(prior_precision, sizes)).split(sizes)
+
+    def _variances(self, priors: Sequence[Sequence[Tensor]]) -> list[Weight]:
+        factor, blocks = float(self._H_factor), self.sums_spec().blocks
+        return [
+            _variances(_whole(block, h, math.inf), [_whole(block, p, 1.0) for p in of_block], factor)
+            for block, h, of_block in zip(blocks, self._curvatures(), priors, strict=True)
+        ]
 
 
-def _whole(block: Block, variances: Tensor) -> Tensor:
-    """Variances of a whole tensor, ``(out, in)`` or ``(out,)``; entries outside a subnetwork have none."""
+def _variances(curvature: Tensor, priors: Sequence[Tensor], factor: float) -> Weight:
+    """The reciprocals of curvature ``(out, in)`` times a factor, plus prior precisions, each a number or ``(out, in)``."""
+    numbers = all(prior.numel() == 1 for prior in priors)
+    stacked = torch.stack([prior.reshape(1, 1) if numbers else prior.expand_as(curvature) for prior in priors])
+
+    def weight(of: slice, rows: Part, columns: Part) -> Tensor:
+        prior = stacked[of] if numbers else stacked[of][:, rows][:, :, columns]
+        return torch.add(prior, curvature[rows][:, columns], alpha=factor).reciprocal_()
+
+    return weight
+
+
+def _whole(block: Block, values: Tensor, outside: float) -> Tensor:
+    """Values of a whole tensor ``(out, in)``, one column if it is no matrix; a number stays one.
+
+    Args:
+        block: The tensor.
+        values: Of all its entries, or of a subnetwork's.
+        outside: Of the entries outside of the subnetwork.
+    """
+    if values.numel() == 1 and block.size > 1:
+        return values
     if block.chosen is not None:
-        whole = torch.zeros(torch.Size(block.shape).numel(), dtype=variances.dtype, device=variances.device)
-        variances = whole.index_put((block.indices.to(whole.device),), variances)
-    return variances if len(block.shape) < 2 else variances.view(block.shape[0], -1)
+        whole = values.new_full((torch.Size(block.shape).numel(),), outside)
+        values = whole.index_put((block.indices.to(whole.device),), values)
+    return as_matrix(values if len(block.shape) < 2 else values.view(block.shape[0], -1))

@@ -22,6 +22,7 @@ from laplace.backends.interface import CurvatureInterface
 from laplace.capture import contractions
 from laplace.capture.blocks import Basis
 from laplace.capture.variance import block_variance
+from laplace.capture.weights import constant
 from laplace.linalg.inference import outside_inference_mode
 from laplace.linalg.precision import widened
 from laplace.noise import check_samples
@@ -232,8 +233,7 @@ class LowRankLaplace(NotASum, ParametricLaplace):
     def _prior_variance(self, capture: Any, blocks: Any, prior: Tensor, diagonal: bool) -> Tensor:
         parts = prior.reciprocal().split([block.size for block in blocks])
         weights = [p if len(b.shape) < 2 else p.view(b.shape[0], -1) for p, b in zip(parts, blocks, strict=True)]
-        functions = [lambda t, w=w: w for w in weights]
-        return block_variance(capture, blocks, [Basis()] * len(blocks), functions, 1, diagonal)[0]
+        return block_variance(capture, blocks, [Basis()] * len(blocks), [constant(w) for w in weights], 1, diagonal)[0]
 
     def _projected(self, capture: Any, blocks: Any, matrix: Tensor) -> Tensor:
         """Jacobians times a thin matrix, ``(batch, outputs, rank)``, one output at a time."""

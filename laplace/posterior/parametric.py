@@ -33,10 +33,6 @@ class ParametricLaplace(SummedLaplace):
 
     # --- what a structure provides -------------------------------------------------------------------------------
 
-    def _glm_variance(self, capture: Any, prior_precisions: list[Tensor], diagonal: bool) -> Tensor:
-        """Predictive variances of one batch for several prior precisions; see :mod:`laplace.capture.variance`."""
-        raise NotImplementedError
-
     @property
     def posterior_precision(self) -> Any:
         """Posterior precision :math:`P` in the structure's own form."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from laplace.capture.blocks import Basis
 from laplace.capture.contractions import output_directions
 from laplace.capture.variance import block_variance
+from laplace.capture.weights import constant
 from laplace.errors import NotFittedError
 from laplace.linalg import memory
 from laplace.linalg.precision import widened
@@ -119,7 +120,7 @@ class ConditionedProcess(NoWeights, ParametricLaplace):
         only_diagonal = diagonal or self.independent_outputs
         widths = [max(b.shape[0], 1) if b.shape else 1 for b in blocks]
         ones = [capture.f.new_ones(w, b.size // w, dtype=torch.float64) for w, b in zip(widths, blocks, strict=True)]
-        weights = [lambda t, w=w: w for w in ones]
+        weights = [constant(w) for w in ones]
         prior = block_variance(capture, blocks, [Basis()] * len(blocks), weights, 1, only_diagonal)[0]
         rows = gp.rows_of(capture, blocks, output_directions(capture.f))
         cross = self._projected(rows, len(capture.f))

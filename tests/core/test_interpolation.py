@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace import KronLaplace, Laplace
-from laplace.interpolation import ERROR, interpolation_for
+from laplace.interpolation import ERROR, interpolation_for, interpolations
 from laplace.tuning import prior_precision_grid, score_grid
 
 
@@ -54,6 +54,42 @@ def test_nodes_lie_among_the_values_and_are_exact():
     assert between.nodes.min() > 1e-2 and between.nodes.max() < 1e2
     known = torch.rand(len(between.nodes), 3, dtype=torch.float64) + 0.1
     torch.testing.assert_close(between.at(known, between.nodes), known, rtol=1e-14, atol=0)
+
+
+def test_bounds_that_ask_for_as_many_nodes_share_those_of_the_largest():
+    values = np.logspace(-4, 4, 100)
+    found = interpolations(values, [1.0, 1e-3, 0.9, math.inf])
+    assert [len(between.nodes) for between in found] == [15, 7, 15, 27]
+    assert found[0] is found[2]
+    np.testing.assert_array_equal(found[2].nodes, interpolation_for(values, 1.0).nodes)
+    few = interpolations(values[::5], [1e-3, math.inf])
+    assert few[0] is not None and few[1] is None
+
+
+def _deep(structure, subset="all"):
+    """Layers whose largest curvatures are orders of magnitude apart."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5, bias=False), nn.LayerNorm(5), nn.Linear(5, 3)
+    ).double()
+    data = TensorDataset(torch.randn(30, 4, dtype=torch.float64), torch.randint(3, (30,)))
+    model[0].weight.data /= 100
+    la = Laplace(model, "classification", subset, structure, temperature=0.5)
+    la.fit(DataLoader(data, batch_size=10))
+    return la, la.backend.capture(data.tensors[0])
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+@pytest.mark.parametrize("structure", ["diag", "kron", "ekfac"])
+def test_every_layer_is_interpolated_from_the_nodes_of_its_own_curvature(structure, subset):
+    la, capture = _deep(structure, subset)
+    values = np.logspace(-4, 4, 60).tolist()
+    counts = {between and len(between.nodes) for between in interpolations(values, la._largest_curvatures())}
+    assert len(counts) > (subset == "all")
+    exact = la._glm_variance(capture, [torch.tensor([value]).double() for value in values], True)
+    found = la._grid_variance(capture, values)
+    assert not torch.equal(found, exact)
+    torch.testing.assert_close(found, exact, rtol=ERROR, atol=0)
 
 
 @pytest.mark.parametrize("structure", ["diag", "kron"])

@@ -5,7 +5,9 @@ import torch
 
 from laplace.capture import outer_variance
 from laplace.capture.blocks import Basis
+from laplace.capture.every_output import OutputGradients
 from laplace.capture.outer_variance import add_outer_variance
+from laplace.capture.weights import constant
 
 
 def _case(positions, outputs=3, batch=5, out=7, width=11, priors=2, dtype=torch.float64):
@@ -25,14 +27,17 @@ _PLAIN = Basis()
 
 def _added(a, g, w, diagonal, basis=_PLAIN):
     total = torch.zeros_like(_naive(a, g, w, diagonal)).to(a.dtype)
-    add_outer_variance(total, lambda i, j: a[i:j], g, basis, lambda t: w[t], a.shape[1:], diagonal)
+    add_outer_variance(
+        total, lambda i, j: a[i:j], OutputGradients(g.unbind(1)), basis, constant(*w), a.shape[1:], diagonal
+    )
     return total
 
 
-@pytest.fixture(params=["pairs", "rows", "small tiles"])
+@pytest.fixture(params=["pairs", "pairs in ranges", "rows", "small tiles"])
 def way(request, monkeypatch):
-    if request.param == "pairs":
+    if "pairs" in request.param:
         monkeypatch.setattr(outer_variance, "_TRAFFIC", 10**9)
+        monkeypatch.setattr(outer_variance, "_RANGE", 0 if "ranges" in request.param else 10**9)
         return
     monkeypatch.setattr(outer_variance, "_TRAFFIC", -(10**9))
     if request.param == "small tiles":
@@ -60,6 +65,27 @@ def test_positions_that_cancel_lose_no_digits(monkeypatch, diagonal):
     a = a[:, :1].expand_as(a)
     variances = _added(a, g, w, True)
     assert bool((variances >= 0).all()) and float(variances.max()) < 1e-5  # 1e4 from pairs, of either sign
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize("positions", [1, 4])
+def test_units_that_are_off_in_all_examples_take_no_products(monkeypatch, positions, diagonal):
+    monkeypatch.setattr(outer_variance, "_TRAFFIC", 10**9)
+    a, g, w = _case(positions)
+    a[..., 1:10] = 0
+    g[..., :3] = 0
+    asked = []
+
+    def weight(priors, rows, columns):
+        asked.append((rows.tolist(), columns.tolist()))
+        return constant(*w)(priors, rows, columns)
+
+    total = torch.zeros_like(_naive(a, g, w, diagonal))
+    gradients = OutputGradients(g.unbind(1))
+    add_outer_variance(total, lambda i, j: a[i:j], gradients, Basis(), weight, a.shape[1:], diagonal)
+    assert asked == [([3, 4, 5, 6], [0, 10])]
+    torch.testing.assert_close(total, _naive(a, g, w, diagonal), rtol=1e-12, atol=1e-12)
+    assert not _added(a * 0, g, w, diagonal).any()
 
 
 def test_few_positions_are_taken_in_pairs_and_many_by_rows(monkeypatch):
