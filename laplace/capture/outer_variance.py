@@ -100,7 +100,7 @@ def _by_pairs(a: Tensor, g: Tensor, basis: Basis, weight: Weight, priors: int, d
     r, s = _places(positions, a.device)
     products = _pairs(a, 1, r, s).flatten(0, 1)  # (batch · pairs, in)
     found = g.new_zeros((priors, n, outputs) + (() if diagonal else (outputs,)))
-    equal, others = g.new_zeros(2, priors, n, outputs)
+    equal, others = (g.new_zeros(priors, n, outputs) for _ in range(2))
     for first, last in ranges(out, priors * max(products.shape), at_once(_TILE, a.device)):
         part = g[..., first:last]
         squares = _pairs(part, 2, r, s)
