@@ -13,7 +13,8 @@ are taken otherwise, see :mod:`laplace.capture.every_output`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -99,17 +100,25 @@ class Capture:
             for key, parameter in module.named_parameters(recurse=False)
         }
         numbers = numbers_of_uses(self._output, own)
+        runs = Counter(names)
         self.misused = {
             name
             for name, number in numbers.items()
-            if name not in self._products and number > names.count(name.rpartition(".")[0])
+            if name not in self._products and number > runs[name.rpartition(".")[0]]
         } | others
         products, turned, misused = calls_of(self._output, self._products, len(self._output))
         self.misused |= misused
         self.modules.update(turned)
         self._calls = [*(that_reach(self._output, calls) if len(set(names)) < len(names) else calls), *products]
-        self.called = {call.layer for call in self._calls}
+        self._calls_of: dict[str, list[Call]] = {}
+        for call in self._calls:
+            self._calls_of.setdefault(call.layer, []).append(call)
         self._without_gradient = without | set(names)
+
+    @property
+    def called(self) -> Collection[str]:
+        """Names of the layers that run in this batch."""
+        return self._calls_of.keys()
 
     def of_copies(self, count: int) -> Capture | None:
         """The capture of the batch in which every example stands so many times; None of inputs without examples."""
@@ -160,11 +169,10 @@ class Capture:
         if layer not in self.called:  # in this batch
             return self._blank(layer)[0][start:stop]
         parts = []
-        for call in self._calls:
-            if call.layer == layer:
-                value = call.by_example(len(self.f))[start:stop]
-                a = inputs_by_position(self.modules[layer], value.flatten(0, 1)).to(self.dtype)
-                parts.append(join_positions(a, len(value)))
+        for call in self._calls_of[layer]:
+            value = call.by_example(len(self.f))[start:stop]
+            a = inputs_by_position(self.modules[layer], value.flatten(0, 1)).to(self.dtype)
+            parts.append(join_positions(a, len(value)))
         return side_by_side(parts, stop - start)
 
     def gradients(self, v: Tensor) -> dict[str, Tensor]:
@@ -206,10 +214,9 @@ class Capture:
     def positions_of(self, layer: str, gradients: list[tuple[Call, Tensor]]) -> Tensor:
         """One layer's output gradients over all its calls, ``(batch, positions, out)``."""
         parts = []
-        for call, g in gradients:
-            if call.layer == layer:
-                g = gradients_by_position(self.modules[layer], g).to(self.dtype)
-                parts.append(join_positions(g, len(self.f)))
+        for _, g in gradients:
+            g = gradients_by_position(self.modules[layer], g).to(self.dtype)
+            parts.append(join_positions(g, len(self.f)))
         return side_by_side(parts, len(self.f))
 
     def output_gradients(self, v: Tensor) -> list[tuple[Call, Tensor]]:
@@ -271,7 +278,7 @@ class Capture:
 
     def first_value(self, layer: str) -> Tensor:
         """What went into a layer's first call, as it is."""
-        return next(call.value for call in self._calls if call.layer == layer)
+        return self._calls_of[layer][0].value
 
     @property
     def coarsest(self) -> float:
