@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +120,14 @@ def recorded(modules: dict[str, nn.Module]) -> Iterator[tuple[list[Call], set[st
     finally:
         for handle in handles:
             handle.remove()
+
+
+def by_layer(found: Iterable[tuple[Call, Tensor]]) -> dict[str, list[Tensor]]:
+    """Gradients of what came out of calls, by their layers."""
+    own: dict[str, list[Tensor]] = {}
+    for call, g in found:
+        own.setdefault(call.layer, []).append(g)
+    return own
 
 
 def join_positions(values: Tensor, n: int) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from laplace.capture import memory_format
 from laplace.capture.attribution import check_attribution, picks_by_mask, picks_rows
 from laplace.capture.blocks import row_key
-from laplace.capture.calls import Call, join_positions, recorded, side_by_side, that_reach
+from laplace.capture.calls import Call, by_layer, join_positions, recorded, side_by_side, that_reach
 from laplace.capture.evaluation import eval_mode
 from laplace.capture.padding import kept_tokens
 from laplace.capture.products import calls_of, product
@@ -198,9 +198,7 @@ class Capture:
         return self._by_layer(self.output_gradients(v))
 
     def _by_layer(self, found: list[tuple[Call, Tensor]]) -> dict[str, Tensor]:
-        own: dict[str, list[tuple[Call, Tensor]]] = {}
-        for call, g in found:
-            own.setdefault(call.layer, []).append((call, g))
+        own = by_layer(found)
         return {
             layer: self.positions_of(layer, own[layer]) if layer in own else self._blank(layer)[1]
             for layer in self.modules
@@ -211,10 +209,10 @@ class Capture:
         n = len(self.f)
         return [torch.zeros(n, 1, w, dtype=self.dtype, device=self.f.device) for w in widths(self.modules[layer])]
 
-    def positions_of(self, layer: str, gradients: list[tuple[Call, Tensor]]) -> Tensor:
-        """One layer's output gradients over all its calls, ``(batch, positions, out)``."""
+    def positions_of(self, layer: str, gradients: Iterable[Tensor]) -> Tensor:
+        """One layer's output gradients over all its calls, ``(batch, positions, out)``, from those of every call."""
         parts = []
-        for _, g in gradients:
+        for g in gradients:
             g = gradients_by_position(self.modules[layer], g).to(self.dtype)
             parts.append(join_positions(g, len(self.f)))
         return side_by_side(parts, len(self.f))

@@ -11,6 +11,7 @@ from torch import nn
 from laplace.capture import contractions
 from laplace.capture.agreement import allowed
 from laplace.capture.blocks import Block
+from laplace.capture.calls import by_layer
 from laplace.capture.capture import Capture
 from laplace.capture.fallback import dense, refusal
 from laplace.capture.rules import is_outer, is_transposed
@@ -35,9 +36,7 @@ def verdicts(capture: Capture, layers: dict[str, str], params: dict[str, nn.Para
         direction[example] = v[example]
         with _refusals(capture, params, direction):  # both by one backward pass
             gradients, truth = capture._pulled(direction, list(params.values()))
-        own: dict[str, list] = {}
-        for call, g in gradients:
-            own.setdefault(call.layer, []).append((call, g))
+        own = by_layer(gradients)
         for (name, p), expected in zip(params.items(), truth, strict=True):
             expected = dense(expected, p).detach()
             block = Block(name, tuple(p.shape), layers[name], (), "")
@@ -85,7 +84,7 @@ def _order(n: int) -> list[int]:
 
 
 def _is_row(
-    capture: Capture, block: Block, gradients: list, expected: torch.Tensor, example: int, spacing: float
+    capture: Capture, block: Block, gradients: list[torch.Tensor], expected: torch.Tensor, example: int, spacing: float
 ) -> bool | None:
     """Whether one example's inputs and output gradients give this parameter's gradient; None if there is no gradient.
 
@@ -94,7 +93,7 @@ def _is_row(
     Args:
         capture: Of the batch.
         block: The parameter.
-        gradients: The calls of its layer, and the gradients of what came out.
+        gradients: Of what came out of the calls of its layer.
         expected: The gradient by automatic differentiation.
         example: Number of the example.
         spacing: Of the coarsest numbers near 1 in all these.
