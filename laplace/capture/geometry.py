@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+_NARROW = 8  # positions along the last axis, up to which torch's own kernel makes patches faster
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -53,8 +55,7 @@ class Geometry:
             for axis in axes:
                 x = x[(slice(None),) * (2 + axis) + (slice(None, None, self.stride[axis]),)]
             return x.flatten(2).transpose(1, 2)
-        even = self.mode == "zeros" and all(before == after for before, after in self.padding)
-        if len(self.kernel) == 2 and even and not x.is_cuda:  # where it is a kernel for every example
+        if self._is_unfolded_by_torch(x):
             padding = tuple(before for before, _ in self.padding)
             return F.unfold(x, self.kernel, self.dilation, padding, self.stride).transpose(1, 2)
         if any(map(any, self.padding)):
@@ -63,8 +64,21 @@ class Geometry:
         for axis in axes:
             reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
             x = x.unfold(2 + axis, reach, self.stride[axis])[..., :: self.dilation[axis]]
-        x = x.movedim(1, 1 + len(axes))  # batch, positions along each axis, channels, kernel along each axis
-        return x.flatten(1 + len(axes)).flatten(1, len(axes))
+        first, last = 2, 2 + len(axes)  # batch, channels, positions along each axis, kernel along each axis
+        if x.is_cuda:
+            return x.movedim(1, last - 1).flatten(last - 1).flatten(1, last - 2)
+        x = x.movedim(tuple(range(first, last)), tuple(range(last, last + len(axes))))
+        return x.contiguous().flatten(last).flatten(1, last - 1).transpose(1, 2)
+
+    def _is_unfolded_by_torch(self, x: Tensor) -> bool:
+        """Whether torch's own kernel makes the patches faster than a copy of a view, whose innermost loop is a row of them.
+
+        On GPUs it is a kernel for every example.
+        """
+        if len(self.kernel) != 2 or x.is_cuda or self.mode != "zeros":
+            return False
+        even = all(before == after for before, after in self.padding)
+        return even and x.shape[-1] < _NARROW * self.stride[-1]
 
 
 def reads_all(stride: tuple[int, ...], output_padding: tuple[int, ...]) -> bool:

@@ -52,8 +52,7 @@ def add_gram_(total: Tensor, rows: Sequence[Tensor], scale: float = 1.0, exact: 
             _add_to_small_(total, r, r, scale)
         return
     for runs in _turned_runs(rows, exact):
-        for block, start, stop in blocks_of_rows(total):
-            _add_to_block_(block[:, :stop], [(run[start:stop], run[:stop]) for run in runs], scale)
+        _add_gram_of_runs_(total, runs, scale)
 
 
 def gram(rows: Iterable[Tensor]) -> Tensor:
@@ -89,7 +88,7 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         return
     for runs in zip(_turned_runs([left]), _turned_runs([right]), strict=True):
         for start, stop in _blocks(len(total)):
-            _add_to_block_(total[start:stop], [(one[start:stop], other) for one, other in zip(*runs, strict=True)])
+            _add_to_block_(total[start:stop], ((one[:, start:stop], other) for one, other in zip(*runs, strict=True)))
 
 
 def weighted_gram(rows: Tensor, weights: Tensor, both: bool = True) -> Iterator[tuple[int, int, Tensor]]:
@@ -142,8 +141,11 @@ def add_gram_of_positions_(total: Tensor, values: Sequence[Tensor], scale: float
         elif width <= _POSITIONS:
             for part in value.split(_RUN, 1):
                 total.add_(torch.bmm(part.mT, part).sum(0), alpha=scale)
-        else:
+        elif is_small(total) or (runs := _runs_of_positions(value)) is None:
             rows.append(value.permute(2, 0, 1).reshape(width, -1).T)
+        else:
+            for some in runs.split(_RUNS):
+                _add_gram_of_runs_(total, [some], scale)
     add_gram_(total, rows, scale)
 
 
@@ -174,10 +176,48 @@ def _blocks(n: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:
 
 
 def _turned_runs(rows: Sequence[Tensor], exact: bool = False) -> Iterator[list[Tensor]]:
-    """Runs of rows, ``(width, run)`` each, as many at once as are added up before they go into the running sum."""
-    runs = [run for r in rows for run in r.split(_RUN)]
-    for first in range(0, len(runs), _RUNS):
-        yield [turned(run.double() if exact else run, BLOCK) for run in runs[first : first + _RUNS]]
+    """Runs of rows, ``(runs, width, run)``, as many at once as are added up before they go into the running sum."""
+    chunk, room = [], _RUNS
+    for runs in (runs for r in rows for runs in _runs(r)):
+        while len(runs):
+            some, runs = runs[:room], runs[room:]
+            chunk.append(turned(some.double() if exact else some, BLOCK))
+            room -= len(some)
+            if not room:
+                yield chunk
+                chunk, room = [], _RUNS
+    if chunk:
+        yield chunk
+
+
+def _runs(rows: Tensor) -> Iterator[Tensor]:
+    """Rows ``(n, width)`` by runs, ``(runs, run, width)``, and what is left of them."""
+    whole = len(rows) // _RUN * _RUN
+    yield rows[:whole].unflatten(0, (-1, _RUN))
+    if whole < len(rows):
+        yield rows[None, whole:]
+
+
+def _runs_of_positions(value: Tensor) -> Tensor | None:
+    """Runs of rows, ``(runs, width, run)``, of values ``(batch, positions, width)`` in channels-first memory, by one copy.
+
+    Returns:
+        None where a run is not of whole examples, nor an example of whole runs.
+    """
+    n, positions, width = value.shape
+    if positions % _RUN == 0:
+        runs = value.mT.unflatten(2, (-1, _RUN)).transpose(1, 2)
+    elif n * positions % _RUN == 0 and _RUN % positions == 0:
+        runs = value.mT.unflatten(0, (-1, _RUN // positions)).transpose(1, 2)
+    else:
+        return None
+    return runs.reshape(-1, width, _RUN)
+
+
+def _add_gram_of_runs_(total: Tensor, runs: list[Tensor], scale: float) -> None:
+    """Add the Gram matrix of runs of rows, ``(runs, width, run)`` each, on and left of the block diagonal."""
+    for block, start, stop in blocks_of_rows(total):
+        _add_to_block_(block[:, :stop], ((some[:, start:stop], some[:, :stop]) for some in runs), scale)
 
 
 def _add_to_block_(block: Tensor, runs: Iterable[tuple[Tensor, Tensor]], scale: float = 1.0) -> None:

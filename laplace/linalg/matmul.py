@@ -57,16 +57,33 @@ def sum_of_squared_products(left: Tensor, right: Tensor) -> Tensor:
 
 
 def turned(rows: Tensor, most: int) -> Tensor:
-    """Rows ``(n, width)`` transposed, ``(width, n)``, in the memory from which their outer products are made, ``most`` high."""
-    pays = rows.numel() * most >= _fewest() and _of_float32(rows) and is_faster()
-    return rows.T.contiguous() if pays else rows.T
+    """Rows ``(…, n, width)`` transposed, in the memory from which their outer products are made, ``most`` high."""
+    pays = rows.shape[-2] * rows.shape[-1] * most >= _fewest() and _of_float32(rows) and is_faster()
+    if not pays or rows.ndim == 2:
+        return rows.mT.contiguous() if pays else rows.mT
+    found = rows.new_empty(rows.mT.shape)
+    for one, other in zip(found, rows, strict=True):  # torch transposes a matrix faster than several
+        one.copy_(other.T)
+    return found
 
 
 def add_times_transposed_(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """``total + left @ right.T``, in place; without a total, a new one."""
-    if total is None:
-        return times_transposed(left, right)
-    return total.add_(times_transposed(left, right)) if _suits(left, right) else total.addmm_(left, right.T)
+    """``total + left @ right.T``, in place, of one pair of matrices or of several one after the other; else a new one.
+
+    Args:
+        total: ``(m, n)``; None to begin from zero.
+        left: ``(m, k)``, or of several ``(pairs, m, k)``.
+        right: ``(n, k)``, or of several ``(pairs, n, k)``.
+    """
+    left, right = (values if values.ndim == 3 else values[None] for values in (left, right))
+    if not len(left) or not _suits(left[0], right[0]):
+        return (
+            torch.addbmm(left.new_zeros(()), left, right.mT, beta=0) if total is None else total.addbmm_(left, right.mT)
+        )
+    for one, other in zip(left.unbind(), right.unbind(), strict=True):
+        product = _one_dnn(one, other)
+        total = product if total is None else total.add_(product)
+    return total
 
 
 def faster_products(weights: Iterable[Tensor]) -> AbstractContextManager[Any]:

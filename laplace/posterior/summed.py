@@ -16,6 +16,7 @@ from laplace.data.mistakes import check_inputs
 from laplace.errors import NotFittedError
 from laplace.likelihoods.base import BaseLikelihood
 from laplace.linalg.dense import parameter_vector
+from laplace.linalg.heap import keeping_freed
 from laplace.linalg.inference import outside_inference_mode
 from laplace.posterior import weights
 from laplace.posterior.arguments import by_name
@@ -248,7 +249,7 @@ class SummedLaplace(BaseLaplace):
         if adds:
             check_same_estimator(self.sums.estimator, self.backend.estimator)
             weights.warn_of_addition(self)
-        with self._or_as_before():
+        with self._or_as_before(), keeping_freed:
             sums = self._sum_over(train_loader, progress_bar)
             if adds:
                 sums.merge(self.sums)
