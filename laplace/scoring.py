@@ -195,7 +195,7 @@ def parts(la: Fitted, loader: Iterable, progress_bar: bool) -> Iterator[tuple[An
     """Batches in the parts in which they are captured."""
     for x, y in la._batches(loader, progress_bar, "Scoring prior precisions"):
         la._check_inputs(x)
-        yield from ((inputs, targets) for _, inputs, targets in la._parts(x, y))
+        yield from ((inputs, targets) for _, inputs, targets in la._parts(x, y, every_output=True))
 
 
 def sweep(

@@ -36,7 +36,7 @@ from laplace.structures.registry import sums_spec, warn_of_diagonal_blocks
 from laplace.structures.specification import SumsSpec
 from laplace.structures.subnetwork import check_subnetwork_indices, split_indices
 
-_HELD = 1 << 25  # elements of rows and gradients that are held at once, beyond those of one backward pass
+_HELD = 1 << 27  # elements of rows and gradients that are held at once, beyond those of one backward pass
 
 
 class CapturedModel:

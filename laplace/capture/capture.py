@@ -70,7 +70,7 @@ class Capture:
             dtype: Type in which inputs and gradients are handed out.
             proven: See :class:`laplace.capture.uses.Uses`.
         """
-        self.dtype, self._model = dtype, model
+        self.dtype, self._model, self._parameters = dtype, model, list(model.parameters())
         layers, others = list(layers), list(others)
         self._products = {name: found for name in layers if (found := product(model, name)) is not None}
         self.modules = {name: self._products.get(name) or model.get_submodule(name) for name in layers}
@@ -89,7 +89,7 @@ class Capture:
         hooked = {name: module for name, module in self.modules.items() if name not in self._products}
 
         def once(x: Any) -> tuple[list[Call], set[str], set[str], Tensor]:
-            with recorded(hooked) as (calls, without, others), torch.enable_grad(), faster_products(model.parameters()):
+            with recorded(hooked) as (calls, without, others), torch.enable_grad(), faster_products(self._parameters):
                 return calls, without, others, model(x)
 
         calls, without, others, self._output = memory_format.run(once, model, x, hooked.values())
@@ -226,7 +226,7 @@ class Capture:
         edges = [*(call.edge for call in self._calls), *further]
         if not edges:
             return [], ()
-        faster = faster_products(self._model.parameters())
+        faster = faster_products(self._parameters)
         with eval_mode(self._model), without_autocast(), faster:  # checkpoints run the model again
             grads = torch.autograd.grad(
                 self._output, edges, v.to(self._output.dtype), retain_graph=True, allow_unused=True

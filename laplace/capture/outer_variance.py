@@ -33,6 +33,10 @@ _WEIGHTS = 1 << 24  # elements of weights by which rows are multiplied
 _HEIGHT = 40  # rows from which on a product with few columns is fast
 _ONE_BY_ONE = 1 << 18  # multiplications from which on a call for each example pays
 _RANGE = 1 << 13  # elements at a position from which on products of ranges pay
+_GATHERED = (
+    2  # time in which an element of a pair is gathered and multiplied, relative to that of one that lies in a row
+)
+_MULTIPLIED = 1 / 32  # time of a multiplication in a product of matrices, relative to the same
 _CANCELLED = 1 / 64  # share of the pairs of equal positions below which others cancel them
 _TRAFFIC = 16  # multiplications in whose time an element of a row is written, squared and read again
 
@@ -64,7 +68,9 @@ def add_outer_variance(
     if by_pairs > by_rows:
         _add_by_rows(total, inputs, g, basis, weight, width, diagonal)
         return
-    for start, stop in ranges(n, pairs * max(width, outputs * out), at_once(_PAIRS, total.device)):
+    by_matrices = _multiplies_positions(len(total), outputs, positions) or not diagonal
+    gradients = outputs * out * (positions if by_matrices else pairs)
+    for start, stop in ranges(n, max(pairs * width, gradients), at_once(_PAIRS, total.device)):
         a, part = project(inputs(start, stop), basis.right), project(g.of(start, stop), basis.left)
         found = _by_pairs(a, part, basis, weight, len(total), diagonal)
         if found is not None:
@@ -93,6 +99,12 @@ def _split(basis: Basis, outputs: int, positions: int, out: int, width: int) -> 
     return first, Basis(basis.left if left else None, basis.right if right else None)
 
 
+def _multiplies_positions(priors: int, outputs: int, positions: int) -> bool:
+    """Whether matrices of positions, made for each prior, cost less than the gradients' products at all pairs, made once."""
+    matrices = priors * (_GATHERED * positions + outputs * (_MULTIPLIED * positions + 1))
+    return positions > 1 and matrices < outputs * positions * _GATHERED
+
+
 def _by_pairs(a: Tensor, g: Tensor, basis: Basis, weight: Weight, priors: int, diagonal: bool) -> Tensor | None:
     """The variances from the pairs of positions; None where they cancel."""
     (a, columns), (g, rows) = _without_zeros(a, basis.right), _without_zeros(g, basis.left)
@@ -100,24 +112,45 @@ def _by_pairs(a: Tensor, g: Tensor, basis: Basis, weight: Weight, priors: int, d
     r, s = _places(positions, a.device)
     products = _pairs(a, 1, r, s).flatten(0, 1)  # (batch · pairs, in)
     found = g.new_zeros((priors, n, outputs) + (() if diagonal else (outputs,)))
-    equal, others = (g.new_zeros(priors, n, outputs) for _ in range(2))
+    equal = g.new_zeros(priors, n, outputs)
+    add = _add_by_matrices_ if not diagonal or _multiplies_positions(priors, outputs, positions) else _add_by_squares_
     for first, last in ranges(out, priors * max(products.shape), at_once(_TILE, a.device)):
         part = g[..., first:last]
-        squares = _pairs(part, 2, r, s)
         weights = weight(
             ALL, slice(first, last) if rows is None else rows[first:last], ALL if columns is None else columns
         ).to(g.dtype)
         scale = times_transposed(products, weights.flatten(0, 1)).view(n, -1, priors, last - first).transpose(1, 2)
-        equal += _dot(squares[:, :, :positions], scale[:, :, :positions])  # (batch, priors, pairs, rows)
-        if positions > 1:
-            others += _dot(squares[:, :, positions:], scale[:, :, positions:])
-        if not diagonal:
-            for t in range(priors):
-                found[t] += _covariance(part, scale[:, t], r, s)
-    variances = equal + 2 * others
+        add(found, equal, part, scale, r, s)  # (batch, priors, pairs, rows)
+    variances = found if diagonal else found.diagonal(dim1=-2, dim2=-1)
     if positions > 1 and not (variances >= _CANCELLED * equal).all():
         return None
-    return variances if diagonal else found
+    return found
+
+
+def _add_by_squares_(found: Tensor, equal: Tensor, g: Tensor, scale: Tensor, r: Tensor, s: Tensor) -> None:
+    """Add the variances ``(priors, batch, outputs)``, and what pairs of equal positions give, from products at all pairs."""
+    squares, positions = _pairs(g, 2, r, s), g.shape[2]
+    part = _dot(squares[:, :, :positions], scale[:, :, :positions])
+    equal += part
+    found += part
+    if positions > 1:
+        found.add_(_dot(squares[:, :, positions:], scale[:, :, positions:]), alpha=2)
+
+
+def _add_by_matrices_(found: Tensor, equal: Tensor, g: Tensor, scale: Tensor, r: Tensor, s: Tensor) -> None:
+    """Add the same, or covariances, from a symmetric matrix ``(positions, positions)`` for each row of the weight."""
+    positions = g.shape[2]
+    equal += _dot(g.square(), scale[:, :, :positions])
+    place = r.new_empty(positions, positions)  # of a pair among all
+    place[r, s] = place[s, r] = torch.arange(len(r), device=r.device)
+    g = g.permute(0, 3, 1, 2).contiguous()  # batch, rows, outputs, positions
+    for t in range(len(found)):
+        matrices = scale[:, t].index_select(1, place.flatten()).unflatten(1, place.shape).permute(0, 3, 1, 2)
+        weighted = g @ matrices
+        if found.ndim == 3:
+            found[t] += (weighted * g).sum((1, 3))
+        else:
+            found[t] += weighted.transpose(1, 2).flatten(2) @ g.transpose(1, 2).flatten(2).mT
 
 
 def _places(positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -150,17 +183,6 @@ def _without_zeros(values: Tensor, basis: Tensor | None) -> tuple[Tensor, Tensor
         if 4 * len(live) > 3 * values.shape[-1]:
             return values, None
     return values[..., live], live
-
-
-def _covariance(g: Tensor, scale: Tensor, r: Tensor, s: Tensor) -> Tensor:
-    positions = g.shape[2]
-    equal, others = scale.split([positions, scale.shape[1] - positions], 1)
-    total = torch.bmm((g * equal[:, None]).flatten(2), g.flatten(2).mT)
-    if positions == 1:
-        return total
-    r, s = r[positions:], s[positions:]
-    half = torch.bmm((g[:, :, r] * others[:, None]).flatten(2), g[:, :, s].flatten(2).mT)
-    return total + half + half.mT
 
 
 def _dot(squares: Tensor, scale: Tensor) -> Tensor:

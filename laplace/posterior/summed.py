@@ -186,9 +186,9 @@ class SummedLaplace(BaseLaplace):
             weights = of_all[start : start + len(targets)]
             self.backend.accumulate(sums, inputs, targets, offset + start, example_weights=weights)
 
-    def _parts(self, x: Any, y: Tensor) -> Iterator[tuple[int, Any, Tensor]]:
-        """The parts in which a batch is captured: number of the first example, inputs, targets."""
-        parts = self.backend.parts(x)
+    def _parts(self, x: Any, y: Tensor, every_output: bool = False) -> Iterator[tuple[int, Any, Tensor]]:
+        """The parts in which a batch is captured, for all outputs at once or not: first example's number, inputs, targets."""
+        parts = self.backend.parts(x, every_output)
         if len(parts) == 1:
             yield 0, x, y
             return

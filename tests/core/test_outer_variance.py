@@ -33,11 +33,12 @@ def _added(a, g, w, diagonal, basis=_PLAIN):
     return total
 
 
-@pytest.fixture(params=["pairs", "pairs in ranges", "rows", "small tiles"])
+@pytest.fixture(params=["pairs", "pairs in ranges", "pairs as matrices", "rows", "small tiles"])
 def way(request, monkeypatch):
     if "pairs" in request.param:
         monkeypatch.setattr(outer_variance, "_TRAFFIC", 10**9)
         monkeypatch.setattr(outer_variance, "_RANGE", 0 if "ranges" in request.param else 10**9)
+        monkeypatch.setattr(outer_variance, "_multiplies_positions", lambda *sizes: "matrices" in request.param)
         return
     monkeypatch.setattr(outer_variance, "_TRAFFIC", -(10**9))
     if request.param == "small tiles":
@@ -54,9 +55,11 @@ def test_both_ways_give_the_variances_of_the_rows(way, positions, diagonal):
 
 
 @pytest.mark.parametrize("diagonal", [True, False])
-def test_positions_that_cancel_lose_no_digits(monkeypatch, diagonal):
+@pytest.mark.parametrize("matrices", [True, False])
+def test_positions_that_cancel_lose_no_digits(monkeypatch, matrices, diagonal):
     """Inputs that are the same everywhere under gradients without a mean, as an instance norm passes them down."""
     monkeypatch.setattr(outer_variance, "_TRAFFIC", 10**9)
+    monkeypatch.setattr(outer_variance, "_multiplies_positions", lambda *sizes: matrices)
     a, g, w = _case(4, dtype=torch.float32)
     a = a[:, :1] + 1e-3 * a
     g = 300 * (g - g.mean(2, keepdim=True))
@@ -86,6 +89,21 @@ def test_units_that_are_off_in_all_examples_take_no_products(monkeypatch, positi
     assert asked == [([3, 4, 5, 6], [0, 10])]
     torch.testing.assert_close(total, _naive(a, g, w, diagonal), rtol=1e-12, atol=1e-12)
     assert not _added(a * 0, g, w, diagonal).any()
+
+
+@pytest.mark.parametrize(
+    ("priors", "outputs", "positions", "matrices"),
+    [(1, 100, 64, True), (10, 100, 64, True), (1, 10, 16, True), (100, 10, 16, False), (1, 100, 1, False)],
+)
+def test_pairs_are_matrices_where_outputs_are_many_and_priors_few(monkeypatch, priors, outputs, positions, matrices):
+    monkeypatch.setattr(outer_variance, "_TRAFFIC", 10**9)
+    taken = []
+    for name in ("_add_by_matrices_", "_add_by_squares_"):
+        real = getattr(outer_variance, name)
+        monkeypatch.setattr(outer_variance, name, lambda *args, real=real, name=name: taken.append(name) or real(*args))
+    a, g, w = _case(positions, outputs, batch=2, out=3, width=4, priors=priors)
+    torch.testing.assert_close(_added(a, g, w, True), _naive(a, g, w, True), rtol=1e-12, atol=1e-12)
+    assert set(taken) == {"_add_by_matrices_" if matrices else "_add_by_squares_"}
 
 
 def test_few_positions_are_taken_in_pairs_and_many_by_rows(monkeypatch):

@@ -120,3 +120,20 @@ def test_targets_of_another_number_are_refused(monkeypatch):
     for targets in (y[:4], y.repeat(2)):
         with pytest.raises(ValueError, match=f"{len(targets)} targets, but 5 inputs"):
             la.fit([(x, targets)])
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag"])
+def test_memory_of_a_search_does_not_grow_with_the_batch(structure, monkeypatch):
+    """Of an image, gradients of 20 outputs at all pixels, of 64 numbers in each of 4 channels, and of the last layer are held."""
+    model = OneConvolution().double()
+    la = Laplace(model, "classification", "all", structure)
+    x, y = torch.randn(64, 2, 8, 8).double(), torch.randint(20, (64,))
+    la.fit([(x[:4], y[:4])])
+    lengths, found, real = [], [], la.backend.capture
+    monkeypatch.setattr(la.backend, "capture", lambda inputs: lengths.append(len(inputs)) or real(inputs))
+    for held in (20 * (64 * 4 + 20) * 5, 1 << 27):
+        monkeypatch.setattr(captured_model, "_HELD", held)
+        la.optimize_prior_precision("glm", "gridsearch", val_loader=[(x, y)], grid_size=3)
+        found.append(la.prior_precision.clone())
+    assert torch.equal(*found)
+    assert lengths == [5] * 12 + [4, 64]
