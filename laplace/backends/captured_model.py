@@ -66,10 +66,7 @@ class CapturedModel:
         self._with_rows: dict[tuple, bool] = {}  # what in dict-like batches has a row for each example
         self._is_asked = False  # whether the batch that is being added has been asked what is open
         self._proven: Proven = {}
-        self._sizes: tuple[SumsSpec | None, dict[Any, tuple[int, int]]] = (
-            None,
-            {},
-        )  # of examples, by the shapes of inputs
+        self._sizes: tuple[SumsSpec | None, dict[Any, tuple[int, int]]] = (None, {})
 
     @property
     def spec(self) -> SumsSpec | None:
@@ -256,9 +253,13 @@ class CapturedModel:
         with eval_mode(self.model), failures_named(self._whole_model, x, "this batch"):
             others = [block.parameter for block in self.spec.blocks if block.layer is None]
             if self.last_layer:
-                return capture_last_layer(self.model, x, self.spec.torch_dtype, others)
-            layers = dict.fromkeys(block.layer for block in self.spec.blocks if block.layer is not None)
-            return Capture(self.model, x, layers, others, self.spec.torch_dtype, self._proven)
+                capture = capture_last_layer(self.model, x, self.spec.torch_dtype, others)
+            else:
+                layers = dict.fromkeys(block.layer for block in self.spec.blocks if block.layer is not None)
+                capture = Capture(self.model, x, layers, others, self.spec.torch_dtype, self._proven)
+        if len(capture.f):
+            self._known_sizes[_shapes(x)] = capture.f[0].numel(), capture.width
+        return capture
 
     def parts(
         self, x: Tensor | MutableMapping[str, Any], every_output: bool = False, outputs: int | None = None
@@ -291,14 +292,16 @@ class CapturedModel:
 
     def _size_of_example(self, x: Any) -> tuple[int, int]:
         """Number of outputs of an example over all its positions, and elements of what comes out of its layers."""
-        shapes = tuple(value.shape[1:] for value in tensors_of(x))
-        if self._sizes[0] is not self.spec or not shapes:
+        if not (shapes := _shapes(x)) or shapes not in self._known_sizes:
+            self._unchecked_capture(part_of(x, slice(0, 2)))
+        return self._known_sizes[shapes]
+
+    @property
+    def _known_sizes(self) -> dict[Any, tuple[int, int]]:
+        """Sizes of examples by the shapes of their inputs, of the model as it is initialised."""
+        if self._sizes[0] is not self.spec:
             self._sizes = (self.spec, {})
-        known = self._sizes[1]
-        if shapes not in known:
-            capture = self._unchecked_capture(part_of(x, slice(0, 2)))
-            known[shapes] = capture.f[0].numel(), capture.width
-        return known[shapes]
+        return self._sizes[1]
 
     def _check_gradients(self) -> None:
         """Refuse a model whose ``requires_grad`` flags are not those that it was initialised with."""
@@ -316,6 +319,11 @@ class CapturedModel:
         """Number of outputs of an example, over all its positions."""
         with eval_mode(self.model), torch.no_grad():
             return run(self.model, part_of(x, slice(0, 2)), "this batch")[0].numel()
+
+
+def _shapes(x: Any) -> tuple[torch.Size, ...]:
+    """Shapes of the inputs of one example."""
+    return tuple(value.shape[1:] for value in tensors_of(x))
 
 
 def _sources(spec: SumsSpec) -> list[tuple[str, str | None]]:
