@@ -26,6 +26,7 @@ from laplace.linalg.matmul import batched, is_faster, product, times_transposed
 from laplace.linalg.memory import at_once, ranges
 
 Inputs = Callable[[int, int], Tensor]
+Add = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 _PAIRS = 1 << 21  # elements of gradients, or of products of pairs, that are held at once
 _TILE = 1 << 20  # elements of rows, or of weights, that are held at once: few enough for a processor's cache
@@ -68,11 +69,11 @@ def add_outer_variance(
     if by_pairs > by_rows:
         _add_by_rows(total, inputs, g, basis, weight, width, diagonal)
         return
-    by_matrices = _multiplies_positions(len(total), outputs, positions) or not diagonal
-    gradients = outputs * out * (positions if by_matrices else pairs)
-    for start, stop in ranges(n, max(pairs * width, gradients), at_once(_PAIRS, total.device)):
+    by_matrices = not diagonal or _multiplies_positions(len(total), outputs, positions)
+    add, held = (_add_by_matrices_, positions) if by_matrices else (_add_by_squares_, pairs)
+    for start, stop in ranges(n, max(pairs * width, held * outputs * out), at_once(_PAIRS, total.device)):
         a, part = project(inputs(start, stop), basis.right), project(g.of(start, stop), basis.left)
-        found = _by_pairs(a, part, basis, weight, len(total), diagonal)
+        found = _by_pairs(a, part, basis, weight, total.new_zeros(total[:, start:stop].shape), add)
         if found is not None:
             total[:, start:stop] += found
             continue
@@ -105,15 +106,13 @@ def _multiplies_positions(priors: int, outputs: int, positions: int) -> bool:
     return positions > 1 and matrices < outputs * positions * _GATHERED
 
 
-def _by_pairs(a: Tensor, g: Tensor, basis: Basis, weight: Weight, priors: int, diagonal: bool) -> Tensor | None:
-    """The variances from the pairs of positions; None where they cancel."""
+def _by_pairs(a: Tensor, g: Tensor, basis: Basis, weight: Weight, found: Tensor, add: Add) -> Tensor | None:
+    """The variances from the pairs of positions, added to zeros of their shape; None where they cancel."""
     (a, columns), (g, rows) = _without_zeros(a, basis.right), _without_zeros(g, basis.left)
-    n, outputs, positions, out = g.shape
+    (n, outputs, positions, out), priors = g.shape, len(found)
     r, s = _places(positions, a.device)
     products = _pairs(a, 1, r, s).flatten(0, 1)  # (batch · pairs, in)
-    found = g.new_zeros((priors, n, outputs) + (() if diagonal else (outputs,)))
     equal = g.new_zeros(priors, n, outputs)
-    add = _add_by_matrices_ if not diagonal or _multiplies_positions(priors, outputs, positions) else _add_by_squares_
     for first, last in ranges(out, priors * max(products.shape), at_once(_TILE, a.device)):
         part = g[..., first:last]
         weights = weight(
@@ -121,7 +120,7 @@ def _by_pairs(a: Tensor, g: Tensor, basis: Basis, weight: Weight, priors: int, d
         ).to(g.dtype)
         scale = times_transposed(products, weights.flatten(0, 1)).view(n, -1, priors, last - first).transpose(1, 2)
         add(found, equal, part, scale, r, s)  # (batch, priors, pairs, rows)
-    variances = found if diagonal else found.diagonal(dim1=-2, dim2=-1)
+    variances = found if found.ndim == 3 else found.diagonal(dim1=-2, dim2=-1)
     if positions > 1 and not (variances >= _CANCELLED * equal).all():
         return None
     return found
