@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from types import TracebackType
 
 from laplace.linalg.process_settings import WhileAny
@@ -24,7 +25,7 @@ class _Kept:
     """Inside the block up to 256 MB that are freed are kept; where the user has told the allocator what to do, it does that."""
 
     def __enter__(self) -> None:
-        self._allocator = ctypes.CDLL(None)
+        self._allocator = ctypes.CDLL(None) if sys.platform == "linux" else None
         self._heard = hasattr(self._allocator, "mallopt") and not any(name in os.environ for name in _CHOICES)
         self._keep(_KEPT)
 
