@@ -1,9 +1,9 @@
 r"""Sums :math:`\sum_n l_n r_n^\top` of many rows that lose no small row.
 
-Added one by one in float32, a row that is small next to the sum so far vanishes. Here, at most ``_RUN`` rows in a row are
-added up by one product in the rows' own type, from zero; the results of a few such runs are added up next, and those go into
-a running sum in float64, block by block, so that no temporary of the sum's size is made. In float32 the relative error stays
-below 2e-6 for rows of any sizes in any order.
+Added one by one in float32, a row that is small next to the sum so far vanishes. Here, at most ``RUN`` rows in a row are
+added up by one product in the rows' own type, from zero, the small ones before the large ones where it matters; the results of
+a few such runs are added up next, and those go into a running sum in float64, block by block, so that no temporary of the
+sum's size is made. In float32 the relative error stays below 2e-6 for rows of any sizes in any order.
 
 Symmetric sums wider than a block are computed on and left of the block diagonal only; :func:`mirror_` completes them.
 
@@ -22,10 +22,10 @@ from torch import Tensor
 from laplace.linalg import gram_gpu
 from laplace.linalg.matmul import add_times_transposed_, turned
 from laplace.linalg.precision import in_full_precision
+from laplace.linalg.small_rows import RUN, small_first, small_first_in_runs
 
-_RUN = 128  # rows that one product adds up
 _RUNS = 32  # results of products that are added up before they go into the running sum
-_SHORT_RUN = 32  # rows that one product adds up for a small sum, where products are cheap
+_SHORT_RUN = 28  # rows that one product adds up for a small sum, where products are cheap
 BLOCK = 192  # rows of a block of a sum
 _WEIGHTED_BLOCK = BLOCK // 2  # of a weighted sum in float64: less of it is made twice
 _SMALL = 1 << 14  # elements up to which a sum is small
@@ -51,6 +51,8 @@ def add_gram_(total: Tensor, rows: Sequence[Tensor], scale: float = 1.0, exact: 
             r = r.double() if exact else r
             _add_to_small_(total, r, r, scale)
         return
+    if not exact:
+        rows = [small_first(r)[0] for r in rows]
     for runs in _turned_runs(rows, exact):
         _add_gram_of_runs_(total, runs, scale)
 
@@ -86,6 +88,7 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.numel() <= _SMALL:
         _add_to_small_(total, left, right)
         return
+    left, right = small_first(left, right)
     for runs in zip(_turned_runs([left]), _turned_runs([right]), strict=True):
         for start, stop in _blocks(len(total)):
             _add_to_block_(total[start:stop], ((one[:, start:stop], other) for one, other in zip(*runs, strict=True)))
@@ -139,7 +142,7 @@ def add_gram_of_positions_(total: Tensor, values: Sequence[Tensor], scale: float
         if value.stride(2) == 1:
             rows.append(value.reshape(-1, width))
         elif width <= _POSITIONS:
-            for part in value.split(_RUN, 1):
+            for part in value.split(_SHORT_RUN, 1):
                 total.add_(torch.bmm(part.mT, part).sum(0), alpha=scale)
         elif is_small(total) or (runs := _runs_of_positions(value)) is None:
             rows.append(value.permute(2, 0, 1).reshape(width, -1).T)
@@ -192,8 +195,8 @@ def _turned_runs(rows: Sequence[Tensor], exact: bool = False) -> Iterator[list[T
 
 def _runs(rows: Tensor) -> Iterator[Tensor]:
     """Rows ``(n, width)`` by runs, ``(runs, run, width)``, and what is left of them."""
-    whole = len(rows) // _RUN * _RUN
-    yield rows[:whole].unflatten(0, (-1, _RUN))
+    whole = len(rows) // RUN * RUN
+    yield rows[:whole].unflatten(0, (-1, RUN))
     if whole < len(rows):
         yield rows[None, whole:]
 
@@ -205,13 +208,13 @@ def _runs_of_positions(value: Tensor) -> Tensor | None:
         None where a run is not of whole examples, nor an example of whole runs.
     """
     n, positions, width = value.shape
-    if positions % _RUN == 0:
-        runs = value.mT.unflatten(2, (-1, _RUN)).transpose(1, 2)
-    elif n * positions % _RUN == 0 and _RUN % positions == 0:
-        runs = value.mT.unflatten(0, (-1, _RUN // positions)).transpose(1, 2)
+    if positions % RUN == 0:
+        runs = value.mT.unflatten(2, (-1, RUN)).transpose(1, 2)
+    elif n * positions % RUN == 0 and RUN % positions == 0:
+        runs = value.mT.unflatten(0, (-1, RUN // positions)).transpose(1, 2)
     else:
         return None
-    return runs.reshape(-1, width, _RUN)
+    return small_first_in_runs(runs.reshape(-1, width, RUN))
 
 
 def _add_gram_of_runs_(total: Tensor, runs: list[Tensor], scale: float) -> None:

@@ -2,7 +2,7 @@ r"""Sums of products of many rows on GPUs, as :mod:`laplace.linalg.gram` has the
 
 What costs on a GPU is the number of kernels, not what a cache holds. Where it multiplies in float64 about as fast as in
 float32, as the chips of data centres do, the rows are converted and multiplied as they are, so that nothing is lost at all: on
-an H100 that takes less time than one product in float32. Elsewhere, runs of rows that lose no small one, as on CPUs, are
+an H100 that takes less time than one product in float32. Elsewhere, runs of rows, the small ones before the large ones, are
 multiplied side by side in float32, and added up in float64. Which of the two is a matter of the chip alone, so that bits are.
 
 Of symmetric sums, what is on and left of the block diagonal is multiplied by blocks of rows. Where only some rows of a block
@@ -17,8 +17,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from laplace.linalg.small_rows import RUN, by_size
+
 BLOCK = 384  # rows of a block of a symmetric sum
-_RUN = 128  # rows that one product in float32 adds up
 _TILE = 128  # rows and columns of a result that one of a chip's processors works on
 _TILES = 160  # of these, what keeps all processors of a large chip busy
 _SHARE = 512  # rows that are worth a share of the processors
@@ -54,10 +55,13 @@ def _parts(matrices: tuple[Tensor, ...], exact: bool = False) -> Iterator[tuple[
     step = max(1, _ELEMENTS // max(1, *(matrix[:1].numel() for matrix in matrices)))
     for pieces in zip(*(matrix.split(step) for matrix in matrices), strict=True):
         kinds = (torch.float64 if wide else piece.dtype for piece in pieces)
-        yield tuple(
+        found = tuple(
             piece.to(kind, memory_format=torch.contiguous_format).flatten(0, -2)
             for piece, kind in zip(pieces, kinds, strict=True)
         )
+        yield (
+            by_size(*found) if found[0].dtype == torch.float32 else found
+        )  # whether it matters would have to be waited for
 
 
 def _products(left: Tensor, right: Tensor) -> Iterator[Tensor]:
@@ -69,7 +73,7 @@ def _products(left: Tensor, right: Tensor) -> Iterator[Tensor]:
         shares = _shares(n, left.shape[1], right.shape[1])
         run, step = n // shares, shares
     else:
-        run, step = min(_RUN, n), max(1, _ELEMENTS // each)
+        run, step = min(RUN, n), max(1, _ELEMENTS // each)
     whole = n // run * run
     for start in range(0, whole, step * run):
         stop = min(start + step * run, whole)

@@ -22,6 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _CPUINFO = Path("/proc/cpuinfo")
 _FEWEST = 1 << 21  # multiplications from which on oneDNN's preparations pay on one thread
 _NARROWEST = 8  # rows, columns and terms of a product
+_SQUARES = (
+    28  # that are added up one after the other before they go into a sum in float64, so that no small one is lost
+)
 _WIDEST = 1 << 14  # entries of a weight from which on a batch of 128 has as many
 
 
@@ -49,10 +52,13 @@ def sum_of_squared_products(left: Tensor, right: Tensor) -> Tensor:
     """The squares of ``leftᵀ right``, entry by entry and added up, of as many matrices ``(k, m)`` and ``(k, n)``."""
     if not len(left) or not _suits(left[0].T, right[0].T):
         return torch.bmm(left.mT, right).square_().sum(0)
-    total: Tensor | None = None
-    for one, other in zip(left, right, strict=True):
-        entries = times_transposed(one.T, other.T)
-        total = entries.square_() if total is None else total.addcmul_(entries, entries)
+    total = left.new_zeros(left.shape[2], right.shape[2], dtype=torch.float64)
+    for start in range(0, len(left), _SQUARES):
+        some: Tensor | None = None
+        for one, other in zip(left[start : start + _SQUARES], right[start : start + _SQUARES], strict=True):
+            entries = times_transposed(one.T, other.T)
+            some = entries.square_() if some is None else some.addcmul_(entries, entries)
+        total += some
     return total
 
 
