@@ -7,9 +7,9 @@ the spacing of floats beside it is lost, up to all of them: 127 rows of :math:`6
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 RUN = 128  # rows that one product adds up
 _SMALL = 2.0**-9  # of what a run adds up to: rows well below the mean one
@@ -49,7 +49,8 @@ def small_first_in_runs(runs: Tensor) -> Tensor:
 
 def loses(sizes: Tensor) -> bool:
     """Whether the sum of runs of rows with these sizes of their outer products, one run after the other, loses small ones."""
-    runs = F.pad(sizes, (0, -len(sizes) % RUN)).view(-1, RUN)
-    sums = runs.sum(1, keepdim=True)
-    lost = torch.minimum(runs, _LOST * sums) * (runs < _SMALL * sums)
+    values = sizes.detach().double().cpu().numpy()  # on the host, where decisions wait for no device
+    runs = np.pad(values, (0, -len(values) % RUN)).reshape(-1, RUN)
+    sums = runs.sum(1, keepdims=True)
+    lost = np.minimum(runs, _LOST * sums, where=runs < _SMALL * sums, out=np.zeros_like(runs))
     return bool(lost.sum() > _BOUND * sums.sum())

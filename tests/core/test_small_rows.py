@@ -92,4 +92,6 @@ def test_rows_are_moved_only_where_that_matters():
     moved, others = small_first(rows, rows[:, :3].contiguous())
     assert torch.equal(moved[:, :3], others) and (moved.norm(dim=1) * others.norm(dim=1)).diff().min() >= 0
     assert torch.equal(moved.sort(0).values, rows.sort(0).values)
+    for broken in (float("nan"), float("inf")):
+        assert not loses(torch.tensor([1.0, broken]))
     assert small_first(rows.double())[0].dtype == torch.float64 and not small_first(rows[:, :0])[0].numel()
