@@ -152,6 +152,13 @@ class Capture:
         for start, stop in ranges(len(self.f), self._input_size(layer), elements):
             yield self._make_inputs(layer, start, stop)
 
+    def single_input(self, layer: str) -> Tensor | None:
+        """What went into a layer, ``(batch, …)`` as it was; None where it has several calls or parts of examples."""
+        calls = self._calls_of.get(layer, [])
+        if len(calls) != 1 or len(calls[0].value) != len(self.f):
+            return None
+        return calls[0].by_example(len(self.f))[:, 0].to(self.dtype)
+
     def _input_size(self, layer: str) -> int:
         """Elements of a layer's inputs for one example."""
         if layer not in self._sizes:

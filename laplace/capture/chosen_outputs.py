@@ -59,6 +59,10 @@ class ChosenOutputs:
         """Inputs of a layer in chunks of examples."""
         return self._capture.input_chunks(layer, elements)
 
+    def single_input(self, layer: str) -> Tensor | None:
+        """What went into a layer, as it was."""
+        return self._capture.single_input(layer)
+
     def gradients(self, v: Tensor) -> dict[str, Tensor]:
         """Output gradients of every layer along a direction in the chosen outputs, ``(batch, chosen)``."""
         whole = torch.zeros(len(v), self._capture.f[0].numel(), dtype=v.dtype, device=v.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,15 @@ class Geometry:
             return x.movedim(1, last - 1).flatten(last - 1).flatten(1, last - 2)
         x = x.movedim(tuple(range(first, last)), tuple(range(last, last + len(axes))))
         return x.contiguous().flatten(last).flatten(1, last - 1).transpose(1, 2)
+
+    def positions(self, sizes: Sequence[int]) -> int:
+        """How many patches an input of these sizes along the axes has."""
+        count = 1
+        for size, pair, kernel, stride, step in zip(
+            sizes, self.padding, self.kernel, self.stride, self.dilation, strict=True
+        ):
+            count *= (size + sum(pair) - step * (kernel - 1) - 1) // stride + 1
+        return count
 
     def _is_unfolded_by_torch(self, x: Tensor) -> bool:
         """Whether torch's own kernel makes the patches faster than a copy of a view, whose innermost loop is a row of them.

@@ -106,6 +106,10 @@ class LastLayerCapture:
         """All features at once; they exist already."""
         yield self.inputs(layer)
 
+    def single_input(self, layer: str) -> Tensor | None:
+        """The features as they are; None where they are no batch of the examples."""
+        return self._features.to(self.dtype) if len(self._features) == len(self.f) else None
+
     def gradients(self, v: Tensor) -> dict[str, Tensor]:
         """The direction itself, ``(batch, positions, out)``, and the rows of parameters without a closed form."""
         rows = {

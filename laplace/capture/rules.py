@@ -88,6 +88,11 @@ def _geometry(module: nn.Module | Product) -> Geometry | None:
     return Geometry.of_module(module) if is_convolution(module) else None
 
 
+def patches_of(module: nn.Module | Product) -> Geometry | None:
+    """Where the patches lie that are a layer's inputs by position; None of what has others."""
+    return None if _adds_patches(module) or not is_outer(module) else _geometry(module)
+
+
 def _adds_patches(module: nn.Module | Product) -> bool:
     """Whether this is a transposed convolution."""
     if isinstance(module, Product):

@@ -17,6 +17,11 @@ _LOST = 2.0**-24  # of it: as much of a float32 term may be lost
 _BOUND = 4e-7  # of all rows: what may be lost before they are sorted
 
 
+def order_of(sizes: Tensor) -> Tensor | None:
+    """The order of rows with these sizes of their outer products in which none is lost; None for the one in which they are."""
+    return sizes.argsort(stable=True) if loses(sizes) else None
+
+
 def small_first(*rows: Tensor) -> tuple[Tensor, ...]:
     """The same rows of one matrix ``(n, width)`` or of two, of which products are to be added up by runs.
 
@@ -49,7 +54,7 @@ def small_first_in_runs(runs: Tensor) -> Tensor:
 
 def loses(sizes: Tensor) -> bool:
     """Whether the sum of runs of rows with these sizes of their outer products, one run after the other, loses small ones."""
-    values = sizes.detach().double().cpu().numpy()  # on the host, where decisions wait for no device
+    values = sizes.detach().cpu().double().numpy()  # on the host, where decisions wait for no device
     runs = np.pad(values, (0, -len(values) % RUN)).reshape(-1, RUN)
     sums = runs.sum(1, keepdims=True)
     lost = np.minimum(runs, _LOST * sums, where=runs < _SMALL * sums, out=np.zeros_like(runs))

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from laplace.capture.blocks import Block
 from laplace.capture.padding import position_weights
+from laplace.capture.patch_gram import add_gram_of_patches_, pays
+from laplace.capture.rules import patches_of
 from laplace.data.example_weights import along
-from laplace.linalg.gram import add_gram_of_positions_
+from laplace.linalg.gram import add_gram_of_positions_, is_small
 from laplace.linalg.kronecker import weight_shape_2d
 from laplace.linalg.memory import at_once
 from laplace.structures.diag import add_square_of_row_
@@ -90,6 +92,17 @@ def add_(
         add_gram_of_positions_(sums.running(name), rest)
 
 
+def _add_patches(total: Tensor, capture, layer: str, example_weights: Tensor | None) -> bool:
+    """Add the Gram matrix of a convolution's patches without making them; False where that is no cheaper."""
+    geometry, x = patches_of(capture.modules[layer]), capture.single_input(layer)
+    if geometry is None or x is None or is_small(total) or not pays(geometry, x):
+        return False
+    if example_weights is not None:
+        x = along(example_weights.sqrt(), x) * x
+    add_gram_of_patches_(total, x, geometry, 1.0 / geometry.positions(x.shape[2:]))
+    return True
+
+
 def _add_inputs(
     sums: CurvatureSums,
     capture,
@@ -102,7 +115,10 @@ def _add_inputs(
     for name, layer in inputs.items():
         start, g = 0, gradients.get(layer)
         weights = None if g is None else position_weights(capture.kept_tokens, g.shape[1], g)
-        for a in capture.input_chunks(layer, at_once(_PATCHES, capture.f.device)):
+        if not reduce and weights is None and _add_patches(sums.running(name), capture, layer, example_weights):
+            continue
+        several = max(at_once(_PATCHES, capture.f.device), _ROWS // 2 * sums.running(name).shape[1])
+        for a in capture.input_chunks(layer, several):
             w = None if weights is None else weights[start : start + len(a), :, None].to(a.dtype)
             if example_weights is not None:
                 a = along(example_weights[start : start + len(a)].sqrt(), a) * a
