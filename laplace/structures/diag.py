@@ -99,5 +99,5 @@ def add_square_of_row_(sums: CurvatureSums, block: Block, gradients: dict[str, T
 
 def diag_vector(sums: CurvatureSums) -> Tensor:
     """The diagonal as one vector in the order of the parameters, rounded to the posterior's type."""
-    tensors = sums.tensors
-    return torch.cat([tensors[block.factors[0]].flatten() for block in sums.spec.blocks]).to(sums.spec.torch_dtype)
+    tensors, dtype = sums.tensors, sums.spec.torch_dtype
+    return torch.cat([tensors[block.factors[0]].flatten().to(dtype) for block in sums.spec.blocks])
