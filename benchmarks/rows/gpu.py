@@ -10,7 +10,8 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import efficientnet  # noqa: E402
+from tf32 import EmulatedTf32  # noqa: E402
 
 DEVICE, OUTPUTS = "cuda", "outputs"
 IMAGES, BATCHES, READERS = 64, 8, 8
@@ -143,29 +145,41 @@ def _kronfluence(model: nn.Module, x: Tensor, y: Tensor, device: str) -> float:
 
 
 def _rounded(precision: str, device: str = DEVICE) -> Mapping[str, float]:
-    """Time a batch of a real model, and compare outputs and factors with those in float32.
+    """Time a batch of a real model, and compare outputs and factors with those in float32."""
+    model, (x, y) = efficientnet.network().to(device), (t.to(device) for t in efficientnet.crops("train").tensors)
+    with _products_in(precision, device):
+        add = _sums(model, x, y)
+        ours = _seconds(lambda: add([(x, y)]), device)
+    step = _seconds(lambda: _step(model, x, y), device)
+    return {"ours": ours, "gradient step": step, **errors(precision, device)}
+
+
+def errors(precision: str, device: str = DEVICE) -> Mapping[str, float]:
+    """Compare outputs and factors of a real model with those in float32; on a CPU, TF32 is emulated.
 
     The factors are of the empirical Fisher, of which nothing is drawn: where outputs are rounded, other labels are.
     """
-    from laplace.linalg.precision import products_in
-
     model, (x, y) = efficientnet.network().to(device), (t.to(device) for t in efficientnet.crops("train").tensors)
-    with products_in("ieee"):
+    with _products_in("ieee", device):
         exact = _outputs_and_sums(model, x, y)
-    autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
-    with products_in("tf32" if precision == "tf32" else "ieee"), autocast:
+    with _products_in(precision, device), EmulatedTf32() if device == "cpu" else nullcontext():
         found = _outputs_and_sums(model, x, y)
-        add = _sums(model, x, y)
-        ours = _seconds(lambda: add([(x, y)]), device)
-    errors = {name: _relative(found[name], value) for name, value in exact.items()}
-    outputs, (*_, largest) = errors.pop(OUTPUTS), sorted(errors.values())
+    off = {name: _relative(found[name], value) for name, value in exact.items()}
+    outputs, (*_, largest) = off.pop(OUTPUTS), sorted(off.values())
     return {
-        "ours": ours,
-        "gradient step": _seconds(lambda: _step(model, x, y), device),
         "error of the outputs": outputs,
-        "median error of a factor": statistics.median(errors.values()),
+        "median error of a factor": statistics.median(off.values()),
         "largest error of a factor": largest,
     }
+
+
+@contextmanager
+def _products_in(precision: str, device: str) -> Iterator[None]:
+    from laplace.linalg.precision import products_in
+
+    autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+    with products_in("tf32" if precision == "tf32" else "ieee"), autocast:
+        yield
 
 
 def _relative(value: Tensor, truth: Tensor) -> float:
