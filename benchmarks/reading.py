@@ -19,7 +19,7 @@ from laplace_dist.data.read_ahead import ReadAhead
 sys.path.insert(0, str(Path(__file__).resolve().parent / "rows"))
 from gpu import Photographs  # noqa: E402
 
-BATCH, BATCHES, SIZE = 64, 12, 224
+BATCH, BATCHES, SIZE = 64, 40, 224
 SHARES = (1.5, 1.2, 1.0, 0.8)
 
 

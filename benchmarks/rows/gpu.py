@@ -27,7 +27,7 @@ import efficientnet  # noqa: E402
 from tf32 import EmulatedTf32  # noqa: E402
 
 DEVICE, OUTPUTS = "cuda", "outputs"
-IMAGES, BATCHES, READERS = 64, 8, 8
+IMAGES, BATCHES, READERS = 64, 32, 8
 TOKENS, SEQUENCES = 256, 8
 
 
