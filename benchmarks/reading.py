@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "rows"))
 from gpu import Photographs  # noqa: E402
 
 BATCH, BATCHES, SIZE = 64, 40, 224
-SHARES = (1.5, 1.2, 1.0, 0.8)
+SHARES = (3.0, 2.0, 1.5, 1.0)
 
 
 def passed(ahead: ReadAhead, start: int, seconds: float) -> float:
