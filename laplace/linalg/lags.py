@@ -1,14 +1,14 @@
 r"""Lagged products :math:`S_\delta = \sum_q x_q x_{q+\delta}^\top` of values on a grid, for all lags up to a reach.
 
 The places of the grid are rows, one after the other, with so many rows of zeros behind each of its lines that no lag leads from
-one into another. A lag is then a number of rows, and what a run of rows is multiplied by, at several lags along the last axis
-at once, is a view of memory in which rows overlap. :math:`S_{-\delta} = S_\delta^\top` is not computed again.
+one into another. A lag is then a number of rows, and what a run of rows is multiplied by, at all lags at once, is copied from a
+few pieces of memory. :math:`S_{-\delta} = S_\delta^\top` is not computed again.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,23 +28,20 @@ class _Line:
     """Lags that differ along the last axis alone.
 
     Attributes:
-        lag: The first of them.
-        count: How many there are.
+        lags: All of them.
         ahead: How many rows the first leads ahead.
         step: Rows from one to the next.
-        total: Their sums side by side, ``(width, count · width)``.
     """
 
-    lag: tuple[int, ...]
-    count: int
+    lags: list[tuple[int, ...]]
     ahead: int
     step: int
-    total: Tensor
 
     def windows(self, rows: Tensor, start: int, n: int) -> Tensor:
-        """What ``n`` of the rows are multiplied by, ``(n, count, width)``, as a view."""
+        """What ``n`` of the rows are multiplied by, ``(n, lags · width)``."""
         width = rows.shape[1]
-        return rows.as_strided((n, self.count, width), (width, self.step * width, 1), (start + self.ahead) * width)
+        shape, strides = (n, len(self.lags), width), (width, self.step * width, 1)
+        return rows.as_strided(shape, strides, (start + self.ahead) * width).flatten(1)
 
 
 @in_full_precision()
@@ -61,14 +58,14 @@ def lagged_products(x: Tensor, reach: Sequence[int], step: Sequence[int]) -> Ten
     """
     width = x.shape[1]
     rows, places, strides = _as_rows(x, [r * s for r, s in zip(reach, step, strict=True)])
-    lines = _lines(reach, step, strides, torch.zeros(width, 0, dtype=torch.float64, device=x.device))
-    _add_up_(lines, rows, places)
-    found = lines[0].total.new_zeros(*(2 * r + 1 for r in reach), width, width)
-    for line in lines:
-        for number, product in enumerate(line.total.view(width, line.count, width).transpose(0, 1), line.lag[-1]):
-            lag = (*line.lag[:-1], number)
-            found[tuple(r - part for r, part in zip(reach, lag, strict=True))] = product.T
-            found[tuple(r + part for r, part in zip(reach, lag, strict=True))] = product
+    lines = list(_lines(reach, step, strides))
+    total = torch.zeros(width, products(reach) * width, dtype=torch.float64, device=x.device)
+    _add_up_(total, lines, rows, places)
+    found = total.new_zeros(*(2 * r + 1 for r in reach), width, width)
+    lags = (lag for line in lines for lag in line.lags)
+    for lag, product in zip(lags, total.view(width, -1, width).unbind(1), strict=True):
+        found[tuple(r - part for r, part in zip(reach, lag, strict=True))] = product.T
+        found[tuple(r + part for r, part in zip(reach, lag, strict=True))] = product
     return found
 
 
@@ -90,31 +87,26 @@ def _as_rows(x: Tensor, room: list[int]) -> tuple[Tensor, int, list[int]]:
     return rows, places, strides
 
 
-def _lines(reach: Sequence[int], step: Sequence[int], strides: Sequence[int], nothing: Tensor) -> list[_Line]:
-    """Half of all lags: those of which the first number that is not zero is positive."""
-    found = []
+def _lines(reach: Sequence[int], step: Sequence[int], strides: Sequence[int]) -> Iterator[_Line]:
+    """Half of all lags: those of which the first number that is not zero is positive, and zero."""
     for lag in itertools.product(*(range(-r, r + 1) for r in reach[:-1])):
         if lag < (0,) * len(lag):
             continue
-        lag = (*lag, -reach[-1] if any(lag) else 0)
-        count = reach[-1] + 1 - lag[-1]
-        ahead = sum(number * s * stride for number, s, stride in zip(lag, step, strides, strict=True))
-        found.append(_Line(lag, count, ahead, step[-1], nothing.new_zeros(len(nothing), count * len(nothing))))
-    return found
+        lags = [(*lag, number) for number in range(-reach[-1] if any(lag) else 0, reach[-1] + 1)]
+        ahead = sum(number * s * stride for number, s, stride in zip(lags[0], step, strides, strict=True))
+        yield _Line(lags, ahead, step[-1])
 
 
-def _add_up_(lines: list[_Line], rows: Tensor, places: int) -> None:
+def _add_up_(total: Tensor, lines: list[_Line], rows: Tensor, places: int) -> None:
+    """Add the sums at all lags of the lines, side by side."""
     squares = rows.square().sum(1)[:, None]
     for start in range(0, places, _TOGETHER):
         left = rows[start : min(start + _TOGETHER, places)]
-        others = sum(line.windows(squares, start, len(left)).sum((1, 2)) for line in lines)
-        order = order_of((squares[start : start + len(left), 0] * others).sqrt())
-        left = left if order is None else left.index_select(0, order)
-        runs = [run.T.contiguous() for run in left.split(RUN)]
-        for line in lines:
-            right = line.windows(rows, start, len(left)).flatten(1)
-            right = right if order is None else right.index_select(0, order)
-            product: Tensor | None = None
-            for one, other in zip(runs, right.split(RUN), strict=True):
-                product = add_times_transposed_(product, one, other.T)
-            line.total.add_(product)
+        right = torch.cat([line.windows(rows, start, len(left)) for line in lines], 1)
+        others = sum(line.windows(squares, start, len(left)).sum(1) for line in lines)
+        if (order := order_of((squares[start : start + len(left), 0] * others).sqrt())) is not None:
+            left, right = left.index_select(0, order), right.index_select(0, order)
+        product: Tensor | None = None
+        for one, other in zip(left.split(RUN), right.split(RUN), strict=True):
+            product = add_times_transposed_(product, one.T.contiguous(), other.T)
+        total += product
