@@ -91,9 +91,8 @@ def sums_over_patches() -> None:
         total = _zeros(9 * channels)
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            with keeping_freed:
-                plain = least(lambda x=x, t=total: _by_patches(t, x, geometry), 3)
-                lags = least(lambda x=x, t=total: patch_gram.add_gram_of_patches_(t, x, geometry, 1.0), 3)
+            plain = least(lambda x=x, t=total: _by_patches(t, x, geometry), 3)
+            lags = least(lambda x=x, t=total: patch_gram.add_gram_of_patches_(t, x, geometry, 1.0), 3)
             chosen = "lags" if patch_gram.pays(geometry, x) else "patches"
             print(f"| {n}, {channels}, {side} | {threads} | {plain:.1f} | {lags:.1f} | {chosen} |", flush=True)
 
@@ -105,8 +104,9 @@ def _by_patches(total: Tensor, x: Tensor, geometry: Geometry) -> None:
 
 
 if __name__ == "__main__":
-    runs_of_small_sums()
-    print()
-    order_of_rows()
-    print()
-    sums_over_patches()
+    with keeping_freed:  # as a fit does
+        runs_of_small_sums()
+        print()
+        order_of_rows()
+        print()
+        sums_over_patches()

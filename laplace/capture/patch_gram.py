@@ -20,7 +20,7 @@ from laplace.linalg.lags import lagged_products, products
 from laplace.linalg.memory import ranges
 
 _CHUNK = 1 << 20  # elements of what is held besides sums: small enough to stay in a cache
-_NARROWEST = 64  # channels from which on products of pixels are worth their calls
+_NARROWEST = 32  # channels from which on products of pixels are worth their calls
 _HALF = 0.6  # of a symmetric product that is computed
 _SPREADING = 100  # multiplications that one entry of the sum costs, when it is added to
 _WORTH = 1.7  # times fewer multiplications, since they are of narrower matrices
