@@ -20,7 +20,7 @@ from laplace.linalg.lags import lagged_products, products
 from laplace.linalg.memory import ranges
 
 _CHUNK = 1 << 20  # elements of what is held besides sums: small enough to stay in a cache
-_NARROWEST = 32  # channels from which on products of pixels are worth their calls
+_NARROWEST = 300  # columns of the product of a run at all lags, from which on it is worth its call
 _HALF = 0.6  # of a symmetric product that is computed
 _SPREADING = 100  # multiplications that one entry of the sum costs, when it is added to
 _WORTH = 1.7  # times fewer multiplications, since they are of narrower matrices
@@ -52,7 +52,7 @@ def pays(geometry: Geometry, x: Tensor) -> bool:
     widens = all(sum(pair) >= extra for pair, extra in zip(geometry.padding, _room(geometry), strict=True))
     if set(geometry.stride) != {1} or geometry.mode != "zeros" or not widens:
         return False
-    if x.device.type != "cpu" or x.shape[1] < _NARROWEST:
+    if x.device.type != "cpu" or x.shape[1] * products(_reach(geometry)) < _NARROWEST:
         return False
     entries = torch.Size(geometry.kernel).numel()
     plain = _HALF * entries**2 * len(x) * geometry.positions(sizes)
