@@ -28,28 +28,34 @@ def small_first(*rows: Tensor) -> tuple[Tensor, ...]:
     Returns:
         The matrices as they are, unless these are of float32 and small rows would be lost: then sorted by size.
     """
-    return by_size(*rows) if rows[0].dtype == torch.float32 and loses(_sizes(rows)) else rows
+    order = order_of(_sizes(rows)) if rows[0].dtype == torch.float32 else None
+    return rows if order is None else _moved(rows, order)
+
+
+def small_first_in_runs(runs: Tensor) -> Tensor:
+    """Runs ``(runs, width, RUN)`` of the same rows, as :func:`small_first` has them."""
+    order = order_of(runs.square().sum(1).flatten()) if runs.dtype == torch.float32 else None
+    if order is None:
+        return runs
+    columns = runs.transpose(0, 1).reshape(runs.shape[1], -1).index_select(1, order)
+    return columns.unflatten(1, (-1, RUN)).transpose(0, 1).contiguous()
 
 
 def by_size(*rows: Tensor) -> tuple[Tensor, ...]:
     """The same rows of one matrix ``(n, width)`` or of two, those first of which the outer product is small."""
-    order = _sizes(rows).argsort(stable=True)
-    return tuple(
-        matrix.index_select(0, order) if matrix.is_contiguous() else matrix.T.index_select(1, order).T
-        for matrix in rows
-    )
+    return _moved(rows, _sizes(rows).argsort(stable=True))
 
 
 def _sizes(rows: tuple[Tensor, ...]) -> Tensor:
     return torch.linalg.vector_norm(rows[0], dim=1) * torch.linalg.vector_norm(rows[-1], dim=1)
 
 
-def small_first_in_runs(runs: Tensor) -> Tensor:
-    """Runs ``(runs, width, RUN)`` of the same rows, as :func:`small_first` has them."""
-    if runs.dtype != torch.float32 or not loses(sizes := runs.square().sum(1).flatten()):
-        return runs
-    columns = runs.transpose(0, 1).reshape(runs.shape[1], -1).index_select(1, sizes.argsort(stable=True))
-    return columns.unflatten(1, (-1, RUN)).transpose(0, 1).contiguous()
+def _moved(rows: tuple[Tensor, ...], order: Tensor) -> tuple[Tensor, ...]:
+    """The rows in another order, each matrix in memory of the kind that it is in."""
+    return tuple(
+        matrix.index_select(0, order) if matrix.is_contiguous() else matrix.T.index_select(1, order).T
+        for matrix in rows
+    )
 
 
 def loses(sizes: Tensor) -> bool:
