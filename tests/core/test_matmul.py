@@ -38,6 +38,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("right", LAYOUTS)
 @pytest.mark.parametrize("left", LAYOUTS)
 def test_products_of_every_layout(left, right, fast):
+    torch.manual_seed(0)  # of one row for all, terms may cancel to nearly nothing, of which few digits are left
     a, b = LAYOUTS[left](torch.randn(100, 160)), LAYOUTS[right](torch.randn(220, 160))
     truth = a.double() @ b.double().T
     assert error(matmul.times_transposed(a, b), truth) < 2e-6
