@@ -8,6 +8,9 @@ what is small: one large row before equal ones of 6e-8 to 1e-4 of its square.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
 import torch
 from patches import least
 from torch import Tensor
@@ -47,15 +50,23 @@ def runs_of_small_sums() -> None:
     print("| rows × width | threads |", *(f"{run} |" for run in RUNS))
     print("| --- | --- |", *("--- |" for _ in RUNS))
     default = gram._SHORT_RUN
-    for n, width in SMALL:
+    for label, width, taken in _sums(SMALL):
+        cells = []
+        for run in RUNS:
+            gram._SHORT_RUN = run
+            cells.append(f"{taken():.2f} ({worst(width):.1e}) |")
+        print(label, *cells, flush=True)
+    gram._SHORT_RUN = default
+
+
+def _sums(sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, int, Callable[[], float]]]:
+    """The head of a row, the width, and what measures the milliseconds of a sum, for each size and number of threads."""
+    for n, width in sizes:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            rows, total, cells = torch.randn(n, width), _zeros(width), []
-            for run in RUNS:
-                gram._SHORT_RUN = run
-                cells.append(f"{least(lambda t=total, r=rows: gram.add_gram_(t, [r])):.2f} ({worst(width):.1e}) |")
-            print(f"| {n:,} × {width} | {threads} |", *cells, flush=True)
-    gram._SHORT_RUN = default
+            rows, total = torch.randn(n, width), _zeros(width)
+            add = partial(gram.add_gram_, total, [rows])
+            yield f"| {n:,} × {width} | {threads} |", width, partial(least, add)
 
 
 def order_of_rows() -> None:
@@ -66,15 +77,12 @@ def order_of_rows() -> None:
         sep="\n",
     )
     loses = small_rows.loses
-    for n, width in WIDE:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            rows, total, cells = torch.randn(n, width), _zeros(width), []
-            for decide in (lambda sizes: False, loses, lambda sizes: bool(loses(sizes)) or True):
-                small_rows.loses = decide
-                error = "" if decide is loses else f" ({worst(width):.1e})"
-                cells.append(f"{least(lambda t=total, r=rows: gram.add_gram_(t, [r])):.1f}{error} |")
-            print(f"| {n:,} × {width} | {threads} |", *cells, flush=True)
+    for label, width, taken in _sums(WIDE):
+        cells = []
+        for decide in (lambda sizes: False, loses, lambda sizes: bool(loses(sizes)) or True):
+            small_rows.loses = decide
+            cells.append(f"{taken():.1f}" + ("" if decide is loses else f" ({worst(width):.1e})") + " |")
+        print(label, *cells, flush=True)
     small_rows.loses = loses
 
 

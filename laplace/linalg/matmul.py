@@ -22,9 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _CPUINFO = Path("/proc/cpuinfo")
 _FEWEST = 1 << 21  # multiplications from which on oneDNN's preparations pay on one thread
 _NARROWEST = 8  # rows, columns and terms of a product
-_SQUARES = (
-    28  # that are added up one after the other before they go into a sum in float64, so that no small one is lost
-)
+_SQUARES = 28  # that are added up one after the other, before they go into a sum in float64: no small one is lost
 _WIDEST = 1 << 14  # entries of a weight from which on a batch of 128 has as many
 
 

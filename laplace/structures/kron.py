@@ -94,8 +94,10 @@ def add_(
 
 def _add_patches(total: Tensor, capture, layer: str, example_weights: Tensor | None) -> bool:
     """Add the Gram matrix of a convolution's patches without making them; False where that is no cheaper."""
-    geometry, x = patches_of(capture.modules[layer]), capture.single_input(layer)
-    if geometry is None or x is None or x.ndim != 2 + len(geometry.kernel) or is_small(total) or not pays(geometry, x):
+    geometry = patches_of(capture.modules[layer])
+    if geometry is None or is_small(total) or (x := capture.single_input(layer)) is None:
+        return False
+    if x.ndim != 2 + len(geometry.kernel) or not pays(geometry, x):
         return False
     if example_weights is not None:
         x = along(example_weights.sqrt(), x) * x
